@@ -1,0 +1,260 @@
+"""A threshold with a known false-alarm rate, and p-values, from nominal drives alone.
+
+Split conformal prediction (Vovk, Gammerman and Shafer 2005; Laxhammar and Falkman 2010 for
+anomalies): when calibration frames and new nominal frames are exchangeable, a new score exceeds
+the ceil((n + 1)(1 - alpha))-th smallest of n calibration scores with probability at most alpha.
+Frames of one drive resemble each other, so many short drives are worth more than a long one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from semantic_anomaly import calibration_file
+from semantic_anomaly.errors import CalibrationError, MismatchError, ModelOutputError
+from semantic_anomaly.regions import ImageRegion
+from semantic_anomaly.settings import Settings
+from semantic_anomaly.structures import HeatmapScale
+
+FEW_DRIVES = 5
+
+
+class CalibratedIndex(Protocol):
+    """What a calibration needs to know of an index."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Return the digest that names the index."""
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Nominal scores, and what they are true for.
+
+    Attributes:
+        scores: (n,) float64, ascending: frame scores of nominal drives that the index has not
+            seen.
+        drives: name and number of frames of each drive.
+        target_false_alarm_rate: share of nominal frames that may exceed `threshold`.
+        heatmap_low: median over frames of the frames' median patch distance: what the heatmap
+            shows as typical. Not the median over all patches, which would need all of them.
+        index_fingerprint: the index that gave the distances.
+        neighbours, tail_percent, region: the settings that shape a score.
+        camera: name of the camera, for people.
+        dtype: precision of the backbone that ran; empty where it is not known.
+
+    Raises:
+        CalibrationError: scores are not finite, not sorted, not in [0, 2], not as many as the
+            drives hold, or too few for the rate.
+    """
+
+    scores: np.ndarray
+    drives: tuple[tuple[str, int], ...]
+    target_false_alarm_rate: float
+    heatmap_low: float
+    index_fingerprint: str
+    neighbours: int
+    tail_percent: float
+    region: Mapping[str, Any]
+    camera: str = "camera"
+    dtype: str = ""
+
+    def __post_init__(self) -> None:
+        scores = self.scores
+        if scores.ndim != 1 or scores.dtype != np.float64:
+            raise CalibrationError(
+                f"calibration scores: expected (n,) float64, found {scores.shape} {scores.dtype}"
+            )
+        # NaN fails both comparisons.
+        if not np.all((scores >= 0.0) & (scores <= 2.0)):
+            raise CalibrationError("calibration scores: expected finite numbers in [0, 2]")
+        if np.any(np.diff(scores) < 0):
+            raise CalibrationError("calibration scores: expected ascending order")
+        if not 0.0 <= self.heatmap_low <= 2.0:
+            raise CalibrationError(
+                f"calibration heatmap_low: expected a number in [0, 2], found {self.heatmap_low}"
+            )
+        if sum(count for _, count in self.drives) != len(scores):
+            raise CalibrationError(
+                f"calibration drives: expected {len(scores)} frames as there are scores, found "
+                f"{sum(count for _, count in self.drives)}"
+            )
+        if self.threshold <= 0.0:
+            raise CalibrationError(
+                "calibration scores are 0 up to the threshold: the index has seen these frames; "
+                "calibrate with other drives"
+            )
+        self.scores.flags.writeable = False
+
+    @classmethod
+    def fit(
+        cls,
+        scores_by_drive: Mapping[str, Sequence[float]],
+        *,
+        heatmap_low: float,
+        index: CalibratedIndex,
+        settings: Settings,
+        region: ImageRegion,
+        camera: str,
+        dtype: str = "",
+    ) -> Calibration:
+        """Make a calibration from the frame scores of nominal drives.
+
+        Args:
+            scores_by_drive: frame scores by drive; all of drives that the index has not seen.
+            heatmap_low: median over frames of the frames' median patch distance.
+            index: the index that gave the distances.
+            settings: give the target rate and what shapes a score.
+            region: the part of the image that was scored.
+            camera: name of the camera.
+            dtype: precision of the backbone that ran.
+
+        Raises:
+            CalibrationError: too few scores for the target rate, or scores that cannot be.
+        """
+        drives = tuple((name, len(scores)) for name, scores in scores_by_drive.items())
+        if not drives or any(count == 0 for _, count in drives):
+            empty = [name for name, count in drives if count == 0]
+            raise CalibrationError(f"calibration: expected frames of every drive, found {empty}")
+        pooled = np.concatenate([np.asarray(s, np.float64) for s in scores_by_drive.values()])
+        return cls(
+            scores=np.sort(pooled),
+            drives=drives,
+            target_false_alarm_rate=settings.target_false_alarm_rate,
+            heatmap_low=float(heatmap_low),
+            index_fingerprint=index.fingerprint,
+            neighbours=settings.neighbours,
+            tail_percent=settings.tail_percent,
+            region=region.describe(),
+            camera=camera,
+            dtype=dtype,
+        )
+
+    @property
+    def count(self) -> int:
+        """Return the number of calibration frames."""
+        return len(self.scores)
+
+    @property
+    def threshold(self) -> float:
+        """Return the score above which a frame is anomalous at the target rate."""
+        return self.threshold_for(self.target_false_alarm_rate)
+
+    def threshold_for(self, rate: float) -> float:
+        """Return the score above which a frame is anomalous at another rate.
+
+        Raises:
+            CalibrationError: too few calibration scores for so low a rate.
+        """
+        allowed = _allowed(self.count, rate)
+        if allowed < 1:
+            raise CalibrationError(
+                f"a false-alarm rate of {rate:g} needs at least {scores_needed(rate)} nominal "
+                f"calibration frames, found {self.count}"
+            )
+        # The (n + 1 - allowed)-th smallest is the ceil((n + 1)(1 - alpha))-th.
+        return float(self.scores[self.count - allowed])
+
+    def p_value(self, score: float) -> float:
+        """Return how often nominal frames score at least so high, in (0, 1].
+
+        A score exceeds `threshold_for(rate)` exactly when its p-value is at most `rate`.
+
+        Raises:
+            ModelOutputError: the score is not finite.
+        """
+        if not math.isfinite(score):
+            raise ModelOutputError(f"score: expected a finite number, found {score}")
+        as_high = self.count - int(np.searchsorted(self.scores, score, side="left"))
+        return (1 + as_high) / (self.count + 1)
+
+    def scale(self, threshold: float) -> HeatmapScale:
+        """Return the fixed scale of heatmaps: 0 typical nominal, 1 the threshold."""
+        if self.heatmap_low < threshold:
+            return HeatmapScale(self.heatmap_low, threshold)
+        # Only a threshold set by hand lies below what is typical.
+        return HeatmapScale(0.0, max(threshold, 1e-6))
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Return sentences on what weakens the promised rate."""
+        found = []
+        if len(self.drives) == 1:
+            found.append(
+                "all calibration frames come from one drive: they resemble each other, and the "
+                "false-alarm rate on other drives may be several times the target"
+            )
+        elif len(self.drives) < FEW_DRIVES:
+            found.append(
+                f"calibration frames come from {len(self.drives)} drives only; "
+                f"{FEW_DRIVES} or more make the false-alarm rate hold on drives not seen"
+            )
+        allowed = _allowed(self.count, self.target_false_alarm_rate)
+        if allowed < 3:
+            found.append(
+                f"{self.count} calibration frames are near the least that a rate of "
+                f"{self.target_false_alarm_rate:g} needs "
+                f"({scores_needed(self.target_false_alarm_rate)}): the threshold rests on the "
+                f"{'largest score' if allowed == 1 else 'two largest scores'}"
+            )
+        return tuple(found)
+
+    def check(self, index_fingerprint: str, settings: Settings, region: ImageRegion) -> None:
+        """Refuse to be used with another index, region or score than it was made with.
+
+        Raises:
+            MismatchError: naming what differs.
+        """
+        pairs = {
+            "index fingerprint": (self.index_fingerprint, index_fingerprint),
+            "setting 'neighbours'": (self.neighbours, settings.neighbours),
+            "setting 'tail_percent'": (self.tail_percent, settings.tail_percent),
+            "region of interest": (dict(self.region), region.describe()),
+        }
+        for name, (expected, found) in pairs.items():
+            if expected != found:
+                raise MismatchError(f"calibration: {name}", expected, found, "calibrate again")
+
+    def save(self, index_folder: Path) -> Path:
+        """Write calibration.json into the folder of its index, whole or not at all.
+
+        Raises:
+            ArtefactError: the file cannot be written.
+        """
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return calibration_file.write(index_folder, values)
+
+    @classmethod
+    def load(cls, index_folder: Path) -> Calibration:
+        """Read calibration.json from the folder of its index.
+
+        Raises:
+            CalibrationError: missing, damaged, altered or of another format.
+        """
+        values = calibration_file.read(index_folder)
+        try:
+            return cls(**values)
+        except CalibrationError as error:
+            raise CalibrationError(f"calibration of index '{index_folder}': {error}") from error
+
+
+def scores_needed(rate: float) -> int:
+    """Return how many nominal scores a false-alarm rate needs at least: 1/rate - 1, rounded up."""
+    return math.ceil(1 / _exact(rate)) - 1
+
+
+def _allowed(count: int, rate: float) -> int:
+    """Return how many of count + 1 exchangeable scores may exceed the threshold."""
+    return min(count, math.floor((count + 1) * _exact(rate)))
+
+
+def _exact(rate: float) -> Fraction:
+    # 0.07 means seven hundredths: the nearest double below would cost a rank at (n + 1) = 100.
+    return Fraction(repr(float(rate)))

@@ -1,0 +1,111 @@
+"""The file of a calibration, calibration.json: written whole, and checked before it is believed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from semantic_anomaly.errors import CalibrationError
+from semantic_anomaly.storage import atomic_write_bytes, canonical_json, sha256_bytes
+
+FILE_NAME = "calibration.json"
+FORMAT = 1
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "scores": (list,),
+    "drives": (list,),
+    "target_false_alarm_rate": (float,),
+    "heatmap_low": (int, float),
+    "index_fingerprint": (str,),
+    "neighbours": (int,),
+    "tail_percent": (int, float),
+    "region": (dict,),
+    "camera": (str,),
+    "dtype": (str,),
+}
+
+
+def write(folder: Path, values: Mapping[str, Any]) -> Path:
+    """Write the fields of a calibration into the folder of its index and return the file.
+
+    Raises:
+        ArtefactError: the file cannot be written.
+    """
+    body = {
+        **values,
+        "format": FORMAT,
+        "scores": values["scores"].tolist(),
+        "drives": [{"name": name, "frames": count} for name, count in values["drives"]],
+        "region": dict(values["region"]),
+    }
+    path = Path(folder) / FILE_NAME
+    atomic_write_bytes(path, canonical_json({**body, "sha256": _digest(body)}).encode())
+    return path
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """Return the fields of a calibration, digest, structure and types checked.
+
+    Raises:
+        CalibrationError: missing, damaged, altered or of another format.
+    """
+    path = Path(folder) / FILE_NAME
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise CalibrationError(
+            f"calibration '{path}' does not exist; make it with 'semantic-anomaly calibrate'"
+        ) from None
+    except OSError as error:
+        raise CalibrationError(f"calibration '{path}': {error.strerror}") from error
+    try:
+        body = json.loads(content, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise CalibrationError(f"calibration '{path}' is not JSON: {error}") from error
+    try:
+        return _checked(body)
+    except CalibrationError as error:
+        raise CalibrationError(f"calibration '{path}': {error}") from error
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return sha256_bytes(canonical_json(body).encode())
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number")
+
+
+def _checked(body: Any) -> dict[str, Any]:
+    """Return the constructor's arguments from a parsed file, everything in it checked."""
+    if not isinstance(body, dict) or body.get("format") != FORMAT:
+        found = body.get("format") if isinstance(body, dict) else type(body).__name__
+        raise CalibrationError(f"expected format {FORMAT}, found {found!r:.80}")
+    expected = {"format", "sha256", *_TYPES}
+    if set(body) != expected:
+        differing = ", ".join(sorted(set(body) ^ expected))
+        raise CalibrationError(f"expected keys of format {FORMAT}, differing in: {differing:.200}")
+    if body.pop("sha256") != _digest(body):
+        raise CalibrationError("its sha256 does not agree: it was altered or damaged")
+    body.pop("format")
+    for key, kind in _TYPES.items():
+        if not isinstance(body[key], kind) or isinstance(body[key], bool):
+            raise CalibrationError(f"'{key}' is of type {type(body[key]).__name__}")
+    if not all(type(score) in (int, float) for score in body["scores"]):
+        raise CalibrationError("'scores' holds something that is not a number")
+    if not 0.0 < body["target_false_alarm_rate"] < 1.0:
+        raise CalibrationError(f"'target_false_alarm_rate' is {body['target_false_alarm_rate']}")
+    drives = []
+    for drive in body["drives"]:
+        if not isinstance(drive, dict) or set(drive) != {"name", "frames"}:
+            raise CalibrationError(f"'drives' holds {drive!r:.80}")
+        if not isinstance(drive["name"], str) or type(drive["frames"]) is not int:
+            raise CalibrationError(f"'drives' holds {drive!r:.80}")
+        drives.append((drive["name"], drive["frames"]))
+    body["drives"] = tuple(drives)
+    body["scores"] = np.array(body["scores"], np.float64)
+    return body

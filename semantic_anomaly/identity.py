@@ -1,0 +1,100 @@
+"""What an embedder is, as far as its embeddings may be compared with another's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from semantic_anomaly.errors import IndexFormatError
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_NOT_COMPARED = ("model_id", "revision", "dtype")
+
+
+@dataclass(frozen=True)
+class EmbedderIdentity:
+    """The backbone and its use: embeddings of equal identities lie in one space.
+
+    Attributes:
+        model_id: shipped name, folder name or hub id; never an absolute path.
+        architecture: `model_type` of the backbone's configuration.
+        revision: commit of the hub snapshot, empty for a local folder.
+        weights_sha256, config_sha256: 64 hexadecimal digits.
+        layers: hidden states used, empty for the last one alone.
+        input_size: long side in pixels to which images are resized.
+        patch_px: side of a grid place in pixels of the resized image.
+        dim: length of an embedding.
+        dtype: precision that the backbone computed in.
+
+    Raises:
+        IndexFormatError: a field of the wrong type or out of range.
+    """
+
+    model_id: str
+    architecture: str
+    revision: str
+    weights_sha256: str
+    config_sha256: str
+    layers: tuple[int, ...]
+    input_size: int
+    patch_px: int
+    dim: int
+    dtype: str
+
+    def __post_init__(self) -> None:
+        for name in ("model_id", "architecture", "dtype", "revision"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or (name != "revision" and not value):
+                raise _wrong(name, "a string", value)
+        for name in ("weights_sha256", "config_sha256"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not _SHA256.fullmatch(value):
+                raise _wrong(name, "64 hexadecimal digits", value)
+        for name in ("input_size", "patch_px", "dim"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise _wrong(name, "a positive integer", value)
+        if not isinstance(self.layers, tuple) or any(type(i) is not int for i in self.layers):
+            raise _wrong("layers", "integers", self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return {**asdict(self), "layers": list(self.layers)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EmbedderIdentity:
+        """Make an identity of what `to_dict` returned.
+
+        Raises:
+            IndexFormatError: a field missing, unknown, of the wrong type or out of range.
+        """
+        if not isinstance(values, Mapping):
+            raise _wrong("it", "a mapping", values)
+        names = {f.name for f in fields(cls)}
+        if set(values) != names:
+            odd = ", ".join(sorted(map(str, names.symmetric_difference(values))))
+            raise IndexFormatError(f"embedder identity: missing or unknown fields: {odd}")
+        layers = values["layers"]
+        return cls(**{**values, "layers": tuple(layers) if isinstance(layers, list) else layers})
+
+    def difference(self, other: EmbedderIdentity) -> tuple[str, Any, Any] | None:
+        """Return (field, own value, the other's) of the first difference that matters, or None.
+
+        Names and revisions do not matter, for digests say more; nor does the precision, which
+        moves embeddings by less than neighbours differ and is recorded only.
+        """
+        for field in fields(self):
+            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+            if field.name not in _NOT_COMPARED and mine != theirs:
+                return field.name, mine, theirs
+        return None
+
+    def matches(self, other: EmbedderIdentity) -> bool:
+        """Return whether embeddings of both may be compared."""
+        return self.difference(other) is None
+
+
+def _wrong(name: str, expected: str, found: object) -> IndexFormatError:
+    return IndexFormatError(f"embedder identity: {name}: expected {expected}, found {found!r}")

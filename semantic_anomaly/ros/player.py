@@ -1,0 +1,229 @@
+"""Play frames of a folder, video or bag to a camera topic and record what the node publishes.
+
+The demo and live evaluations use it: it is a second process, so everything crosses real DDS.
+One thread: callbacks only store what arrived; publishing and waiting happen in `play`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import rclpy
+from diagnostic_msgs.msg import DiagnosticArray
+from lifecycle_msgs.msg import State, Transition
+from lifecycle_msgs.srv import ChangeState, GetState
+from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.node import Node
+from rclpy.qos import QoSProfile, ReliabilityPolicy
+from sensor_msgs.msg import CompressedImage, Image
+from std_msgs.msg import Float32
+from tqdm import tqdm
+
+from semantic_anomaly.errors import InputError, SemanticAnomalyError
+from semantic_anomaly.images import encode_jpeg
+from semantic_anomaly.ros.messages import image_message
+from semantic_anomaly.sources import open_source
+from semantic_anomaly.storage import atomic_write_bytes
+from semantic_anomaly.structures import Frame
+
+_RELIABLE = QoSProfile(depth=20, reliability=ReliabilityPolicy.RELIABLE)
+
+
+class SourcePlayer(Node):
+    """Publish frames with fresh stamps, drive the node's lifecycle, collect its outputs."""
+
+    def __init__(self, node_name: str, camera: str, image_topic: str, compressed: bool) -> None:
+        super().__init__("source_player")
+        self.target = node_name
+        kind = CompressedImage if compressed else Image
+        self._compressed = compressed
+        self._images = self.create_publisher(kind, image_topic, _RELIABLE)
+        self.statuses: dict[int, tuple[int, dict[str, str]]] = {}
+        self.scores = 0
+        self.overlays: dict[int, bytes] = {}
+        base = f"{node_name}/{camera}"
+        self.create_subscription(DiagnosticArray, f"{base}/status", self._on_status, _RELIABLE)
+        self.create_subscription(Float32, f"{base}/score", self._on_score, _RELIABLE)
+        self._overlay_topic = f"{base}/overlay/compressed"
+        self._executor = SingleThreadedExecutor()
+        self._executor.add_node(self)
+
+    def collect_overlays(self) -> None:
+        """Subscribe to the compressed overlay, which the node draws only when somebody listens."""
+        self.create_subscription(CompressedImage, self._overlay_topic, self._on_overlay, _RELIABLE)
+
+    def _on_status(self, message: DiagnosticArray) -> None:
+        now_ns = self.get_clock().now().nanoseconds
+        if message.status:
+            values = {pair.key: pair.value for pair in message.status[0].values}
+            self.statuses.setdefault(_stamp_ns(message), (now_ns, values))
+
+    def _on_score(self, message: Float32) -> None:
+        self.scores += 1
+
+    def _on_overlay(self, message: CompressedImage) -> None:
+        self.overlays[_stamp_ns(message)] = bytes(message.data)
+
+    def spin_until(self, done: Callable[[], bool], timeout_s: float) -> bool:
+        """Spin until `done()` holds; return whether it did within the time."""
+        end = time.monotonic() + timeout_s
+        while not done():
+            left = end - time.monotonic()
+            if left <= 0:
+                return False
+            self._executor.spin_once(timeout_sec=min(0.05, left))
+        return True
+
+    def call(self, service_type: Any, name: str, request: Any, timeout_s: float) -> Any:
+        """Call a service of the node and return its response.
+
+        Raises:
+            InputError: no such service, or no answer in time.
+        """
+        client = self.create_client(service_type, f"{self.target}/{name}")
+        try:
+            if not client.wait_for_service(timeout_sec=timeout_s):
+                raise InputError(f"node '{self.target}': expected service '{name}', found none")
+            future = client.call_async(request)
+            if not self.spin_until(future.done, timeout_s):
+                raise InputError(f"service '{self.target}/{name}': no answer in {timeout_s:.0f} s")
+            return future.result()
+        finally:
+            self.destroy_client(client)
+
+    def bring_up(self, timeout_s: float = 120.0) -> None:
+        """Configure and activate the node from whatever state it is in.
+
+        Raises:
+            InputError: the node does not reach `active`; its own log says why.
+        """
+        for state, transition in (
+            (State.PRIMARY_STATE_UNCONFIGURED, Transition.TRANSITION_CONFIGURE),
+            (State.PRIMARY_STATE_INACTIVE, Transition.TRANSITION_ACTIVATE),
+        ):
+            found = self.call(GetState, "get_state", GetState.Request(), timeout_s)
+            if found.current_state.id == state:
+                request = ChangeState.Request(transition=Transition(id=transition))
+                self.call(ChangeState, "change_state", request, timeout_s)
+        found = self.call(GetState, "get_state", GetState.Request(), timeout_s)
+        if found.current_state.id != State.PRIMARY_STATE_ACTIVE:
+            raise InputError(
+                f"node '{self.target}': expected state 'active', found "
+                f"'{found.current_state.label}'; its log says why"
+            )
+
+    def publish(self, frame: Frame) -> int:
+        """Publish a frame stamped now; return the stamp in nanoseconds."""
+        stamp = self.get_clock().now()
+        if self._compressed:
+            message = CompressedImage(format="jpeg", data=encode_jpeg(frame.image, 95))
+        else:
+            message = image_message(frame.image, "rgb8")
+        message.header.stamp = stamp.to_msg()
+        message.header.frame_id = frame.frame_id or "camera_optical_frame"
+        self._images.publish(message)
+        return int(stamp.nanoseconds)
+
+    def play(self, frames: Any, count: int | None, rate_hz: float) -> list[dict[str, Any]]:
+        """Publish frames at a rate and return one record a frame, with what came back.
+
+        Args:
+            frames: iterable of `Frame`.
+            count: number of frames for the progress bar, None if unknown.
+            rate_hz: frames a second.
+
+        Raises:
+            InputError: nobody subscribes to the image topic.
+        """
+        if not self.spin_until(lambda: self._images.get_subscription_count() > 0, 20.0):
+            raise InputError(f"topic '{self._images.topic_name}': nobody subscribes to it")
+        sent: list[tuple[int, Frame]] = []
+        begin = time.monotonic()
+        for number, frame in enumerate(tqdm(frames, total=count, desc="play", disable=None)):
+            due = begin + number / rate_hz
+            self.spin_until(lambda due=due: time.monotonic() >= due, 1.0 + 1.0 / rate_hz)  # type: ignore[misc]
+            sent.append((self.publish(frame), Frame(frame.image[:1, :1], name=frame.name)))
+        elapsed_s = time.monotonic() - begin
+        self.spin_until(lambda: bool(sent) and sent[-1][0] in self.statuses, 3.0)
+        self.get_logger().info(f"played {len(sent)} frames in {elapsed_s:.1f} s")
+        return [self._record(stamp_ns, frame.name) for stamp_ns, frame in sent]
+
+    def _record(self, stamp_ns: int, name: str) -> dict[str, Any]:
+        record: dict[str, Any] = {"name": name, "stamp_ns": stamp_ns}
+        if stamp_ns in self.statuses:
+            received_ns, values = self.statuses[stamp_ns]
+            record["latency_ms"] = (received_ns - stamp_ns) / 1e6
+            record["status"] = values
+        return record
+
+
+def _stamp_ns(message: Any) -> int:
+    return int(message.header.stamp.sec) * 1_000_000_000 + int(message.header.stamp.nanosec)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("source", help="folder of images, video or rosbag2 bag")
+    parser.add_argument("--out", type=Path, help="folder for frames.json and overlays/")
+    parser.add_argument("--topic", help="image topic inside a bag")
+    parser.add_argument("--image-topic", default="/camera/image_raw", help="topic to publish to")
+    parser.add_argument("--compressed", action="store_true", help="publish CompressedImage")
+    parser.add_argument("--rate-hz", type=float, default=10.0)
+    parser.add_argument("--repeat", type=int, default=1, help="play the source so many times")
+    parser.add_argument("--node", default="/semantic_anomaly", help="full name of the node")
+    parser.add_argument("--camera", default="camera", help="the camera's name in the node")
+    parser.add_argument("--overlays", action="store_true", help="collect the overlay pictures")
+    parser.add_argument("--bring-up", action="store_true", help="configure and activate first")
+    return parser
+
+
+def _run(args: argparse.Namespace) -> None:
+    source = open_source(args.source, topic=args.topic)
+    player = SourcePlayer(args.node, args.camera, args.image_topic, args.compressed)
+    try:
+        if args.bring_up:
+            player.bring_up()
+        if args.overlays:
+            player.collect_overlays()
+        frames = (frame for _ in range(args.repeat) for frame in source)
+        count = None if source.count is None else source.count * args.repeat
+        records = player.play(frames, count, args.rate_hz)
+        if args.out:
+            (args.out / "overlays").mkdir(parents=True, exist_ok=True)
+            order = {record["stamp_ns"]: i for i, record in enumerate(records)}
+            for stamp_ns, data in player.overlays.items():
+                if stamp_ns in order:
+                    atomic_write_bytes(args.out / f"overlays/{order[stamp_ns]:06d}.jpg", data)
+            summary = {"frames": records, "scores_received": player.scores}
+            atomic_write_bytes(args.out / "frames.json", json.dumps(summary, indent=1).encode())
+        scored = sum("score" in record.get("status", {}) for record in records)
+        print(f"sent {len(records)}, with a status {sum('status' in r for r in records)}, "
+              f"scored {scored}")  # fmt: skip
+    finally:
+        player.destroy_node()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Play a source to the node; return 0, or 2 with one line on stderr."""
+    args = _parser().parse_args(argv)
+    rclpy.init(args=[])
+    try:
+        _run(args)
+        return 0
+    except SemanticAnomalyError as error:
+        print(f"source_player: error: {error}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, ExternalShutdownException):
+        return 130
+    finally:
+        rclpy.try_shutdown()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

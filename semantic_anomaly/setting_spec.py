@@ -1,0 +1,196 @@
+"""The machinery of the settings table: one row a setting, checks, and the YAML that fills it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from array import array
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from reprlib import repr as short
+from typing import Any
+
+from semantic_anomaly.errors import SettingsError
+
+
+def setting(
+    default: Any,
+    description: str,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    choices: tuple[str, ...] = (),
+    live: bool = False,
+) -> Any:
+    """Return the dataclass field of one setting; its arguments are those of `SettingSpec`."""
+    metadata = {
+        "description": description,
+        "minimum": minimum,
+        "maximum": maximum,
+        "choices": choices,
+        "live": live,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class SettingSpec:
+    """One row of the table.
+
+    Attributes:
+        name: as in YAML, without a camera's prefix.
+        default: its Python type (bool, int, float, str, tuple) is the setting's type.
+        element: type of the elements where the default is a tuple, else the type itself.
+        minimum, maximum: inclusive bounds of numbers, None where there is none.
+        choices: the strings allowed, empty for any.
+        live: may change while the node runs.
+    """
+
+    name: str
+    default: Any
+    element: type
+    description: str
+    minimum: float | None
+    maximum: float | None
+    choices: tuple[str, ...]
+    live: bool
+
+    @property
+    def is_list(self) -> bool:
+        """Return whether the setting holds several values."""
+        return isinstance(self.default, tuple)
+
+    def check(self, value: Any, name: str = "") -> Any:
+        """Return the value in the setting's own type.
+
+        Args:
+            value: from YAML, a ROS parameter or a caller.
+            name: full name for the message, with the camera's prefix.
+
+        Raises:
+            SettingsError: wrong type, out of bounds, or not one of the choices.
+        """
+        name = name or self.name
+        if self.is_list:
+            if not isinstance(value, (list, tuple, array)):
+                raise SettingsError(f"setting '{name}': expected a list, found {short(value)}")
+            return tuple(self._check_one(item, name) for item in value)
+        return self._check_one(value, name)
+
+    def _check_one(self, value: Any, name: str) -> Any:
+        if self.element is float and type(value) is int:
+            value = float(value) if abs(value) < 1 << 53 else math.inf
+        found: type = type(value)
+        if found is not self.element:
+            raise SettingsError(
+                f"setting '{name}': expected {self.element.__name__}, "
+                f"found {short(value)} ({found.__name__})"
+            )
+        if self.element is float and not math.isfinite(value):
+            raise SettingsError(f"setting '{name}': expected a finite number, found {value}")
+        if self.minimum is not None and value < self.minimum:
+            raise SettingsError(
+                f"setting '{name}': expected at least {self.minimum}, found {value}"
+            )
+        if self.maximum is not None and value > self.maximum:
+            raise SettingsError(f"setting '{name}': expected at most {self.maximum}, found {value}")
+        if self.choices and value not in self.choices:
+            raise SettingsError(
+                f"setting '{name}': expected one of {', '.join(self.choices)}, found {short(value)}"
+            )
+        return value
+
+
+def read_parameters_yaml(path: Path) -> dict[str, Any]:
+    """Return flat parameters of a ROS parameter file, or of a plain YAML mapping.
+
+    Raises:
+        SettingsError: unreadable, not YAML, not a mapping, or parameters of several nodes.
+    """
+    import yaml
+
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise SettingsError(f"settings file '{path}': {error.strerror}") from error
+    # PyYAML lets whatever its constructors raise on odd tags and dates escape.
+    try:
+        _refuse_duplicates(yaml.compose(content, Loader=yaml.SafeLoader), path)
+        document = yaml.safe_load(content)
+    except SettingsError:
+        raise
+    except Exception as error:
+        raise SettingsError(f"settings file '{path}' is not YAML: {error}") from error
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise SettingsError(f"settings file '{path}': expected a mapping, found {short(document)}")
+    nodes = [v for v in document.values() if isinstance(v, dict) and "ros__parameters" in v]
+    if len(nodes) > 1:
+        raise SettingsError(f"settings file '{path}': expected one node, found {len(nodes)}")
+    parameters = nodes[0]["ros__parameters"] or {} if nodes else document
+    if not isinstance(parameters, dict):
+        raise SettingsError(
+            f"settings file '{path}': expected ros__parameters to be a mapping, "
+            f"found {short(parameters)}"
+        )
+    flat: dict[str, Any] = {}
+    _flatten(parameters, "", flat)
+    # use_sim_time belongs to every ROS node, not to the detector.
+    flat.pop("use_sim_time", None)
+    return flat
+
+
+def _refuse_duplicates(node: Any, path: Path) -> None:
+    # YAML readers keep the last of two equal keys, and the first would be lost without a word.
+    pending, seen = [node], set()
+    while pending:
+        node = pending.pop()
+        if node is None or id(node) in seen or isinstance(node.value, str):
+            continue
+        seen.add(id(node))
+        for item in node.value:
+            pending.extend(item if isinstance(item, tuple) else (item,))
+        keys = [item[0].value for item in node.value if isinstance(item, tuple)]
+        counts = Counter(key for key in keys if isinstance(key, str))
+        for key, count in counts.most_common(1):
+            if count > 1:
+                raise SettingsError(f"settings file '{path}': {short(key)} is given twice")
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str, flat: dict[str, Any]) -> None:
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if name.count(".") > 8 or len(flat) > 10000:
+            raise SettingsError(f"settings nest too deep or repeat themselves at '{short(name)}'")
+        if isinstance(value, Mapping):
+            _flatten(value, f"{name}.", flat)
+        elif name in flat:
+            raise SettingsError(f"setting '{name}' is given twice")
+        else:
+            flat[name] = value
+
+
+def specs_of(owner: type) -> dict[str, SettingSpec]:
+    """Return the rows of a settings class by name."""
+    specs = {}
+    for row in dataclasses.fields(owner):
+        if not row.metadata:
+            continue
+        element = type(row.default)
+        if element is tuple:
+            element = float if "float" in str(row.type) else int if "int" in str(row.type) else str
+        specs[row.name] = SettingSpec(row.name, row.default, element, **row.metadata)
+    return specs
+
+
+def check_fields(settings: Any) -> None:
+    """Check a settings object in its making, and bring its values into their own types.
+
+    Raises:
+        SettingsError: a value of the wrong type or out of bounds.
+    """
+    for name, spec in specs_of(type(settings)).items():
+        object.__setattr__(settings, name, spec.check(getattr(settings, name)))

@@ -1,0 +1,299 @@
+"""Every setting once: type, default, description, bounds, and whether it may change while running.
+
+The node declares its ROS parameters from this table, the commands read the node's own YAML
+through it, and a test compares README and shipped YAML with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from semantic_anomaly.errors import SettingsError, UnknownNameError
+from semantic_anomaly.setting_spec import (
+    SettingSpec,
+    check_fields,
+    read_parameters_yaml,
+    setting,
+    specs_of,
+)
+
+
+@dataclass(frozen=True)
+class CameraSettings:
+    """The settings of one camera; in YAML under the camera's name."""
+
+    image_topic: str = setting(
+        "/camera/image_raw",
+        "Image topic; compressed topics end in the transport's name, e.g. .../compressed.",
+    )
+    transport: str = setting(
+        "raw",
+        "How images arrive: sensor_msgs/Image or sensor_msgs/CompressedImage.",
+        choices=("raw", "compressed"),
+    )
+    camera_info_topic: str = setting(
+        "", "CameraInfo topic; empty: markers are drawn with an assumed 90 degree lens."
+    )
+    depth_topic: str = setting(
+        "",
+        "Depth image topic (32FC1 metres or 16UC1 millimetres) aligned with the image; "
+        "empty: none.",
+    )
+    camera_height_m: float = setting(
+        0.0,
+        "Height of the camera above a flat ground, for marker ranges without depth; 0: unknown.",
+        minimum=0.0,
+        maximum=100.0,
+    )
+    index: str = setting("", "Index folder of this camera; empty: the common 'index'.")
+    region_of_interest: tuple[float, ...] = setting(
+        (),
+        "Polygon x0, y0, x1, y1, ... in relative image coordinates [0, 1]; empty: the whole image.",
+        minimum=0.0,
+        maximum=1.0,
+    )
+    ego_mask: str = setting(
+        "", "PNG whose non-zero pixels show the vehicle itself and take no part; empty: none."
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        # A polygon needs three corners of two coordinates each.
+        if len(self.region_of_interest) % 2 or 0 < len(self.region_of_interest) < 6:
+            raise SettingsError(
+                "setting 'region_of_interest': expected at least 3 pairs x, y, "
+                f"found {len(self.region_of_interest)} numbers"
+            )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of the detector and the node; checked when made.
+
+    Raises:
+        SettingsError: a value of the wrong type or out of bounds.
+    """
+
+    backbone: str = setting(
+        "street_small",
+        "Vision backbone: a shipped name, a local Hugging Face folder, or a hub id "
+        "already downloaded.",
+    )
+    layers: tuple[int, ...] = setting(
+        (),
+        "Hidden states used as patch features, concatenated on the finest grid; empty: "
+        "the backbone's own choice.",
+    )
+    input_size: int = setting(
+        640,
+        "Long side in pixels to which images are resized; both sides are rounded to the "
+        "patch multiple.",
+        minimum=32,
+        maximum=8192,
+    )
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N.")
+    dtype: str = setting(
+        "auto",
+        "Precision of the backbone; auto: bfloat16 on a GPU that has it, else float16 "
+        "there, float32 on a CPU.",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    index: str = setting("", "Folder of the nominal index.")
+    neighbours: int = setting(
+        1, "Nearest nominal embeddings averaged into a patch distance.", minimum=1, maximum=100
+    )
+    tail_percent: float = setting(
+        1.0,
+        "Share of the patches, largest distances first, whose mean is the frame score, in percent.",
+        minimum=0.001,
+        maximum=100.0,
+    )
+    search: str = setting(
+        "auto",
+        "Nearest-neighbour search; auto: exact for small indexes, else the graph with an "
+        "exact check of what looks anomalous.",
+        choices=("auto", "exact", "graph"),
+    )
+    search_ef: int = setting(
+        32,
+        "Breadth of the graph search; larger is slower and more accurate.",
+        minimum=1,
+        maximum=10000,
+    )
+    dedup_distance: float = setting(
+        0.02,
+        "While building, embeddings closer than this cosine distance to a stored one are "
+        "counted, not stored.",
+        minimum=0.0,
+        maximum=2.0,
+    )
+    max_entries: int = setting(
+        200000, "Most embeddings that an index may hold.", minimum=1, maximum=50000000
+    )
+    graph_m: int = setting(16, "Links per entry of the hnswlib graph.", minimum=2, maximum=128)
+    graph_ef_construction: int = setting(
+        100, "Breadth of the search while the graph is built.", minimum=8, maximum=4096
+    )
+    target_false_alarm_rate: float = setting(
+        0.01,
+        "Share of nominal frames that may be called anomalous.",
+        minimum=1e-6,
+        maximum=0.5,
+        live=True,
+    )
+    threshold: float = setting(
+        0.0,
+        "Score threshold that replaces the calibrated one; 0: the calibrated one.",
+        minimum=0.0,
+        maximum=2.0,
+        live=True,
+    )
+    confirm_count: int = setting(
+        1,
+        "Anomalous frames needed among the last confirm_window ones before the decision "
+        "is anomaly.",
+        minimum=1,
+        maximum=1000,
+        live=True,
+    )
+    confirm_window: int = setting(
+        1, "Frames over which anomalous ones are counted.", minimum=1, maximum=1000, live=True
+    )
+    min_area_px: int = setting(
+        0,
+        "Localised regions with fewer pixels are not reported.",
+        minimum=0,
+        maximum=100000000,
+        live=True,
+    )
+    cameras: tuple[str, ...] = setting(
+        ("camera",), "Names of the cameras; each has its own settings under its name."
+    )
+    max_age_s: float = setting(
+        0.5,
+        "Images older than this when their turn comes are dropped and counted.",
+        minimum=0.01,
+        maximum=60.0,
+        live=True,
+    )
+    silent_after_s: float = setting(
+        2.0,
+        "A camera without images for so long is reported by name and its status becomes unknown.",
+        minimum=0.1,
+        maximum=60.0,
+    )
+    qos_reliability: str = setting(
+        "best_effort",
+        "Reliability of the image subscriptions.",
+        choices=("best_effort", "reliable"),
+    )
+    qos_depth: int = setting(
+        1,
+        "Queue depth of the image subscriptions; only the newest image is used.",
+        minimum=1,
+        maximum=100,
+    )
+    marker_range_m: float = setting(
+        10.0,
+        "Range at which markers are drawn where it is neither measured nor given by the ground.",
+        minimum=0.1,
+        maximum=1000.0,
+    )
+    overlay_alpha: float = setting(
+        0.5, "Strength of the heatmap in the overlay.", minimum=0.0, maximum=1.0, live=True
+    )
+    camera_settings: Mapping[str, CameraSettings] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.cameras or len(set(self.cameras)) != len(self.cameras):
+            raise SettingsError(
+                f"setting 'cameras': expected distinct names, found {list(self.cameras)}"
+            )
+        for camera in self.cameras:
+            # Topics are named after cameras, and ROS refuses repeated underscores in them.
+            named = camera.isascii() and camera.isidentifier() and "__" not in camera
+            if not named or camera in _SPECS:
+                raise SettingsError(
+                    "setting 'cameras': expected letters, digits and single underscores and not a "
+                    f"setting's own name, found '{camera}'"
+                )
+        if self.confirm_count > self.confirm_window:
+            raise SettingsError(
+                f"setting 'confirm_count': expected at most confirm_window "
+                f"({self.confirm_window}), found {self.confirm_count}"
+            )
+        for camera in self.camera_settings:
+            if camera not in self.cameras:
+                raise UnknownNameError("camera", camera, self.cameras)
+        complete = {name: self.camera_settings.get(name, CameraSettings()) for name in self.cameras}
+        object.__setattr__(self, "camera_settings", complete)
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, Any]) -> Settings:
+        """Make settings from flat ROS parameter names ('neighbours', 'front.image_topic').
+
+        Raises:
+            UnknownNameError: a name is neither a setting nor a camera's setting.
+            SettingsError: a value cannot be taken.
+        """
+        cameras = _SPECS["cameras"].check(parameters.get("cameras", _SPECS["cameras"].default))
+        common: dict[str, Any] = {}
+        by_camera: dict[str, dict[str, Any]] = {}
+        known = [*_SPECS, *(f"{c}.{s}" for c in cameras for s in _CAMERA_SPECS)]
+        for name, value in parameters.items():
+            camera, dot, key = name.partition(".")
+            if name in _SPECS:
+                common[name] = _SPECS[name].check(value)
+            elif dot and camera in cameras and key in _CAMERA_SPECS:
+                by_camera.setdefault(camera, {})[key] = _CAMERA_SPECS[key].check(value, name)
+            else:
+                raise UnknownNameError("setting", name, known)
+        made = {name: CameraSettings(**values) for name, values in by_camera.items()}
+        return cls(**common, camera_settings=made)
+
+    @classmethod
+    def from_yaml(cls, path: Path, overrides: Mapping[str, Any] | None = None) -> Settings:
+        """Read the node's own YAML ('/**: ros__parameters: ...') or a plain mapping.
+
+        Args:
+            path: YAML file.
+            overrides: flat names that win over the file.
+
+        Raises:
+            SettingsError: the file cannot be read or holds something that cannot be taken.
+        """
+        return cls.from_parameters({**read_parameters_yaml(path), **(overrides or {})})
+
+    def to_parameters(self) -> dict[str, Any]:
+        """Return flat ROS parameter names and values, lists for tuples."""
+        flat: dict[str, Any] = {name: getattr(self, name) for name in _SPECS}
+        for camera, settings in self.camera_settings.items():
+            flat.update({f"{camera}.{key}": getattr(settings, key) for key in _CAMERA_SPECS})
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in flat.items()}
+
+    def replace(self, **changes: Any) -> Settings:
+        """Return a checked copy with some settings changed."""
+        return dataclasses.replace(self, **changes)
+
+    def index_of(self, camera: str) -> str:
+        """Return the index folder of a camera: its own, else the common one, else ''."""
+        return self.camera_settings[camera].index or self.index
+
+
+def setting_specs() -> dict[str, SettingSpec]:
+    """Return the rows of the common settings by name."""
+    return dict(_SPECS)
+
+
+def camera_setting_specs() -> dict[str, SettingSpec]:
+    """Return the rows of a camera's settings by name."""
+    return dict(_CAMERA_SPECS)
+
+
+_SPECS = specs_of(Settings)
+_CAMERA_SPECS = specs_of(CameraSettings)

@@ -1,0 +1,165 @@
+"""Writing artefacts so that a reader finds the old one, the new one, or none: never a half."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from semantic_anomaly.errors import ArtefactError
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+def canonical_json(value: Any) -> str:
+    """Return the one JSON text of a value: sorted keys, no spaces, no NaN, newline-free.
+
+    Raises:
+        ArtefactError: the value holds something that JSON cannot, such as NaN.
+    """
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ArtefactError(f"not representable as JSON: {error}") from error
+
+
+def sha256_bytes(data: bytes | memoryview) -> str:
+    """Return the sha256 of bytes as 64 hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Return the sha256 of a file's content as 64 hexadecimal digits.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def atomic_write_bytes(path: Path, data: bytes) -> None:
+    """Write a file by a temporary sibling, fsync and rename; parents are made.
+
+    Args:
+        path: replaced if it exists.
+        data: the whole content.
+
+    Raises:
+        ArtefactError: it cannot be written; what was there before is untouched.
+    """
+    path = _absolute(path)
+    temporary = _sibling(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _fsync(path.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise ArtefactError(f"cannot write '{path}': {_reason(error)}") from error
+        raise
+
+
+@contextmanager
+def atomic_folder(path: Path, replace: bool) -> Iterator[Path]:
+    """Yield a temporary sibling folder that becomes `path` when the block ends without an error.
+
+    Everything in it is fsynced before the rename. Whatever ends the block otherwise removes it
+    and leaves `path` as it was.
+
+    Args:
+        path: the folder to be; parents are made.
+        replace: whether an existing folder may be replaced, as a whole.
+
+    Raises:
+        ArtefactError: `path` exists and may not be replaced, or something cannot be written.
+    """
+    path = _absolute(path)
+    temporary = _sibling(path)
+    try:
+        _refuse_existing(path, replace)
+        temporary.mkdir(parents=True)
+        yield temporary
+        _fsync_tree(temporary)
+        _refuse_existing(path, replace)
+        _put_in_place(temporary, path)
+        _fsync(path.parent)
+    except OSError as error:
+        raise ArtefactError(f"cannot write '{path}': {_reason(error)}") from error
+    finally:
+        # After an exchange the temporary name holds the old folder.
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _refuse_existing(path: Path, replace: bool) -> None:
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise ArtefactError(f"cannot write '{path}': expected a folder or nothing there")
+    if path.exists() and not replace:
+        raise ArtefactError(f"cannot write '{path}': it exists already")
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    if not path.exists():
+        temporary.rename(path)
+    elif not _exchange(temporary, path):
+        aside = _sibling(path)
+        path.rename(aside)
+        try:
+            temporary.rename(path)
+        except OSError:
+            aside.rename(path)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    # Two renames would leave a moment without either; Linux can swap names in one step.
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    names = os.fsencode(one), os.fsencode(other)
+    return renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0
+
+
+def _absolute(path: Path) -> Path:
+    # '..' is kept as it stands, for it may follow a link.
+    return Path(path).expanduser().absolute()
+
+
+def _sibling(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _fsync_tree(folder: Path) -> None:
+    for entry in folder.rglob("*"):
+        _fsync(entry)
+    _fsync(folder)

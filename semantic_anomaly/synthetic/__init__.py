@@ -1,0 +1,21 @@
+"""A small street simulator for demonstration, tests and training of the shipped backbone."""
+
+from semantic_anomaly.synthetic.canvas import CameraModel
+from semantic_anomaly.synthetic.drive import (
+    KINDS,
+    ODD_ARRANGEMENTS,
+    ODD_OBJECTS,
+    StreetDrive,
+    StreetFrame,
+    family,
+)
+
+__all__ = [
+    "KINDS",
+    "ODD_ARRANGEMENTS",
+    "ODD_OBJECTS",
+    "CameraModel",
+    "StreetDrive",
+    "StreetFrame",
+    "family",
+]

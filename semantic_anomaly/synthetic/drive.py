@@ -1,0 +1,190 @@
+"""A drive along a street: the camera moves, every frame is drawn from its own index alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from semantic_anomaly.synthetic.canvas import CameraModel, Canvas, Stage
+from semantic_anomaly.synthetic.oddities import ODD_ARRANGEMENT_MAKERS, ODD_OBJECT_MAKERS
+from semantic_anomaly.synthetic.world import VIEW_M, clear_for, make_oddity, make_world
+
+ODD_OBJECTS = tuple(ODD_OBJECT_MAKERS)
+ODD_ARRANGEMENTS = tuple(ODD_ARRANGEMENT_MAKERS)
+KINDS = ODD_OBJECTS + ODD_ARRANGEMENTS
+# An anomaly is met between these distances; before and after it nothing of it is seen.
+MEET_FAR_M, MEET_NEAR_M = 40.0, 6.0
+MIN_ANOMALY_PX_AT_360 = 25
+
+
+def family(kind: str) -> str:
+    """Return 'odd object' or 'odd arrangement'.
+
+    Raises:
+        ValueError: no such kind.
+    """
+    if kind in ODD_OBJECTS:
+        return "odd object"
+    if kind in ODD_ARRANGEMENTS:
+        return "odd arrangement"
+    raise ValueError(f"unknown kind of anomaly '{kind}'; expected one of: {', '.join(KINDS)}")
+
+
+@dataclass(frozen=True, eq=False)
+class StreetFrame:
+    """One rendered frame with its ground truth.
+
+    Attributes:
+        image: (H, W, 3) uint8 RGB.
+        depth_m: (H, W) float32 along the optical axis; 0 where there is none (sky).
+        instances: (H, W) int32 instance ids, 0 for ground and sky.
+        classes: class name by instance id.
+        anomaly_mask: (H, W) bool, visible pixels of the anomaly.
+        kind: kind of the anomaly that is visible, None in a nominal frame.
+        stamp_ns: nanoseconds since the start stamp.
+        name: drive and frame number.
+    """
+
+    image: np.ndarray
+    depth_m: np.ndarray
+    instances: np.ndarray
+    classes: dict[int, str]
+    anomaly_mask: np.ndarray
+    kind: str | None
+    stamp_ns: int
+    name: str
+
+
+class StreetDrive:
+    """A drive along the street of a seed; frames are rendered on demand, in any order.
+
+    Args:
+        seed: of street, day, traffic, speed and anomalies.
+        frames: length of the drive.
+        anomalies: kinds met one after another, evenly spaced, nominal stretches between them.
+        image_hw: (height, width) in pixels.
+        rate_hz: frames a second.
+        start_ns: stamp of the first frame.
+
+    Raises:
+        ValueError: an unknown kind, or too few frames for the anomalies.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        frames: int = 100,
+        *,
+        anomalies: Sequence[str] = (),
+        image_hw: tuple[int, int] = (360, 640),
+        rate_hz: float = 10.0,
+        start_ns: int = 0,
+    ) -> None:
+        if frames < 1 or seed < 0 or rate_hz <= 0 or min(image_hw) < 32:
+            raise ValueError(
+                f"expected frames >= 1, seed >= 0, rate > 0 and sides >= 32 px, found "
+                f"{frames}, {seed}, {rate_hz}, {image_hw}"
+            )
+        for kind in anomalies:
+            family(kind)
+        rng = np.random.default_rng(np.random.SeedSequence([seed, 5]))
+        self.seed, self.rate_hz, self.start_ns = seed, rate_hz, start_ns
+        self.anomalies = tuple(anomalies)
+        self._frames = frames
+        self._speed = float(rng.uniform(5.5, 9.5))
+        height, width = image_hw
+        focal = width / (2 * np.tan(np.radians(float(rng.uniform(33, 37)))))
+        horizon = height * float(rng.uniform(0.42, 0.48))
+        camera_height = float(rng.uniform(1.35, 1.6))
+        self.camera = CameraModel(focal, focal, width / 2, horizon, image_hw, camera_height)
+        self._sway = rng.uniform(0, 2 * np.pi, 4)
+        step = self._speed / rate_hz
+        places = self._meeting_places(frames * step, step)
+        world = make_world(seed, frames * step)
+        things = world.things
+        oddities = [make_oddity(k, seed, z) for k, z in zip(self.anomalies, places, strict=True)]
+        for oddity in oddities:
+            things = clear_for(things, oddity)
+        self._things = (*things, *oddities)
+        self._stage = Stage(self.camera, world.day, world.ground)
+        self._noise = _noise_tile(seed, image_hw, world.day.noise)
+
+    def _meeting_places(self, length_m: float, step_m: float) -> list[float]:
+        count = len(self.anomalies)
+        if not count:
+            return []
+        stretch = length_m / count
+        # Each stretch holds a nominal lead-in, the approach and a nominal rest.
+        needed = MEET_FAR_M - MEET_NEAR_M + 2 * 4.0
+        if stretch < needed:
+            frames = int(np.ceil(count * needed / step_m))
+            raise ValueError(
+                f"{count} anomalies at {self._speed:.1f} m/s need at least {frames} frames, "
+                f"found {self._frames}"
+            )
+        free = (stretch - needed) / 2
+        return [i * stretch + free + 4.0 + MEET_FAR_M for i in range(count)]
+
+    def __len__(self) -> int:
+        """Return the number of frames."""
+        return self._frames
+
+    def __iter__(self) -> Iterator[StreetFrame]:
+        """Yield the frames in order."""
+        return (self.frame(i) for i in range(self._frames))
+
+    def frame(self, i: int) -> StreetFrame:
+        """Render frame i, whatever was rendered before.
+
+        Raises:
+            IndexError: no such frame.
+        """
+        if not 0 <= i < self._frames:
+            raise IndexError(f"frame {i}: expected 0 to {self._frames - 1}")
+        t = i / self.rate_hz
+        camera_z = self._speed * t
+        a, b, c, d = self._sway
+        camera_x = 0.12 * np.sin(0.5 * t + a) + 0.05 * np.sin(1.7 * t + b)
+        camera_y = self.camera.height_m + 0.012 * np.sin(9 * t + c)
+        yaw = 0.008 * np.sin(0.6 * t + d)
+        canvas = Canvas(self._stage, (camera_x, camera_y, camera_z), yaw)
+        visible = []
+        for number, thing in enumerate(self._things, start=1):
+            z = thing.z + thing.speed_z * t - camera_z
+            near, far = (MEET_NEAR_M, MEET_FAR_M) if thing.kind else (-8.0, VIEW_M)
+            if near - 0.01 <= z <= far:
+                order = (thing.cls == "house", float(np.hypot(thing.x - camera_x, z)))
+                visible.append((order, number, thing, z + camera_z))
+        # Houses line the street, so nothing stands behind them but other houses.
+        visible.sort(key=lambda item: item[0], reverse=True)
+        canvas.shadows([(thing, z) for _, _, thing, z in visible])
+        classes = {}
+        for _, number, thing, z in visible:
+            classes[number] = thing.cls
+            canvas.draw(thing, number, z)
+        image = canvas.develop(self._noise, i)
+        kinds = [thing.kind for _, _, thing, _ in visible if thing.kind]
+        height, width = self.camera.image_hw
+        enough = MIN_ANOMALY_PX_AT_360 * height * width / (360 * 640)
+        seen = bool(kinds) and int(canvas.anomaly.sum()) >= enough
+        if not seen:
+            canvas.anomaly[:] = 0
+        drawn = set(np.unique(canvas.ids).tolist())
+        return StreetFrame(
+            image=image,
+            depth_m=canvas.depth(),
+            instances=canvas.ids,
+            classes={n: name for n, name in classes.items() if n in drawn},
+            anomaly_mask=canvas.anomaly.astype(bool),
+            kind=kinds[0] if seen else None,
+            stamp_ns=self.start_ns + round(i * 1e9 / self.rate_hz),
+            name=f"drive{self.seed:07d}_{i:06d}",
+        )
+
+
+def _noise_tile(seed: int, image_hw: tuple[int, int], sigma: float) -> np.ndarray:
+    rng = np.random.default_rng(np.random.SeedSequence([seed, 9]))
+    shape = (image_hw[0] + 64, image_hw[1] + 64, 3)
+    return np.clip(rng.normal(0, sigma, shape), -40, 40).astype(np.int16)

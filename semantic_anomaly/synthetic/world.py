@@ -1,0 +1,257 @@
+"""A street laid out from a seed: what stands where, what moves, and how the day looks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from semantic_anomaly.synthetic import props
+from semantic_anomaly.synthetic.mesh import Mesh, box, polygon, shade, solid
+from semantic_anomaly.synthetic.oddities import (
+    ANOMALY,
+    ODD_ARRANGEMENT_MAKERS,
+    ODD_OBJECT_MAKERS,
+    PART_IS_ODD,
+)
+from semantic_anomaly.synthetic.textures import advert, facade, ground
+
+VIEW_M = 95.0
+# Nothing stands between the lane and an anomaly beside it for so long before it.
+CLEAR_BEFORE_M = 20.0
+
+
+@dataclass(frozen=True, eq=False)
+class Thing:
+    """One object of the street.
+
+    Attributes:
+        cls: class name.
+        meshes: around the object's own origin, already turned.
+        x, z: place of the origin in metres, at time 0 where it moves.
+        speed_z: metres a second along the street.
+        footprint: half width and half length of the shadow.
+        kind: kind of anomaly, empty for nominal things.
+    """
+
+    cls: str
+    meshes: tuple[Mesh, ...]
+    x: float
+    z: float
+    speed_z: float = 0.0
+    footprint: tuple[float, float] = (0.3, 0.3)
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Day:
+    """How a drive looks: light, haze and sensor, constant over the drive.
+
+    Attributes:
+        light: RGB factors on every colour.
+        sky_top, sky_low: RGB of the sky.
+        haze_per_m: extinction.
+        gain: exposure.
+        noise: standard deviation of the sensor noise in grey levels.
+        blur: standard deviation of the lens blur in pixels.
+        shadow: factor of light left in shadows.
+    """
+
+    light: tuple[float, float, float]
+    sky_top: tuple[float, float, float]
+    sky_low: tuple[float, float, float]
+    haze_per_m: float
+    gain: float
+    noise: float
+    blur: float
+    shadow: float
+
+
+@dataclass(frozen=True, eq=False)
+class World:
+    """Everything that a drive passes."""
+
+    things: tuple[Thing, ...]
+    ground: np.ndarray
+    day: Day
+
+
+def make_day(rng: np.random.Generator) -> Day:
+    """Return the light of a day between morning, noon, overcast and dusk."""
+    warm = float(rng.uniform(-0.1, 0.12))
+    level = float(rng.uniform(0.72, 1.08))
+    blue = rng.uniform(0.0, 1.0)
+    top = np.array((150, 165, 185)) * (1 - blue) + np.array((86, 132, 196)) * blue
+    low = np.array((205, 208, 210)) * (1 - 0.4 * blue) + np.array((215, 190, 160)) * 0.4 * blue
+    return Day(
+        light=(level * (1 + warm), level, level * (1 - warm)),
+        sky_top=tuple((top * level).tolist()),
+        sky_low=tuple((low * min(1.0, level * 1.05)).tolist()),
+        haze_per_m=float(rng.choice([0.001, 0.004, 0.008, 0.013]) * rng.uniform(0.7, 1.3)),
+        gain=float(rng.uniform(0.88, 1.14)),
+        noise=float(rng.uniform(1.0, 4.5)),
+        blur=float(rng.uniform(0.3, 0.75)),
+        shadow=float(rng.uniform(0.5, 0.85)),
+    )
+
+
+def make_world(seed: int, length_m: float, oncoming: bool = True) -> World:
+    """Return the nominal world of a seed along 0..length_m.
+
+    Args:
+        seed: the world's seed.
+        length_m: metres driven.
+        oncoming: whether other vehicles move.
+    """
+    root = np.random.SeedSequence(seed)
+    layout, looks, traffic = (np.random.default_rng(s) for s in root.spawn(3))
+    things: list[Thing] = []
+    end = length_m + VIEW_M
+    for side in (-1, 1):
+        _line_with_houses(things, layout, side, end)
+        _line_with_furniture(things, layout, side, end)
+    if oncoming:
+        _add_traffic(things, traffic, end)
+    return World(tuple(things), ground(looks), make_day(looks))
+
+
+def _turned(meshes: list[Mesh], yaw: float) -> tuple[Mesh, ...]:
+    return tuple(mesh.moved(yaw=yaw) for mesh in meshes) if yaw else tuple(meshes)
+
+
+def _house(rng: np.random.Generator, side: int) -> tuple[list[Mesh], float]:
+    width, length = float(rng.uniform(7, 12)), float(rng.uniform(7, 15))
+    height = float(rng.choice([3.2, 6.0, 6.4, 9.2])) * float(rng.uniform(0.95, 1.1))
+    wall = facade(rng, length, height)
+    gable = facade(rng, width, height)
+    sides = {"left" if side > 0 else "right": wall, "back": gable}
+    hull = solid(box((width, height, length), (170, 160, 150), textures=sides))
+    roof = shade(
+        (128, 70, 54) if rng.random() < 0.5 else (84, 84, 90), float(rng.uniform(0.7, 1.2))
+    )
+    rise, a, b = float(rng.uniform(1.2, 3.0)), width / 2 + 0.3, length / 2 + 0.3
+    gables = [
+        polygon([(-a, height, -b), (a, height, -b), (0, height + rise, -b)], shade(roof, 0.8)),
+        polygon([(-a, height, b), (a, height, b), (0, height + rise, b)], shade(roof, 0.8)),
+        polygon(
+            [(-a, height, -b), (0, height + rise, -b), (0, height + rise, b), (-a, height, b)], roof
+        ),
+        polygon(
+            [(a, height, -b), (0, height + rise, -b), (0, height + rise, b), (a, height, b)], roof
+        ),
+    ]
+    hat = Mesh(tuple(face for mesh in gables for face in mesh.faces))
+    return [hull, solid(hat)], length
+
+
+def _line_with_houses(things: list[Thing], rng: np.random.Generator, side: int, end: float) -> None:
+    z = -15.0
+    while z < end:
+        meshes, length = _house(rng, side)
+        z += length / 2
+        edge = 10.2 if side > 0 else 13.2
+        x = side * (edge + float(rng.uniform(5.5, 8.0)))
+        things.append(Thing("house", tuple(meshes), x, z, footprint=(0.1, 0.1)))
+        gap = float(rng.choice([1.5, 3.0, 9.0]))
+        if gap > 5 and rng.random() < 0.7:
+            parked = _turned(props.car(rng), side * np.pi / 2)
+            place = side * (edge + float(rng.uniform(1.0, 2.5)))
+            things.append(Thing("car", parked, place, z + length / 2 + 4.5, 0.0, (2.1, 0.9)))
+        z += length / 2 + gap
+
+
+_Maker = Callable[[np.random.Generator], list[Mesh]]
+# class, maker, metres between two of a kind, lateral place on the right and the left, footprint
+_FURNITURE: tuple[tuple[str, _Maker, float, tuple[float, float], tuple[float, float], tuple[float, float]], ...] = (
+    ("tree", props.tree, 11.0, (7.6, 9.6), (-12.8, -11.0), (1.2, 1.2)),
+    ("hedge", props.hedge, 19.0, (8.0, 9.4), (-12.6, -11.4), (0.5, 1.5)),
+    ("lamp_post", props.lamp_post, 31.0, (4.6, 4.9), (-8.4, -8.0), (0.1, 0.1)),
+    ("bin", props.bin_, 37.0, (6.7, 7.1), (-10.6, -10.2), (0.3, 0.3)),
+    ("bench", props.bench, 43.0, (6.6, 7.0), (-10.6, -10.2), (0.8, 0.3)),
+    ("person", props.person, 9.0, (4.9, 6.9), (-10.4, -8.2), (0.25, 0.2)),
+    ("traffic_light", props.traffic_light, 41.0, (4.4, 4.7), (-8.2, -7.9), (0.1, 0.1)),
+    ("stop_sign", props.stop_sign, 38.0, (4.5, 4.9), (-8.4, -8.0), (0.1, 0.1)),
+)  # fmt: skip
+
+
+def _line_with_furniture(
+    things: list[Thing], rng: np.random.Generator, side: int, end: float
+) -> None:
+    for cls, maker, spacing, right, left, footprint in _FURNITURE:
+        z = float(rng.uniform(2.0, spacing))
+        while z < end:
+            x = float(rng.uniform(*(right if side > 0 else left)))
+            walks = float(rng.uniform(-1.2, 1.2)) if cls == "person" else 0.0
+            things.append(Thing(cls, tuple(maker(rng)), x, z, walks, footprint))
+            z += spacing * float(rng.uniform(0.5, 1.6))
+    z = float(rng.uniform(5, 40))
+    while z < end:
+        x = float(rng.uniform(8.6, 9.4)) if side > 0 else float(rng.uniform(-12.6, -11.8))
+        board = tuple(props.billboard(advert(rng)))
+        things.append(Thing("billboard", board, x, z, 0.0, (2.0, 0.2)))
+        z += float(rng.uniform(28, 60))
+    z = float(rng.uniform(-8, 6))
+    while z < end:
+        x = (3.05 if side > 0 else -6.5) + float(rng.uniform(-0.15, 0.15))
+        away = 0.0 if side > 0 or rng.random() < 0.2 else np.pi
+        if rng.random() < 0.16:
+            parked = _turned(props.truck(rng), away)
+            things.append(Thing("truck", parked, x, z, 0.0, (1.2, 3.4)))
+            z += 5.0
+        elif rng.random() < 0.55:
+            parked = _turned(props.car(rng), away + float(rng.normal(0, 0.02)))
+            things.append(Thing("car", parked, x, z, 0.0, (0.95, 2.15)))
+        z += float(rng.uniform(5.4, 8.0))
+
+
+def _add_traffic(things: list[Thing], rng: np.random.Generator, end: float) -> None:
+    z = float(rng.uniform(20, 60))
+    while z < 2.2 * end:
+        x, speed = float(rng.uniform(-3.8, -3.3)), -float(rng.uniform(6, 11))
+        if rng.random() < 0.25:
+            oncoming = _turned(props.truck(rng), np.pi)
+            things.append(Thing("truck", oncoming, x, z, speed, (1.2, 3.4)))
+        else:
+            oncoming = _turned(props.car(rng), np.pi)
+            things.append(Thing("car", oncoming, x, z, speed, (0.95, 2.15)))
+        z += float(rng.uniform(25, 90))
+
+
+def make_oddity(kind: str, seed: int, z: float) -> Thing:
+    """Return the anomaly of a kind, standing at z metres along the street.
+
+    Args:
+        kind: one of the kinds of anomaly.
+        seed: of its looks and lateral place.
+        z: place along the street.
+    """
+    rng = np.random.default_rng(np.random.SeedSequence([seed, sum(kind.encode()), 77]))
+    maker, lateral = {**ODD_OBJECT_MAKERS, **ODD_ARRANGEMENT_MAKERS}[kind]
+    x = float(rng.uniform(*lateral))
+    meshes = tuple(maker(rng))
+    if kind not in PART_IS_ODD:
+        meshes = tuple(mesh.named(ANOMALY) for mesh in meshes)
+    wide = (1.0, 1.0) if "car" not in kind and "truck" not in kind else (1.2, 2.4)
+    if kind == "stop_sign_on_billboard":
+        wide = (2.0, 0.2)
+    cls = {"stop_sign_on_billboard": "billboard", "traffic_lights_on_truck": "truck"}.get(
+        kind, kind
+    )
+    cls = {"person_on_car_roof": "car", "car_across_sidewalk": "car"}.get(kind, cls)
+    return Thing(cls, meshes, x, z, 0.0, wide, kind)
+
+
+def clear_for(things: tuple[Thing, ...], oddity: Thing) -> tuple[Thing, ...]:
+    """Return the things without those that stand where the anomaly stands or hide it."""
+    kept = []
+    for thing in things:
+        beside = abs(thing.x - oddity.x) < thing.footprint[0] + oddity.footprint[0] + 0.4
+        reach = thing.footprint[1] + oddity.footprint[1]
+        ahead = thing.z - oddity.z
+        there = beside and -reach - 5.0 < ahead < reach + 0.5
+        # What stands nearer to the lane hides what is behind it from a passing camera.
+        hides = 2.0 < thing.x < oddity.x + 0.8 and -CLEAR_BEFORE_M < ahead < reach
+        if thing.cls == "house" or thing.speed_z < -3 or not (there or hides):
+            kept.append(thing)
+    return tuple(kept)
