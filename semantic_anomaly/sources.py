@@ -114,7 +114,7 @@ class ImageFolder(FrameSource):
             )
         beside = [folder / "labels.json"]
         if resolved.name == "images":
-            beside.append(folder.parent / "labels.json")
+            beside.append(resolved.parent / "labels.json")
         labels = next((file for file in beside if file.is_file()), None)
         self._stamps_ns = _read_stamps(labels, self.files) if labels else {}
 

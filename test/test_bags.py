@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import os
 import sqlite3
 from collections.abc import Sequence
@@ -8,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
 from rosbags.typesys import Stores, get_typestore
 
@@ -53,10 +53,7 @@ def text(words: str) -> Any:
 
 
 def write_bag(
-    path: Path,
-    topics: dict[str, Sequence[Any]],
-    storage: str = "mcap",
-    compression: CompressionMode | None = None,
+    path: Path, topics: dict[str, Sequence[Any]], storage: str = "mcap", compression: Any = None
 ) -> Path:
     """Write a bag with one message a topic every 100 ms."""
     writer = Writer(path, version=9, storage_plugin=STORAGES[storage])
@@ -83,7 +80,8 @@ def data_file(bag: Path) -> Path:
 def test_images_come_back_as_they_were_recorded(
     tmp_path: Path, storage: str, kind: str, bare: bool
 ) -> None:
-    make, topic = {"raw": (raw, RAW), "compressed": (compressed, COMPRESSED)}[kind]
+    choices: dict[str, Any] = {"raw": (raw, RAW), "compressed": (compressed, COMPRESSED)}
+    make, topic = choices[kind]
     other = {"/words": [text("other")] * 3}
     bag = write_bag(tmp_path / "drive", {topic: [make(n) for n in range(12)], **other}, storage)
     source = open_source(data_file(bag) if bare else bag)
@@ -137,10 +135,8 @@ def test_a_jpeg_topic_is_rgb_whatever_the_source_encoding(tmp_path: Path) -> Non
 
 @pytest.fixture
 def several(tmp_path: Path) -> Path:
-    return write_bag(
-        tmp_path / "drive",
-        {RAW: [raw(0)], COMPRESSED: [compressed(0)] * 2, "/words": [text("other")], "/still": []},
-    )
+    images = {RAW: [raw(0)], COMPRESSED: [compressed(0)] * 2, "/still": []}
+    return write_bag(tmp_path / "drive", {**images, "/words": [text("other")]})
 
 
 def test_a_topic_is_chosen_by_name(several: Path) -> None:
@@ -197,30 +193,25 @@ def test_messages_lost_in_the_middle_are_noticed(tmp_path: Path) -> None:
     with sqlite3.connect(data_file(bag)) as database:
         database.execute("DELETE FROM messages WHERE id IN (7, 8)")
     database.close()
-    read = []
-    with pytest.raises(SourceError, match=r"is damaged: 18 of 20 messages of topic '/camera/im"):
-        for frame in open_source(bag):
-            read.append(frame)
-    assert len(read) == 18
+    frames = iter(open_source(bag))
+    assert len(list(itertools.islice(frames, 18))) == 18
+    with pytest.raises(SourceError, match="is damaged: 18 of 20 messages of topic '/camera/im"):
+        next(frames)
     # What lies before the end of a selection is all that a selection needs.
     assert len(list(open_source(f"{bag}[:5]"))) == 5
 
 
-def test_more_messages_than_announced_are_noticed(tmp_path: Path) -> None:
-    bag = write_bag(tmp_path / "drive", {RAW: [raw(n) for n in range(6)]})
-    metadata = yaml.safe_load((bag / "metadata.yaml").read_text())
-    metadata["rosbag2_bagfile_information"]["topics_with_message_count"][0]["message_count"] = 4
-    (bag / "metadata.yaml").write_text(yaml.safe_dump(metadata))
-    with pytest.raises(SourceError, match="is damaged: 6 of 4 messages"):
-        list(open_source(bag))
-
-
-def test_a_metadata_file_of_another_type_is_noticed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("old", "new", "found"),
+    [("message_count: 6", "message_count: 4", "6 of 4"), (IMAGE_TYPE, COMPRESSED_TYPE, "0 of 6")],
+)
+def test_foreign_metadata_are_noticed(tmp_path: Path, old: str, new: str, found: str) -> None:
     bag = write_bag(tmp_path / "drive", {RAW: [raw(n) for n in range(6)]})
     metadata = (bag / "metadata.yaml").read_text()
-    (bag / "metadata.yaml").write_text(metadata.replace(IMAGE_TYPE, COMPRESSED_TYPE))
-    with pytest.raises(SourceError, match="is damaged: 0 of 6 messages"):
-        list(open_source(bag))
+    (bag / "metadata.yaml").write_text(metadata.replace(old, new))
+    for selection in ("", "[-2:]"):
+        with pytest.raises(SourceError, match=f"is damaged: {found} messages"):
+            list(open_source(f"{bag}{selection}"))
 
 
 @pytest.mark.parametrize("content", ["", "{", "rosbag2_bagfile_information: 5", "a: 1"])
@@ -248,7 +239,6 @@ def test_a_message_that_is_no_image_message_is_named(tmp_path: Path) -> None:
         (RAW, raw(1, step=90), "expected a step of at least 96 bytes, found 90"),
         (RAW, raw(1, encoding="h264"), "encoding 'h264' is not supported"),
         (COMPRESSED, compressed(1, encode_png(rgb(1))[:-9]), "PNG image is truncated"),
-        (COMPRESSED, compressed(1, b""), "found no bytes"),
         (COMPRESSED, compressed(1, form="16UC1; compressedDepth png"), "is a depth image"),
     ],
 )
@@ -302,12 +292,9 @@ def test_random_damage_never_raises_anything_else(tmp_path: Path, rng: np.random
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the evaluation data is not there")
 def test_a_real_bag_is_read() -> None:
     bag = SHARED / "carla_drives" / "spawn_props_bag"
-    source = open_source(f"{bag}[-2:]")
-    assert open_source(bag).count == 140
-    assert [frame.stamp_ns - START_NS for frame in source] == [13_800_000_000, 13_900_000_000]
-    frame = next(iter(source))
-    assert frame.image_hw == (540, 960)
-    assert frame.frame_id == "camera_front_optical"
+    frame, last = open_source(f"{bag}[138:]")
+    assert last.stamp_ns - START_NS == 13_900_000_000
+    assert (frame.image_hw, frame.frame_id) == ((540, 960), "camera_front_optical")
     # The sky is blue: the channels are in their order.
     top = frame.image[:60].reshape(-1, 3).mean(axis=0)
     assert top[2] > top[0]
