@@ -1,6 +1,5 @@
 """A small street simulator for demonstration, tests and training of the shipped backbone."""
 
-from semantic_anomaly.synthetic.canvas import CameraModel
 from semantic_anomaly.synthetic.drive import (
     KINDS,
     ODD_ARRANGEMENTS,
@@ -9,6 +8,7 @@ from semantic_anomaly.synthetic.drive import (
     StreetFrame,
     family,
 )
+from semantic_anomaly.synthetic.stage import CameraModel
 
 __all__ = [
     "KINDS",

@@ -2,91 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 
-from semantic_anomaly.synthetic.mesh import Face
-from semantic_anomaly.synthetic.oddities import ANOMALY
+from semantic_anomaly.synthetic.stage import NEAR_M, Sheet, Stage, clip_near, cut_texture
 from semantic_anomaly.synthetic.textures import (
     GROUND_HALF_WIDTH_M,
     GROUND_M_PER_PX,
     GROUND_PERIOD_M,
 )
-from semantic_anomaly.synthetic.world import Day, Thing
+from semantic_anomaly.synthetic.world import Thing
 
-NEAR_M = 0.6
 # Faces below this size in pixels change no pixel worth drawing.
 SMALLEST_FACE_PX = 0.8
-
-
-@dataclass(frozen=True)
-class CameraModel:
-    """A pinhole camera; optical frame: x right, y down, z forward.
-
-    Attributes:
-        fx, fy, cx, cy: pixels.
-        image_hw: (height, width) in pixels.
-        height_m: above the ground.
-    """
-
-    fx: float
-    fy: float
-    cx: float
-    cy: float
-    image_hw: tuple[int, int]
-    height_m: float
-
-
-class _Sheet:
-    """The faces of one mesh as arrays, lit by the day, ready to be drawn many times."""
-
-    def __init__(self, faces: tuple[Face, ...], solid: bool, light: np.ndarray) -> None:
-        self.solid = solid
-        self.points = np.concatenate([face.points for face in faces])
-        counts = np.array([len(face.points) for face in faces])
-        self.ends = np.cumsum(counts)
-        self.begins = self.ends - counts
-        self.counts = counts
-        self.centre = self.points.mean(axis=0)
-        self.odd = [face.part == ANOMALY for face in faces]
-        self.textures: list[list[np.ndarray] | None] = []
-        self.colours: list[list[float]] = []
-        for face in faces:
-            levels = None
-            colour = np.asarray(face.colour)
-            if face.texture is not None:
-                levels = [np.clip(face.texture * light, 0, 255).astype(np.uint8)]
-                while min(levels[-1].shape[:2]) > 8:
-                    half = cv2.resize(
-                        levels[-1], None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA
-                    )
-                    levels.append(half)
-                colour = face.texture.mean(axis=(0, 1))
-            self.textures.append(levels)
-            self.colours.append(np.clip(colour * light, 0, 255).tolist())
-
-
-class Stage:
-    """What all frames of a drive share: the lit ground and the lit faces of every thing."""
-
-    def __init__(self, camera: CameraModel, day: Day, ground: np.ndarray) -> None:
-        self.camera, self.day = camera, day
-        self._light = np.array(day.light)
-        self.ground = [np.clip(ground * self._light, 0, 255).astype(np.uint8)]
-        for _ in range(3):
-            half = cv2.resize(self.ground[-1], None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
-            self.ground.append(half)
-        self._sheets: dict[int, list[_Sheet]] = {}
-
-    def sheets(self, number: int, thing: Thing) -> list[_Sheet]:
-        """Return the drawable meshes of a thing, made when it is first seen."""
-        if number not in self._sheets:
-            meshes = thing.meshes
-            self._sheets[number] = [_Sheet(m.faces, m.solid, self._light) for m in meshes]
-        return self._sheets[number]
 
 
 class _Shape(NamedTuple):
@@ -100,7 +30,7 @@ class _Shape(NamedTuple):
 
 
 class Canvas:
-    """One frame in the making: image, inverse depth, instance ids and anomaly mask.
+    """One frame in the making: image, inverse depth and instance ids.
 
     Args:
         stage: what all frames share.
@@ -116,10 +46,8 @@ class Canvas:
         self._turn = np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]]).T
         height, width = self._camera.image_hw
         self.ids = np.zeros((height, width), np.int32)
-        self.anomaly = np.zeros((height, width), np.uint8)
         self._inverse = np.zeros((height, width), np.float32)
         self.image = np.empty((height, width, 3), np.uint8)
-        self._any_odd = False
         self._backdrop()
 
     def _backdrop(self) -> None:
@@ -189,7 +117,7 @@ class Canvas:
 
         Args:
             thing: what to draw.
-            number: its instance id.
+            number: its instance id; an odd part of it has the next.
             z: where it stands now along the street.
         """
         shift = np.array([thing.x, 0.0, z]) - self._eye
@@ -201,7 +129,7 @@ class Canvas:
             else:
                 self._draw_cut(sheet, seen, number)
 
-    def _draw_sheet(self, sheet: _Sheet, seen: np.ndarray, number: int) -> None:
+    def _draw_sheet(self, sheet: Sheet, seen: np.ndarray, number: int) -> None:
         height, width = self._camera.image_hw
         pixels = self._project(seen)
         low = np.minimum.reduceat(pixels, sheet.begins)
@@ -221,19 +149,19 @@ class Canvas:
             shape = _Shape(seen[span], pixels[span], corners[span], boxes[i], inverse[i])
             self._fill(sheet, i, shape, number, sheet.textures[i])
 
-    def _draw_cut(self, sheet: _Sheet, seen: np.ndarray, number: int) -> None:
+    def _draw_cut(self, sheet: Sheet, seen: np.ndarray, number: int) -> None:
         for i in range(len(sheet.ends)):
             face = seen[sheet.begins[i] : sheet.ends[i]]
             if face[:, 2].max() <= NEAR_M:
                 continue
-            normal = np.cross(face[1] - face[0], face[2] - face[1])
+            normal = _normal(face)
             if sheet.solid and float(normal @ face[0]) >= 0:
                 continue
             levels = sheet.textures[i]
             if levels is None or face[:, 2].min() > NEAR_M:
-                cut = _clip_near(face)
+                cut = clip_near(face)
             else:
-                cut, levels = _cut_texture(face, levels[0])
+                cut, levels = cut_texture(face, levels[0])
             if len(cut) >= 3:
                 pixels = self._project(cut)
                 corners = np.round(np.clip(pixels, -8000, 8000) * 16).astype(np.int32)
@@ -243,7 +171,7 @@ class Canvas:
 
     def _fill(
         self,
-        sheet: _Sheet,
+        sheet: Sheet,
         i: int,
         shape: _Shape,
         number: int,
@@ -256,18 +184,15 @@ class Canvas:
             self._stretch(levels, shape)
         else:
             cv2.fillConvexPoly(self.image, corners, sheet.colours[i], cv2.LINE_AA, 4)
-        cv2.fillConvexPoly(self.ids, corners, number, cv2.LINE_8, 4)
-        # Until something odd is drawn there is nothing in the mask to hide.
-        self._any_odd |= sheet.odd[i]
-        if self._any_odd:
-            cv2.fillConvexPoly(self.anomaly, corners, int(sheet.odd[i]), cv2.LINE_8, 4)
+        identity = number + 1 if sheet.own_id[i] else number
+        cv2.fillConvexPoly(self.ids, corners, identity, cv2.LINE_8, 4)
         if area < 1500:
             cv2.fillConvexPoly(self._inverse, corners, shape.inverse_depth, cv2.LINE_8, 4)
         else:
             self._fill_plane(corners, shape.seen)
 
     def _fill_plane(self, corners: np.ndarray, seen: np.ndarray) -> None:
-        normal = np.cross(seen[1] - seen[0], seen[2] - seen[1])
+        normal = _normal(seen)
         offset = float(normal @ seen[0])
         if abs(offset) < 1e-6:
             return
@@ -333,30 +258,9 @@ class Canvas:
         return np.where(self._inverse > 2e-4, 1.0 / safe, 0.0).astype(np.float32)
 
 
-def _clip_near(points: np.ndarray) -> np.ndarray:
-    kept = []
-    for i in range(len(points)):
-        a, b = points[i], points[(i + 1) % len(points)]
-        if a[2] > NEAR_M:
-            kept.append(a)
-        if (a[2] > NEAR_M) != (b[2] > NEAR_M):
-            kept.append(a + (NEAR_M - a[2]) / (b[2] - a[2]) * (b - a))
-    return np.array(kept)
-
-
-def _cut_texture(seen: np.ndarray, texture: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Return a wall beside the camera and its texture, cut where it passes the near plane."""
-    depth = seen[:, 2]
-    left, right = (0, 3), (1, 2)
-    behind = [side for side in (left, right) if depth[list(side)].min() <= NEAR_M]
-    if len(behind) != 1:
-        return seen[:0], [texture]
-    away, here = behind[0], right if behind[0] is left else left
-    share = (NEAR_M - depth[away[0]]) / (depth[here[0]] - depth[away[0]]) + 1e-3
-    cut = seen.copy()
-    for a, b in zip(away, here, strict=True):
-        cut[a] = seen[a] + share * (seen[b] - seen[a])
-    w = texture.shape[1]
-    column = min(int(share * w), w - 2)
-    part = texture[:, column:] if away is left else texture[:, : w - column]
-    return cut, [np.ascontiguousarray(part)]
+def _normal(points: np.ndarray) -> np.ndarray:
+    # np.cross spends most of its time on finding out the shapes.
+    a, b, c = points[:3].tolist()
+    x, y, z = (q - p for p, q in zip(a, b, strict=True))
+    u, v, w = (q - p for p, q in zip(b, c, strict=True))
+    return np.array([y * w - z * v, z * u - x * w, x * v - y * u])

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
-from semantic_anomaly.synthetic.canvas import CameraModel, Canvas, Stage
-from semantic_anomaly.synthetic.oddities import ODD_ARRANGEMENT_MAKERS, ODD_OBJECT_MAKERS
-from semantic_anomaly.synthetic.world import VIEW_M, clear_for, make_oddity, make_world
+from semantic_anomaly.synthetic import oddities
+from semantic_anomaly.synthetic.canvas import Canvas
+from semantic_anomaly.synthetic.stage import CameraModel, Stage
+from semantic_anomaly.synthetic.world import VIEW_M, Thing, clear_for, make_oddity, make_world
 
-ODD_OBJECTS = tuple(ODD_OBJECT_MAKERS)
-ODD_ARRANGEMENTS = tuple(ODD_ARRANGEMENT_MAKERS)
+ODD_OBJECTS = tuple(oddities.ODD_OBJECTS)
+ODD_ARRANGEMENTS = tuple(oddities.ODD_ARRANGEMENTS)
 KINDS = ODD_OBJECTS + ODD_ARRANGEMENTS
 # An anomaly is met between these distances; before and after it nothing of it is seen.
 MEET_FAR_M, MEET_NEAR_M = 40.0, 6.0
@@ -55,6 +58,12 @@ class StreetFrame:
     kind: str | None
     stamp_ns: int
     name: str
+
+
+class _Scene(NamedTuple):
+    numbered: list[tuple[int, Thing]]
+    stage: Stage
+    noise: np.ndarray
 
 
 class StreetDrive:
@@ -100,26 +109,37 @@ class StreetDrive:
         camera_height = float(rng.uniform(1.35, 1.6))
         self.camera = CameraModel(focal, focal, width / 2, horizon, image_hw, camera_height)
         self._sway = rng.uniform(0, 2 * np.pi, 4)
-        step = self._speed / rate_hz
-        places = self._meeting_places(frames * step, step)
-        world = make_world(seed, frames * step)
-        things = world.things
-        oddities = [make_oddity(k, seed, z) for k, z in zip(self.anomalies, places, strict=True)]
-        for oddity in oddities:
-            things = clear_for(things, oddity)
-        self._things = (*things, *oddities)
-        self._stage = Stage(self.camera, world.day, world.ground)
-        self._noise = _noise_tile(seed, image_hw, world.day.noise)
+        self._step_m = self._speed / rate_hz
+        self._places = self._meeting_places()
 
-    def _meeting_places(self, length_m: float, step_m: float) -> list[float]:
+    @cached_property
+    def _scene(self) -> _Scene:
+        # Made when first needed: a fleet of drives is checked before a long run without memory.
+        world = make_world(self.seed, self._frames * self._step_m)
+        kept = np.ones(len(world.things), bool)
+        met = [
+            make_oddity(kind, self.seed, z)
+            for kind, z in zip(self.anomalies, self._places, strict=True)
+        ]
+        for oddity, place in zip(met, self._places, strict=True):
+            metres = np.arange(place - MEET_FAR_M, place - MEET_NEAR_M, 0.5)
+            kept &= clear_for(world.things, oddity, metres / self._speed)
+        # Ids of the nominal world do not depend on the anomalies; an odd part has the next id.
+        numbered = [(n, thing) for n, thing in enumerate(world.things, start=1) if kept[n - 1]]
+        first = len(world.things) + 1
+        numbered += [(first + 2 * j, thing) for j, thing in enumerate(met)]
+        noise = _noise_tile(self.seed, self.camera.image_hw, world.day.noise)
+        return _Scene(numbered, Stage(self.camera, world.day, world.ground), noise)
+
+    def _meeting_places(self) -> list[float]:
         count = len(self.anomalies)
         if not count:
             return []
-        stretch = length_m / count
+        stretch = self._frames * self._step_m / count
         # Each stretch holds a nominal lead-in, the approach and a nominal rest.
         needed = MEET_FAR_M - MEET_NEAR_M + 2 * 4.0
         if stretch < needed:
-            frames = int(np.ceil(count * needed / step_m))
+            frames = int(np.ceil(count * needed / self._step_m))
             raise ValueError(
                 f"{count} anomalies at {self._speed:.1f} m/s need at least {frames} frames, "
                 f"found {self._frames}"
@@ -149,12 +169,13 @@ class StreetDrive:
         camera_x = 0.12 * np.sin(0.5 * t + a) + 0.05 * np.sin(1.7 * t + b)
         camera_y = self.camera.height_m + 0.012 * np.sin(9 * t + c)
         yaw = 0.008 * np.sin(0.6 * t + d)
-        canvas = Canvas(self._stage, (camera_x, camera_y, camera_z), yaw)
+        scene = self._scene
+        canvas = Canvas(scene.stage, (camera_x, camera_y, camera_z), yaw)
         visible = []
-        for number, thing in enumerate(self._things, start=1):
+        for number, thing in scene.numbered:
             z = thing.z + thing.speed_z * t - camera_z
             near, far = (MEET_NEAR_M, MEET_FAR_M) if thing.kind else (-8.0, VIEW_M)
-            if near - 0.01 <= z <= far:
+            if near - 0.01 <= z + thing.odd_z <= far:
                 order = (thing.cls == "house", float(np.hypot(thing.x - camera_x, z)))
                 visible.append((order, number, thing, z + camera_z))
         # Houses line the street, so nothing stands behind them but other houses.
@@ -163,22 +184,25 @@ class StreetDrive:
         classes = {}
         for _, number, thing, z in visible:
             classes[number] = thing.cls
+            if thing.odd_part:
+                classes[number + 1] = thing.odd_part
             canvas.draw(thing, number, z)
-        image = canvas.develop(self._noise, i)
-        kinds = [thing.kind for _, _, thing, _ in visible if thing.kind]
+        image = canvas.develop(scene.noise, i)
         height, width = self.camera.image_hw
         enough = MIN_ANOMALY_PX_AT_360 * height * width / (360 * 640)
-        seen = bool(kinds) and int(canvas.anomaly.sum()) >= enough
-        if not seen:
-            canvas.anomaly[:] = 0
-        drawn = set(np.unique(canvas.ids).tolist())
+        kind, mask = None, np.zeros((height, width), bool)
+        for number, thing in [(n, thing) for _, n, thing, _ in visible if thing.kind]:
+            odd = canvas.ids == number + bool(thing.odd_part)
+            if np.count_nonzero(odd) >= enough:
+                kind, mask = thing.kind, odd
+        drawn = set(np.flatnonzero(np.bincount(canvas.ids.ravel())).tolist())
         return StreetFrame(
             image=image,
             depth_m=canvas.depth(),
             instances=canvas.ids,
             classes={n: name for n, name in classes.items() if n in drawn},
-            anomaly_mask=canvas.anomaly.astype(bool),
-            kind=kinds[0] if seen else None,
+            anomaly_mask=mask,
+            kind=kind,
             stamp_ns=self.start_ns + round(i * 1e9 / self.rate_hz),
             name=f"drive{self.seed:07d}_{i:06d}",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,16 +24,15 @@ from semantic_anomaly.synthetic.props import (
     STEEL,
     WOOD,
     billboard,
-    car,
     person,
     pick,
     pole,
     stop_sign_face,
     traffic_light_head,
     tree,
-    truck,
 )
 from semantic_anomaly.synthetic.textures import advert
+from semantic_anomaly.synthetic.vehicles import car, truck
 
 ANOMALY = "anomaly"
 
@@ -82,7 +82,7 @@ def sofa(rng: np.random.Generator) -> list[Mesh]:
 
 
 def ladder(rng: np.random.Generator) -> list[Mesh]:
-    """Return a ladder of 4 m, lying across the road on its side or leaning on a trestle."""
+    """Return a ladder of 4 m, lying on its side across the road."""
     colour = pick(rng, (*WOOD, STEEL))
     rails = [
         rectangle(-2.0, y, 2.0, y + 0.09, shade(colour, light))
@@ -90,7 +90,7 @@ def ladder(rng: np.random.Generator) -> list[Mesh]:
     ]
     rungs = [rectangle(x, 0.05, x + 0.07, 0.66, colour) for x in np.arange(-1.85, 1.9, 0.33)]
     lying = layers(*rungs, *rails)
-    tilt = float(rng.uniform(-0.35, 0.35))
+    tilt = float(rng.uniform(-0.06, 0.06))
     return [lying.moved(y=2.0 * abs(np.sin(tilt)), roll=tilt)]
 
 
@@ -164,21 +164,43 @@ def traffic_light_on_road(rng: np.random.Generator) -> list[Mesh]:
     return [part.moved(x=side * 1.6, y=0.2, roll=side * np.pi / 2) for part in parts]
 
 
-Maker = Callable[[np.random.Generator], list[Mesh]]
-# Where it stands: lateral range in metres, sign drawn where both sides are possible.
-ODD_OBJECT_MAKERS: dict[str, tuple[Maker, tuple[float, float]]] = {
-    "cow": (cow, (-3.6, 1.2)),
-    "sofa": (sofa, (-3.6, 1.2)),
-    "ladder": (ladder, (-3.2, 0.6)),
-    "fallen_tree": (fallen_tree, (-2.6, 0.6)),
-    "overturned_car": (overturned_car, (-3.6, 1.2)),
+@dataclass(frozen=True)
+class Oddity:
+    """How an anomaly of one kind is made and where it stands.
+
+    Attributes:
+        make: returns its meshes.
+        lateral: range of its place across the street in metres.
+        footprint: half width and half length of its shadow.
+        whole: class of the thing where that is familiar by itself, else empty.
+        odd_part: class of the odd part where only a part is odd, else empty.
+    """
+
+    make: Callable[[np.random.Generator], list[Mesh]]
+    lateral: tuple[float, float]
+    footprint: tuple[float, float]
+    whole: str = ""
+    odd_part: str = ""
+
+
+ODD_OBJECTS: dict[str, Oddity] = {
+    "cow": Oddity(cow, (-3.6, 1.2), (1.1, 0.35)),
+    "sofa": Oddity(sofa, (-3.6, 1.2), (1.1, 0.7)),
+    "ladder": Oddity(ladder, (-3.2, 0.6), (2.0, 0.2)),
+    "fallen_tree": Oddity(fallen_tree, (-2.6, 0.6), (2.4, 0.8)),
+    "overturned_car": Oddity(overturned_car, (-3.6, 1.2), (1.6, 2.0)),
 }
-ODD_ARRANGEMENT_MAKERS: dict[str, tuple[Maker, tuple[float, float]]] = {
-    "stop_sign_on_billboard": (stop_sign_on_billboard, (8.6, 9.4)),
-    "traffic_lights_on_truck": (traffic_lights_on_truck, (2.9, 3.2)),
-    "person_on_car_roof": (person_on_car_roof, (2.9, 3.2)),
-    "car_across_sidewalk": (car_across_sidewalk, (5.4, 6.2)),
-    "traffic_light_on_road": (traffic_light_on_road, (-3.4, 1.0)),
+ODD_ARRANGEMENTS: dict[str, Oddity] = {
+    "stop_sign_on_billboard": Oddity(
+        stop_sign_on_billboard, (8.6, 9.4), (2.0, 0.2), "billboard", "stop_sign"
+    ),
+    "traffic_lights_on_truck": Oddity(
+        traffic_lights_on_truck, (2.9, 3.2), (1.2, 3.4), "truck", "traffic_light"
+    ),
+    "person_on_car_roof": Oddity(person_on_car_roof, (2.9, 3.2), (0.95, 2.15), "car", "person"),
+    "car_across_sidewalk": Oddity(car_across_sidewalk, (5.4, 6.2), (2.1, 1.0), "car"),
+    "traffic_light_on_road": Oddity(
+        traffic_light_on_road, (-3.4, 1.0), (1.5, 0.2), "traffic_light"
+    ),
 }
-# Kinds of which only a part is odd: the sign, the lights, the person.
-PART_IS_ODD = ("stop_sign_on_billboard", "traffic_lights_on_truck", "person_on_car_roof")
+ODDITIES = ODD_OBJECTS | ODD_ARRANGEMENTS

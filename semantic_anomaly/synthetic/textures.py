@@ -120,7 +120,11 @@ def ground(rng: np.random.Generator) -> np.ndarray:
         centre = (int(rng.integers(200, 360)), int(rng.integers(0, h)))
         axes = (int(rng.integers(6, 30)), int(rng.integers(6, 40)))
         tone = tuple(float(c) for c in asphalt * rng.uniform(0.72, 0.92))
-        cv2.ellipse(image, centre, axes, float(rng.uniform(0, 180)), 0, 360, tone, -1)
+        angle = float(rng.uniform(0, 180))
+        # The street repeats the picture, so what leaves it at one end enters at the other.
+        for shift in (-h, 0, h):
+            middle = (centre[0], centre[1] + shift)
+            cv2.ellipse(image, middle, axes, angle, 0, 360, tone, -1)
     paint = np.array((222, 222, 214)) * rng.uniform(0.75, 1.05)
     centre_x = (ROAD_X[0] + ROAD_X[1]) / 2
     dashes = (z % float(rng.choice([6.0, 8.0, 12.0]))) < 3.0

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from semantic_anomaly.synthetic import props
+from semantic_anomaly.synthetic import props, vehicles
 from semantic_anomaly.synthetic.mesh import Mesh, box, polygon, shade, solid
-from semantic_anomaly.synthetic.oddities import (
-    ANOMALY,
-    ODD_ARRANGEMENT_MAKERS,
-    ODD_OBJECT_MAKERS,
-    PART_IS_ODD,
-)
+from semantic_anomaly.synthetic.oddities import ANOMALY, ODDITIES
 from semantic_anomaly.synthetic.textures import advert, facade, ground
 
 VIEW_M = 95.0
@@ -33,6 +28,8 @@ class Thing:
         speed_z: metres a second along the street.
         footprint: half width and half length of the shadow.
         kind: kind of anomaly, empty for nominal things.
+        odd_part: class name of the odd part where only a part is odd, else empty.
+        odd_z: where the odd part is along the street, seen from the origin.
     """
 
     cls: str
@@ -42,6 +39,8 @@ class Thing:
     speed_z: float = 0.0
     footprint: tuple[float, float] = (0.3, 0.3)
     kind: str = ""
+    odd_part: str = ""
+    odd_z: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -155,15 +154,16 @@ def _line_with_houses(things: list[Thing], rng: np.random.Generator, side: int, 
         things.append(Thing("house", tuple(meshes), x, z, footprint=(0.1, 0.1)))
         gap = float(rng.choice([1.5, 3.0, 9.0]))
         if gap > 5 and rng.random() < 0.7:
-            parked = _turned(props.car(rng), side * np.pi / 2)
+            parked = _turned(vehicles.car(rng), side * np.pi / 2)
             place = side * (edge + float(rng.uniform(1.0, 2.5)))
             things.append(Thing("car", parked, place, z + length / 2 + 4.5, 0.0, (2.1, 0.9)))
         z += length / 2 + gap
 
 
 _Maker = Callable[[np.random.Generator], list[Mesh]]
+_Range = tuple[float, float]
 # class, maker, metres between two of a kind, lateral place on the right and the left, footprint
-_FURNITURE: tuple[tuple[str, _Maker, float, tuple[float, float], tuple[float, float], tuple[float, float]], ...] = (
+_FURNITURE: tuple[tuple[str, _Maker, float, _Range, _Range, _Range], ...] = (
     ("tree", props.tree, 11.0, (7.6, 9.6), (-12.8, -11.0), (1.2, 1.2)),
     ("hedge", props.hedge, 19.0, (8.0, 9.4), (-12.6, -11.4), (0.5, 1.5)),
     ("lamp_post", props.lamp_post, 31.0, (4.6, 4.9), (-8.4, -8.0), (0.1, 0.1)),
@@ -196,11 +196,11 @@ def _line_with_furniture(
         x = (3.05 if side > 0 else -6.5) + float(rng.uniform(-0.15, 0.15))
         away = 0.0 if side > 0 or rng.random() < 0.2 else np.pi
         if rng.random() < 0.16:
-            parked = _turned(props.truck(rng), away)
+            parked = _turned(vehicles.truck(rng), away)
             things.append(Thing("truck", parked, x, z, 0.0, (1.2, 3.4)))
             z += 5.0
         elif rng.random() < 0.55:
-            parked = _turned(props.car(rng), away + float(rng.normal(0, 0.02)))
+            parked = _turned(vehicles.car(rng), away + float(rng.normal(0, 0.02)))
             things.append(Thing("car", parked, x, z, 0.0, (0.95, 2.15)))
         z += float(rng.uniform(5.4, 8.0))
 
@@ -210,16 +210,16 @@ def _add_traffic(things: list[Thing], rng: np.random.Generator, end: float) -> N
     while z < 2.2 * end:
         x, speed = float(rng.uniform(-3.8, -3.3)), -float(rng.uniform(6, 11))
         if rng.random() < 0.25:
-            oncoming = _turned(props.truck(rng), np.pi)
+            oncoming = _turned(vehicles.truck(rng), np.pi)
             things.append(Thing("truck", oncoming, x, z, speed, (1.2, 3.4)))
         else:
-            oncoming = _turned(props.car(rng), np.pi)
+            oncoming = _turned(vehicles.car(rng), np.pi)
             things.append(Thing("car", oncoming, x, z, speed, (0.95, 2.15)))
         z += float(rng.uniform(25, 90))
 
 
 def make_oddity(kind: str, seed: int, z: float) -> Thing:
-    """Return the anomaly of a kind, standing at z metres along the street.
+    """Return the anomaly of a kind, what is odd of it standing at z metres along the street.
 
     Args:
         kind: one of the kinds of anomaly.
@@ -227,31 +227,33 @@ def make_oddity(kind: str, seed: int, z: float) -> Thing:
         z: place along the street.
     """
     rng = np.random.default_rng(np.random.SeedSequence([seed, sum(kind.encode()), 77]))
-    maker, lateral = {**ODD_OBJECT_MAKERS, **ODD_ARRANGEMENT_MAKERS}[kind]
-    x = float(rng.uniform(*lateral))
-    meshes = tuple(maker(rng))
-    if kind not in PART_IS_ODD:
+    oddity = ODDITIES[kind]
+    x = float(rng.uniform(*oddity.lateral))
+    meshes = tuple(oddity.make(rng))
+    if not oddity.odd_part:
         meshes = tuple(mesh.named(ANOMALY) for mesh in meshes)
-    wide = (1.0, 1.0) if "car" not in kind and "truck" not in kind else (1.2, 2.4)
-    if kind == "stop_sign_on_billboard":
-        wide = (2.0, 0.2)
-    cls = {"stop_sign_on_billboard": "billboard", "traffic_lights_on_truck": "truck"}.get(
-        kind, kind
-    )
-    cls = {"person_on_car_roof": "car", "car_across_sidewalk": "car"}.get(kind, cls)
-    return Thing(cls, meshes, x, z, 0.0, wide, kind)
+    cls, part = oddity.whole or kind, oddity.odd_part
+    points = [f.points for mesh in meshes for f in mesh.faces if f.part == ANOMALY]
+    middle = float(np.concatenate(points)[:, 2].mean())
+    return Thing(cls, meshes, x, z - middle, 0.0, oddity.footprint, kind, part, middle)
 
 
-def clear_for(things: tuple[Thing, ...], oddity: Thing) -> tuple[Thing, ...]:
-    """Return the things without those that stand where the anomaly stands or hide it."""
+def clear_for(things: Sequence[Thing], oddity: Thing, times: np.ndarray) -> list[bool]:
+    """Tell which things do not stand where the anomaly stands nor hide it.
+
+    Args:
+        things: the nominal world.
+        oddity: the anomaly.
+        times: (n,) seconds at which the anomaly is seen.
+    """
     kept = []
     for thing in things:
         beside = abs(thing.x - oddity.x) < thing.footprint[0] + oddity.footprint[0] + 0.4
         reach = thing.footprint[1] + oddity.footprint[1]
-        ahead = thing.z - oddity.z
-        there = beside and -reach - 5.0 < ahead < reach + 0.5
+        ahead = thing.z + thing.speed_z * times - oddity.z
+        there = beside and bool(np.any((-reach - 5.0 < ahead) & (ahead < reach + 0.5)))
         # What stands nearer to the lane hides what is behind it from a passing camera.
-        hides = 2.0 < thing.x < oddity.x + 0.8 and -CLEAR_BEFORE_M < ahead < reach
-        if thing.cls == "house" or thing.speed_z < -3 or not (there or hides):
-            kept.append(thing)
-    return tuple(kept)
+        between = 2.0 < thing.x < oddity.x + 0.8
+        hides = between and bool(np.any((ahead > -CLEAR_BEFORE_M) & (ahead < reach)))
+        kept.append(thing.cls == "house" or not (there or hides))
+    return kept
