@@ -28,7 +28,7 @@ setup(
         "numpy>=1.22",
         "opencv-python-headless>=4.8",
         "pyyaml",
-        "rosbags>=0.10",
+        "rosbags>=0.11",
         "safetensors>=0.4",
         "torch>=2.2",
         "tqdm",

@@ -81,10 +81,11 @@ class Calibration:
             raise CalibrationError(
                 f"calibration heatmap_low: expected a number in [0, 2], found {self.heatmap_low}"
             )
-        if sum(count for _, count in self.drives) != len(scores):
+        counts = [count for _, count in self.drives]
+        if min(counts, default=0) < 1 or sum(counts) != len(scores):
             raise CalibrationError(
-                f"calibration drives: expected {len(scores)} frames as there are scores, found "
-                f"{sum(count for _, count in self.drives)}"
+                f"calibration drives: expected frames of every drive, {len(scores)} in all as "
+                f"there are scores, found {counts}"
             )
         if self.threshold <= 0.0:
             raise CalibrationError(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 import numpy as np
@@ -15,17 +17,17 @@ from semantic_anomaly.storage import atomic_write_bytes, canonical_json, sha256_
 FILE_NAME = "calibration.json"
 FORMAT = 1
 
-_TYPES: dict[str, tuple[type, ...]] = {
-    "scores": (list,),
-    "drives": (list,),
-    "target_false_alarm_rate": (float,),
-    "heatmap_low": (int, float),
-    "index_fingerprint": (str,),
-    "neighbours": (int,),
-    "tail_percent": (int, float),
-    "region": (dict,),
-    "camera": (str,),
-    "dtype": (str,),
+_TYPES: dict[str, type] = {
+    "scores": list,
+    "drives": list,
+    "target_false_alarm_rate": float,
+    "heatmap_low": float,
+    "index_fingerprint": str,
+    "neighbours": int,
+    "tail_percent": float,
+    "region": dict,
+    "camera": str,
+    "dtype": str,
 }
 
 
@@ -63,7 +65,7 @@ def read(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise CalibrationError(f"calibration '{path}': {error.strerror}") from error
     try:
-        body = json.loads(content, parse_constant=_refuse_constant)
+        body = json.loads(content, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise CalibrationError(f"calibration '{path}' is not JSON: {error}") from error
     try:
@@ -76,15 +78,17 @@ def _digest(body: Mapping[str, Any]) -> str:
     return sha256_bytes(canonical_json(body).encode())
 
 
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no number")
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is no number")
+    return number
 
 
 def _checked(body: Any) -> dict[str, Any]:
     """Return the constructor's arguments from a parsed file, everything in it checked."""
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         found = body.get("format") if isinstance(body, dict) else type(body).__name__
-        raise CalibrationError(f"expected format {FORMAT}, found {found!r:.80}")
+        raise CalibrationError(f"expected format {FORMAT}, found {short(found)}")
     expected = {"format", "sha256", *_TYPES}
     if set(body) != expected:
         differing = ", ".join(sorted(set(body) ^ expected))
@@ -93,18 +97,18 @@ def _checked(body: Any) -> dict[str, Any]:
         raise CalibrationError("its sha256 does not agree: it was altered or damaged")
     body.pop("format")
     for key, kind in _TYPES.items():
-        if not isinstance(body[key], kind) or isinstance(body[key], bool):
+        if type(body[key]) is not kind:
             raise CalibrationError(f"'{key}' is of type {type(body[key]).__name__}")
-    if not all(type(score) in (int, float) for score in body["scores"]):
+    if not all(type(score) is float for score in body["scores"]):
         raise CalibrationError("'scores' holds something that is not a number")
     if not 0.0 < body["target_false_alarm_rate"] < 1.0:
         raise CalibrationError(f"'target_false_alarm_rate' is {body['target_false_alarm_rate']}")
     drives = []
     for drive in body["drives"]:
         if not isinstance(drive, dict) or set(drive) != {"name", "frames"}:
-            raise CalibrationError(f"'drives' holds {drive!r:.80}")
-        if not isinstance(drive["name"], str) or type(drive["frames"]) is not int:
-            raise CalibrationError(f"'drives' holds {drive!r:.80}")
+            raise CalibrationError(f"'drives' holds {short(drive)}")
+        if type(drive["name"]) is not str or type(drive["frames"]) is not int:
+            raise CalibrationError(f"'drives' holds {short(drive)}")
         drives.append((drive["name"], drive["frames"]))
     body["drives"] = tuple(drives)
     body["scores"] = np.array(body["scores"], np.float64)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import threading
 import time
@@ -15,11 +14,17 @@ import numpy as np
 
 from semantic_anomaly.calibration import Calibration
 from semantic_anomaly.calibration_file import FILE_NAME
-from semantic_anomaly.errors import ModelOutputError, SettingsError, UnknownNameError
+from semantic_anomaly.errors import (
+    IndexMismatchError,
+    ModelOutputError,
+    SettingsError,
+    UnknownNameError,
+)
 from semantic_anomaly.filtering import FrameConfirmation
 from semantic_anomaly.localization import heatmap, localize
 from semantic_anomaly.regions import ImageRegion, patch_regions
-from semantic_anomaly.scoring import check_distances, tail_mean
+from semantic_anomaly.scoring import tail_count, tail_mean
+from semantic_anomaly.setting_spec import refuse_fixed
 from semantic_anomaly.settings import Settings, camera_setting_specs, setting_specs
 from semantic_anomaly.structures import (
     AnomalyResult,
@@ -36,6 +41,7 @@ if TYPE_CHECKING:
     from semantic_anomaly.index import NominalIndex
 
 _log = logging.getLogger(__name__)
+_UNCALIBRATED = "uncalibrated: no threshold to compare with"
 
 
 class Embedder(Protocol):
@@ -44,6 +50,9 @@ class Embedder(Protocol):
     @property
     def identity(self) -> EmbedderIdentity:
         """Return what the embeddings depend on."""
+
+    def grid_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
+        """Return (rows, cols) of the grid that an image of (height, width) gives."""
 
     def embed(self, images: Sequence[np.ndarray]) -> list[PatchGrid]:
         """Return the patch embeddings of (height, width, 3) uint8 RGB images, in order."""
@@ -81,16 +90,15 @@ class AnomalyDetector:
     ) -> None:
         index.check_embedder(embedder.identity)
         index.check_region(region)
+        if settings.neighbours > index.count:
+            raise IndexMismatchError(
+                "setting 'neighbours'", f"at most the index's {index.count}", settings.neighbours
+            )
         if calibration is not None:
             calibration.check(index.fingerprint, settings, region)
-            running = embedder.identity.dtype
-            if calibration.dtype not in ("", running):
-                _log.warning(
-                    "calibrated in %s, running in %s: scores shift a little; calibrate again in "
-                    "the precision that runs",
-                    calibration.dtype,
-                    running,
-                )
+            dtypes = calibration.dtype, embedder.identity.dtype
+            if dtypes[0] and dtypes[0] != dtypes[1]:
+                _log.warning("calibrated in %s, running in %s: scores shift a little", *dtypes)
         self.embedder = embedder
         self.index = index
         self.calibration = calibration
@@ -170,13 +178,7 @@ class AnomalyDetector:
             ModelOutputError: a distance is not finite.
             SettingsError: no patch of so small a grid takes part.
         """
-        live = self._live
-        regions = patch_regions(grid, self.region)
-        distances = self.index.distances(
-            regions.embeddings, live.settings.neighbours, exact_above=live.threshold
-        )
-        check_distances(distances)
-        return tail_mean(distances, live.settings.tail_percent), regions.paint(distances)
+        return self._score(grid, self._live)
 
     def assess(
         self, frame: Frame, grid: PatchGrid, stage_ms: Mapping[str, float] | None = None
@@ -202,7 +204,7 @@ class AnomalyDetector:
                 f"frame '{frame.name}': expected embeddings of an image of {frame.image_hw}, "
                 f"found {grid.image_hw}"
             )
-        score, distance_map = self.score(grid)
+        score, distance_map = self._score(grid, live)
         searched = time.perf_counter()
         decision = self._decide(frame, score, live)
         heat = heatmap(distance_map, self.region, frame.image_hw)
@@ -223,16 +225,13 @@ class AnomalyDetector:
             label_map=labels,
             localizations=places,
             stage_ms=stages,
-            reason=""
-            if live.threshold is not None
-            else "uncalibrated: no threshold to compare with",
+            reason=_UNCALIBRATED if live.threshold is None else "",
         )
 
     def reset(self) -> None:
         """Forget the frames seen so far."""
         with self._lock:
-            live = self._live
-            self._live = dataclasses.replace(live, confirmation=_confirmation(live.settings))
+            self._live = self._prepared(self._live.settings)
 
     def update(self, settings: Settings) -> None:
         """Take changed live settings at once, or none of them.
@@ -242,7 +241,8 @@ class AnomalyDetector:
             CalibrationError: the calibration is too small for the new target rate.
         """
         with self._lock:
-            _refuse_fixed(self._live.settings, settings)
+            specs = {**setting_specs(), **camera_setting_specs()}
+            refuse_fixed(self._live.settings.to_parameters(), settings.to_parameters(), specs)
             self._live = self._prepared(settings, self._live)
 
     def _prepared(self, settings: Settings, before: _Live | None = None) -> _Live:
@@ -255,11 +255,23 @@ class AnomalyDetector:
             threshold = self.calibration.threshold_for(settings.target_false_alarm_rate)
         if self.calibration is not None and threshold is not None:
             scale = self.calibration.scale(threshold)
-        confirmation = _confirmation(settings)
+        confirmation = FrameConfirmation(settings.confirm_count, settings.confirm_window)
         kept = before.confirmation if before else confirmation
         if (kept.count, kept.window) == (confirmation.count, confirmation.window):
             confirmation = kept
         return _Live(settings, threshold, scale, confirmation)
+
+    def _score(self, grid: PatchGrid, live: _Live) -> tuple[float, np.ndarray]:
+        regions = patch_regions(grid, self.region)
+        percent = live.settings.tail_percent
+        # With the tail exact the score is exact, whatever the search: no false alarms by its error.
+        distances = self.index.distances(
+            regions.embeddings,
+            live.settings.neighbours,
+            exact_above=live.threshold,
+            exact_top=tail_count(len(regions.embeddings), percent),
+        )
+        return tail_mean(distances, percent), regions.paint(distances)
 
     def _decide(self, frame: Frame, score: float, live: _Live) -> Decision:
         if live.threshold is None:
@@ -278,25 +290,10 @@ class AnomalyDetector:
         if decision is not Decision.ANOMALY or live.threshold is None:
             return np.zeros(heat.shape, np.uint16), ()
 
-        def nearest(row: int, col: int) -> NominalExample:
-            return self.index.nearest(grid.features[row, col])
+        def nearest(places: Sequence[tuple[int, int]]) -> list[NominalExample]:
+            rows, cols = zip(*places, strict=True)
+            return self.index.nearest_many(grid.features[rows, cols])
 
         mask = None if self.region.is_whole_image else self.region.pixel_mask(grid.image_hw)
-        return localize(
-            distance_map, heat, live.threshold, live.settings.min_area_px, mask, nearest
-        )
-
-
-def _confirmation(settings: Settings) -> FrameConfirmation:
-    return FrameConfirmation(settings.confirm_count, settings.confirm_window)
-
-
-def _refuse_fixed(before: Settings, after: Settings) -> None:
-    old, new = before.to_parameters(), after.to_parameters()
-    specs = {**setting_specs(), **camera_setting_specs()}
-    for name in sorted(old.keys() | new.keys()):
-        if old.get(name) != new.get(name) and not specs[name.rpartition(".")[2]].live:
-            raise SettingsError(
-                f"setting '{name}' cannot change while running: expected {old.get(name)!r}, "
-                f"found {new.get(name)!r}"
-            )
+        least_px = live.settings.min_area_px
+        return localize(distance_map, heat, live.threshold, least_px, mask, nearest)

@@ -10,7 +10,7 @@ anomalous frame has at least one region unless a minimum area takes it away.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import cv2
@@ -21,7 +21,7 @@ from semantic_anomaly.structures import Localization, NominalExample
 
 # An image that is strange throughout shatters into hundreds of regions, each with a search for
 # its nearest example; nobody looks at more than the worst of them.
-MAX_LOCALIZATIONS = 64
+MAX_LOCALIZATIONS = 32
 
 
 def upsample(values: np.ndarray, image_hw: tuple[int, int]) -> np.ndarray:
@@ -87,7 +87,7 @@ def localize(
     threshold: float,
     min_area_px: int,
     pixel_mask: np.ndarray | None,
-    nearest: Callable[[int, int], NominalExample],
+    nearest: Callable[[Sequence[tuple[int, int]]], Sequence[NominalExample]],
 ) -> tuple[np.ndarray, tuple[Localization, ...]]:
     """Find the connected regions whose distances exceed the threshold, largest score first.
 
@@ -100,7 +100,7 @@ def localize(
         threshold: of the frame score, the same unit.
         min_area_px: regions with fewer pixels are left out.
         pixel_mask: (height, width) bool, pixels that take part; None: all.
-        nearest: gives the nominal example nearest to a patch (row, col).
+        nearest: gives the nominal example nearest to each of several patches (row, col).
 
     Returns:
         label map (height, width) uint16 with 0 for none, and the regions, at most
@@ -132,15 +132,19 @@ def localize(
                 worst[part] = _worst_near(part, parts, stats, (x0, y0), heatmap, distance_map)
             kept.append((*worst[part], area, part))
     kept.sort(key=lambda entry: (-entry[0], -entry[3], entry[4]))
+    del kept[MAX_LOCALIZATIONS:]
+    if not kept:
+        return labels, ()
+    examples = nearest([(row, col) for _, row, col, _, _ in kept])
     table = np.zeros(count, np.uint16)
     found = []
-    for label, (score, row, col, area, part) in enumerate(kept[:MAX_LOCALIZATIONS], start=1):
+    for label, (score, _, _, area, part) in enumerate(kept, start=1):
         table[part] = label
         left, top, wide, high = (float(v) for v in stats[part, :4])
         box = (x0 + left, y0 + top, x0 + left + wide, y0 + top + high)
         centre = (x0 + float(centres[part, 0]), y0 + float(centres[part, 1]))
-        found.append(Localization(box, centre, area, score, nearest(row, col), label))
-    labels[y0 : y0 + height, x0 : x0 + width] = table[parts]
+        found.append(Localization(box, centre, area, score, examples[label - 1], label))
+    labels[y0 : y0 + height, x0 : x0 + width] = np.take(table, parts, mode="clip")
     return labels, tuple(found)
 
 

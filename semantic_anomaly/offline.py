@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import cv2
 import numpy as np
 from tqdm import tqdm
 
-from semantic_anomaly.calibration import Calibration
+from semantic_anomaly.calibration import Calibration, scores_needed
 from semantic_anomaly.detector import AnomalyDetector, Embedder
 from semantic_anomaly.errors import CalibrationError, SourceError, UnknownNameError
 from semantic_anomaly.regions import ImageRegion
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 # Larger batches gain a few percent on a CPU and cost memory with every image.
 BATCH_FRAMES = 4
+
+# Mean difference in grey levels that JPEG leaves between a frame and its thumbnail, and more.
+_SAME_PICTURE = 8.0
 
 _log = logging.getLogger(__name__)
 
@@ -114,16 +118,12 @@ def calibrate(
     try:
         index.configure_search(settings.search, settings.search_ef)
         detector = AnomalyDetector(embedder, index, None, settings, region)
-        seen = index.frame_names
-        _warn_of_shared_sources(opened, seen)
+        fresh = _Fresh(index)
+        fresh.foresee(opened, scores_needed(settings.target_false_alarm_rate))
         scores: dict[str, list[float]] = {}
         medians: list[float] = []
         for drive, (frame, grid) in _embedded(opened, embedder, "calibrate", 1, progress):
-            if frame.name in seen:
-                raise CalibrationError(
-                    f"the index has seen frame '{frame.name}': its score says nothing about new "
-                    "frames; calibrate with other drives (or rename a drive of the same name)"
-                )
+            fresh.check(opened[drive], frame)
             score, distances = detector.score(grid)
             scores.setdefault(drive, []).append(score)
             inside = region.patch_mask(grid.grid_hw, grid.image_hw)
@@ -218,15 +218,15 @@ def _log_predicted_size(
     """Say beforehand how large the index may become."""
     from semantic_anomaly.index import NominalIndex
 
-    first = next(iter(next(iter(sources.values()))))
-    grid = embedder.embed([first.image])[0]
-    patches = int(region.patch_mask(grid.grid_hw, grid.image_hw).sum())
+    image_hw = next(iter(next(iter(sources.values())))).image_hw
+    patches = int(region.patch_mask(embedder.grid_hw(image_hw), image_hw).sum())
+    dim = embedder.identity.dim
     counts = [source.count for source in sources.values()]
-    most = NominalIndex.predicted_bytes(settings.max_entries, grid.dim, settings.graph_m)
+    most = NominalIndex.predicted_bytes(settings.max_entries, dim, settings.graph_m)
     text = f"predicted size: at most {most / 1e6:.0f} MB ({settings.max_entries} entries)"
     if all(count is not None for count in counts):
         frames = sum(-(-(count or 0) // stride) for count in counts)
-        every = NominalIndex.predicted_bytes(frames * patches, grid.dim, settings.graph_m)
+        every = NominalIndex.predicted_bytes(frames * patches, dim, settings.graph_m)
         text += (
             f"; {every / 1e6:.0f} MB if every patch of the {frames} frames were stored "
             f"({patches} a frame)"
@@ -234,13 +234,51 @@ def _log_predicted_size(
     _log.info("%s", text)
 
 
-def _warn_of_shared_sources(sources: dict[str, FrameSource], seen: Iterable[str]) -> None:
-    indexed = {name.rpartition("/")[0] for name in seen}
-    for drive, source in sources.items():
-        if source.name in indexed:
-            _log.warning(
-                "calibration drive '%s' is of a source that the index has seen too: neighbouring "
-                "frames resemble each other, and the false-alarm rate on other drives will be "
-                "higher than the target",
-                drive,
+class _Fresh:
+    """Refuses calibration frames that say nothing new: seen by the index, or given twice."""
+
+    def __init__(self, index: NominalIndex) -> None:
+        self._index = index
+        self._indexed = frozenset(index.frame_names)
+        self._taken: set[tuple[Path, str]] = set()
+
+    def foresee(self, sources: dict[str, FrameSource], needed: int) -> None:
+        """Refuse before hours of embedding what can be foreseen, and warn of likely trouble."""
+        counts = [source.count for source in sources.values()]
+        known = [count for count in counts if count is not None]
+        if len(known) == len(counts) and sum(known) < needed:
+            raise CalibrationError(
+                f"the target false-alarm rate needs at least {needed} nominal calibration frames, "
+                f"found {sum(known)}"
+            )
+        folders = {name.rpartition("/")[0] for name in self._indexed}
+        for drive, source in sources.items():
+            self._refuse_indexed(next(iter(source)))
+            if source.name in folders:
+                _log.warning(
+                    "calibration drive '%s' has the name of a drive that the index has seen: if "
+                    "it is the same, its frames resemble those of the index, and the false-alarm "
+                    "rate on other drives will be higher than the target",
+                    drive,
+                )
+
+    def check(self, source: FrameSource, frame: Frame) -> None:
+        """Refuse a frame that was taken before."""
+        self._refuse_indexed(frame)
+        taken = source.path.resolve(), frame.name
+        if taken in self._taken:
+            raise CalibrationError(f"calibration frame '{frame.name}' is given twice")
+        self._taken.add(taken)
+
+    def _refuse_indexed(self, frame: Frame) -> None:
+        # Folders of different drives often have the same name, so the picture decides.
+        thumbnail = self._index.thumbnail(frame.name) if frame.name in self._indexed else None
+        if thumbnail is None:
+            return
+        height, width = thumbnail.shape[:2]
+        small = cv2.resize(frame.image, (width, height), interpolation=cv2.INTER_AREA)
+        if float(cv2.absdiff(small, thumbnail).mean()) < _SAME_PICTURE:
+            raise CalibrationError(
+                f"the index has seen frame '{frame.name}': its score says nothing about new "
+                "frames; calibrate with other drives"
             )

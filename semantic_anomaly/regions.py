@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,10 +23,30 @@ class ImageRegion:
     Attributes:
         polygon_xy: corners in relative image coordinates [0, 1]; empty for the whole image.
         ego_mask_png: content of a PNG whose non-zero pixels show the vehicle itself; empty: none.
+
+    Raises:
+        SettingsError: a polygon of no area, or partly outside the image.
+        ImageError: the ego mask is not a whole PNG image.
     """
 
     polygon_xy: tuple[tuple[float, float], ...] = ()
     ego_mask_png: bytes = b""
+
+    def __post_init__(self) -> None:
+        corners = np.array(self.polygon_xy, np.float64).reshape(-1, 2)
+        # NaN fails both comparisons.
+        if not np.all((corners >= 0.0) & (corners <= 1.0)):
+            raise SettingsError(
+                "region of interest: expected corners in relative image coordinates [0, 1], "
+                f"found {[list(corner) for corner in self.polygon_xy]}"
+            )
+        if len(corners) and cv2.contourArea(corners.astype(np.float32)) <= 0.0:
+            raise SettingsError(
+                "region of interest: expected at least 3 corners around some area, "
+                f"found {[list(corner) for corner in self.polygon_xy]}"
+            )
+        if self.ego_mask_png:
+            _ego_pixels(self.ego_mask_png)
 
     @classmethod
     def from_settings(cls, camera: CameraSettings) -> ImageRegion:
@@ -43,8 +64,8 @@ class ImageRegion:
                 content = Path(camera.ego_mask).expanduser().read_bytes()
             except OSError as error:
                 raise ImageError(f"ego mask '{camera.ego_mask}': {error.strerror}") from error
-            if not content or cv2.imdecode(np.frombuffer(content, np.uint8), 0) is None:
-                raise ImageError(f"ego mask '{camera.ego_mask}': expected a PNG image")
+            if not content:
+                raise ImageError(f"ego mask '{camera.ego_mask}' is empty")
         region = cls(polygon, content)
         if not region.pixel_mask((360, 640)).any():
             raise SettingsError("region of interest and ego mask leave no pixel of the image")
@@ -80,11 +101,25 @@ def _pixel_mask(region: ImageRegion, image_hw: tuple[int, int]) -> np.ndarray:
         corners = np.array(region.polygon_xy) * (width, height) - 0.5
         cv2.fillPoly(mask, [np.round(corners * 256).astype(np.int32)], 1, shift=8)
     if region.ego_mask_png:
-        ego = cv2.imdecode(np.frombuffer(region.ego_mask_png, np.uint8), cv2.IMREAD_GRAYSCALE)
+        ego = _ego_pixels(region.ego_mask_png)
         mask[cv2.resize(ego, (width, height), interpolation=cv2.INTER_NEAREST) > 0] = 0
     result = mask.astype(bool)
     result.flags.writeable = False
     return result
+
+
+def _ego_pixels(content: bytes) -> np.ndarray:
+    """Return (height, width) uint8, 1 where the PNG is not black."""
+    pixels = None
+    # Lossy formats are never exactly black, and readers may fill up a PNG that is cut off.
+    if content.startswith(b"\x89PNG\r\n\x1a\n") and b"IEND" in content[-12:]:
+        # In grey or 8 bits, dark blue and 16-bit labels would round to black.
+        flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH
+        with suppress(cv2.error):
+            pixels = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
+    if pixels is None:
+        raise ImageError(f"ego mask: expected a whole PNG image, found {content[:8]!r}...")
+    return (pixels > 0).any(axis=2).astype(np.uint8)
 
 
 @lru_cache(maxsize=32)

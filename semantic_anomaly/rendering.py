@@ -8,19 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 
 from semantic_anomaly.errors import ImageError
 from semantic_anomaly.regions import ImageRegion
-from semantic_anomaly.structures import AnomalyResult, Decision, Localization
+from semantic_anomaly.structures import AnomalyResult, Decision, HeatmapScale, Localization
 
 # The scale runs to twice the threshold; index 255 is kept for pixels that take no part.
 SATURATION = 2.0
 _STEPS = 254
 _OUTSIDE = 255
 _OUTSIDE_BRIGHTNESS = 0.45
+_STRIP_ROWS = 48
 
 # Okabe and Ito's palette, told apart with any colour vision.
 _COLOURS = {
@@ -28,7 +30,7 @@ _COLOURS = {
     Decision.ANOMALY: (230, 120, 0),
     Decision.UNKNOWN: (240, 228, 66),
 }
-_BOX = (255, 255, 255)
+_CONTOUR = (255, 255, 255)
 _ROI_OUTLINE = (0, 158, 115)
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
 MAX_LABELS = 12
@@ -41,7 +43,8 @@ def draw_heatmap(result: AnomalyResult, region: ImageRegion | None = None) -> np
         result: its heatmap and scale are drawn.
         region: pixels outside it are drawn black; None: the whole image takes part.
     """
-    return cv2.LUT(cv2.merge([_steps(result, region)] * 3), _tables(1.0)[0])
+    steps = _steps(result, region, slice(None))
+    return cv2.applyColorMap(steps, _tables(result.scale, 1.0).colours)
 
 
 def draw_overlay(
@@ -67,10 +70,8 @@ def draw_overlay(
             f"overlay: expected an image of the result's size {result.heatmap.shape}, "
             f"found {image.shape[:2]}"
         )
-    steps = cv2.merge([_steps(result, region)] * 3)
-    _, share, colours = _tables(float(alpha))
-    canvas = cv2.multiply(image, cv2.LUT(steps, share), scale=1 / 255)
-    cv2.add(canvas, cv2.LUT(steps, colours), dst=canvas)
+    canvas = image.copy()
+    _cover(canvas, result, region, _tables(result.scale, float(alpha)))
     if not region.is_whole_image:
         cv2.drawContours(canvas, _outline(region, result.heatmap.shape), -1, _ROI_OUTLINE, 2)
     _draw_places(canvas, result)
@@ -107,33 +108,64 @@ def contact_sheet(images: Sequence[np.ndarray], columns: int, gap_px: int = 4) -
     return sheet
 
 
-def _steps(result: AnomalyResult, region: ImageRegion | None) -> np.ndarray:
-    """Return (height, width) uint8 indices into the colour tables."""
-    scale = result.scale
-    gain = _STEPS / (SATURATION * (scale.high - scale.low))
-    # convertScaleAbs saturates above but takes absolute values below, hence the maximum.
-    raised = cv2.max(result.heatmap, scale.low)
-    steps = cv2.convertScaleAbs(raised, alpha=gain, beta=-gain * scale.low)
+def _steps(result: AnomalyResult, region: ImageRegion | None, rows: slice) -> np.ndarray:
+    """Return (rows, width) uint8 indices into the colour tables."""
+    steps = cv2.convertScaleAbs(result.heatmap[rows], alpha=_steps_per_distance(result.scale))
     cv2.min(steps, _STEPS, dst=steps)
     if region is not None and not region.is_whole_image:
-        cv2.bitwise_or(steps, _outside(region, result.heatmap.shape), dst=steps)
+        cv2.bitwise_or(steps, _outside(region, result.heatmap.shape)[rows], dst=steps)
     return steps
 
 
+def _steps_per_distance(scale: HeatmapScale) -> float:
+    return _STEPS / (scale.low + SATURATION * (scale.high - scale.low))
+
+
+def _cover(canvas: np.ndarray, result: AnomalyResult, region: ImageRegion, tables: _Tables) -> None:
+    """Blend the colours of the heatmap into the canvas."""
+    # Strips stay in the cache, and need no large buffers: fresh pages would cost most of the time.
+    for top in range(0, len(canvas), _STRIP_ROWS):
+        rows = slice(top, top + _STRIP_ROWS)
+        steps = _steps(result, region, rows)
+        if steps.max() >= tables.first:
+            share = cv2.cvtColor(cv2.LUT(steps, tables.image_share), cv2.COLOR_GRAY2RGB)
+            cv2.multiply(canvas[rows], share, dst=share, scale=1 / 255)
+            cv2.add(share, cv2.applyColorMap(steps, tables.covering), dst=canvas[rows])
+
+
+class _Tables(NamedTuple):
+    """What each of the 256 steps means.
+
+    Attributes:
+        colours: (256, 1, 3) uint8 RGB.
+        image_share: (256,) uint8, share of the image below, of 255.
+        covering: (256, 1, 3) uint8, colours by the share that is left to them.
+        first: the first step that covers anything of the image.
+    """
+
+    colours: np.ndarray
+    image_share: np.ndarray
+    covering: np.ndarray
+    first: int
+
+
 @lru_cache(maxsize=32)
-def _tables(alpha: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return tables (1, 256, 3) uint8: colours, the image's share, and colours by their share."""
-    ramp = np.arange(256, dtype=np.uint8).reshape(1, 256)
+def _tables(scale: HeatmapScale, alpha: float) -> _Tables:
+    distances = np.arange(256, dtype=np.float32) / np.float32(_steps_per_distance(scale))
+    heat = scale.normalise(distances)
+    ramp = np.round(np.minimum(heat / SATURATION, 1.0) * 255.0).astype(np.uint8).reshape(256, 1)
     colours = cv2.cvtColor(cv2.applyColorMap(ramp, cv2.COLORMAP_INFERNO), cv2.COLOR_BGR2RGB)
-    heat = np.arange(256, dtype=np.float64) / _STEPS * SATURATION
+    colours[_OUTSIDE] = 0
     # Quiet below half the threshold, in full from the threshold on.
     cover = alpha * np.clip((heat - 0.5) / 0.5, 0.0, 1.0)
-    share = 255.0 * (1.0 - cover)
-    share[_OUTSIDE], cover[_OUTSIDE] = 255.0 * _OUTSIDE_BRIGHTNESS, 0.0
-    colours[0, _OUTSIDE] = 0
-    covered = np.round(colours * cover[None, :, None]).astype(np.uint8)
-    shares = np.repeat(np.round(share).astype(np.uint8).reshape(1, 256, 1), 3, axis=2)
-    return colours, shares, covered
+    image_share = 1.0 - cover
+    image_share[_OUTSIDE] = _OUTSIDE_BRIGHTNESS
+    return _Tables(
+        colours,
+        np.round(255.0 * image_share).astype(np.uint8),
+        np.round(colours * cover[:, None, None]).astype(np.uint8),
+        int(np.argmax(image_share < 1.0)),
+    )
 
 
 @lru_cache(maxsize=8)
@@ -156,8 +188,11 @@ def _draw_places(canvas: np.ndarray, result: AnomalyResult) -> None:
         contours, _ = cv2.findContours(
             window, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE, offset=(left, top)
         )
-        cv2.drawContours(canvas, contours, -1, _BOX, thickness)
-        cv2.rectangle(canvas, (left, top), (right - 1, bottom - 1), colour, thickness + 1)
+        cv2.drawContours(canvas, contours, -1, _CONTOUR, thickness)
+        # A place of a single pixel would not be seen.
+        apart_x, apart_y = (max(0, 5 * thickness - size) for size in (right - left, bottom - top))
+        corners = (left - apart_x, top - apart_y), (right - 1 + apart_x, bottom - 1 + apart_y)
+        cv2.rectangle(canvas, *corners, colour, thickness + 1)
     # Worst last, so that its label lies above the others.
     for place in reversed(result.localizations[:MAX_LABELS]):
         _draw_label(canvas, place, result)
@@ -167,7 +202,7 @@ def _draw_label(canvas: np.ndarray, place: Localization, result: AnomalyResult) 
     text = f"{place.score:.2f}"
     if result.p_value is not None:
         text += f" p={result.p_value:.2g}"
-    scale = max(0.35, canvas.shape[0] / 1100)
+    scale = max(0.4, canvas.shape[0] / 1100)
     left, top, _, bottom = (int(v) for v in place.box_xyxy)
     _, high = _text_size(text, scale)
     above_box = top - high - 6

@@ -103,6 +103,27 @@ class SettingSpec:
         return value
 
 
+def refuse_fixed(
+    before: Mapping[str, Any], after: Mapping[str, Any], specs: Mapping[str, SettingSpec]
+) -> None:
+    """Refuse changes of settings that are read at the start only.
+
+    Args:
+        before, after: flat parameters.
+        specs: rows by name, without a camera's prefix.
+
+    Raises:
+        SettingsError: naming the first setting that is not live and differs.
+    """
+    for name in sorted(before.keys() | after.keys()):
+        old, new = before.get(name), after.get(name)
+        if old != new and not specs[name.rpartition(".")[2]].live:
+            raise SettingsError(
+                f"setting '{name}' cannot change while running: expected {short(old)}, "
+                f"found {short(new)}"
+            )
+
+
 def read_parameters_yaml(path: Path) -> dict[str, Any]:
     """Return flat parameters of a ROS parameter file, or of a plain YAML mapping.
 

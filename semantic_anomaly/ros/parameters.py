@@ -89,7 +89,9 @@ class NodeParameters:
 
     def _value(self, name: str) -> Any:
         value = self._node.get_parameter(name).value
-        return list(value) if value is not None and not isinstance(value, str | int | float) else value
+        return (
+            list(value) if value is not None and not isinstance(value, str | int | float) else value
+        )
 
     def _values(self) -> dict[str, Any]:
         return {name: self._value(name) for name, _ in self._specs()}

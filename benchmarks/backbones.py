@@ -1,0 +1,255 @@
+"""Compare backbones on held-out street drives, in the detector that runs on the vehicle.
+
+Every backbone gets the same index frames, the same number of entries, the same test frames and
+exact search, so that the rows differ by their features alone. Two rows show what training is
+worth: the same architecture untrained, and a descriptor made by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModel
+
+from semantic_anomaly.backbone_folder import SHIPPED
+from semantic_anomaly.detector import AnomalyDetector, Embedder
+from semantic_anomaly.embedding import PatchEmbedder
+from semantic_anomaly.evaluation.metrics import PixelScores, frame_auroc
+from semantic_anomaly.identity import EmbedderIdentity
+from semantic_anomaly.index import NominalIndex
+from semantic_anomaly.localization import heatmap
+from semantic_anomaly.regions import ImageRegion
+from semantic_anomaly.settings import Settings
+from semantic_anomaly.structures import Frame, PatchGrid
+from semantic_anomaly.synthetic import KINDS, StreetDrive, StreetFrame, family
+
+FAMILIES = ("odd object", "odd arrangement")
+PLACE_PX = 10
+ORIENTATIONS = 8
+
+
+class HandMade:
+    """Mean and deviation of the LAB colours and a histogram of gradient directions, a place."""
+
+    def __init__(self) -> None:
+        digest = hashlib.sha256(b"LAB moments and gradient orientations").hexdigest()
+        dim = 6 + ORIENTATIONS
+        self.identity = EmbedderIdentity(
+            *("hand-made", "hand-made", "", digest, digest, (), 640, PLACE_PX, dim, "float32")
+        )
+
+    def grid_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
+        """Return (rows, cols) of the grid that an image of (height, width) gives."""
+        scale = self.identity.input_size / max(image_hw) / PLACE_PX
+        return max(1, round(image_hw[0] * scale)), max(1, round(image_hw[1] * scale))
+
+    def embed(self, images: Sequence[np.ndarray]) -> list[PatchGrid]:
+        """Return the descriptors of (height, width, 3) uint8 RGB images, in order."""
+        return [self._embed(image) for image in images]
+
+    def _embed(self, image: np.ndarray) -> PatchGrid:
+        hw = (image.shape[0], image.shape[1])
+        rows, cols = self.grid_hw(hw)
+
+        def pooled(values: np.ndarray) -> np.ndarray:
+            return cv2.resize(values, (cols, rows), interpolation=cv2.INTER_AREA)
+
+        lab = cv2.cvtColor(image, cv2.COLOR_RGB2LAB).astype(np.float32) / 255
+        mean = pooled(lab)
+        deviation = np.sqrt(np.maximum(pooled(lab * lab) - mean * mean, 0))
+        light = np.ascontiguousarray(lab[..., 0])
+        dx, dy = cv2.Sobel(light, cv2.CV_32F, 1, 0), cv2.Sobel(light, cv2.CV_32F, 0, 1)
+        strength = np.hypot(dx, dy)
+        angle = (np.arctan2(dy, dx) % np.pi) * (ORIENTATIONS / np.pi)
+        bins = []
+        for i in range(ORIENTATIONS):
+            apart = np.abs(angle - i)
+            near = np.clip(1 - np.minimum(apart, ORIENTATIONS - apart), 0, 1)
+            bins.append(np.sqrt(pooled(strength * near)))
+        features = np.concatenate([mean - 0.5, deviation, np.stack(bins, -1)], -1)
+        # Mid grey without any texture has no direction of its own.
+        features[..., 0] += 1e-6
+        features /= np.linalg.norm(features, axis=-1, keepdims=True)
+        whole = features.mean((0, 1))
+        return PatchGrid(features.astype(np.float32), whole.astype(np.float32), hw)
+
+
+@dataclass
+class Scores:
+    """What one backbone made of the test frames."""
+
+    frame: list[float] = field(default_factory=list)
+    pixels: dict[str, PixelScores] = field(default_factory=dict)
+    embed_ms: list[float] = field(default_factory=list)
+    entries: int = 0
+    dim: int = 0
+
+
+def nominal_frames(seeds: range, each: int) -> list[Frame]:
+    """Render `each` frames, twelve apart, of nominal drives."""
+    frames = []
+    for seed in tqdm(seeds, desc="index drives", disable=None):
+        drive = StreetDrive(seed, frames=12 * each)
+        views = [drive.frame(12 * i + seed % 12) for i in range(each)]
+        frames += [Frame(view.image, view.stamp_ns, name=view.name) for view in views]
+    return frames
+
+
+def test_frames(first_seed: int, drives: int) -> list[StreetFrame]:
+    """Render drives with one anomaly each: at most four frames with it and four without."""
+    chosen: list[StreetFrame] = []
+    jobs = [(first_seed + i, kind) for i, kind in enumerate(KINDS * drives)]
+    for seed, kind in tqdm(jobs, desc="test drives", disable=None):
+        drive = StreetDrive(seed, frames=100, anomalies=(kind,))
+        views = [drive.frame(i) for i in range(0, 100, 6)]
+        for odd in (True, False):
+            group = [view for view in views if (view.kind is not None) == odd]
+            picked = np.linspace(0, len(group) - 1, min(4, len(group))).round().astype(int)
+            chosen += [group[i] for i in picked]
+    return chosen
+
+
+def sampled(
+    frames: Sequence[Frame], embedder: Embedder, places: int
+) -> Iterator[tuple[Frame, PatchGrid]]:
+    """Embed frames and keep some places of each, the same ones for grids of the same size."""
+    for number, frame in enumerate(tqdm(frames, desc="embed", disable=None)):
+        grid = embedder.embed([frame.image])[0]
+        flat = grid.features.reshape(-1, grid.dim)
+        rows = np.random.default_rng(number).permutation(len(flat))[:places]
+        yield frame, PatchGrid(flat[rows][None], grid.global_feature, grid.image_hw)
+
+
+def measure(
+    embedder: Embedder,
+    settings: Settings,
+    nominal: Sequence[Frame],
+    tests: Sequence[StreetFrame],
+    places: int,
+) -> Scores:
+    """Build an index of the nominal frames and score the test frames against it."""
+    region = ImageRegion()
+    index = NominalIndex.build(
+        sampled(nominal, embedder, places),
+        identity=embedder.identity,
+        region=region,
+        settings=settings,
+    )
+    index.configure_search("exact", settings.search_ef)
+    detector = AnomalyDetector(embedder, index, None, settings, region)
+    scores = Scores(entries=index.count, dim=index.dim)
+    scores.pixels = {name: PixelScores() for name in ("nominal", *FAMILIES)}
+    for view in tqdm(tests, desc="test", disable=None):
+        begin = time.perf_counter()
+        grid = embedder.embed([view.image])[0]
+        scores.embed_ms.append((time.perf_counter() - begin) * 1e3)
+        score, distances = detector.score(grid)
+        scores.frame.append(score)
+        # The heatmap's own values: distances in [0, 2], interpolated to pixels.
+        heat = np.clip(heatmap(distances, region, grid.image_hw), 0, 2)
+        name = family(view.kind) if view.kind else "nominal"
+        scores.pixels[name].add(heat.ravel(), view.anomaly_mask.ravel())
+    return scores
+
+
+def untrained(folder: Path, out: Path) -> Path:
+    """Write the architecture of a backbone's folder with random weights and return its folder."""
+    torch.manual_seed(0)
+    AutoModel.from_config(AutoConfig.from_pretrained(folder)).eval().save_pretrained(out)
+    name = "preprocessor_config.json"
+    (out / name).write_bytes((folder / name).read_bytes())
+    return out
+
+
+def row(name: str, scores: Scores, tests: Sequence[StreetFrame]) -> str:
+    """Return a row of the table: AUROC and pixel AP of all anomalies and of each family."""
+    frame = np.array(scores.frame)
+    kinds = [family(view.kind) if view.kind else "nominal" for view in tests]
+    cells = []
+    for wanted in ((*FAMILIES,), *((name,) for name in FAMILIES)):
+        keep = np.array([kind == "nominal" or kind in wanted for kind in kinds])
+        odd = np.array([kind != "nominal" for kind in kinds])
+        auroc = frame_auroc(frame[keep], odd[keep])
+        pixels = scores.pixels["nominal"]
+        for each in wanted:
+            pixels = pixels + scores.pixels[each]
+        cells.append(f"{auroc:.3f} / {pixels.metrics().average_precision:.3f}")
+    speed = f"{np.median(scores.embed_ms):.0f}"
+    return f"| {name} | {scores.dim} | " + " | ".join(cells) + f" | {speed} |"
+
+
+def by_kind(scores: Scores, tests: Sequence[StreetFrame]) -> dict[str, float]:
+    """Return the frame AUROC of every kind of anomaly."""
+    frame = np.array(scores.frame)
+    kinds = np.array([view.kind or "" for view in tests])
+    found = {}
+    for kind in KINDS:
+        keep = (kinds == kind) | (kinds == "")
+        auroc = frame_auroc(frame[keep], kinds[keep] == kind)
+        if auroc is not None:
+            found[kind] = round(auroc, 3)
+    return found
+
+
+def main() -> None:
+    """Print the table, and the AUROC by kind as JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--backbone", default="street_small", help="name or folder")
+    parser.add_argument("--also", nargs="*", default=[], help="FOLDER or FOLDER:LAYER,LAYER")
+    parser.add_argument("--only", action="store_true", help="leave the two comparisons out")
+    parser.add_argument("--first-seed", type=int, default=20000)
+    parser.add_argument("--index-drives", type=int, default=30)
+    parser.add_argument("--index-frames", type=int, default=8, help="frames of each")
+    parser.add_argument("--places", type=int, default=100, help="entries from each frame")
+    parser.add_argument("--test-drives", type=int, default=4, help="drives with each anomaly")
+    parser.add_argument("--tail-percent", type=float, default=Settings().tail_percent)
+    parser.add_argument("--neighbours", type=int, default=Settings().neighbours)
+    args = parser.parse_args()
+    nominal = nominal_frames(
+        range(args.first_seed, args.first_seed + args.index_drives), args.index_frames
+    )
+    tests = test_frames(args.first_seed + 1000, args.test_drives)
+    odd = sum(view.kind is not None for view in tests)
+    print(
+        f"{len(nominal)} index frames; {odd} anomalous and {len(tests) - odd} nominal test frames"
+    )
+    print("| features | dim | all: AUROC / pixel AP | odd object | odd arrangement | embed ms |")
+    print("|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as temporary:
+        shipped = SHIPPED / args.backbone
+        folder = shipped if shipped.is_dir() else Path(args.backbone)
+        embedders: list[tuple[str, Embedder]] = [(folder.name, PatchEmbedder(str(folder)))]
+        if not args.only:
+            random = untrained(folder, Path(temporary) / "untrained")
+            embedders.append((f"{folder.name}, untrained", PatchEmbedder(str(random))))
+            embedders.append(("LAB and gradient orientations", HandMade()))
+        for other in args.also:
+            path, _, layers = other.partition(":")
+            chosen = [int(layer) for layer in layers.split(",") if layer]
+            name = Path(path).name + (f", layers {layers}" if layers else "")
+            embedders.append((name, PatchEmbedder(path, layers=chosen)))
+        # No near-duplicate is left out: features of low contrast would lose most.
+        settings = Settings(
+            tail_percent=args.tail_percent, neighbours=args.neighbours, dedup_distance=0.0
+        )
+        kinds = {}
+        for name, embedder in embedders:
+            scores = measure(embedder, settings, nominal, tests, args.places)
+            print(row(name, scores, tests), flush=True)
+            kinds[name] = by_kind(scores, tests)
+    print(json.dumps(kinds, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""The command `semantic-anomaly`: one module a verb, each thin, loaded when it is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from semantic_anomaly import __version__
+from semantic_anomaly.errors import InputError, SemanticAnomalyError
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+class _Verb(NamedTuple):
+    module: str
+    summary: str
+    example: str
+
+
+VERBS = {
+    "build-index": _Verb(
+        "build_index",
+        "make the index of nominal embeddings from nominal drives",
+        "semantic-anomaly build-index drives/monday 'drives/tuesday[0:600]' --out index",
+    ),
+    "calibrate": _Verb(
+        "calibrate",
+        "make the threshold of an index from nominal drives that it has not seen",
+        "semantic-anomaly calibrate index drives/wednesday --target-false-alarm-rate 0.01",
+    ),
+    "evaluate": _Verb(
+        "evaluate",
+        "measure the detector on labelled images; write results.json and pictures",
+        "semantic-anomaly evaluate labelled --index index --out report",
+    ),
+    "replay": _Verb(
+        "replay",
+        "run a bag, video or folder through the detector; write scores, curve and overlays",
+        "semantic-anomaly replay drive_bag --index index --out replayed --topic /camera/image_raw",
+    ),
+    "inspect-index": _Verb(
+        "inspect_index",
+        "check an index folder and say what it holds",
+        "semantic-anomaly inspect-index index --recall",
+    ),
+    "synth": _Verb(
+        "synth",
+        "write drives through a synthetic street, with or without anomalies",
+        "semantic-anomaly synth work/test --drives 2 --frames 60 --anomalies cow",
+    ),
+    "demo": _Verb(
+        "demo",
+        "run the whole path, with the real node, on a synthetic street",
+        "semantic-anomaly demo --out demo_output",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit code: 0 fine, 1 failed, 2 bad input, 130 interrupted.
+
+    Args:
+        argv: arguments without the program's name; None: those of this process.
+    """
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    try:
+        parsed = _parser(arguments).parse_args(arguments)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else BAD_INPUT
+    with _messages_on_stderr():
+        try:
+            module = importlib.import_module(f"{__name__}.{VERBS[parsed.verb].module}")
+            return int(module.run(parsed))
+        except SemanticAnomalyError as error:
+            if parsed.debug:
+                traceback.print_exc()
+            sentence = " ".join(str(error).split())
+            print(f"semantic-anomaly: error: {sentence}", file=sys.stderr)
+            return BAD_INPUT if isinstance(error, InputError) else FAILED
+        except KeyboardInterrupt:
+            print("semantic-anomaly: interrupted", file=sys.stderr)
+            return INTERRUPTED
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="semantic-anomaly",
+        description="Is the camera seeing something never seen while the system was safe?",
+        epilog="'semantic-anomaly VERB --help' says more about a verb.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    help_debug = "show where in the code an error arose"
+    parser.add_argument("--debug", action="store_true", help=help_debug)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    # Verbs import what is heavy, so only the one that is asked for is loaded.
+    asked = next((argument for argument in arguments if argument in VERBS), None)
+    for name, verb in VERBS.items():
+        sub = verbs.add_parser(
+            name,
+            help=verb.summary,
+            description=verb.summary[0].upper() + verb.summary[1:] + ".",
+            epilog=f"example: {verb.example}",
+            allow_abbrev=False,
+        )
+        sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=help_debug)
+        if name == asked:
+            importlib.import_module(f"{__name__}.{verb.module}").add_arguments(sub)
+    return parser
+
+
+class _BesideProgressBars(logging.Handler):
+    """Prints messages on stderr without tearing a progress bar apart."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        tqdm.write(prefix + record.getMessage(), file=sys.stderr)
+
+
+@contextmanager
+def _messages_on_stderr() -> Iterator[None]:
+    log = logging.getLogger("semantic_anomaly")
+    handler, level = _BesideProgressBars(), log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)

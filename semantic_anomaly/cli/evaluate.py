@@ -1,0 +1,110 @@
+"""Measure the detector on labelled images."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from semantic_anomaly.cli.options import add_detector_options, count, load_detector, settings_of
+from semantic_anomaly.cli.tables import figure, table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `semantic-anomaly evaluate`."""
+    parser.add_argument(
+        "dataset",
+        metavar="DATASET",
+        help="folder with images/, masks/ or labels_masks/ and labels.json; "
+        "'DATASET[START:STOP]' takes a part of it",
+    )
+    parser.add_argument("--index", type=Path, required=True, help="folder of the index")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--every", type=count, metavar="N", help="pictures of every N-th frame (default: about 20)"
+    )
+    add_detector_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate, write the report and print its figures."""
+    from semantic_anomaly.evaluation import extras
+    from semantic_anomaly.evaluation.datasets import LabelledFolder
+    from semantic_anomaly.evaluation.labelled import RESULTS, WRITTEN, evaluate
+    from semantic_anomaly.evaluation.reports import refuse_other_content
+
+    extras.require("sklearn.metrics", "matplotlib.figure")
+    settings, camera = settings_of(args, args.index)
+    refuse_other_content(args.out, RESULTS, WRITTEN)
+    dataset = LabelledFolder(args.dataset)
+    detector = load_detector(args, settings, camera)
+    results = evaluate(dataset, detector, args.out, every=args.every)
+    print(_summary(results))
+    print(f"wrote {args.out}")
+    return 0
+
+
+def _summary(results: dict[str, Any]) -> str:
+    anomalous = results["frames_anomalous"]
+    nominal = results["frames_counted"] - anomalous
+    lines = [
+        f"{results['dataset']}: {results['frames_counted']} frames, {anomalous} anomalous"
+        + (f", {results['frames_ignored']} ignored" if results["frames_ignored"] else ""),
+        "",
+        table(_measures(results, anomalous, nominal), ("measure", "value", "remark")),
+    ]
+    for title in ("kind", "family"):
+        rows = [
+            (name, f"{m['frames']}", figure(m["tpr"]), figure(m["auroc"]), figure(m["pixel_ap"]))
+            for name, m in results[f"by_{title}"].items()
+        ]
+        if rows:
+            lines += ["", table(rows, (title, "frames", "TPR", "AUROC", "pixel AP"))]
+    if results["calibration"]:
+        lines += [f"warning: {sentence}" for sentence in results["calibration"]["warnings"]]
+    return "\n".join(lines)
+
+
+def _measures(results: dict[str, Any], anomalous: int, nominal: int) -> list[tuple[str, str, str]]:
+    pixels = results["pixels"]
+    one_sided = "" if anomalous and nominal else "needs anomalous and nominal frames"
+    if results["threshold"] is None:
+        above = target = "no threshold: the index is not calibrated"
+    else:
+        above = f"{_count(results['tpr'], anomalous)} anomalous frames above the threshold"
+        rate = results["target_false_alarm_rate"]
+        aimed = "threshold set by hand" if rate is None else f"target {rate:g}"
+        target = f"{_count(results['fpr'], nominal)} nominal frames; {aimed}"
+    share = pixels["anomalous"] / max(pixels["anomalous"] + pixels["normal"], 1)
+    inside = f"{pixels['region']}, {100 * share:.2g} % of the pixels are anomalous"
+    if not pixels["anomalous"]:
+        inside = "no anomalous pixels in the masks" + (
+            "" if pixels["region"] == "whole image" else " within the region of interest"
+        )
+    rows = [
+        ("threshold", figure(results["threshold"], 4), results["threshold_from"] or "none"),
+        ("frame AUROC", figure(results["frame_auroc"]), one_sided),
+        ("TPR", figure(results["tpr"]), above),
+        ("FPR", figure(results["fpr"]), target),
+    ]
+    if results["localized"] is not None:
+        touches = "of the anomalous frames with an alarm: a localization touches the anomaly"
+        rows.append(("localized", figure(results["localized"]), touches))
+    if results["settings"]["confirm_window"] > 1:
+        confirmed = "of decisions, confirmed over time"
+        rows += [
+            ("alarm TPR", figure(results["alarm_tpr"]), confirmed),
+            ("alarm FPR", figure(results["alarm_fpr"]), confirmed),
+        ]
+    total = results["latency_ms"]["total"]
+    return [
+        *rows,
+        ("pixel AP", figure(results["pixel_ap"]), inside),
+        ("pixel AUROC", figure(results["pixel_auroc"]), ""),
+        ("pixel FPR95", figure(results["pixel_fpr95"]), ""),
+        ("ms a frame", figure(total["p50"], 1), f"median; p95 {total['p95']:.1f}"),
+    ]
+
+
+def _count(share: float | None, total: int) -> str:
+    return f"{round((share or 0.0) * total)} of {total}"

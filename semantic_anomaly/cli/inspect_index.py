@@ -1,0 +1,113 @@
+"""Check an index folder and say what it holds."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from semantic_anomaly.cli.options import positive
+from semantic_anomaly.cli.tables import megabytes, table
+
+if TYPE_CHECKING:
+    from semantic_anomaly.calibration import Calibration
+    from semantic_anomaly.index import NominalIndex
+
+_LISTED_DRIVES = 10
+_RECALL_QUERIES = 2000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `semantic-anomaly inspect-index`."""
+    parser.add_argument("index", type=Path, metavar="INDEX", help="folder of the index")
+    parser.add_argument(
+        "--recall", action="store_true", help="compare the graph search with the exact one"
+    )
+    parser.add_argument(
+        "--neighbours", type=positive, default=1, metavar="K", help="for --recall (default 1)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check everything that an index folder holds and print a summary."""
+    from semantic_anomaly.calibration import Calibration
+    from semantic_anomaly.calibration_file import FILE_NAME
+    from semantic_anomaly.errors import MismatchError
+    from semantic_anomaly.index import NominalIndex
+
+    folder = args.index.expanduser()
+    index = NominalIndex.load(folder)
+    # The graph is read and checked only when it is used.
+    index.configure_search("graph", index.manifest["content"]["search_ef"])
+    calibration = Calibration.load(folder) if (folder / FILE_NAME).exists() else None
+    if calibration and calibration.index_fingerprint != index.fingerprint:
+        raise MismatchError(
+            f"calibration of '{folder}': index fingerprint",
+            index.fingerprint,
+            calibration.index_fingerprint,
+            "it is of another index; calibrate again",
+        )
+    print(table(_index_rows(folder, index)))
+    print()
+    print(table(_calibration_rows(calibration)))
+    if args.recall:
+        found = index.recall(_RECALL_QUERIES, args.neighbours)
+        rows = [(name.replace("_", " "), f"{value:.6g}") for name, value in found.items()]
+        print("\ngraph search against the exact one")
+        print(table(rows))
+    return 0
+
+
+def _index_rows(folder: Path, index: NominalIndex) -> list[tuple[str, str]]:
+    content, written = index.manifest["content"], index.manifest["written"]
+    identity, report = index.identity, index.report
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    layers = ", ".join(map(str, identity.layers)) or "last"
+    drives = Counter(name.rpartition("/")[0] for name in index.frame_names)
+    limits = content["limits"]
+    polygon = index.region_description["polygon_xy"]
+    mask = index.region_description["ego_mask_sha256"]
+    whole = "whole image" if not polygon and not mask else ""
+    return [
+        ("index", f"{folder}"),
+        ("fingerprint", index.fingerprint[:16]),
+        ("built", f"{written['created']} by version {written['package_version']}"),
+        ("entries", f"{index.count} of dimension {index.dim}"),
+        ("size on disk", megabytes(size)),
+        ("backbone", f"{identity.model_id} ({identity.architecture}), hidden states: {layers}"),
+        ("weights", f"sha256 {identity.weights_sha256[:16]}, {identity.dtype}"),
+        ("input", f"long side {identity.input_size} px, grid of {identity.patch_px} px"),
+        ("camera", index.camera),
+        ("region", whole or ", ".join(
+            [*[f"polygon of {len(polygon)} corners"] * bool(polygon), *["ego mask"] * bool(mask)]
+        )),
+        ("sources", _listed(written["source"])),
+        ("frames", f"{report.frames} read, {len(index.frame_names)} contributed: "
+         + _listed([f"{drive} ({count})" for drive, count in drives.items()])),
+        ("patches", f"{report.seen} seen, {report.suppressed} suppressed as nearer than "
+         f"{limits['dedup_distance']:g}, {report.dropped} dropped at {limits['max_entries']} "
+         "entries"),
+    ]  # fmt: skip
+
+
+def _calibration_rows(calibration: Calibration | None) -> list[tuple[str, str]]:
+    if calibration is None:
+        return [("calibration", "none; decisions will be 'unknown'")]
+    drives = _listed([f"{name} ({count})" for name, count in calibration.drives])
+    return [
+        ("threshold", f"{calibration.threshold:.4f}"),
+        ("target rate", f"{calibration.target_false_alarm_rate:g}"),
+        ("nominal frames", f"{calibration.count}"),
+        ("drives", drives),
+        (
+            "score settings",
+            f"neighbours {calibration.neighbours}, tail {calibration.tail_percent:g} %",
+        ),
+        *(("warning", sentence) for sentence in calibration.warnings),
+    ]
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _LISTED_DRIVES} more" if len(names) > _LISTED_DRIVES else ""
+    return ", ".join(names[:_LISTED_DRIVES]) + more

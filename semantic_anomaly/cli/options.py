@@ -1,0 +1,142 @@
+"""The options that every verb with a detector has, and the settings that they make."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from semantic_anomaly.errors import SettingsError, UnknownNameError
+from semantic_anomaly.setting_spec import read_parameters_yaml
+from semantic_anomaly.settings import Settings
+
+if TYPE_CHECKING:
+    from semantic_anomaly.detector import AnomalyDetector
+
+# YAML 1.1 takes 1e-3 for a string, for it has no point.
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+
+
+def add_detector_options(parser: argparse.ArgumentParser) -> None:
+    """Add --settings, --backbone, --set and --camera."""
+    group = parser.add_argument_group("detector")
+    group.add_argument(
+        "--settings", type=Path, metavar="FILE.yaml", help="the node's own parameter file"
+    )
+    group.add_argument(
+        "--backbone",
+        metavar="FOLDER-OR-ID",
+        help="shipped name, Hugging Face folder or hub id already downloaded",
+    )
+    group.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        dest="overrides",
+        help="any setting, e.g. --set neighbours=3 --set camera.ego_mask=bonnet.png",
+    )
+    group.add_argument(
+        "--camera", metavar="NAME", help="which of the settings' cameras, where it has several"
+    )
+
+
+def add_topic_option(parser: argparse.ArgumentParser) -> None:
+    """Add --topic."""
+    parser.add_argument("--topic", metavar="T", help="image topic of bags that have several")
+
+
+def count(text: str) -> int:
+    """Return a whole number of at least 0, for argparse."""
+    number = int(text)
+    if number < 0:
+        raise ValueError(f"expected at least 0, found {number}")
+    return number
+
+
+def positive(text: str) -> int:
+    """Return a whole number of at least 1, for argparse."""
+    number = count(text)
+    if not number:
+        raise ValueError("expected at least 1, found 0")
+    return number
+
+
+def settings_of(
+    args: argparse.Namespace, index: Path | None = None, **changes: Any
+) -> tuple[Settings, str]:
+    """Return the settings that the options make, and the camera's name.
+
+    Args:
+        args: with the options of `add_detector_options`.
+        index: index folder given on the command line; wins over the settings.
+        changes: settings given by options of their own; None changes nothing.
+
+    Raises:
+        SettingsError: a file, name or value cannot be taken, or a camera must be chosen.
+        UnknownNameError: no such setting or camera.
+    """
+    parameters = _parameters(args)
+    parameters.update({name: value for name, value in changes.items() if value is not None})
+    settings = Settings.from_parameters(parameters)
+    camera = _camera(settings, args.camera)
+    if index is not None:
+        given = {"index": str(index), f"{camera}.index": ""}
+        settings = Settings.from_parameters({**parameters, **given})
+    return settings, camera
+
+
+def load_detector(args: argparse.Namespace, settings: Settings, camera: str) -> AnomalyDetector:
+    """Return the detector of a camera, at the rate it was calibrated for where none is given.
+
+    Raises:
+        SemanticAnomalyError: as `AnomalyDetector.load`.
+    """
+    from semantic_anomaly.calibration import Calibration
+    from semantic_anomaly.calibration_file import FILE_NAME
+    from semantic_anomaly.detector import AnomalyDetector
+
+    folder = Path(settings.index_of(camera)).expanduser()
+    if "target_false_alarm_rate" not in _parameters(args) and (folder / FILE_NAME).exists():
+        # A default is not a wish: 'calibrate' was told which rate is wanted.
+        rate = Calibration.load(folder).target_false_alarm_rate
+        settings = settings.replace(target_false_alarm_rate=rate)
+    return AnomalyDetector.load(settings, camera)
+
+
+def _parameters(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what was given: the settings file, over it --set, over it --backbone."""
+    parameters = read_parameters_yaml(args.settings) if args.settings else {}
+    parameters.update(_override(item) for item in args.overrides)
+    if args.backbone:
+        parameters["backbone"] = args.backbone
+    return parameters
+
+
+def _camera(settings: Settings, name: str | None) -> str:
+    if name is None and len(settings.cameras) > 1:
+        raise SettingsError(
+            "settings name several cameras, choose one with --camera: "
+            + ", ".join(settings.cameras)
+        )
+    camera = settings.cameras[0] if name is None else name
+    if camera not in settings.cameras:
+        raise UnknownNameError("camera", camera, settings.cameras)
+    return camera
+
+
+def _override(item: str) -> tuple[str, Any]:
+    import yaml
+
+    name, sign, text = item.partition("=")
+    if not sign or not name:
+        raise SettingsError(f"option --set: expected NAME=VALUE, found '{item}'")
+    if _EXPONENT.fullmatch(text.strip()):
+        return name, float(text)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"option --set: '{text}' is not a YAML value") from error
+    # Whoever writes --set ego_mask= means an empty text.
+    return name, "" if value is None and not text.strip() else value

@@ -1,0 +1,75 @@
+"""Run a bag, video or folder through the detector."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from semantic_anomaly.cli.options import (
+    add_detector_options,
+    add_topic_option,
+    count,
+    load_detector,
+    settings_of,
+)
+from semantic_anomaly.cli.tables import table
+
+_LISTED_ALARMS = 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `semantic-anomaly replay`."""
+    parser.add_argument(
+        "source",
+        metavar="BAG",
+        help="rosbag2 bag, video or folder of images; 'BAG[START:STOP]' takes a part of it",
+    )
+    parser.add_argument("--index", type=Path, required=True, help="folder of the index")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--every", type=count, metavar="N", help="pictures of every N-th frame (default: about 40)"
+    )
+    add_topic_option(parser)
+    add_detector_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Replay, write scores and pictures, and print the alarms."""
+    from semantic_anomaly.evaluation import extras
+    from semantic_anomaly.evaluation.replay import SUMMARY, WRITTEN, replay
+    from semantic_anomaly.evaluation.reports import refuse_other_content
+    from semantic_anomaly.sources import open_source
+
+    extras.require("matplotlib.figure")
+    settings, camera = settings_of(args, args.index)
+    refuse_other_content(args.out, SUMMARY, WRITTEN)
+    source = open_source(args.source, topic=args.topic)
+    detector = load_detector(args, settings, camera)
+    summary = replay(source, detector, args.out, every=args.every)
+    print(_text(summary))
+    print(f"wrote {args.out}")
+    return 0
+
+
+def _text(summary: dict[str, Any]) -> str:
+    counts = ", ".join(f"{count} {name}" for name, count in summary["decisions"].items() if count)
+    total = summary["latency_ms"]["total"]
+    threshold = summary["threshold"]
+    rows = [
+        ("frames", f"{summary['frames']}: {counts}"),
+        ("threshold", "none, uncalibrated" if threshold is None else f"{threshold:.4f}"),
+        ("scores", f"{summary['score_min']:.4f} to {summary['score_max']:.4f}"),
+        ("ms a frame", f"p50 {total['p50']:.1f}, p95 {total['p95']:.1f}"),
+        ("alarms", f"{len(summary['alarms'])}"),
+    ]
+    text = table(rows)
+    alarms = [
+        (a["first_frame"], f"{a['frames']}", f"{a['peak_score']:.4f}")
+        for a in summary["alarms"][:_LISTED_ALARMS]
+    ]
+    if alarms:
+        text += "\n\n" + table(alarms, ("first frame of an alarm", "frames", "peak score"))
+    if len(summary["alarms"]) > _LISTED_ALARMS:
+        text += f"\n... and {len(summary['alarms']) - _LISTED_ALARMS} more in summary.json"
+    return text

@@ -1,0 +1,44 @@
+"""Short aligned tables for people."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+_NUMBER = re.compile(r"[-+]?[\d.,]+([eE][-+]?\d+)?( ?%)?|-")
+
+
+def table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
+    """Return rows as aligned text, columns of numbers to the right.
+
+    Args:
+        rows: cells of equal number a row.
+        header: names of the columns, none for a table without.
+    """
+    lines = [list(header), *map(list, rows)] if header else [list(row) for row in rows]
+    if not lines:
+        return ""
+    columns = list(zip(*lines, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    body = list(zip(*rows, strict=True)) if rows else [() for _ in columns]
+    right = [bool(cells) and all(_NUMBER.fullmatch(cell) for cell in cells) for cells in body]
+    texts = [
+        "  ".join(
+            cell.rjust(width) if to_right else cell.ljust(width)
+            for cell, width, to_right in zip(line, widths, right, strict=True)
+        ).rstrip()
+        for line in lines
+    ]
+    if header:
+        texts.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(texts)
+
+
+def figure(value: float | None, digits: int = 3) -> str:
+    """Return a number with so many decimals, '-' for one that is not defined."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def megabytes(count: int) -> str:
+    """Return a number of bytes in MB or kB."""
+    return f"{count / 1e6:.1f} MB" if count >= 1_000_000 else f"{count / 1e3:.1f} kB"

@@ -1,0 +1,40 @@
+"""The packages that only reports need, imported when a report is made."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from semantic_anomaly.errors import SemanticAnomalyError
+
+_PACKAGES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "PIL": "pillow"}
+
+
+class MissingPackageError(SemanticAnomalyError):
+    """A package of the extra [report] is not installed."""
+
+
+def require(*modules: str) -> None:
+    """Refuse early, before hours of work, when a package of the extra [report] is missing.
+
+    Raises:
+        MissingPackageError: naming package and extra.
+    """
+    for name in modules:
+        load(name)
+
+
+def load(name: str) -> ModuleType:
+    """Import a module of the extra [report].
+
+    Raises:
+        MissingPackageError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = _PACKAGES.get(name.partition(".")[0], name)
+        raise MissingPackageError(
+            f"reports need the package '{package}', which cannot be imported ({error}); "
+            "install it with: pip install 'semantic_anomaly[report]'"
+        ) from error

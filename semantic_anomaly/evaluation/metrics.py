@@ -1,0 +1,127 @@
+"""How well scores tell anomalous frames and pixels from nominal ones.
+
+Measures that are not defined, such as an AUROC without anomalies, are None. Pixel measures follow
+SegmentMeIfYouCan (Chan et al. 2021): average precision, and the false-positive rate at 95 % recall.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from semantic_anomaly.errors import ModelOutputError
+from semantic_anomaly.evaluation import extras
+
+# Distances lie in [0, 2]; two that differ by less than 2e-6 count as equal.
+SCORE_RESOLUTION = 2.0**-19
+_BINS = int(2.0 / SCORE_RESOLUTION) + 1
+RECALL = 0.95
+
+
+def frame_auroc(scores: np.ndarray, anomalous: np.ndarray) -> float | None:
+    """Return how often an anomalous frame scores above a nominal one, ties counting half.
+
+    Args:
+        scores: (n,) frame scores, higher is more anomalous.
+        anomalous: (n,) bool.
+    """
+    anomalous = np.asarray(anomalous, bool)
+    if anomalous.all() or not anomalous.any():
+        return None
+    return float(extras.load("sklearn.metrics").roc_auc_score(anomalous, scores))
+
+
+def frame_rates(
+    scores: np.ndarray, anomalous: np.ndarray, threshold: float | None
+) -> tuple[float | None, float | None]:
+    """Return the shares of anomalous and of nominal frames whose score exceeds the threshold.
+
+    Args:
+        scores: (n,) frame scores.
+        anomalous: (n,) bool.
+        threshold: None where there is none.
+
+    Returns:
+        True- and false-positive rate; None without a threshold or without such frames.
+    """
+    if threshold is None:
+        return None, None
+    above = np.asarray(scores) > threshold
+    anomalous = np.asarray(anomalous, bool)
+    return share(above[anomalous]), share(above[~anomalous])
+
+
+def share(flags: Sequence[bool] | np.ndarray) -> float | None:
+    """Return the share of flags that are set, None where there are none."""
+    return float(np.mean(flags)) if len(flags) else None
+
+
+@dataclass(frozen=True)
+class PixelMetrics:
+    """What pixel scores are worth; None where there are no anomalous or no normal pixels.
+
+    Attributes:
+        average_precision: sum over thresholds of precision times gained recall, no interpolation.
+        auroc: how often an anomalous pixel scores above a normal one, ties counting half.
+        fpr95: least false-positive rate with which 95 % of the anomalous pixels are found.
+        anomalous, normal: numbers of pixels.
+    """
+
+    average_precision: float | None
+    auroc: float | None
+    fpr95: float | None
+    anomalous: int
+    normal: int
+
+
+class PixelScores:
+    """Scores of any number of labelled pixels in bounded memory: 16 MB, however many there are.
+
+    All pixels are counted, none is sampled; scores are rounded to `SCORE_RESOLUTION`.
+    """
+
+    def __init__(self) -> None:
+        self._counts = np.zeros((2, _BINS), np.int64)
+
+    def add(self, scores: np.ndarray, anomalous: np.ndarray) -> None:
+        """Count pixels.
+
+        Args:
+            scores: (n,) float32 in [0, 2].
+            anomalous: (n,) bool.
+
+        Raises:
+            ModelOutputError: a score is not finite or not in [0, 2].
+        """
+        # NaN fails both comparisons.
+        if not np.all((scores >= 0.0) & (scores <= 2.0)):
+            raise ModelOutputError("pixel scores: expected finite numbers in [0, 2]")
+        bins = np.rint(scores * np.float32(1.0 / SCORE_RESOLUTION)).astype(np.int32)
+        for label in (0, 1):
+            chosen = bins[anomalous == bool(label)]
+            if len(chosen):
+                self._counts[label] += np.bincount(chosen, minlength=_BINS)
+
+    def __add__(self, other: PixelScores) -> PixelScores:
+        total = PixelScores()
+        total._counts = self._counts + other._counts
+        return total
+
+    def metrics(self) -> PixelMetrics:
+        """Return the measures over all pixels counted so far."""
+        normal, anomalous = (int(n) for n in self._counts.sum(axis=1))
+        if not normal or not anomalous:
+            return PixelMetrics(None, None, None, anomalous, normal)
+        sklearn = extras.load("sklearn.metrics")
+        label, bins = np.nonzero(self._counts)
+        score, weight = bins * SCORE_RESOLUTION, self._counts[label, bins]
+        fpr, tpr, _ = sklearn.roc_curve(label, score, sample_weight=weight, drop_intermediate=False)
+        return PixelMetrics(
+            float(sklearn.average_precision_score(label, score, sample_weight=weight)),
+            float(sklearn.roc_auc_score(label, score, sample_weight=weight)),
+            float(fpr[tpr >= RECALL].min()),
+            anomalous,
+            normal,
+        )

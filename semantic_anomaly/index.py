@@ -1,0 +1,298 @@
+"""The nominal index: build, distances, neighbours, save, load. The only place with hnswlib."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import hnswlib
+import numpy as np
+
+from semantic_anomaly.errors import ArtefactError, IndexFormatError
+from semantic_anomaly.exact_search import nearest_entries
+from semantic_anomaly.graph_file import predicted_graph_bytes
+from semantic_anomaly.identity import EmbedderIdentity
+from semantic_anomaly.images import decode_compressed
+from semantic_anomaly.index_build import BuildReport, Selection
+from semantic_anomaly.index_content import GRAPH_SEED, IndexContent
+from semantic_anomaly.index_format import (
+    GRAPH,
+    check_graph,
+    read_content,
+    refuse_other_folder,
+    write_content,
+)
+from semantic_anomaly.neighbour_search import NeighbourSearch
+from semantic_anomaly.regions import ImageRegion
+from semantic_anomaly.settings import Settings
+from semantic_anomaly.storage import atomic_folder
+from semantic_anomaly.structures import Frame, NominalExample, PatchGrid
+
+_BUILD_EF = 64
+
+
+class NominalIndex:
+    """Nominal embeddings, where they come from, and the search for the nearest of them.
+
+    k-nearest-neighbour distances as in AnomalyDINO (Damm et al. 2024), with a graph (HNSW,
+    Malkov and Yashunin 2018) where there are many entries. Made by `build` or `load`.
+    """
+
+    def __init__(
+        self,
+        content: IndexContent,
+        manifest: dict[str, Any],
+        graph: hnswlib.Index | None,
+        folder: Path | None,
+    ) -> None:
+        self._content = content
+        self._manifest = manifest
+        self._graph = graph
+        self._folder = folder
+        self._search = NeighbourSearch(content.embeddings, self._ready_graph, self._name)
+        self._search.configure("auto", content.search_ef)
+
+    @classmethod
+    def build(
+        cls,
+        frames: Iterable[tuple[Frame, PatchGrid]],
+        *,
+        identity: EmbedderIdentity,
+        region: ImageRegion,
+        settings: Settings,
+        source: Sequence[str] = (),
+        camera: str = "camera",
+    ) -> NominalIndex:
+        """Build an index in one pass; memory grows with what is stored, not with what is seen.
+
+        Args:
+            frames: nominal frames and their patch embeddings.
+            identity: of the embedder that made them.
+            region: patches outside take no part.
+            settings: `dedup_distance`, `max_entries`, and the graph's.
+            source: names of the sources, for the manifest.
+            camera: name of the camera.
+
+        Raises:
+            IndexMismatchError: a grid of another dimension than the identity's.
+            ArtefactError: there is no nominal patch.
+        """
+        graph = _GrowingGraph(identity.dim, settings.graph_m, settings.graph_ef_construction)
+        selection = Selection(graph, identity.dim, settings.dedup_distance, settings.max_entries)
+        selection.extend(frames, region)
+        selection.finish()
+        # A saved file says how many entries there is room for, and readers insist on none more.
+        graph.index.resize_index(graph.index.get_current_count())
+        content = IndexContent.of_selection(selection, identity, region, settings, source, camera)
+        return cls(content, content.manifest(), graph.index, None)
+
+    @classmethod
+    def load(cls, folder: Path) -> NominalIndex:
+        """Read an index folder; the graph itself is read, and checked, when it is first needed.
+
+        Raises:
+            IndexFormatError: missing, incomplete, damaged, tampered with, or of another version.
+        """
+        folder = Path(folder).expanduser()
+        content, manifest = read_content(folder)
+        return cls(content, manifest, None, folder)
+
+    def save(self, folder: Path) -> None:
+        """Write the index as a whole, read it back, and only then put it in place.
+
+        An index that was there is replaced, its calibration with it. hnswlib reports neither a
+        full disk nor a short write, so what it wrote is checked byte by byte.
+
+        Raises:
+            ArtefactError: the folder holds something else, or it cannot be written.
+        """
+        folder = Path(folder).expanduser()
+        refuse_other_folder(folder)
+        graph = self._ready_graph()
+        with atomic_folder(folder, replace=True) as temporary:
+            graph.save_index(str(temporary / GRAPH))
+            write_content(temporary, self._content, self._content.manifest())
+            try:
+                written = NominalIndex.load(temporary)
+                written._ready_graph()
+            except IndexFormatError as error:
+                raise ArtefactError(f"cannot write index '{folder}': {error}") from error
+        self._manifest, self._folder = written.manifest, folder
+
+    @property
+    def identity(self) -> EmbedderIdentity:
+        """Return the embedder that made the entries."""
+        return self._content.identity
+
+    @property
+    def region_description(self) -> dict[str, Any]:
+        """Return `ImageRegion.describe()` of the build."""
+        return dict(self._content.region)
+
+    @property
+    def camera(self) -> str:
+        """Return the name of the camera."""
+        return self._content.camera
+
+    @property
+    def fingerprint(self) -> str:
+        """Return the digest of the content; equal builds have equal ones."""
+        return str(self._manifest["fingerprint"])
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """Return the manifest; it names files and digests once the index was saved."""
+        return self._manifest
+
+    @property
+    def report(self) -> BuildReport:
+        """Return what became of the patches that it was built from."""
+        return self._content.report
+
+    @property
+    def count(self) -> int:
+        """Return the number of entries."""
+        return len(self._content.embeddings)
+
+    @property
+    def dim(self) -> int:
+        """Return the length of an embedding."""
+        return int(self._content.embeddings.shape[1])
+
+    @property
+    def frame_names(self) -> tuple[str, ...]:
+        """Return the names of the frames that contributed entries."""
+        return tuple(frame.name for frame in self._content.frames)
+
+    def check_embedder(self, identity: EmbedderIdentity) -> None:
+        """Raise IndexMismatchError where the running embedder's space is another one."""
+        self._content.check_embedder(identity, self._name)
+
+    def check_region(self, region: ImageRegion) -> None:
+        """Raise IndexMismatchError where region of interest or ego mask are others."""
+        self._content.check_region(region, self._name)
+
+    def configure_search(self, search: str, ef: int) -> None:
+        """Choose how `distances` searches, reading the graph if it is to be used.
+
+        Args:
+            search: 'exact', 'graph', or 'auto': exact for small indexes.
+            ef: breadth of the graph search, >= 1.
+
+        Raises:
+            IndexFormatError: the graph is not that of the index.
+        """
+        self._search.configure(search, ef)
+
+    def distances(
+        self,
+        embeddings: np.ndarray,
+        k: int,
+        *,
+        exact_above: float | None = None,
+        exact_top: int = 0,
+    ) -> np.ndarray:
+        """Return (n,) float32 mean cosine distances in [0, 2] to the k nearest entries.
+
+        The graph can only overestimate a distance, never hide an anomaly. Checking the large
+        ones exactly makes decisions those of an exact search.
+
+        Args:
+            embeddings: (n, dim) float32, unit norm.
+            k: 1 to count.
+            exact_above: distances above are exact.
+            exact_top: so many of the largest are exact, hence exactly the largest there are.
+
+        Raises:
+            IndexMismatchError: another dimension, or k out of range.
+            ModelOutputError: embeddings that are not finite or not of unit norm.
+        """
+        return self._search.distances(embeddings, k, exact_above, exact_top)
+
+    def exact_distances(self, embeddings: np.ndarray, k: int) -> np.ndarray:
+        """Return what `distances` returns, by a product with every entry."""
+        return self._search.exact_distances(embeddings, k)
+
+    def nearest(self, embedding: np.ndarray) -> NominalExample:
+        """Return the entry nearest to an embedding (dim,), found exactly; raises as `distances`."""
+        return self.nearest_many(embedding[None])[0]
+
+    def nearest_many(self, embeddings: np.ndarray) -> list[NominalExample]:
+        """Return the entries nearest to embeddings (n, dim), reading the entries once for all."""
+        queries = self._search.checked(embeddings, 1)
+        rows, similarities = nearest_entries(queries, self._content.embeddings)
+        found = []
+        for row_of_entry, similarity in zip(rows.tolist(), similarities.tolist(), strict=True):
+            number, row, col = (int(v) for v in self._content.entries[row_of_entry])
+            frame = self._content.frames[number]
+            distance = min(max(1.0 - similarity, 0.0), 2.0)
+            found.append(NominalExample(frame.name, row, col, (frame.rows, frame.cols), distance))
+        return found
+
+    def thumbnail(self, frame_name: str) -> np.ndarray | None:
+        """Return (height, width, 3) uint8 RGB of a contributing frame, or None."""
+        for frame in self._content.frames:
+            if frame.name == frame_name:
+                return decode_compressed(frame.thumbnail, "jpeg")
+        return None
+
+    def recall(self, queries: np.ndarray | int, k: int) -> dict[str, float]:
+        """Return how the graph search at the current breadth compares with the exact one.
+
+        Args:
+            queries: (n, dim) float32 unit embeddings of real frames, or a number: so many
+                entries, each mixed with another one, seeded.
+            k: 1 to count.
+
+        Returns:
+            'queries', 'k', 'ef', 'recall' (share of the k nearest found), 'mean_error' and
+            'max_error' of the mean distance.
+        """
+        return self._search.recall(queries, k)
+
+    @staticmethod
+    def predicted_bytes(count: int, dim: int, m: int) -> int:
+        """Return about how many bytes an index takes on disk, thumbnails and manifest aside."""
+        return predicted_graph_bytes(count, dim, m) + count * (4 * dim + 12)
+
+    @property
+    def _name(self) -> str:
+        return f"index '{self._folder}'" if self._folder else "index"
+
+    def _ready_graph(self) -> hnswlib.Index:
+        if self._graph is None:
+            if self._folder is None:
+                raise IndexFormatError("index: expected a graph or a folder to read it from")
+            check_graph(self._folder, self._content, self._manifest)
+            # After a failed load hnswlib crashes at the next query, so a failure keeps nothing.
+            graph = hnswlib.Index("ip", self.dim)
+            try:
+                graph.load_index(str(self._folder / GRAPH), max_elements=self.count)
+            except RuntimeError as error:
+                raise IndexFormatError(f"{self._name}: {GRAPH}: {error}") from error
+            self._graph = graph
+        return self._graph
+
+
+class _GrowingGraph:
+    """A graph in space 'ip' that takes unit vectors in order; one thread, so always the same."""
+
+    def __init__(self, dim: int, m: int, ef_construction: int) -> None:
+        self.index = hnswlib.Index("ip", dim)
+        self.index.init_index(0, M=m, ef_construction=ef_construction, random_seed=GRAPH_SEED)
+        self.index.set_ef(_BUILD_EF)
+
+    def add(self, embeddings: np.ndarray) -> None:
+        """Add (n, dim) float32 under the next labels."""
+        count = self.index.get_current_count()
+        labels = np.arange(count, count + len(embeddings))
+        if count + len(embeddings) > self.index.get_max_elements():
+            self.index.resize_index(max(count + len(embeddings), 2 * count))
+        self.index.add_items(embeddings, labels, num_threads=1)
+
+    def similarities(self, embeddings: np.ndarray) -> np.ndarray:
+        """Return (n,) float32: inner product with the nearest that the graph finds."""
+        _, distances = self.index.knn_query(embeddings, 1)
+        similarities: np.ndarray = 1.0 - distances[:, 0]
+        return similarities

@@ -1,0 +1,275 @@
+"""The lifecycle node: plumbing between ROS and the detector.
+
+Threads: the executor's thread runs every callback and transition; one worker thread, alive while
+the node is active, computes and publishes; a reload loads in a thread of its own. They meet in
+the worker's slots, in the inputs' locks, and in `models`, which is replaced as a whole.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import rclpy
+from diagnostic_msgs.msg import DiagnosticArray
+from rclpy.clock import Clock, ClockType, JumpThreshold
+from rclpy.duration import Duration
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
+from rclpy.signals import SignalHandlerOptions
+
+from semantic_anomaly.errors import SemanticAnomalyError
+from semantic_anomaly.ros import messages
+from semantic_anomaly.ros.camera import Camera
+from semantic_anomaly.ros.logs import RosLogHandler, ThrottledLog
+from semantic_anomaly.ros.models import Models
+from semantic_anomaly.ros.parameters import NodeParameters
+from semantic_anomaly.ros.pipeline import Pipeline
+from semantic_anomaly.ros.services import NodeServices
+from semantic_anomaly.ros.worker import Worker
+from semantic_anomaly.settings import Settings
+
+DIAGNOSTICS_PERIOD_S = 1.0
+
+Transition = Callable[["AnomalyNode", LifecycleState], TransitionCallbackReturn]
+
+
+def _logged(transition: Transition) -> Transition:
+    # rclpy turns an exception in a transition into ERROR without a word.
+    @functools.wraps(transition)
+    def guard(self: AnomalyNode, state: LifecycleState) -> TransitionCallbackReturn:
+        try:
+            return transition(self, state)
+        except Exception:
+            name = transition.__name__
+            self.get_logger().error(f"{name} failed:\n{traceback.format_exc()}")
+            self.release()
+            return TransitionCallbackReturn.ERROR
+
+    return guard
+
+
+class AnomalyNode(LifecycleNode):
+    """Detects semantic anomalies in the images of one or more cameras.
+
+    It never changes its own state: launch or a lifecycle manager does.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__("semantic_anomaly", **options)
+        self._log = ThrottledLog(self.get_logger())
+        self._log_handler = RosLogHandler(self.get_logger())
+        logging.getLogger("semantic_anomaly").addHandler(self._log_handler)
+        self._node_parameters = NodeParameters(self, self._apply)
+        self._steady = Clock(clock_type=ClockType.STEADY_TIME)
+        self.settings = Settings()
+        self.models: Models | None = None
+        self._cameras: dict[str, Camera] = {}
+        self._worker: Worker | None = None
+        self._node_services = NodeServices(self, self)
+        self._diagnostics: Any = None
+        self._diagnostics_timer: Any = None
+        self._silence_timer: Any = None
+        self._jumps: Any = None
+
+    @_logged
+    def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Load, match, warm up and try out everything, and make the outputs.
+
+        SUCCESS -> inactive. FAILURE -> unconfigured: something that was given cannot be used, the
+        log has one line on it, nothing is left behind, a second try works. ERROR ->
+        errorprocessing -> unconfigured: an unexpected exception, logged with its traceback.
+        """
+        try:
+            self.settings = self._node_parameters.settings()
+            self.models = Models.load(self.settings)
+        except SemanticAnomalyError as error:
+            self.get_logger().error(f"cannot configure: {error}")
+            self.release()
+            return TransitionCallbackReturn.FAILURE
+        self._node_parameters.freeze()
+        for name in self.settings.cameras:
+            self._cameras[name] = Camera(self, name, self.settings, self._log)
+        self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
+        self._diagnostics_timer = self._timer(DIAGNOSTICS_PERIOD_S, self._publish_diagnostics)
+        self._announce()
+        return super().on_configure(state)
+
+    @_logged
+    def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Start the worker and subscribe. SUCCESS -> active, ERROR -> unconfigured."""
+        models = self.models
+        if models is None:
+            raise RuntimeError("activated without models")
+        models.reset()
+        # Publishers are enabled here, before there is anything to publish.
+        result = super().on_activate(state)
+        pipeline = Pipeline(self._in_force, self._cameras, self.get_clock(), self._log)
+        self._worker = Worker(pipeline.process, self._report_worker)
+        self._worker.start()
+        for camera in self._cameras.values():
+            camera.activate(self._worker.slots.put)
+        period_s = min(0.25, self.settings.silent_after_s / 4)
+        self._silence_timer = self._timer(period_s, self._check_silence)
+        backward = JumpThreshold(min_forward=None, min_backward=Duration(nanoseconds=-1))
+        self._jumps = self.get_clock().create_jump_callback(
+            backward, post_callback=self._log.guarded(self._on_jump)
+        )
+        return result
+
+    @_logged
+    def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Unsubscribe, join the worker, forget earlier frames. SUCCESS -> inactive."""
+        self._stop()
+        return super().on_deactivate(state)
+
+    @_logged
+    def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Free models, indexes and outputs. SUCCESS -> unconfigured."""
+        self.release()
+        return super().on_cleanup(state)
+
+    @_logged
+    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Free everything from whatever state. SUCCESS -> finalized."""
+        self.release()
+        return super().on_shutdown(state)
+
+    @_logged
+    def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Free everything. SUCCESS -> unconfigured, so that a second try is possible."""
+        self.release()
+        return super().on_error(state)
+
+    def release(self) -> None:
+        """Undo whatever activate and configure have done so far; the parameters stay."""
+        self._stop()
+        self._node_services.join()
+        if self._diagnostics_timer is not None:
+            self.destroy_timer(self._diagnostics_timer)
+            self._diagnostics_timer = None
+        while self._cameras:
+            self._cameras.popitem()[1].destroy()
+        if self._diagnostics is not None:
+            self.destroy_publisher(self._diagnostics)
+            self._diagnostics = None
+        models, self.models = self.models, None
+        if models is not None:
+            models.close()
+        self._node_parameters.thaw()
+
+    def close(self) -> None:
+        """Shut down from any state, bounded by the frame that is being computed."""
+        try:
+            self.trigger_shutdown()
+        except Exception as error:
+            # Finalized already, or the context is gone: there is no transition left to make.
+            self.get_logger().debug(f"no shutdown transition: {error}")
+        self.release()
+        logging.getLogger("semantic_anomaly").removeHandler(self._log_handler)
+
+    def _stop(self) -> None:
+        if self._jumps is not None:
+            self._jumps.unregister()
+            self._jumps = None
+        if self._silence_timer is not None:
+            self.destroy_timer(self._silence_timer)
+            self._silence_timer = None
+        for camera in self._cameras.values():
+            camera.deactivate()
+        if self._worker is not None:
+            self._worker.stop()
+            self._worker = None
+        if self.models is not None:
+            self.models.reset()
+
+    def _timer(self, period_s: float, callback: Callable[[], None]) -> Any:
+        # On the steady clock: simulated time may stand still, silence must be noticed all the same.
+        return self.create_timer(period_s, self._log.guarded(callback), clock=self._steady)
+
+    def _announce(self) -> None:
+        for camera in self._cameras:
+            detector = self._in_force().detectors[camera]
+            if detector.threshold is None:
+                self.get_logger().warning(
+                    f"camera '{camera}': index is not calibrated and no threshold is set; "
+                    "every decision will be unknown"
+                )
+            else:
+                self.get_logger().info(
+                    f"camera '{camera}': index of {detector.index.count} embeddings, threshold "
+                    f"{detector.threshold:.4f}"
+                )
+
+    def _in_force(self) -> Models:
+        models = self.models
+        if models is None:
+            raise RuntimeError("no models are loaded")
+        return models
+
+    def _apply(self, settings: Settings) -> None:
+        if self.models is not None:
+            self.models.update(settings)
+            self.settings = settings
+
+    def _report_worker(self, text: str) -> None:
+        self._log.error("worker", f"worker failed on a batch:\n{text}")
+
+    def _check_silence(self) -> None:
+        for camera in self._cameras.values():
+            camera.check_silence()
+
+    def _on_jump(self, _: Any) -> None:
+        if self.models is not None:
+            self.models.reset()
+        self.get_logger().warning("time went back: what was remembered of frames is cleared")
+
+    def _publish_diagnostics(self) -> None:
+        models = self._in_force()
+        statuses = []
+        for name, camera in self._cameras.items():
+            detector = models.detectors[name]
+            known = {
+                "state": "active" if camera.inputs is not None else "inactive",
+                "device": getattr(models.embedder, "device", None),
+                "index_fingerprint": detector.index.fingerprint,
+                "threshold": detector.threshold,
+            }
+            statuses.append(camera.diagnostics(known))
+        stamp = self.get_clock().now().to_msg()
+        self._diagnostics.publish(messages.diagnostics_message(stamp, statuses))
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the node until SIGINT or SIGTERM; return 0, or 2 when ROS refuses the arguments."""
+    stop = threading.Event()
+    # Installed before rclpy, which with its own handlers tears the context down under the worker.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
+    except Exception as error:
+        print(f"anomaly_node: {error}", file=sys.stderr)
+        return 2
+    node = AnomalyNode()
+    executor = SingleThreadedExecutor()
+    executor.add_node(node)
+    try:
+        while not stop.is_set() and rclpy.ok():
+            executor.spin_once(timeout_sec=0.1)
+    finally:
+        node.close()
+        executor.shutdown()
+        node.destroy_node()
+        rclpy.try_shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,264 @@
+"""A whole evaluation and a whole replay, with a backbone whose answers are known."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from colours import LEFT_HALF, ODD_BOX, make_detector, street
+
+from semantic_anomaly.errors import ImageError, InputError
+from semantic_anomaly.evaluation.datasets import LabelledFolder
+from semantic_anomaly.evaluation.labelled import evaluate, latencies
+from semantic_anomaly.evaluation.replay import replay
+from semantic_anomaly.images import write_image
+from semantic_anomaly.sources import open_source
+
+# One frame a letter: '.' nominal, 'o' odd, 'i' odd and to be ignored, 'u' odd and unmasked.
+DRIVE = "...oo..i.uo."
+PNG = b"\x89PNG"
+
+
+def odd_mask(hw: tuple[int, int]) -> np.ndarray:
+    mask = np.zeros(hw, np.uint8)
+    left, top, right, bottom = ODD_BOX
+    mask[top:bottom, left:right] = 1
+    return mask
+
+
+def make_dataset(root: Path, drive: str = DRIVE) -> Path:
+    (root / "images").mkdir(parents=True)
+    (root / "masks").mkdir()
+    labels: dict[str, dict[str, Any]] = {}
+    for number, letter in enumerate(drive):
+        frame = street(5000 + number, odd=letter != ".")
+        name = f"{number:05d}.png"
+        write_image(root / "images" / name, frame.image)
+        labels[name] = {"anomaly": letter != ".", "stamp_s": number / 10}
+        if letter in "oi":
+            write_image(root / "masks" / name, odd_mask(frame.image_hw))
+        if letter == "o":
+            kind = "box" if number < 6 else "crate"
+            labels[name] |= {"kind": kind, "family": "odd object"}
+        if letter == "i":
+            labels[name]["ignore"] = True
+    (root / "labels.json").write_text(json.dumps(labels))
+    return root
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Return the folder of an evaluation and what it returned."""
+    root = tmp_path_factory.mktemp("evaluation")
+    dataset = LabelledFolder(make_dataset(root / "drive"))
+    results = evaluate(dataset, make_detector(), root / "out", every=4, progress=False)
+    return root / "out", results
+
+
+def test_results_are_written_as_returned(report: tuple[Path, dict[str, Any]]) -> None:
+    out, results = report
+    assert json.loads((out / "results.json").read_text()) == results
+
+
+def test_magenta_is_found(report: tuple[Path, dict[str, Any]]) -> None:
+    _, results = report
+    assert results["frame_auroc"] == 1.0 and results["tpr"] == 1.0
+    assert results["fpr"] == results["alarm_fpr"] <= 0.25
+    assert results["pixel_auroc"] > 0.99 and results["pixel_ap"] > 0.8
+    assert results["pixel_fpr95"] < 0.02
+    assert results["localized"] == 1.0
+    assert [f["localized"] for f in results["frames"] if f["anomaly"]].count(None) == 2
+    assert (results["frames_counted"], results["frames_anomalous"]) == (11, 4)
+    assert results["frames_ignored"] == 1
+    assert results["threshold_from"] == "calibration"
+    assert results["target_false_alarm_rate"] == 0.05
+
+
+def test_only_pixels_with_a_truth_are_counted(report: tuple[Path, dict[str, Any]]) -> None:
+    _, results = report
+    odd = int(odd_mask((72, 128)).sum())
+    counted = [letter for letter in DRIVE if letter in ".o"]
+    assert results["pixels"]["anomalous"] == 3 * odd
+    assert results["pixels"]["normal"] == len(counted) * 72 * 128 - 3 * odd
+    assert results["pixels"]["frames_without_truth"] == 2
+    assert results["pixels"]["region"] == "whole image"
+
+
+def test_kinds_are_measured_against_all_nominal_frames(
+    report: tuple[Path, dict[str, Any]],
+) -> None:
+    _, results = report
+    box, crate = results["by_kind"]["box"], results["by_kind"]["crate"]
+    assert (box["frames"], crate["frames"]) == (2, 1)
+    assert box["auroc"] == crate["auroc"] == 1.0 and box["tpr"] == 1.0
+    assert box["pixel_ap"] > 0.8 and box["family"] == "odd object"
+    assert results["by_family"]["odd object"]["frames"] == 3
+
+
+def test_frames_say_what_was_stated_of_them(report: tuple[Path, dict[str, Any]]) -> None:
+    _, results = report
+    frames = results["frames"]
+    assert [frame["name"] for frame in frames] == [f"{n:05d}.png" for n in range(len(DRIVE))]
+    assert [frame["anomaly"] for frame in frames] == [letter != "." for letter in DRIVE]
+    assert [frame["stamp_ns"] for frame in frames] == [n * 100_000_000 for n in range(len(DRIVE))]
+    for frame in frames:
+        assert set(frame["ms"]) == {"embed", "search", "localize", "total"}
+        assert 0 < frame["p_value"] <= 1
+        if not frame["ignored"]:
+            above = frame["score"] > results["threshold"]
+            assert frame["decision"] == ("anomaly" if above else "nominal")
+
+
+def test_the_report_says_how_it_was_made(report: tuple[Path, dict[str, Any]]) -> None:
+    _, results = report
+    assert len(results["index"]["fingerprint"]) == 64
+    assert results["backbone"]["architecture"] == "colours"
+    assert results["settings"]["tail_percent"] == 1.0
+    assert "numpy" in results["versions"]
+    assert results["calibration"] == {"frames": 40, "warnings": results["calibration"]["warnings"]}
+    assert any("2 drives" in sentence for sentence in results["calibration"]["warnings"])
+
+
+def test_pictures_are_written(report: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = report
+    for folder in ("overlays", "panels"):
+        names = sorted(path.name for path in (out / folder).iterdir())
+        assert names == ["00000.jpg", "00004.jpg", "00008.jpg"]
+    worst = sorted(path.name for path in (out / "worst").iterdir())
+    assert [name[:16] for name in worst] == ["highest_nominal_"] * 4 + [
+        "lowest_anomaly_" + str(i) for i in range(1, 5)
+    ]
+    for name in ("score_curve.png", "score_histogram.png"):
+        assert (out / name).read_bytes()[:4] == PNG
+    assert (out / "contact_sheet.jpg").is_file()
+
+
+def test_only_the_region_is_measured(tmp_path: Path) -> None:
+    """The odd box lies in the right half, so the left half knows nothing of it."""
+    dataset = LabelledFolder(make_dataset(tmp_path / "drive"))
+    detector = make_detector(region=LEFT_HALF)
+    results = evaluate(dataset, detector, tmp_path / "out", progress=False)
+    assert results["pixels"]["region"] == "region of interest"
+    inside = int(LEFT_HALF.pixel_mask((72, 128)).sum())
+    assert results["pixels"]["normal"] == 10 * inside and results["pixels"]["anomalous"] == 0
+    assert (results["pixel_ap"], results["pixel_auroc"], results["pixel_fpr95"]) == (None,) * 3
+    assert results["frame_auroc"] < 0.9
+
+
+def test_an_alarm_for_something_else_is_no_find(tmp_path: Path) -> None:
+    """What is masked lies in the left half, what is odd in the right one."""
+    root = make_dataset(tmp_path / "drive", ".o")
+    write_image(root / "masks/00001.png", odd_mask((72, 128))[:, ::-1].copy())
+    results = evaluate(LabelledFolder(root), make_detector(), tmp_path / "out", progress=False)
+    assert (results["tpr"], results["localized"]) == (1.0, 0.0)
+
+
+def test_without_a_calibration_rates_are_not_defined(tmp_path: Path) -> None:
+    dataset = LabelledFolder(make_dataset(tmp_path / "drive", "..o"))
+    results = evaluate(dataset, make_detector(calibrated=False), tmp_path / "out", progress=False)
+    for name in ("tpr", "fpr", "alarm_tpr", "threshold", "target_false_alarm_rate", "calibration"):
+        assert results[name] is None
+    assert results["frame_auroc"] == 1.0 and results["by_kind"]["box"]["tpr"] is None
+    assert {frame["decision"] for frame in results["frames"]} == {"unknown"}
+
+
+def test_without_anomalies_only_the_false_alarm_rate_is_defined(tmp_path: Path) -> None:
+    dataset = LabelledFolder(make_dataset(tmp_path / "drive", "...."))
+    results = evaluate(dataset, make_detector(), tmp_path / "out", progress=False)
+    for name in ("frame_auroc", "tpr", "pixel_ap", "pixel_auroc", "pixel_fpr95"):
+        assert results[name] is None
+    assert 0.0 <= results["fpr"] <= 1.0 and results["by_kind"] == {}
+
+
+def test_a_threshold_set_by_hand_promises_no_rate(tmp_path: Path) -> None:
+    dataset = LabelledFolder(make_dataset(tmp_path / "drive", ".o"))
+    results = evaluate(dataset, make_detector(threshold=1.9), tmp_path / "out", progress=False)
+    assert (results["threshold"], results["threshold_from"]) == (1.9, "setting")
+    assert results["target_false_alarm_rate"] is None
+    assert (results["tpr"], results["fpr"]) == (0.0, 0.0)
+
+
+def test_confirmation_moves_alarms_but_not_scores(tmp_path: Path) -> None:
+    dataset = LabelledFolder(make_dataset(tmp_path / "drive", "..oo.."))
+    detector = make_detector(confirm_count=2, confirm_window=2)
+    results = evaluate(dataset, detector, tmp_path / "out", progress=False)
+    assert results["tpr"] == 1.0 and results["alarm_tpr"] == 0.5
+
+
+def test_a_bad_image_leaves_nothing(tmp_path: Path) -> None:
+    root = make_dataset(tmp_path / "drive", "...")
+    write_image(root / "images/00002.png", street(1, image_hw=(80, 128)).image)
+    with pytest.raises(ImageError, match="one size"):
+        evaluate(LabelledFolder(root), make_detector(), tmp_path / "out", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["drive"]
+
+
+def test_an_evaluation_replaces_an_earlier_one_only(tmp_path: Path) -> None:
+    dataset = LabelledFolder(make_dataset(tmp_path / "drive", ".o"))
+    detector, out = make_detector(), tmp_path / "out"
+    evaluate(dataset, detector, out, every=0, progress=False)
+    evaluate(dataset, detector, out, every=1, progress=False)
+    assert sorted(p.name for p in (out / "panels").iterdir()) == ["00000.jpg", "00001.jpg"]
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"notes\.txt"):
+        evaluate(dataset, detector, out, progress=False)
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_latencies_by_stage() -> None:
+    found = latencies({"embed": float(n), "total": 2.0 * n} for n in range(101))
+    assert found == {"embed": {"p50": 50.0, "p95": 95.0}, "total": {"p50": 100.0, "p95": 190.0}}
+
+
+def test_replay_writes_what_the_detector_states(tmp_path: Path) -> None:
+    root = make_dataset(tmp_path / "drive", "..oo..o...")
+    detector, source = make_detector(), open_source(root)
+    summary = replay(source, detector, tmp_path / "out", every=0, progress=False)
+    with (tmp_path / "out/scores.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["stamp_ns", "score", "p_value", "decision"]
+    detector.reset()
+    stated = [detector.detect(frame) for frame in source]
+    for row, frame, result in zip(rows, source, stated, strict=True):
+        assert int(row["stamp_ns"]) == frame.stamp_ns
+        assert (float(row["score"]), float(row["p_value"])) == (result.score, result.p_value)
+        assert row["decision"] == result.decision.value
+    assert json.loads((tmp_path / "out/summary.json").read_text()) == summary
+    decisions = [result.decision.value for result in stated]
+    assert [decisions[n] for n in (2, 3, 6)] == ["anomaly"] * 3
+    begins = [n for n in range(10) if decisions[n] == "anomaly" != (["x", *decisions])[n]]
+    assert [alarm["first_frame"] for alarm in summary["alarms"]] == [
+        f"drive/{n:05d}.png" for n in begins
+    ]
+    assert sum(alarm["frames"] for alarm in summary["alarms"]) == decisions.count("anomaly")
+    first = next(a for a in summary["alarms"] if a["first_frame"] == "drive/00002.png")
+    assert first["frames"] >= 2 and first["peak_score"] >= stated[3].score
+    # With no regular pictures, those of the first frame of every alarm are there all the same.
+    assert sorted(p.name for p in (tmp_path / "out/overlays").iterdir()) == [
+        f"{n:05d}.jpg" for n in begins
+    ]
+    assert summary["frames"] == 10 and summary["latency_ms"]["total"]["p95"] > 0
+    assert (tmp_path / "out/score_curve.png").read_bytes()[:4] == PNG
+
+
+def test_replay_without_a_calibration_is_unknown(tmp_path: Path) -> None:
+    source = open_source(make_dataset(tmp_path / "drive", ".o."))
+    detector = make_detector(calibrated=False)
+    summary = replay(source, detector, tmp_path / "out", progress=False)
+    assert summary["decisions"] == {"nominal": 0, "anomaly": 0, "unknown": 3}
+    assert summary["alarms"] == [] and summary["threshold"] is None
+    lines = (tmp_path / "out/scores.csv").read_text().splitlines()
+    assert all(line.endswith(",,unknown") for line in lines[1:])
+    assert len(list((tmp_path / "out/panels").iterdir())) == 3
+
+
+def test_a_replay_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    root = make_dataset(tmp_path / "drive", "...")
+    (root / "images/00002.png").write_bytes(PNG)
+    with pytest.raises(ImageError, match="00002"):
+        replay(open_source(root), make_detector(), tmp_path / "out", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["drive"]

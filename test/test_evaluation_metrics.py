@@ -1,0 +1,164 @@
+"""Measures against values found by hand, and against implementations of their own definition."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from semantic_anomaly.errors import ModelOutputError
+from semantic_anomaly.evaluation.metrics import (
+    SCORE_RESOLUTION,
+    PixelScores,
+    frame_auroc,
+    frame_rates,
+)
+
+
+def auroc_by_pairs(scores: np.ndarray, anomalous: np.ndarray) -> float:
+    gap = scores[anomalous][:, None].astype(np.float64) - scores[~anomalous][None, :]
+    return float(((gap > 0) + 0.5 * (gap == 0)).mean())
+
+
+def rates_by_threshold(scores: np.ndarray, anomalous: np.ndarray) -> list[tuple[float, ...]]:
+    """Return (recall, precision, false-positive rate) at every distinct score, highest first."""
+    rows = []
+    for threshold in sorted(set(scores.tolist()), reverse=True):
+        above = scores >= threshold
+        found, false = (above & anomalous).sum(), (above & ~anomalous).sum()
+        rows.append((found / anomalous.sum(), found / (found + false), false / (~anomalous).sum()))
+    return rows
+
+
+def average_precision_by_steps(scores: np.ndarray, anomalous: np.ndarray) -> float:
+    total = before = 0.0
+    for recall, precision, _ in rates_by_threshold(scores, anomalous):
+        total += (recall - before) * precision
+        before = recall
+    return total
+
+
+def fpr95_by_search(scores: np.ndarray, anomalous: np.ndarray) -> float:
+    rows = rates_by_threshold(scores, anomalous)
+    return float(min(fpr for recall, _, fpr in rows if recall >= 0.95))
+
+
+@pytest.mark.parametrize(
+    ("scores", "anomalous", "expected"),
+    [
+        ([0.1, 0.2, 0.3, 0.4], [0, 0, 1, 1], 1.0),  # parted
+        ([0.4, 0.3, 0.2, 0.1], [0, 0, 1, 1], 0.0),  # parted the wrong way
+        ([0.5, 0.5, 0.5], [0, 1, 1], 0.5),  # ties count half
+        ([0.1, 0.3, 0.3, 0.9], [0, 0, 1, 1], 0.875),  # one tie of four pairs
+        ([0.2, 0.1, 0.3], [1, 0, 0], 0.5),  # above one, below the other
+    ],
+)
+def test_frame_auroc_by_hand(scores: list, anomalous: list, expected: float) -> None:
+    assert frame_auroc(np.array(scores), np.array(anomalous, bool)) == pytest.approx(expected)
+
+
+def test_frame_auroc_is_the_share_of_ordered_pairs(rng: np.random.Generator) -> None:
+    scores, anomalous = rng.integers(0, 12, 80) / 12, rng.random(80) < 0.3
+    expected = auroc_by_pairs(scores, anomalous)
+    assert frame_auroc(scores, anomalous) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("anomalous", [[0, 0], [1, 1], []])
+def test_frame_auroc_needs_both(anomalous: list[int]) -> None:
+    assert frame_auroc(np.linspace(0, 1, len(anomalous)), np.array(anomalous, bool)) is None
+
+
+@pytest.mark.parametrize(
+    ("anomalous", "threshold", "expected"),
+    [
+        ([0, 0, 1, 1], 0.25, (1.0, 0.0)),
+        ([0, 0, 1, 1], 0.3, (0.5, 0.0)),  # a score at the threshold is not above it
+        ([0, 1, 0, 1], 0.15, (1.0, 0.5)),
+        ([0, 0, 0, 0], 0.25, (None, 0.5)),  # nothing to find
+        ([1, 1, 1, 1], 0.25, (0.5, None)),  # nothing to disturb
+        ([0, 0, 1, 1], None, (None, None)),  # uncalibrated
+    ],
+)
+def test_frame_rates(anomalous: list[int], threshold: float | None, expected: tuple) -> None:
+    scores = np.array([0.1, 0.2, 0.3, 0.4])
+    assert frame_rates(scores, np.array(anomalous, bool), threshold) == expected
+
+
+def pixel_scores(scores: np.ndarray, anomalous: np.ndarray) -> PixelScores:
+    pixels = PixelScores()
+    pixels.add(np.asarray(scores, np.float32), np.asarray(anomalous, bool))
+    return pixels
+
+
+def test_pixel_measures_by_hand() -> None:
+    # Descending: found, false, found, false, false. Precision 1 and 2/3 at the two steps.
+    found = pixel_scores(
+        np.array([1.0, 0.875, 0.75, 0.5, 0.25]), np.array([1, 0, 1, 0, 0])
+    ).metrics()
+    assert found.average_precision == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
+    assert found.auroc == pytest.approx(5 / 6)
+    assert found.fpr95 == pytest.approx(1 / 3)
+    assert (found.anomalous, found.normal) == (2, 3)
+
+
+def test_fpr95_takes_the_first_threshold_that_finds_95_percent() -> None:
+    # 19 of 20 is 95 % exactly; the last anomalous pixel lies below every normal one.
+    scores = np.array([1.0] * 19 + [0.0] + [0.5] * 4, np.float32)
+    anomalous = np.arange(24) < 20
+    assert pixel_scores(scores, anomalous).metrics().fpr95 == 0.0
+    # With 18 of 20 above, 95 % take one more, and with it all normal pixels.
+    scores[18] = 0.0
+    assert pixel_scores(scores, anomalous).metrics().fpr95 == 1.0
+
+
+@pytest.mark.parametrize("levels", [7, 100_000])
+def test_pixel_measures_are_those_of_their_definition(
+    levels: int, rng: np.random.Generator
+) -> None:
+    """With many ties and with next to none."""
+    anomalous = rng.random(1500) < 0.08
+    scores = rng.integers(0, levels, 1500) + 0.4 * levels * anomalous
+    scores = np.rint(scores / levels / SCORE_RESOLUTION).astype(np.float32) * SCORE_RESOLUTION
+    found = pixel_scores(scores, anomalous).metrics()
+    assert found.auroc == pytest.approx(auroc_by_pairs(scores, anomalous), abs=1e-12)
+    expected = average_precision_by_steps(scores, anomalous)
+    assert found.average_precision == pytest.approx(expected, abs=1e-12)
+    assert found.fpr95 == pytest.approx(fpr95_by_search(scores, anomalous), abs=1e-12)
+
+
+def test_rounding_scores_changes_next_to_nothing(rng: np.random.Generator) -> None:
+    anomalous = rng.random(4000) < 0.05
+    scores = (rng.random(4000) + 0.5 * anomalous).astype(np.float32)
+    found = pixel_scores(scores, anomalous).metrics()
+    expected = average_precision_by_steps(scores, anomalous)
+    assert found.average_precision == pytest.approx(expected, abs=1e-4)
+    assert found.auroc == pytest.approx(auroc_by_pairs(scores, anomalous), abs=1e-5)
+
+
+def test_pixels_may_be_added_in_pieces_and_groups_summed(rng: np.random.Generator) -> None:
+    scores, anomalous = rng.random(900).astype(np.float32), rng.random(900) < 0.2
+    whole = pixel_scores(scores, anomalous)
+    pieces = PixelScores()
+    for part in np.array_split(np.arange(900), 4):
+        pieces.add(scores[part], anomalous[part])
+    halves = pixel_scores(scores[:400], anomalous[:400]) + pixel_scores(
+        scores[400:], anomalous[400:]
+    )
+    assert whole.metrics() == pieces.metrics() == halves.metrics()
+
+
+@pytest.mark.parametrize("anomalous", [True, False])
+def test_pixel_measures_need_both(anomalous: bool) -> None:
+    found = pixel_scores(np.array([0.1, 0.2]), np.full(2, anomalous)).metrics()
+    assert (found.average_precision, found.auroc, found.fpr95) == (None, None, None)
+    assert found.anomalous + found.normal == 2
+
+
+@pytest.mark.parametrize("score", [np.nan, np.inf, -0.1, 2.1])
+def test_impossible_scores_are_refused(score: float) -> None:
+    with pytest.raises(ModelOutputError, match=r"\[0, 2\]"):
+        pixel_scores(np.array([0.5, score]), np.array([0, 1]))
+
+
+def test_the_ends_of_the_scale_count() -> None:
+    found = pixel_scores(np.array([0.0, 2.0]), np.array([0, 1])).metrics()
+    assert (found.auroc, found.average_precision) == (1.0, 1.0)

@@ -1,0 +1,280 @@
+"""Index and calibration from folders of images, by the code that runs on the vehicle."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from colours import ColourEmbedder, street
+
+from semantic_anomaly import offline
+from semantic_anomaly.calibration import Calibration
+from semantic_anomaly.detector import AnomalyDetector
+from semantic_anomaly.errors import (
+    CalibrationError,
+    IndexMismatchError,
+    SourceError,
+    UnknownNameError,
+)
+from semantic_anomaly.index import NominalIndex
+from semantic_anomaly.regions import ImageRegion
+from semantic_anomaly.settings import Settings
+from semantic_anomaly.sources import open_source
+from semantic_anomaly.structures import Decision, Frame
+
+SETTINGS = Settings(target_false_alarm_rate=0.1, dedup_distance=0.001)
+
+
+class Countdown(ColourEmbedder):
+    """Notes the sizes of the batches it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: list[int] = []
+
+    def embed(self, images: Any) -> Any:
+        self.batches.append(len(images))
+        return super().embed(images)
+
+
+@pytest.fixture(scope="module")
+def drives(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of nominal drives: index (10 frames), and a, b, c (7, 6, 5 frames)."""
+    root = tmp_path_factory.mktemp("drives")
+    for number, (name, count) in enumerate({"index": 10, "a": 7, "b": 6, "c": 5}.items()):
+        (root / name).mkdir()
+        for frame in range(count):
+            image = street(100 * number + frame).image
+            cv2.imwrite(str(root / name / f"{frame:03d}.png"), image[..., ::-1])
+    return root
+
+
+@pytest.fixture(scope="module")
+def index(drives: Path) -> NominalIndex:
+    return offline.build_index(SETTINGS, "camera", [drives / "index"], embedder=ColourEmbedder())
+
+
+def calibrated(index: NominalIndex, sources: list[Any], **changes: Any) -> Calibration:
+    settings = SETTINGS.replace(**changes)
+    return offline.calibrate(settings, "camera", index, sources, embedder=ColourEmbedder())
+
+
+def test_index_holds_the_drive_and_names_it(index: NominalIndex, drives: Path) -> None:
+    assert index.report.frames == 10 and index.report.seen == 10 * 9 * 16
+    assert index.frame_names[0] == "index/000.png"
+    assert index.manifest["written"]["source"] == ["index"]
+    assert str(drives) not in str(index.manifest), "no path of this machine"
+    by_hand = NominalIndex.build(
+        (
+            (frame, ColourEmbedder().embed([frame.image])[0])
+            for frame in open_source(drives / "index")
+        ),
+        identity=ColourEmbedder().identity,
+        region=ImageRegion(),
+        settings=SETTINGS,
+    )
+    assert by_hand.fingerprint == index.fingerprint
+
+
+@pytest.mark.parametrize(("stride", "frames"), [(1, 10), (2, 5), (3, 4), (10, 1), (99, 1)])
+def test_stride_takes_every_so_manieth_frame(drives: Path, stride: int, frames: int) -> None:
+    built = offline.build_index(
+        SETTINGS, "camera", [drives / "index"], embedder=ColourEmbedder(), stride=stride
+    )
+    assert built.report.frames == frames
+
+
+def test_frames_go_through_the_backbone_in_batches_of_four(drives: Path) -> None:
+    embedder = Countdown()
+    offline.build_index(SETTINGS, "camera", [drives / "index", drives / "b"], embedder=embedder)
+    assert embedder.batches == [4, 4, 2, 4, 2]
+
+
+def test_index_of_selections_names_them(drives: Path) -> None:
+    sources = [f"{drives / 'a'}[0:2]", f"{drives / 'b'}[1:6:2]"]
+    built = offline.build_index(SETTINGS, "camera", sources, embedder=ColourEmbedder())
+    assert built.manifest["written"]["source"] == ["a[0:2]", "b[1:6:2]"]
+    assert built.report.frames == 5
+
+
+def test_predicted_size_is_reported_beforehand(
+    drives: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="semantic_anomaly.offline"):
+        offline.build_index(
+            SETTINGS.replace(max_entries=1000000),
+            "camera",
+            [drives / "index"],
+            embedder=ColourEmbedder(),
+            stride=2,
+        )
+    (record,) = caplog.records
+    most = NominalIndex.predicted_bytes(1000000, 4, SETTINGS.graph_m) / 1e6
+    assert f"at most {most:.0f} MB (1000000 entries)" in record.message
+    assert "every patch of the 5 frames were stored (144 a frame)" in record.message
+
+
+def test_progress_stays_off_what_is_no_terminal(
+    drives: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    offline.build_index(SETTINGS, "camera", [drives / "b"], embedder=ColourEmbedder())
+    assert capfd.readouterr() == ("", "")
+
+
+def test_calibration_scores_frames_as_the_detector_does(index: NominalIndex, drives: Path) -> None:
+    made = calibrated(index, [drives / "a", drives / "b"])
+    assert made.drives == (("a", 7), ("b", 6)) and made.dtype == "float32"
+    detector = AnomalyDetector(ColourEmbedder(), index, None, SETTINGS, ImageRegion())
+    frames: list[Frame] = [*open_source(drives / "a"), *open_source(drives / "b")]
+    results = [detector.detect(frame) for frame in frames]
+    np.testing.assert_array_equal(made.scores, sorted(result.score for result in results))
+    grids = [ColourEmbedder().embed([frame.image])[0] for frame in frames]
+    medians = [np.median(detector.score(grid)[1]) for grid in grids]
+    assert made.heatmap_low == pytest.approx(np.median(medians))
+    made.check(index.fingerprint, SETTINGS, ImageRegion())
+
+
+def test_calibrated_detector_finds_what_is_odd(index: NominalIndex, drives: Path) -> None:
+    made = calibrated(index, [drives / "a", drives / "b", drives / "c"])
+    detector = AnomalyDetector(ColourEmbedder(), index, made, SETTINGS, ImageRegion())
+    assert detector.detect(street(1, odd=True)).decision is Decision.ANOMALY
+
+
+def test_typical_distance_ignores_what_takes_no_part(drives: Path) -> None:
+    roi = {"camera.region_of_interest": [0.0, 0.0, 0.2, 0.0, 0.2, 1.0, 0.0, 1.0]}
+    settings = Settings.from_parameters({**SETTINGS.to_parameters(), **roi})
+    arguments: dict[str, Any] = {"embedder": ColourEmbedder()}
+    built = offline.build_index(settings, "camera", [drives / "index"], **arguments)
+    made = offline.calibrate(settings, "camera", built, [drives / "a", drives / "b"], **arguments)
+    # Four fifths of the patches lie outside, and count as 0 in the map.
+    assert made.heatmap_low > 0
+
+
+def test_frames_that_the_index_has_seen_are_refused_by_name(
+    index: NominalIndex, drives: Path
+) -> None:
+    with pytest.raises(CalibrationError, match=r"has seen frame 'index/000\.png'"):
+        calibrated(index, [drives / "a", drives / "index"])
+
+
+def test_frames_seen_are_refused_wherever_they_come(index: NominalIndex, drives: Path) -> None:
+    with pytest.raises(CalibrationError, match="has seen frame 'index/"):
+        calibrated(index, [drives / "a", f"{drives / 'index'}[9:]", drives / "b"])
+
+
+def test_another_drive_in_a_folder_of_the_same_name_is_taken(
+    index: NominalIndex, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "index").mkdir()
+    for number in range(10):
+        other = 255 - street(number).image
+        cv2.imwrite(str(tmp_path / "index" / f"{number:03d}.png"), other)
+    assert calibrated(index, [tmp_path / "index"]).count == 10
+    assert "has the name of a drive that the index has seen" in caplog.text
+
+
+def test_frames_given_twice_by_overlapping_selections_are_refused(
+    index: NominalIndex, drives: Path
+) -> None:
+    sources = [f"{drives / 'a'}[0:5]", f"{drives / 'a'}[4:7]", drives / "b"]
+    with pytest.raises(CalibrationError, match=r"'a/004\.png' is given twice"):
+        calibrated(index, sources)
+
+
+def test_too_few_frames_are_refused_before_any_is_embedded(
+    index: NominalIndex, drives: Path
+) -> None:
+    embedder = Countdown()
+    settings = SETTINGS.replace(target_false_alarm_rate=0.01)
+    with pytest.raises(CalibrationError, match=r"needs at least 99 .*found 13"):
+        offline.calibrate(
+            settings, "camera", index, [drives / "a", drives / "b"], embedder=embedder
+        )
+    assert embedder.batches == []
+
+
+def test_selections_of_one_drive_are_drives_and_warn(
+    drives: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    head, tail = f"{drives / 'a'}[0:2]", f"{drives / 'a'}[2:7]"
+    built = offline.build_index(SETTINGS, "camera", [head], embedder=ColourEmbedder())
+    made = calibrated(built, [tail, drives / "b"])
+    assert made.drives == (("a[2:7]", 5), ("b", 6))
+    assert "'a[2:7]' has the name of a drive that the index has seen" in caplog.text
+    assert "'b' has the name" not in caplog.text
+
+
+def test_warnings_of_the_calibration_are_logged(
+    index: NominalIndex, drives: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    calibrated(index, [drives / "a", drives / "b"])
+    assert "2 drives only" in caplog.text and "rests on the largest score" in caplog.text
+
+
+def test_too_few_frames_say_how_many_are_needed(index: NominalIndex, drives: Path) -> None:
+    with pytest.raises(CalibrationError, match=r"needs at least 9 .*found 7"):
+        calibrated(index, [drives / "a"])
+
+
+def test_drives_of_the_same_name_are_told_apart(
+    index: NominalIndex, drives: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "a").mkdir()
+    for number in range(5):
+        cv2.imwrite(str(tmp_path / "a" / f"{number}.png"), street(900 + number).image[..., ::-1])
+    made = calibrated(index, [drives / "a", tmp_path / "a"])
+    assert made.drives == (("a", 7), ("a (2)", 5))
+
+
+def build(sources: list[Any], camera: str = "camera", **more: Any) -> None:
+    offline.build_index(SETTINGS, camera, sources, embedder=ColourEmbedder(), **more)
+
+
+@pytest.mark.parametrize(
+    ("attempt", "error", "message"),
+    [
+        (lambda d: build([]), SourceError, "at least one drive"),
+        (lambda d: build([d / "missing"]), SourceError, "does not exist"),
+        (lambda d: build([d / "a", d / "." / "a"]), SourceError, "given twice"),
+        (lambda d: build([d / "a"], stride=0), SourceError, "stride: expected at least 1"),
+        (lambda d: build([d / "a"], camera="rear"), UnknownNameError, "unknown camera 'rear'"),
+    ],
+)
+def test_refuses(
+    drives: Path, attempt: Callable[[Path], None], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        attempt(drives)
+
+
+def test_calibration_by_a_mismatching_backbone_is_refused(
+    index: NominalIndex, drives: Path
+) -> None:
+    with pytest.raises(IndexMismatchError):
+        offline.calibrate(
+            SETTINGS,
+            "camera",
+            index,
+            [drives / "a", drives / "b"],
+            embedder=ColourEmbedder(weights="1" * 64),
+        )
+
+
+def test_the_real_backbone_is_made_from_the_settings(
+    drives: Path, tiny_backbone: Path, tmp_path: Path
+) -> None:
+    settings = SETTINGS.replace(
+        backbone=str(tiny_backbone), input_size=126, index=str(tmp_path / "index")
+    )
+    built = offline.build_index(settings, "camera", [drives / "index"])
+    built.save(tmp_path / "index")
+    made = offline.calibrate(settings, "camera", built, [drives / "a", drives / "b"])
+    made.save(tmp_path / "index")
+    detector = AnomalyDetector.load(settings, "camera", need_calibration=True)
+    result = detector.detect(street(1))
+    assert result.decision is not Decision.UNKNOWN and result.heatmap.shape == (72, 128)

@@ -1,0 +1,249 @@
+"""The settings table: what it takes, and how it refuses."""
+
+from __future__ import annotations
+
+from array import array
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from semantic_anomaly.errors import InputError, SettingsError, UnknownNameError
+from semantic_anomaly.settings import (
+    CameraSettings,
+    Settings,
+    camera_setting_specs,
+    read_parameters_yaml,
+    setting_specs,
+)
+
+NAN, INFINITY = float("nan"), float("inf")
+ROI = "camera.region_of_interest"
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "settings.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_defaults_satisfy_their_own_table() -> None:
+    for name, spec in {**setting_specs(), **camera_setting_specs()}.items():
+        assert spec.check(spec.default) == spec.default, name
+        assert spec.description.endswith("."), name
+        assert type(spec.default) in (bool, int, float, str, tuple), name
+
+
+def test_defaults_survive_the_way_through_parameters() -> None:
+    parameters = Settings().to_parameters()
+    assert Settings.from_parameters(parameters) == Settings()
+    assert not any(isinstance(value, tuple) for value in parameters.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected", "reason"),
+    [
+        ("neighbours", 3, 3, "integer"),
+        ("tail_percent", 2, 2.0, "an integer where a float is meant"),
+        ("tail_percent", 100.0, 100.0, "upper bound"),
+        ("threshold", 0, 0.0, "lower bound"),
+        ("layers", [3, 6], (3, 6), "list"),
+        ("layers", (), (), "empty"),
+        ("layers", array("q", [3, 6]), (3, 6), "ROS hands arrays over"),
+        ("search", "graph", "graph", "choice"),
+        (ROI, array("d", [0, 0, 1, 0, 1, 1]), (0.0, 0.0, 1.0, 0.0, 1.0, 1.0), "a camera's own"),
+        (ROI, [0, 0, 1, 0, 0.5, 1], (0.0, 0.0, 1.0, 0.0, 0.5, 1.0), "numbers mixed in a list"),
+    ],
+)
+def test_takes(name: str, value: Any, expected: Any, reason: str) -> None:
+    taken = Settings.from_parameters({name: value}).to_parameters()[name]
+    expected = list(expected) if isinstance(expected, tuple) else expected
+    assert taken == expected and type(taken) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("neighbours", 0, "at least 1, found 0"),
+        ("neighbours", 101, "at most 100, found 101"),
+        ("neighbours", 1.0, "expected int, found 1.0"),
+        ("neighbours", True, "expected int, found True"),
+        ("neighbours", "1", "expected int, found '1'"),
+        ("neighbours", None, "expected int, found None"),
+        ("neighbours", [1], "expected int"),
+        ("neighbours", {}, "expected int"),
+        ("tail_percent", NAN, "finite"),
+        ("tail_percent", INFINITY, "finite"),
+        ("tail_percent", 10**400, "finite"),
+        ("tail_percent", 0.0, "at least 0.001"),
+        ("tail_percent", False, "expected float, found False"),
+        ("target_false_alarm_rate", 0.0, "at least"),
+        ("target_false_alarm_rate", 0.6, "at most 0.5"),
+        ("search", "fast", "one of auto, exact, graph, found 'fast'"),
+        ("search", ["auto"], "expected str"),
+        ("search", {"auto"}, "expected str"),
+        ("layers", 3, "expected a list, found 3"),
+        ("layers", "3", "expected a list, found '3'"),
+        ("layers", {3: 6}, "expected a list"),
+        ("layers", {3, 6}, "expected a list"),
+        ("layers", [3, 6.0], "expected int, found 6.0"),
+        ("layers", [[3]], "expected int"),
+        ("cameras", [], "distinct names"),
+        ("cameras", ["front", "front"], "distinct names"),
+        ("cameras", ["front left"], "letters, digits and single underscores"),
+        ("cameras", ["2nd"], "letters, digits"),
+        ("cameras", ["front__left"], "single underscores"),
+        ("cameras", ["vörne"], "letters, digits"),
+        ("cameras", ["index"], "not a setting's own name"),
+        ("cameras", [["front"]], "expected str"),
+        (ROI, [0.0, 0.0, 1.0, 0.0], "at least 3 pairs"),
+        (ROI, [0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.5], "at least 3 pairs"),
+        (ROI, [0.0, 0.0, 1.2, 0.0, 1.0, 1.0], "at most 1.0, found 1.2"),
+        (ROI, [0.0, -0.1, 1.0, 0.0, 1.0, 1.0], "at least 0.0, found -0.1"),
+        (ROI, [0.0, NAN, 1.0, 0.0, 1.0, 1.0], "finite"),
+        ("camera.transport", "theora", "one of raw, compressed"),
+        ("camera.camera_height_m", -1.0, "at least 0.0"),
+    ],
+)
+def test_refuses_with_the_name_and_what_was_found(name: str, value: Any, message: str) -> None:
+    with pytest.raises(SettingsError, match=message) as caught:
+        Settings.from_parameters({name: value})
+    assert f"setting '{name.rpartition('.')[2]}'" in str(caught.value) or name in str(caught.value)
+
+
+def test_settings_made_in_code_are_checked_alike() -> None:
+    with pytest.raises(SettingsError, match="at most 100"):
+        Settings(neighbours=101)
+    with pytest.raises(SettingsError, match="confirm_window"):
+        Settings(confirm_count=3, confirm_window=2)
+    with pytest.raises(SettingsError, match="at least 3 pairs"):
+        CameraSettings(region_of_interest=(0.0, 0.0))
+    assert Settings().replace(neighbours=2).neighbours == 2
+    with pytest.raises(SettingsError, match="at least 1"):
+        Settings().replace(neighbours=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("neighbors", "did you mean 'neighbours'"),
+        ("camera.image_topics", "did you mean 'camera.image_topic'"),
+        ("front.image_topic", "unknown setting 'front.image_topic'"),
+        ("camera.neighbours", "unknown setting"),
+    ],
+)
+def test_unknown_names_are_refused_with_a_hint(name: str, hint: str) -> None:
+    with pytest.raises(UnknownNameError, match=hint):
+        Settings.from_parameters({name: 1})
+
+
+def test_settings_of_an_unknown_camera_are_refused() -> None:
+    with pytest.raises(UnknownNameError, match="unknown camera 'back'"):
+        Settings(camera_settings={"back": CameraSettings()})
+
+
+def test_cameras_have_their_own_settings_and_the_common_index() -> None:
+    settings = Settings.from_parameters(
+        {"cameras": ["front", "rear"], "index": "common", "rear.index": "own"}
+    )
+    assert settings.index_of("front") == "common"
+    assert settings.index_of("rear") == "own"
+    assert settings.camera_settings["front"].image_topic == "/camera/image_raw"
+
+
+def test_yaml_of_the_node_and_plain_yaml_say_the_same(tmp_path: Path) -> None:
+    node = written(
+        tmp_path,
+        "/**:\n  ros__parameters:\n    use_sim_time: true\n    neighbours: 3\n"
+        "    camera:\n      image_topic: /a\n    camera.index: /b\n",
+    )
+    from_node = Settings.from_yaml(node)
+    plain = written(tmp_path, "neighbours: 3\ncamera:\n  image_topic: /a\n  index: /b\n")
+    assert Settings.from_yaml(plain) == from_node
+    assert from_node.neighbours == 3
+    assert from_node.camera_settings["camera"].image_topic == "/a"
+    assert from_node.camera_settings["camera"].index == "/b"
+
+
+def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+    path = written(tmp_path, "neighbours: 3\nsearch_ef: 5\n")
+    settings = Settings.from_yaml(path, {"neighbours": 4})
+    assert (settings.neighbours, settings.search_ef) == (4, 5)
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "/**:\n  ros__parameters:\n"])
+def test_empty_yaml_means_the_defaults(tmp_path: Path, text: str) -> None:
+    assert Settings.from_yaml(written(tmp_path, text)) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("neighbours: .nan", "expected int, found nan"),
+        ("tail_percent: .nan", "finite"),
+        ("tail_percent: .inf", "finite"),
+        ("neighbours: yes", "found True"),
+        ("neighbours: 2001-01-01", "expected int"),
+        ("neighbours: 2001-13-45", "not YAML"),
+        ("neighbours: !!int ''", "not YAML"),
+        ("neighbours: !!timestamp x", "not YAML"),
+        ("neighbours: !!python/object/apply:os.system ['true']", "not YAML"),
+        ("neighbours: [1", "not YAML"),
+        ("a: b: c", "not YAML"),
+        ("? [neighbours]\n: 1", "not YAML"),
+        ("? {neighbours: 1}\n: 1", "not YAML"),
+        ("- neighbours", "expected a mapping"),
+        ("neighbours", "expected a mapping"),
+        ("/**:\n  ros__parameters: [1]", "to be a mapping"),
+        ("neighbours: 1\nneighbours: 2", "'neighbours' is given twice"),
+        ("camera: {index: a}\ncamera.index: b", "'camera.index' is given twice"),
+        ("a:\n  ros__parameters: {}\nb:\n  ros__parameters: {}", "expected one node, found 2"),
+        ("x: &x\n  y: *x", "nest too deep"),
+        ("layers: &x [*x]", "expected int"),
+        ("layers: " + "[" * 1200 + "]" * 1200, "not YAML"),
+        ("neighbours: \x01", "not YAML"),
+    ],
+)
+def test_odd_yaml_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        Settings.from_yaml(written(tmp_path, text))
+
+
+def test_yaml_that_unfolds_without_end_is_refused_in_few_words(tmp_path: Path) -> None:
+    lists = ["a0: &a0 [1]"] + [
+        f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30)
+    ]
+    with pytest.raises(InputError) as caught:
+        Settings.from_yaml(written(tmp_path, "\n".join(lists) + "\nlayers: *a29\n"))
+    assert len(str(caught.value)) < 2000
+    maps = ["a0: &a0 {z: 1}"]
+    for i in range(1, 8):
+        inner = ", ".join(f"k{j}: *a{i - 1}" for j in range(9))
+        maps.append(f"a{i}: &a{i} {{{inner}}}")
+    with pytest.raises(SettingsError, match="repeat themselves"):
+        Settings.from_yaml(written(tmp_path, "\n".join(maps)))
+
+
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"missing.yaml.*No such file"):
+        read_parameters_yaml(tmp_path / "missing.yaml")
+    with pytest.raises(SettingsError, match="directory"):
+        read_parameters_yaml(tmp_path)
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00\x01\x80")
+    with pytest.raises(SettingsError, match="not YAML"):
+        read_parameters_yaml(binary)
+
+
+def test_live_settings_are_those_that_need_no_new_model_or_topic() -> None:
+    live = {name for name, spec in setting_specs().items() if spec.live}
+    assert live == {
+        "target_false_alarm_rate",
+        "threshold",
+        "confirm_count",
+        "confirm_window",
+        "min_area_px",
+        "max_age_s",
+        "overlay_alpha",
+    }
+    assert not any(spec.live for spec in camera_setting_specs().values())

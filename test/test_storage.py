@@ -1,0 +1,198 @@
+"""Artefacts are whole or not there: whatever interrupts a write."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from semantic_anomaly import storage
+from semantic_anomaly.errors import ArtefactError
+from semantic_anomaly.storage import (
+    atomic_folder,
+    atomic_write_bytes,
+    canonical_json,
+    sha256_bytes,
+    sha256_file,
+)
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.rglob("*"))
+
+
+def test_canonical_json_is_one_text_for_one_value() -> None:
+    assert canonical_json({"b": [1, 2.5], "a": "é"}) == '{"a":"\\u00e9","b":[1,2.5]}'
+    assert canonical_json({"a": 1, "b": 2}) == canonical_json({"b": 2, "a": 1})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), {1, 2}, b"x"])
+def test_canonical_json_refuses_what_json_cannot_say(value: object) -> None:
+    with pytest.raises(ArtefactError, match="JSON"):
+        canonical_json({"value": value})
+
+
+def test_digests_agree_with_hashlib(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 10_000
+    (tmp_path / "file").write_bytes(data)
+    assert sha256_file(tmp_path / "file") == hashlib.sha256(data).hexdigest() == sha256_bytes(data)
+
+
+def test_file_is_written_and_replaced_and_parents_are_made(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b.json"
+    atomic_write_bytes(path, b"one")
+    atomic_write_bytes(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert names(tmp_path) == ["a", "b.json"]
+
+
+def test_files_have_the_permissions_of_ordinary_ones(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    atomic_write_bytes(tmp_path / "ours", b"")
+    with atomic_folder(tmp_path / "our_folder", replace=False):
+        pass
+    for plain, ours in (("plain", "ours"), ("folder", "our_folder")):
+        assert (tmp_path / plain).stat().st_mode == (tmp_path / ours).stat().st_mode
+
+
+def test_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    atomic_write_bytes(path, b"old")
+    with file_size_limit(1000), pytest.raises(ArtefactError, match=r"cannot write '.*file'"):
+        atomic_write_bytes(path, bytes(5000))
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["file"]
+
+
+def test_file_in_place_of_a_parent_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ArtefactError, match="file/x"):
+        atomic_write_bytes(tmp_path / "file" / "x", b"")
+
+
+def test_folder_appears_whole(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "index"
+    with atomic_folder(path, replace=False) as temporary:
+        (temporary / "frames").mkdir()
+        (temporary / "frames" / "x").write_bytes(b"1")
+        assert not path.exists()
+        assert temporary.parent == path.parent
+    assert (path / "frames" / "x").read_bytes() == b"1"
+    assert names(tmp_path / "deep") == ["frames", "index", "x"]
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["swapped", "moved_aside"])
+def test_folder_is_replaced_as_a_whole(
+    tmp_path: Path, exchange: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not exchange:
+        monkeypatch.setattr(storage, "_exchange", lambda one, other: False)
+    path = tmp_path / "index"
+    for name in ("one", "two"):
+        with atomic_folder(path, replace=True) as temporary:
+            (temporary / name).write_bytes(b"")
+    assert names(tmp_path) == ["index", "two"]
+
+
+def test_failed_second_rename_puts_the_old_folder_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "index"
+    with atomic_folder(path, replace=True) as temporary:
+        (temporary / "one").write_bytes(b"")
+    rename = Path.rename
+    monkeypatch.setattr(storage, "_exchange", lambda one, other: False)
+
+    def failing(self: Path, target: Path) -> Path:
+        if (self / "two").exists():
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with (
+        pytest.raises(ArtefactError, match="Input/output"),
+        atomic_folder(path, replace=True) as temporary,
+    ):
+        (temporary / "two").write_bytes(b"")
+    assert names(tmp_path) == ["index", "one"]
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), OSError(28, "full")])
+def test_whatever_ends_the_block_leaves_the_old_folder(
+    tmp_path: Path, error: BaseException
+) -> None:
+    path = tmp_path / "index"
+    with atomic_folder(path, replace=False) as temporary:
+        (temporary / "one").write_bytes(b"")
+    expected = ArtefactError if isinstance(error, OSError) else type(error)
+    with pytest.raises(expected), atomic_folder(path, replace=True) as temporary:
+        (temporary / "two").write_bytes(b"")
+        raise error
+    assert names(tmp_path) == ["index", "one"]
+
+
+def test_existing_folder_is_kept_unless_it_may_be_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "index"
+    path.mkdir()
+    with pytest.raises(ArtefactError, match="exists already"), atomic_folder(path, replace=False):
+        raise AssertionError("the block must not run")
+    assert names(tmp_path) == ["index"]
+
+
+def test_links_and_files_are_never_replaced_by_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "file").write_bytes(b"keep")
+    for name in ("link", "file"):
+        with (
+            pytest.raises(ArtefactError, match="expected a folder"),
+            atomic_folder(tmp_path / name, replace=True),
+        ):
+            raise AssertionError("the block must not run")
+    assert (tmp_path / "file").read_bytes() == b"keep"
+    assert (tmp_path / "link").is_symlink()
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from semantic_anomaly.storage import atomic_folder
+with atomic_folder(Path(sys.argv[1]), replace=True) as temporary:
+    (temporary / "two").write_bytes(bytes(100))
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_killed_in_the_middle_the_old_folder_stands(tmp_path: Path) -> None:
+    path = tmp_path / "index"
+    with atomic_folder(path, replace=False) as temporary:
+        (temporary / "one").write_bytes(b"1")
+    root = str(Path(storage.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", _KILLED, str(path)],
+        env={**os.environ, "PYTHONPATH": root},
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert names(path) == ["one"]
+    left = [p for p in tmp_path.iterdir() if p != path]
+    assert all(p.name.startswith(".index.") for p in left)

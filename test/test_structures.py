@@ -1,0 +1,157 @@
+"""The nouns refuse what they must not hold."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+from semantic_anomaly.errors import ImageError, ModelOutputError
+from semantic_anomaly.structures import (
+    AnomalyResult,
+    Decision,
+    Frame,
+    HeatmapScale,
+    Localization,
+    NominalExample,
+    PatchGrid,
+    Regions,
+)
+
+
+def unit(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    vectors = rng.normal(size=shape)
+    return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def result(**changes: Any) -> AnomalyResult:
+    values: dict[str, Any] = {
+        "score": 0.5,
+        "decision": Decision.NOMINAL,
+        "p_value": 0.3,
+        "threshold": 0.6,
+        "heatmap": np.zeros((4, 6), np.float32),
+        "scale": HeatmapScale(0.1, 0.6),
+        "label_map": np.zeros((4, 6), np.uint16),
+    }
+    return AnomalyResult(**{**values, **changes})
+
+
+@pytest.mark.parametrize(
+    ("image", "reason"),
+    [
+        (np.zeros((4, 6), np.uint8), "grey"),
+        (np.zeros((4, 6, 4), np.uint8), "four channels"),
+        (np.zeros((4, 6, 3), np.float32), "floats"),
+        (np.zeros((0, 6, 3), np.uint8), "no rows"),
+        (np.zeros((4, 0, 3), np.uint8), "no columns"),
+    ],
+)
+def test_frame_refuses(image: np.ndarray, reason: str) -> None:
+    with pytest.raises(ImageError, match=r"frame 'a/1\.png': expected a non-empty"):
+        Frame(image, name="a/1.png")
+
+
+def test_frame_knows_its_size() -> None:
+    assert Frame(np.zeros((4, 6, 3), np.uint8)).image_hw == (4, 6)
+
+
+def test_nouns_are_frozen(rng: np.random.Generator) -> None:
+    frame = Frame(np.zeros((4, 6, 3), np.uint8))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        frame.stamp_ns = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda f: f.astype(np.float64), "float64"),
+        (lambda f: f[0], "no rows"),
+        (lambda f: f[:0], "empty"),
+        (lambda f: f * 1.01, "longer than one"),
+        (lambda f: f * np.inf, "infinite"),
+        (lambda f: f * 0, "zero vectors"),
+    ],
+)
+def test_grid_refuses(spoil: Any, reason: str, rng: np.random.Generator) -> None:
+    features = unit((2, 3, 5), rng)
+    with pytest.raises(ModelOutputError, match="patch features"):
+        PatchGrid(spoil(features), features[0, 0], (20, 30))
+
+
+def test_grid_refuses_a_single_bad_patch(rng: np.random.Generator) -> None:
+    features = unit((2, 3, 5), rng)
+    features[1, 2, 4] = np.nan
+    with pytest.raises(ModelOutputError, match="finite unit vectors"):
+        PatchGrid(features, features[0, 0], (20, 30))
+
+
+def test_grid_refuses_a_bad_global_feature(rng: np.random.Generator) -> None:
+    features = unit((2, 3, 5), rng)
+    with pytest.raises(ModelOutputError, match="global feature"):
+        PatchGrid(features, np.full(5, np.nan, np.float32), (20, 30))
+    with pytest.raises(ModelOutputError, match="image size"):
+        PatchGrid(features, features[0, 0], (0, 30))
+
+
+def test_grid_knows_its_sizes(rng: np.random.Generator) -> None:
+    grid = PatchGrid(unit((2, 3, 5), rng), unit((5,), rng), (20, 30))
+    assert (grid.grid_hw, grid.dim) == ((2, 3), 5)
+
+
+def test_regions_paint_values_in_their_places(rng: np.random.Generator) -> None:
+    labels = np.array([[0, -1, 1], [2, 2, -1]], np.int32)
+    painted = Regions(unit((3, 5), rng), labels).paint(np.array([0.1, 0.2, 0.3]), outside=-1.0)
+    assert painted.dtype == np.float32
+    np.testing.assert_allclose(painted, [[0.1, -1.0, 0.2], [0.3, 0.3, -1.0]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("label", [-2, 3])
+def test_regions_refuse_labels_without_an_embedding(label: int, rng: np.random.Generator) -> None:
+    with pytest.raises(ModelOutputError, match="expected labels from -1 to 2"):
+        Regions(unit((3, 5), rng), np.array([[0, label]], np.int32))
+
+
+def test_localization_refuses_empty_boxes_and_nan() -> None:
+    nearest = NominalExample("a/1.png", 0, 0, (2, 3), 0.1)
+    with pytest.raises(ModelOutputError, match="non-empty box"):
+        Localization((3.0, 0.0, 3.0, 2.0), (3.0, 1.0), 1, 0.5, nearest, 1)
+    with pytest.raises(ModelOutputError, match="finite score"):
+        Localization((3.0, 0.0, 4.0, 2.0), (3.0, 1.0), 1, float("nan"), nearest, 1)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.5, 0.5), (0.6, 0.5), (float("nan"), 1.0)])
+def test_scale_refuses(low: float, high: float) -> None:
+    with pytest.raises(ModelOutputError, match="low < high"):
+        HeatmapScale(low, high)
+
+
+def test_scale_is_0_at_typical_and_1_at_the_threshold_and_has_no_upper_limit() -> None:
+    scaled = HeatmapScale(0.1, 0.5).normalise(np.array([0.0, 0.1, 0.3, 0.5, 1.3], np.float32))
+    np.testing.assert_allclose(scaled, [0.0, 0.0, 0.5, 1.0, 3.0], atol=1e-6)
+    assert scaled.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"score": float("nan")}, "finite number"),
+        ({"score": float("inf")}, "finite number"),
+        ({"threshold": None}, "needs a threshold"),
+        ({"decision": Decision.ANOMALY, "threshold": None}, "needs a threshold"),
+        ({"decision": Decision.UNKNOWN}, "needs a reason"),
+    ],
+)
+def test_result_refuses(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelOutputError, match=message):
+        result(**changes)
+
+
+def test_result_with_a_threshold_set_by_hand_has_no_p_value() -> None:
+    assert result(p_value=None).decision is Decision.NOMINAL
+
+
+def test_decisions_are_words() -> None:
+    assert [decision.value for decision in Decision] == ["nominal", "anomaly", "unknown"]

@@ -1,0 +1,123 @@
+#!/usr/bin/env python3
+"""Render the settings table as the node's YAML and as the README's parameter table.
+
+Without an option both are printed; --write brings config/semantic_anomaly.yaml and the part of
+README.md between the settings markers up to date, --check says whether they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from semantic_anomaly.setting_spec import SettingSpec  # noqa: E402
+from semantic_anomaly.settings import Settings, camera_setting_specs, setting_specs  # noqa: E402
+
+CONFIG = ROOT / "config" / "semantic_anomaly.yaml"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- settings:begin -->", "<!-- settings:end -->"
+
+_HEAD = """\
+# Every parameter of the node with its default; rendered by tools/render_settings.py.
+# The commands read the same file: semantic-anomaly build-index --settings semantic_anomaly.yaml
+/**:
+  ros__parameters:
+"""
+
+
+def value_text(value: object) -> str:
+    """Return a default as YAML writes it: strings quoted, lists in brackets."""
+    if isinstance(value, tuple):
+        return json.dumps(list(value))
+    return json.dumps(value)
+
+
+def bounds_text(spec: SettingSpec) -> str:
+    """Return what values a setting takes, empty where anything of its type goes."""
+    if spec.choices:
+        return ", ".join(spec.choices)
+    if spec.minimum is None or spec.maximum is None:
+        return ""
+    return f"{spec.minimum:.10g} to {spec.maximum:.10g}"
+
+
+def comment_text(spec: SettingSpec) -> str:
+    """Return the comment of one parameter: its description, then its bounds."""
+    notes = [bounds_text(spec)] if bounds_text(spec) else []
+    if spec.live:
+        notes.append("may change while running")
+    return spec.description + (f" [{'; '.join(notes)}]" if notes else "")
+
+
+def render_yaml() -> str:
+    """Return config/semantic_anomaly.yaml."""
+    lines = []
+    for name, spec in setting_specs().items():
+        lines += [f"    # {comment_text(spec)}", f"    {name}: {value_text(spec.default)}"]
+    for camera in Settings().cameras:
+        lines += ["    # One section for each name in 'cameras'.", f"    {camera}:"]
+        for name, spec in camera_setting_specs().items():
+            lines += [f"      # {comment_text(spec)}", f"      {name}: {value_text(spec.default)}"]
+    return _HEAD + "\n".join(lines) + "\n"
+
+
+def render_markdown() -> str:
+    """Return the README's table."""
+    lines = [
+        "| parameter | default | values | live | meaning |",
+        "|---|---|---|---|---|",
+    ]
+    rows = list(setting_specs().items())
+    rows += [(f"<camera>.{name}", spec) for name, spec in camera_setting_specs().items()]
+    for name, spec in rows:
+        live = "yes" if spec.live else ""
+        cells = (f"`{name}`", f"`{value_text(spec.default)}`", bounds_text(spec), live)
+        lines.append(f"| {' | '.join((*cells, spec.description))} |")
+    return "\n".join(lines) + "\n"
+
+
+def with_table(readme: str) -> str:
+    """Return the README's text with its table replaced.
+
+    Raises:
+        ValueError: the markers are missing.
+    """
+    pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.S)
+    if not pattern.search(readme):
+        raise ValueError(f"README.md: expected the markers {BEGIN} and {END}")
+    table = f"{BEGIN}\n{render_markdown()}{END}"
+    return pattern.sub(lambda _: table, readme)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print, write or check; return 1 when --check finds something out of date."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--write", action="store_true", help="update YAML and README")
+    what.add_argument("--check", action="store_true", help="fail if they are out of date")
+    args = parser.parse_args(argv)
+    if not (args.write or args.check):
+        print(render_yaml())
+        print(render_markdown())
+        return 0
+    outdated = 0
+    wanted = {CONFIG: render_yaml(), README: with_table(README.read_text(encoding="utf-8"))}
+    for path, text in wanted.items():
+        current = path.read_text(encoding="utf-8") if path.exists() else ""
+        if current == text:
+            continue
+        outdated = 1
+        if args.write:
+            path.write_text(text, encoding="utf-8")
+        print(f"{path.name}: {'updated' if args.write else 'out of date'}")
+    return outdated if args.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
