@@ -87,8 +87,10 @@ class PatchEmbedder:
             torch.tensor(v, dtype=torch.float32, device=self._device).view(1, 3, 1, 1)
             for v in (folder.rescale / std, -mean / std)
         )
-        self._layers, strides, dim = self._probe(tuple(layers) or folder.default_layers, folder)
-        self._stride, self._multiple = min(strides), math.lcm(*strides)
+        self._layers, self._strides, dim = self._probe(
+            tuple(layers) or folder.default_layers, folder
+        )
+        self._multiple = math.lcm(*self._strides)
         self.identity = EmbedderIdentity(
             model_id=folder.model_id,
             architecture=folder.architecture,
@@ -97,7 +99,7 @@ class PatchEmbedder:
             config_sha256=folder.config_sha256,
             layers=self._layers,
             input_size=int(input_size),
-            patch_px=self._stride,
+            patch_px=min(self._strides),
             dim=dim,
             dtype=str(self._precision).removeprefix("torch."),
         )
@@ -158,7 +160,7 @@ class PatchEmbedder:
     def grid_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
         """Return (rows, cols) of the grid of an image of this size."""
         height, width = self.input_hw(image_hw)
-        return height // self._stride, width // self._stride
+        return height // min(self._strides), width // min(self._strides)
 
     def warm_up(self, image_hw: tuple[int, int]) -> None:
         """Run once at an image size, so that the first frame is not the slow one."""
@@ -170,28 +172,27 @@ class PatchEmbedder:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _run(self, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _run(self, batch: np.ndarray, again: bool = False) -> tuple[np.ndarray, np.ndarray]:
         try:
             return self._run_once(batch)
-        except torch.cuda.OutOfMemoryError:
-            _LOG.warning("device out of memory: cache freed, trying once more")
         except RuntimeError as error:
-            raise ModelOutputError(f"backbone failed: {first_line(error)}") from error
+            if again or not isinstance(error, torch.cuda.OutOfMemoryError):
+                raise ModelOutputError(f"backbone failed: {first_line(error)}") from error
+        # Outside the handler, for its traceback holds on to the tensors.
+        _LOG.warning("device out of memory: cache freed, trying once more")
         torch.cuda.empty_cache()
-        try:
-            return self._run_once(batch)
-        except RuntimeError as error:
-            raise ModelOutputError(f"backbone failed: {first_line(error)}") from error
+        return self._run(batch, again=True)
 
     @torch.inference_mode()
     def _run_once(self, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         image_hw = (batch.shape[1], batch.shape[2])
-        maps, whole = self._maps(self._prepare(batch, self.input_hw(image_hw)))
-        grid_hw = self.grid_hw(image_hw)
-        finest = max(tuple(m.shape[1:3]) for m in maps)
-        if finest != grid_hw:
-            raise ModelOutputError(f"patch grid: expected {grid_hw}, found {finest}")
-        features = _concatenate(maps, grid_hw)
+        height, width = self.input_hw(image_hw)
+        maps, whole = self._maps(self._prepare(batch, (height, width)))
+        expected = [(height // s, width // s) for s in self._strides]
+        found = [tuple(m.shape[1:3]) for m in maps]
+        if found != expected:
+            raise ModelOutputError(f"patch grids: expected {expected}, found {found}")
+        features = _concatenate(maps, max(expected))
         whole = _unit(features.mean((1, 2)) if whole is None else whole)
         return features.contiguous().cpu().numpy(), whole.cpu().numpy()
 

@@ -3,73 +3,17 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from conftest import save_backbone
-from torch import nn
+from small_backbones import FAMILIES, IDS, STAGES, Averages, images
 
-from semantic_anomaly import embedding, network
 from semantic_anomaly.embedding import PatchEmbedder
-from semantic_anomaly.errors import BackboneError, ImageError, ModelOutputError
-from semantic_anomaly.settings import Settings
-
-DATA = Path(os.environ.get("SEMANTIC_ANOMALY_DATA", Path(__file__).parents[2] / "shared" / "data"))
-MOBILENET = DATA / "weights" / "mobilenet_v1_imagenet"
-
-_VIT = {
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "image_size": 64,
-    "patch_size": 16,
-}
-_STAGES = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
-_WINDOWS = {"embed_dim": 16, "depths": [1, 1, 1, 1], "image_size": 64}
-_HEADS = {"num_heads": [2, 2, 2, 2], "window_size": 4}
-# Family, configuration, layers, and the stride and dimension that they must give.
-FAMILIES: list[tuple[str, dict[str, Any], tuple[int, ...], int, int]] = [
-    ("Dinov2Model", {}, (), 14, 32),
-    ("Dinov2Model", {}, (1, -1), 14, 64),
-    ("Dinov2WithRegistersModel", {"num_register_tokens": 3}, (), 14, 32),
-    ("DINOv3ViTModel", {**_VIT, "num_register_tokens": 4}, (2, 3), 16, 64),
-    ("ViTModel", _VIT, (), 16, 32),
-    ("DeiTModel", _VIT, (3,), 16, 32),
-    ("ViTMSNModel", _VIT, (), 16, 32),
-    ("IJepaModel", _VIT, (), 16, 32),
-    ("ConvNextModel", _STAGES, (), 32, 32),
-    ("ConvNextModel", {**_STAGES, "patch_size": 5}, (2, 3), 10, 40),
-    ("ConvNextV2Model", _STAGES, (1, 3), 4, 32),
-    ("DINOv3ConvNextModel", _STAGES, (), 32, 32),
-    ("ResNetModel", {**_STAGES, "embedding_size": 8, "layer_type": "basic"}, (2, 3), 8, 40),
-    ("RegNetModel", {**_STAGES, "embedding_size": 8, "groups_width": 8}, (2, 3), 8, 40),
-    (
-        "BitModel",
-        {**_STAGES, "embedding_size": 32, "hidden_sizes": [32, 32, 64, 64], "num_groups": 8},
-        (3,),
-        16,
-        64,
-    ),
-    ("MobileNetV1Model", {"depth_multiplier": 0.25}, (9, 21), 8, 192),
-    ("MobileNetV2Model", {"depth_multiplier": 0.25}, (5, 8), 16, 32),
-    ("SwinModel", {**_WINDOWS, **_HEADS}, (1, 2), 8, 96),
-    ("Swinv2Model", {**_WINDOWS, **_HEADS}, (), 32, 128),
-    ("FocalNetModel", _WINDOWS, (1,), 8, 32),
-    ("PoolFormerModel", _STAGES, (2,), 16, 24),
-]
-IDS = [f"{name}{list(layers)}" for name, _, layers, _, _ in FAMILIES]
-
-
-def images(rng: np.random.Generator, *sizes: tuple[int, int]) -> list[np.ndarray]:
-    return [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+from semantic_anomaly.errors import ImageError
 
 
 @pytest.fixture(scope="module")
@@ -91,14 +35,14 @@ def test_every_family_gives_patches_at_their_place(
     embedder = PatchEmbedder(str(folder), layers=layers, input_size=320)
     identity = embedder.identity
     assert (identity.patch_px, identity.dim, identity.model_id) == (stride, dim, family)
-    plain = np.full((200, 320, 3), 90, np.uint8)
-    before = embedder.embed([plain])[0]
+    (noise,) = images(rng, (200, 320))
+    before = embedder.embed([noise])[0]
     assert before.grid_hw == embedder.grid_hw((200, 320)) and before.dim == dim
     rows, cols = before.grid_hw
     # What changes in one corner of the image changes most in that corner of the grid.
     for top, left in ((20, 250), (150, 40)):
-        changed = plain.copy()
-        changed[top : top + 32, left : left + 32] = rng.integers(0, 256, (32, 32, 3))
+        changed = noise.copy()
+        changed[top : top + 32, left : left + 32] //= 8
         after = embedder.embed([changed])[0]
         change = 1 - np.einsum("rcd,rcd->rc", before.features, after.features)
         # Attention and group norms spread a little over the whole image.
@@ -148,17 +92,14 @@ def test_both_sides_are_rounded_to_the_patch(
     assert embedder.grid_hw(image_hw) == (input_hw[0] // 14, input_hw[1] // 14)
 
 
-class Averages(nn.Module):
-    """In place of a network: tokens that are the mean colours of their patches."""
-
-    def __init__(self, patch: int = 14) -> None:
-        super().__init__()
-        self.patch = patch
-
-    def forward(self, pixels: torch.Tensor, **_: Any) -> SimpleNamespace:
-        means = nn.functional.avg_pool2d(pixels, self.patch).flatten(2).transpose(1, 2)
-        tokens = torch.cat([torch.ones_like(means[:, :1]), means], 1)
-        return SimpleNamespace(hidden_states=(tokens,) * 4, last_hidden_state=tokens)
+def test_both_sides_are_rounded_to_the_coarsest_grid_used(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    folder = save_backbone(tmp_path / "backbone", "ConvNextModel", **STAGES)
+    (image,) = images(rng, (90, 150))
+    for layers, grid_hw in (((2,), (11, 19)), ((2, 4), (12, 20)), ((4,), (3, 5))):
+        embedder = PatchEmbedder(str(folder), layers=layers, input_size=150)
+        assert embedder.embed([image])[0].grid_hw == embedder.grid_hw((90, 150)) == grid_hw
 
 
 @pytest.mark.parametrize("image_hw", [(112, 112), (90, 160), (233, 77), (64, 500)])
@@ -240,253 +181,3 @@ def test_views_and_images_that_cannot_be_written_are_taken_without_a_warning(
 def test_what_is_no_rgb_image_is_refused(embedder: PatchEmbedder, image: np.ndarray) -> None:
     with pytest.raises(ImageError):
         embedder.embed([image])
-
-
-# Layers ----------------------------------------------------------------------------------------
-
-
-def backbone_maps(folder: Path, family: str, pixels: torch.Tensor, stages: list[str]) -> Any:
-    """What the Backbone class of transformers makes of the same pixels."""
-    import transformers
-
-    name = family.replace("Model", "Backbone")
-    model = getattr(transformers, name).from_pretrained(folder, out_features=stages)
-    with torch.inference_mode():
-        return model.eval()(pixels).feature_maps
-
-
-@pytest.mark.parametrize(
-    ("family", "config"),
-    [
-        ("Dinov2Model", {}),
-        ("Dinov2WithRegistersModel", {"num_register_tokens": 3}),
-        ("DINOv3ViTModel", {**_VIT, "num_register_tokens": 4}),
-    ],
-)
-@pytest.mark.parametrize("layers", [(3,), (1,), (1, 2)])
-def test_layers_are_those_of_the_backbone_classes(
-    tmp_path: Path,
-    rng: np.random.Generator,
-    family: str,
-    config: dict[str, Any],
-    layers: tuple[int, ...],
-) -> None:
-    folder = save_backbone(tmp_path / "backbone", family, **config)
-    embedder = PatchEmbedder(str(folder), layers=layers, input_size=112)
-    (image,) = images(rng, (112, 112))
-    pixels = embedder._prepare(image[None], (112, 112))
-    maps = backbone_maps(folder, family, pixels, [f"stage{i}" for i in layers])
-    parts = [nn.functional.normalize(m, dim=1) for m in maps]
-    expected = nn.functional.normalize(torch.cat(parts, 1), dim=1)[0].permute(1, 2, 0)
-    found = embedder.embed([image])[0]
-    np.testing.assert_allclose(found.features, expected.numpy(), atol=1e-4)
-
-
-def test_default_layers_are_those_the_folder_names(tmp_path: Path) -> None:
-    folder = save_backbone(tmp_path / "backbone")
-    config = json.loads((folder / "config.json").read_text())
-    for out_indices, expected in (([1, 2], (1, 2)), ([-1], (3,)), (None, (3,))):
-        config.update(out_indices=out_indices, out_features=None)
-        (folder / "config.json").write_text(json.dumps(config))
-        assert PatchEmbedder(str(folder), input_size=56).identity.layers == expected
-
-
-def test_coarser_layers_are_spread_over_the_finest_grid(
-    tmp_path: Path, rng: np.random.Generator
-) -> None:
-    folder = save_backbone(tmp_path / "backbone", "ConvNextModel", **_STAGES)
-    (image,) = images(rng, (64, 96))
-    fine, coarse, both = (
-        PatchEmbedder(str(folder), layers=layers, input_size=96).embed([image])[0].features
-        for layers in ((2,), (4,), (2, 4))
-    )
-    assert fine.shape == (8, 12, 16) and coarse.shape == (2, 3, 32) and both.shape == (8, 12, 48)
-    # The borders of the coarse grid repeat, and each part has the same weight.
-    np.testing.assert_allclose(both[:, :, :16], fine * both_norm(both)[..., None], atol=1e-5)
-    corner = both[0, 0, 16:] / np.linalg.norm(both[0, 0, 16:])
-    np.testing.assert_allclose(corner, coarse[0, 0], atol=1e-5)
-    assert both_norm(both)[0, 0] == pytest.approx(np.sqrt(0.5), abs=1e-5)
-    between = both[0, 3, 16:] / np.linalg.norm(both[0, 3, 16:])
-    # Column 3 of 12 lies at 0.375 between the first two of three coarse columns.
-    mixed = 0.625 * coarse[0, 0] + 0.375 * coarse[0, 1]
-    np.testing.assert_allclose(between, mixed / np.linalg.norm(mixed), atol=1e-5)
-
-
-def both_norm(features: np.ndarray) -> np.ndarray:
-    return np.asarray(np.linalg.norm(features[..., :16], axis=-1))
-
-
-@pytest.mark.parametrize("layer", [4, -5, 100])
-def test_layers_that_are_not_there_are_named(tiny_backbone: Path, layer: int) -> None:
-    with pytest.raises(BackboneError, match=rf"layer {layer}: expected .* 0 to 3"):
-        PatchEmbedder(str(tiny_backbone), layers=(layer,))
-
-
-def test_folding_batch_norms_changes_nothing(
-    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = {**_STAGES, "embedding_size": 8}
-    folder = save_backbone(tmp_path / "backbone", "ResNetModel", **config)
-    model = network.load_network(embedding.open_backbone(str(folder)))
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_mean, -0.5, 0.5)
-            nn.init.uniform_(module.running_var, 0.5, 2.0)
-            nn.init.uniform_(module.weight, 0.5, 2.0)
-            nn.init.uniform_(module.bias, -0.5, 0.5)
-    model.save_pretrained(folder)
-    (image,) = images(rng, (64, 96))
-    folded = PatchEmbedder(str(folder), layers=(1, 2, 3), input_size=96)
-    kinds = [type(m) for m in folded._model.modules()]  # type: ignore[union-attr]
-    assert nn.BatchNorm2d not in kinds
-    monkeypatch.setattr(embedding, "fold_normalisations", lambda model: None)
-    plain = PatchEmbedder(str(folder), layers=(1, 2, 3), input_size=96)
-    np.testing.assert_allclose(
-        folded.embed([image])[0].features, plain.embed([image])[0].features, atol=1e-4
-    )
-
-
-# Loading and failing ---------------------------------------------------------------------------
-
-
-def test_settings_make_the_same_embedder(tiny_backbone: Path) -> None:
-    settings = Settings(backbone=str(tiny_backbone), layers=(1, 2), input_size=112)
-    direct = PatchEmbedder(str(tiny_backbone), layers=(1, 2), input_size=112)
-    assert PatchEmbedder.from_settings(settings).identity == direct.identity
-    assert direct.identity.model_id == "tiny_dinov2"
-    assert (direct.identity.layers, direct.identity.input_size) == ((1, 2), 112)
-
-
-def test_half_precision_is_recorded_and_close(
-    tiny_backbone: Path, rng: np.random.Generator
-) -> None:
-    (image,) = images(rng, (112, 112))
-    full = PatchEmbedder(str(tiny_backbone), input_size=112)
-    half = PatchEmbedder(str(tiny_backbone), input_size=112, dtype="bfloat16")
-    assert (full.identity.dtype, half.identity.dtype) == ("float32", "bfloat16")
-    assert full.identity.matches(half.identity)
-    one, other = (e.embed([image])[0].features for e in (full, half))
-    assert other.dtype == np.float32
-    change = 1 - np.einsum("rcd,rcd->rc", one, other)
-    assert 0 < change.max() < 0.01
-
-
-@pytest.mark.parametrize(
-    ("keywords", "message"),
-    [
-        ({"device": "cuda:99"}, "device 'cuda:99'"),
-        ({"device": "gpu"}, "device 'gpu': expected auto, cpu, cuda"),
-        ({"device": "mps"}, "device 'mps': expected auto, cpu, cuda"),
-        ({"dtype": "int8"}, "dtype 'int8'"),
-    ],
-)
-def test_devices_and_precisions_that_are_not_there(
-    tiny_backbone: Path, keywords: dict[str, str], message: str
-) -> None:
-    with pytest.raises(BackboneError, match=message):
-        PatchEmbedder(str(tiny_backbone), **keywords)  # type: ignore[arg-type]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_cuda_is_not_replaced_silently(tiny_backbone: Path) -> None:
-    with pytest.raises(BackboneError, match="expected a CUDA device, found 0"):
-        PatchEmbedder(str(tiny_backbone), device="cuda")
-    assert PatchEmbedder(str(tiny_backbone), input_size=56).identity.dtype == "float32"
-
-
-@pytest.mark.parametrize("blind_to", ["image", "everything"])
-def test_networks_that_see_nothing_fail_their_self_test(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blind_to: str
-) -> None:
-    from safetensors.torch import load_file, save_file
-
-    folder = save_backbone(tmp_path / "backbone")
-    weights = load_file(folder / "model.safetensors")
-    weights["embeddings.patch_embeddings.projection.weight"].zero_()
-    if blind_to == "everything":
-        weights["layernorm.weight"].zero_()
-        weights["layernorm.bias"].zero_()
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(BackboneError, match="'backbone': self-test"):
-        PatchEmbedder(str(folder), input_size=56)
-
-
-@pytest.mark.parametrize(("width", "warned"), [(1024, True), (64, False)])
-def test_large_dinov2_without_registers_is_warned_of(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, width: int, warned: bool
-) -> None:
-    small = {"hidden_size": width, "num_hidden_layers": 1, "mlp_ratio": 1}
-    folder = save_backbone(tmp_path / "backbone", **small)  # type: ignore[arg-type]
-    with caplog.at_level(logging.WARNING):
-        PatchEmbedder(str(folder), input_size=56)
-    assert ("registers" in caplog.text) is warned
-
-
-def test_loading_prints_nothing(
-    tiny_backbone: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
-) -> None:
-    PatchEmbedder(str(tiny_backbone), input_size=56)
-    assert capfd.readouterr() == ("", "") and not caplog.text
-
-
-def test_out_of_memory_is_tried_once_more(
-    embedder: PatchEmbedder, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (image,) = images(rng, (60, 80))
-    expected = embedder.embed([image])[0]
-    run, failures = embedder._run_once, 1
-
-    def scarce(batch: np.ndarray) -> Any:
-        nonlocal failures
-        failures -= 1
-        if failures >= 0:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
-        return run(batch)
-
-    monkeypatch.setattr(embedder, "_run_once", scarce)
-    np.testing.assert_array_equal(embedder.embed([image])[0].features, expected.features)
-    failures = 2
-    with pytest.raises(ModelOutputError, match=r"CUDA out of memory\.$"):
-        embedder.embed([image])
-    monkeypatch.undo()
-    np.testing.assert_array_equal(embedder.embed([image])[0].features, expected.features)
-
-
-def test_what_the_network_raises_or_returns_wrong_is_an_error(
-    tiny_backbone: Path, rng: np.random.Generator
-) -> None:
-    embedder = PatchEmbedder(str(tiny_backbone), input_size=112)
-    (image,) = images(rng, (60, 80))
-    with torch.no_grad():
-        embedder._norm.weight.fill_(float("nan"))  # type: ignore[union-attr]
-    with pytest.raises(ModelOutputError, match="finite"):
-        embedder.embed([image])
-    embedder._model = Averages(patch=28)
-    with pytest.raises(ModelOutputError, match="backbone failed"):
-        embedder.embed([image])
-
-
-def test_closed_embedders_say_so(tiny_backbone: Path, rng: np.random.Generator) -> None:
-    embedder = PatchEmbedder(str(tiny_backbone), input_size=112)
-    embedder.warm_up((60, 80))
-    embedder.close()
-    embedder.close()
-    with pytest.raises(ModelOutputError, match="closed"):
-        embedder.embed(images(rng, (60, 80)))
-
-
-@pytest.mark.skipif(not MOBILENET.is_dir(), reason="no pretrained weights at hand")
-def test_pretrained_mobilenet(rng: np.random.Generator) -> None:
-    embedder = PatchEmbedder(str(MOBILENET), layers=(11, 21), input_size=320)
-    assert (embedder.identity.dim, embedder.identity.patch_px) == (1024, 16)
-    grid = embedder.embed(images(rng, (180, 320)))[0]
-    assert grid.features.shape == (11, 20, 1024)
-    # Its last stage is missing, and a network of zeros must not pass.
-    with pytest.raises(BackboneError, match="self-test"):
-        PatchEmbedder(str(MOBILENET), input_size=320)
-
-
-def test_identities_differ_by_what_they_say(tiny_backbone: Path) -> None:
-    one = PatchEmbedder(str(tiny_backbone), input_size=112).identity
-    other = PatchEmbedder(str(tiny_backbone), layers=(1,), input_size=112).identity
-    assert one.difference(other) == ("layers", (3,), (1,))

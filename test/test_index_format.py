@@ -16,6 +16,7 @@ from nominal_world import DIM, GRID, build, patches
 from semantic_anomaly.errors import (
     IndexFormatError,
 )
+from semantic_anomaly.graph_file import check_graph_file
 from semantic_anomaly.index import NominalIndex
 from semantic_anomaly.storage import canonical_json, sha256_bytes, sha256_file
 
@@ -195,10 +196,16 @@ def test_forged_graphs_are_refused_before_hnswlib_reads_them(copy: Path) -> None
     assert index.exact_distances(patches(1), 1).shape == (GRID[0] * GRID[1],)
 
 
-def test_a_graph_swapped_after_loading_is_noticed(copy: Path, tmp_path: Path) -> None:
+def test_a_graph_swapped_after_loading_is_noticed(copy: Path) -> None:
     index = NominalIndex.load(copy)
-    build(3).save(tmp_path / "other")
-    shutil.copyfile(tmp_path / "other" / "graph.hnsw", copy / "graph.hnsw")
+    path = copy / "graph.hnsw"
+    data = bytearray(path.read_bytes())
+    # The first link of the first entry, to another entry: sound, but not what was saved.
+    first = slice(96 + 4, 96 + 8)
+    data[first] = (1 + int.from_bytes(data[first], "little") % 3).to_bytes(4, "little")
+    assert data != path.read_bytes()
+    path.write_bytes(data)
+    check_graph_file(path, index._content.embeddings, 8)
     with pytest.raises(IndexFormatError, match=r"graph\.hnsw"):
         index.configure_search("graph", 10)
 

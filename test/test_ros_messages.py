@@ -106,7 +106,7 @@ def test_bgr8_and_padded_rows(rgb: np.ndarray) -> None:
 
 def test_an_encoding_that_nobody_knows_is_named() -> None:
     message = Image(height=2, width=2, encoding="rgb5", step=4, data=bytes(8))
-    with pytest.raises(ImageError, match="'rgb5' is not supported.*cv_bridge cannot be used"):
+    with pytest.raises(ImageError, match=r"'rgb5' is not supported.*cv_bridge cannot be used"):
         messages.frame_of(message)
 
 
@@ -140,7 +140,7 @@ def test_cv_bridges_refusal_is_an_image_error(monkeypatch: pytest.MonkeyPatch) -
 
     fake_cv_bridge(monkeypatch, convert)
     message = Image(height=2, width=2, encoding="rgb5", step=4, data=bytes(8))
-    with pytest.raises(ImageError, match="'rgb5'.*no conversion"):
+    with pytest.raises(ImageError, match=r"'rgb5'.*no conversion"):
         messages.frame_of(message)
 
 

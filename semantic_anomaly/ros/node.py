@@ -8,6 +8,7 @@ the worker's slots, in the inputs' locks, and in `models`, which is replaced as 
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import signal
 import sys
@@ -267,7 +268,13 @@ def main(args: list[str] | None = None) -> int:
         node.close()
         executor.shutdown()
         node.destroy_node()
+        # rclpy's lifecycle services live until their state machine is collected.
+        del node, executor
+        gc.collect()
         rclpy.try_shutdown()
+    # Python walks all of torch once more at exit, which takes seconds on a busy machine, and
+    # launch loses its patience after five.
+    gc.freeze()
     return 0
 
 
