@@ -53,7 +53,7 @@ setup(
     zip_safe=False,
     maintainer="semantic_anomaly maintainers",
     maintainer_email="maintainers@semantic-anomaly.invalid",
-    description="Semantic anomaly detection for cameras, with ROS 2 lifecycle node and calibration.",
+    description="Semantic anomaly detection for cameras: ROS 2 lifecycle node and tools.",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

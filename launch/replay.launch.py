@@ -29,6 +29,7 @@ def generate_launch_description() -> LaunchDescription:
     arguments = [
         DeclareLaunchArgument("bag", description="rosbag2 folder or file to play"),
         DeclareLaunchArgument("index", description="index folder"),
+        DeclareLaunchArgument("backbone", default_value="", description="as in params_file"),
         DeclareLaunchArgument("params_file", default_value=params_file),
         DeclareLaunchArgument("image_topic", default_value="", description="as in the bag"),
         DeclareLaunchArgument("transport", default_value="", description="raw or compressed"),
@@ -42,7 +43,7 @@ def generate_launch_description() -> LaunchDescription:
         ),
     ]
     passed_on = (
-        *("index", "params_file", "image_topic", "transport"),
+        *("index", "backbone", "params_file", "image_topic", "transport"),
         *("camera_info_topic", "depth_topic"),
     )
     node = IncludeLaunchDescription(
@@ -79,5 +80,10 @@ def generate_launch_description() -> LaunchDescription:
             )
         ],
     )
-    handlers = [RegisterEventHandler(when_active), RegisterEventHandler(at_end)]
+    refused = OnStateTransition(
+        start_state="configuring",
+        goal_state="unconfigured",
+        entities=[Shutdown(reason="the node could not be configured; its log says why")],
+    )
+    handlers = [RegisterEventHandler(handler) for handler in (when_active, at_end, refused)]
     return LaunchDescription([*arguments, *handlers, node, rviz])

@@ -94,7 +94,7 @@ def run_demo(out: Path, plan: DemoPlan, overrides: dict[str, Any]) -> dict[str, 
     )
     calibration.save(out / "index")
     embedder.close()
-    live = _play_to_node(out, drive, plan)
+    live = play_to_node(out, drive, plan.rate_hz)
     labels = json.loads((drive / "labels.json").read_text(encoding="utf-8"))
     rows = [_row(record, labels) for record in live["frames"]]
     summary = _summarise(rows, live, calibration.threshold, plan)
@@ -131,7 +131,12 @@ def _synthesise(folder: Path, plan: DemoPlan) -> tuple[list[Path], list[Path], P
     return nominal[: plan.index_drives], nominal[plan.index_drives :], driven
 
 
-def _play_to_node(out: Path, drive: Path, plan: DemoPlan) -> dict[str, Any]:
+def play_to_node(out: Path, drive: Path, rate_hz: float) -> dict[str, Any]:
+    """Start the real node on `out`/settings.yaml, play a drive to it, return what came back.
+
+    Raises:
+        DemoError: the node or the player failed; the node's log is `out`/node.log.
+    """
     environment = {**os.environ}
     environment.setdefault("FASTDDS_BUILTIN_TRANSPORTS", "LARGE_DATA")
     # A domain of its own keeps the demo apart from whatever else runs on this network.
@@ -140,7 +145,7 @@ def _play_to_node(out: Path, drive: Path, plan: DemoPlan) -> dict[str, Any]:
     node_command = [sys.executable, "-m", "semantic_anomaly.ros.node", *parameters]
     player_command = [
         *(sys.executable, "-m", "semantic_anomaly.ros.player", str(drive)),
-        *("--out", str(out / "live"), "--rate-hz", str(plan.rate_hz)),
+        *("--out", str(out / "live"), "--rate-hz", str(rate_hz)),
         *("--bring-up", "--overlays"),
     ]
     log_path = out / "node.log"

@@ -130,10 +130,9 @@ class PatchEmbedder:
         """
         groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for position, image in enumerate(images):
-            if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-                raise ImageError(f"image: expected (height, width, 3), found {image.shape}")
-            if image.dtype != np.uint8:
-                raise ImageError(f"image: expected uint8, found {image.dtype}")
+            shape, dtype = image.shape, image.dtype
+            if len(shape) != 3 or shape[2] != 3 or 0 in shape or dtype != np.uint8:
+                raise ImageError(f"image: expected (height, width, 3) uint8, found {shape} {dtype}")
             groups[image.shape].append(position)
         grids: list[PatchGrid | None] = [None] * len(images)
         for shape, positions in groups.items():

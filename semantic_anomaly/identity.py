@@ -22,7 +22,8 @@ class EmbedderIdentity:
         architecture: `model_type` of the backbone's configuration.
         revision: commit of the hub snapshot, empty for a local folder.
         weights_sha256, config_sha256: 64 hexadecimal digits.
-        layers: hidden states used, empty for the last one alone.
+        layers: hidden states used, counted from the front; empty: the network's last output,
+            where it is none of them.
         input_size: long side in pixels to which images are resized.
         patch_px: side of a grid place in pixels of the resized image.
         dim: length of an embedding.

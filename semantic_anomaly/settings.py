@@ -125,7 +125,7 @@ class Settings:
         maximum=10000,
     )
     dedup_distance: float = setting(
-        0.02,
+        0.1,
         "While building, embeddings closer than this cosine distance to a stored one are "
         "counted, not stored.",
         minimum=0.0,
