@@ -50,8 +50,9 @@ class NominalIndex:
         self._manifest = manifest
         self._graph = graph
         self._folder = folder
-        self._search = NeighbourSearch(content.embeddings, self._ready_graph, self._name)
-        self._search.configure("auto", content.search_ef)
+        self._search = NeighbourSearch(
+            content.embeddings, self._ready_graph, self._name, content.search_ef
+        )
 
     @classmethod
     def build(

@@ -38,14 +38,17 @@ class NeighbourSearch:
         entries: (count, dim) float32, unit norm, C order.
         graph: gives the graph of the entries in space 'ip'; called when it is needed.
         name: of the index, for messages.
+        ef: breadth of the graph search.
     """
 
-    def __init__(self, entries: np.ndarray, graph: Callable[[], SearchGraph], name: str) -> None:
+    def __init__(
+        self, entries: np.ndarray, graph: Callable[[], SearchGraph], name: str, ef: int
+    ) -> None:
         self._entries = entries
         self._graph = graph
         self._name = name
-        self._uses_graph = False
-        self._ef = 1
+        self._ef = ef
+        self._uses_graph = entries.size > AUTO_EXACT_UP_TO
 
     def configure(self, search: str, ef: int) -> None:
         """Choose 'exact', 'graph' or 'auto' (exact while small) and the breadth."""

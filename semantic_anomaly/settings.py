@@ -119,7 +119,7 @@ class Settings:
         choices=("auto", "exact", "graph"),
     )
     search_ef: int = setting(
-        32,
+        16,
         "Breadth of the graph search; larger is slower and more accurate.",
         minimum=1,
         maximum=10000,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
 from pathlib import Path
 from types import ModuleType
@@ -68,13 +69,12 @@ def test_the_yaml_holds_every_parameter_and_its_default() -> None:
 
 def test_every_parameter_in_the_yaml_has_its_description_above() -> None:
     lines = CONFIG.read_text(encoding="utf-8").splitlines()
-    below = {
-        line.strip().partition(":")[0]: above.strip()
-        for above, line in zip(lines, lines[1:], strict=False)
-        if not line.strip().startswith("#")
-    }
+    above = {}
+    for comment, line in itertools.pairwise(lines):
+        prefix = "camera." if line.startswith(" " * 6) else ""
+        above[prefix + line.strip().partition(":")[0]] = comment.strip()
     for name, (_, description) in rows().items():
-        assert below[name.removeprefix("camera.")].startswith(f"# {description}"), name
+        assert above[name].startswith(f"# {description}"), name
 
 
 def test_the_readme_lists_every_parameter(render: ModuleType) -> None:
@@ -94,7 +94,7 @@ def test_check_notices_a_change_and_write_repairs_it(
     render: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, readme = tmp_path / "c.yaml", tmp_path / "README.md"
-    readme.write_text(f"before\n{render.BEGIN}\nold\n{render.END}\nafter\n")
+    readme.write_text(f"before\n{render.BEGIN}\n(outdated)\n{render.END}\nafter\n")
     monkeypatch.setattr(render, "CONFIG", config)
     monkeypatch.setattr(render, "README", readme)
     assert render.main(["--check"]) == 1 and not config.exists()
@@ -102,7 +102,7 @@ def test_check_notices_a_change_and_write_repairs_it(
     assert render.main(["--check"]) == 0
     assert config.read_text() == CONFIG.read_text(encoding="utf-8")
     text = readme.read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert text.startswith("before\n") and text.endswith("after\n") and "(outdated)" not in text
     readme.write_text("no markers")
     with pytest.raises(ValueError, match="markers"):
         render.main(["--write"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -165,7 +166,7 @@ def test_the_builder_itself_is_accepted(saved: Path) -> None:
         ("architecture", "vit"),
     ],
 )
-def test_another_embedder_is_refused(saved: Path, field: str, value: object) -> None:
+def test_another_embedder_is_refused(saved: Path, field: str, value: Any) -> None:
     running = dataclasses.replace(IDENTITY, **{field: value})
     with pytest.raises(IndexMismatchError, match=field) as caught:
         NominalIndex.load(saved).check_embedder(running)

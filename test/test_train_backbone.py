@@ -111,11 +111,14 @@ def test_views_show_the_same_place_where_the_map_says(
     monkeypatch.setattr(backbone_views, "photometric", lambda rng, image: image)
     y, x = np.mgrid[:360, :640]
     image = np.stack([x * 255 / 639, y * 255 / 359, 0 * x], -1).astype(np.uint8)
+    mask = (x < 320).astype(np.uint8)
     side = backbone_views.VIEW_PX
     for seed in range(10):
         rng = np.random.default_rng(seed)
-        clean, first, second, across = backbone_views.make_pair(rng, image)
+        clean, first, second, across, masked = backbone_views.make_pair(rng, image, mask)
         np.testing.assert_array_equal(clean, first)
+        inside = first[..., 0] < 126
+        assert (masked[inside] == 1).all() and (masked[first[..., 0] > 129] == 0).all()
         places = rng.integers(0, side, (200, 2))
         moved = np.rint(np.c_[places, np.ones(200)] @ across.T).astype(int)
         seen = ((moved >= 0) & (moved < side)).all(1)
@@ -148,6 +151,24 @@ def test_losses_prefer_what_they_should() -> None:
     for name in ("relation", "imitation"):
         assert float(learnt[name]) == pytest.approx(0, abs=1e-5)
         assert float(wrong[name]) > 0.05
+
+
+def test_foreign_places_are_ranked_by_their_distance_to_nominal_ones() -> None:
+    torch.manual_seed(0)
+    nominal = nn.functional.one_hot(torch.randint(0, 4, (2, 8, 8)), 16).float().permute(0, 3, 1, 2)
+    mask = torch.zeros(2, 80, 80)
+    mask[:, :40] = 1
+    odd = nominal.clone()
+    odd[:, :, :4] = nn.functional.one_hot(torch.full((2, 4, 8), 9), 16).float().permute(0, 3, 1, 2)
+    values = []
+    for features in (nominal, odd):
+        loss = backbone_losses.ForeignLoss()
+        everything = torch.tensor([True, True])
+        assert float(loss(nominal, mask * 0, everything)) == 0
+        values.append(float(loss(features, mask, everything)))
+    assert values[1] < 0.1 * values[0]
+    # Photographs and procedural pictures say nothing of what is nominal.
+    assert float(loss(nominal, mask, torch.tensor([False, False]))) == 0
 
 
 def test_training_streets_are_nominal_and_not_those_of_the_evaluation(tmp_path: Path) -> None:

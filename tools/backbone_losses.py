@@ -20,6 +20,12 @@ ALIKE = 0.5
 TEACHER_ENLARGE = 1.25
 
 
+# Nominal places that foreign ones are compared with, and how sharply the nearest counts.
+QUEUE = 6144
+NEAREST = 0.05
+RANK_MARGIN, RANK_TEMPERATURE = 0.2, 0.1
+
+
 class Teacher:
     """A frozen convolutional Hugging Face backbone whose hidden states are imitated.
 
@@ -134,6 +140,49 @@ def contrast_loss(
     labels = torch.arange(len(seen), device=first.device)
     lost = functional.cross_entropy(logits, labels, reduction="none")
     return (lost * seen).sum() / seen.sum().clamp(min=1)
+
+
+class ForeignLoss:
+    """Ranks foreign places above nominal ones by their distance to nominal places seen before.
+
+    Outlier exposure (Hendrycks et al. 2019, arXiv 1812.04606) with pasted shapes in the manner of
+    CutPaste (Li et al. 2021, arXiv 2104.04015), for the score that will be used: the cosine
+    distance to the nearest entry of an index, here a queue of places of the last batches.
+    """
+
+    def __init__(self) -> None:
+        self._queue: Tensor | None = None
+
+    def __call__(self, features: Tensor, foreign: Tensor, nominal: Tensor) -> Tensor:
+        """Return a smooth share of the pairs (foreign, nominal) in the wrong order.
+
+        Args:
+            features: (n, dim, rows, cols) of the views.
+            foreign: (n, height, width) in [0, 1], where foreign material shows.
+            nominal: (n,) bool, views of nominal images apart from what was pasted.
+        """
+        grid_hw = (features.shape[2], features.shape[3])
+        covered = functional.interpolate(foreign[:, None], grid_hw, mode="area")[:, 0]
+        unit = functional.normalize(features, dim=1).permute(0, 2, 3, 1)
+        clean = unit[(covered == 0) & nominal[:, None, None]]
+        pasted = unit[(covered > 0.7) & nominal[:, None, None]]
+        before, self._queue = self._queue, self._pushed(clean.detach())
+        if before is None or not len(pasted) or not len(clean):
+            return features.sum() * 0.0
+        near = [
+            NEAREST * torch.logsumexp(_drawn(places, count) @ before.T / NEAREST, dim=1)
+            for places, count in ((clean, 512), (pasted, 256))
+        ]
+        apart = (near[1][:, None] - near[0][None] + RANK_MARGIN) / RANK_TEMPERATURE
+        return functional.softplus(apart).mean() * RANK_TEMPERATURE
+
+    def _pushed(self, clean: Tensor) -> Tensor:
+        some = _drawn(clean, QUEUE // 12)
+        return some if self._queue is None else torch.cat([some, self._queue])[:QUEUE]
+
+
+def _drawn(places: Tensor, count: int) -> Tensor:
+    return places[torch.randperm(len(places))[:count].to(places.device)]
 
 
 def _some_places(features: Tensor) -> Tensor:

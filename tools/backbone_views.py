@@ -10,7 +10,6 @@ import numpy as np
 from backbone_data import paste_shape
 
 VIEW_PX = 240
-PASTE_PROBABILITY = 0.3
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,34 +20,47 @@ class ViewPairs:
         clean: (n, VIEW_PX, VIEW_PX, 3) uint8, the first views before their colours were changed.
         first, second: the views, same shape and dtype.
         across: (n, 2, 3) float32, pixels of the first view -> pixels of the second.
+        foreign: (n, VIEW_PX, VIEW_PX) uint8, 255 where pasted material shows in the first views.
+        nominal: (n,) bool, whether it was pasted into an image of the first group.
     """
 
     clean: np.ndarray
     first: np.ndarray
     second: np.ndarray
     across: np.ndarray
+    foreign: np.ndarray
+    nominal: np.ndarray
 
 
 class PairSampler:
     """Draws batches from groups of images; a batch depends on seed and number alone.
 
     Args:
-        groups: (n, height, width, 3) uint8 arrays with sides of at least VIEW_PX.
+        groups: (n, height, width, 3) uint8 arrays with sides of at least VIEW_PX; the first one
+            holds what is nominal.
         shares: probability of each group; those of empty groups go to the others.
         seed: of all chance.
+        pasted: share of the images into which foreign material is pasted.
 
     Raises:
         ValueError: no image at all.
     """
 
-    def __init__(self, groups: Sequence[np.ndarray], shares: Sequence[float], seed: int) -> None:
+    def __init__(
+        self,
+        groups: Sequence[np.ndarray],
+        shares: Sequence[float],
+        seed: int,
+        pasted: float = 0.3,
+    ) -> None:
         kept = [(g, s) for g, s in zip(groups, shares, strict=True) if len(g) and s > 0]
         if not kept:
             raise ValueError("no images to train on: every group is empty")
         self._groups = [group for group, _ in kept]
         weights = np.array([share for _, share in kept])
         self._shares = weights / weights.sum()
-        self._seed = seed
+        self._seed, self._pasted = seed, pasted
+        self._nominal_first = len(groups[0]) > 0 and shares[0] > 0
 
     @property
     def count(self) -> int:
@@ -59,33 +71,38 @@ class PairSampler:
         """Return batch `number` of `size` pairs."""
         # Every batch has chance of its own, so that the threads that make them change nothing.
         rng = np.random.default_rng([self._seed, number])
-        pairs = [make_pair(rng, self._image(rng)) for _ in range(size)]
-        clean, first, second, across = (np.stack(part) for part in zip(*pairs, strict=True))
-        return ViewPairs(clean, first, second, across)
+        parts = []
+        for _ in range(size):
+            image, mask, nominal = self._image(rng)
+            parts.append((*make_pair(rng, image, mask), np.bool_(nominal)))
+        return ViewPairs(*(np.stack(part) for part in zip(*parts, strict=True)))
 
-    def _image(self, rng: np.random.Generator) -> np.ndarray:
-        image = self._pick(rng)
-        if rng.random() < PASTE_PROBABILITY:
-            # Foreign material in a scene: features must not take it for what usually is there.
+    def _image(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, bool]:
+        image, nominal = self._pick(rng)
+        mask = np.zeros(image.shape[:2], np.uint8)
+        if rng.random() < self._pasted:
             image = image.copy()
             for _ in range(int(rng.integers(1, 5))):
-                fill = cv2.resize(self._pick(rng), image.shape[1::-1])
-                paste_shape(image, fill, rng, largest=0.25)
-        return image
+                fill = cv2.resize(self._pick(rng)[0], image.shape[1::-1])
+                mask |= paste_shape(image, fill, rng, largest=0.25)
+        return image, mask, nominal
 
-    def _pick(self, rng: np.random.Generator) -> np.ndarray:
-        group = self._groups[int(rng.choice(len(self._groups), p=self._shares))]
-        return np.asarray(group[int(rng.integers(len(group)))])
+    def _pick(self, rng: np.random.Generator) -> tuple[np.ndarray, bool]:
+        number = int(rng.choice(len(self._groups), p=self._shares))
+        group = self._groups[number]
+        image = np.asarray(group[int(rng.integers(len(group)))])
+        return image, self._nominal_first and number == 0
 
 
 def make_pair(
-    rng: np.random.Generator, image: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return clean first view, first view, second view and the map from first to second.
+    rng: np.random.Generator, image: np.ndarray, mask: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return clean first view, first view, second view, map from first to second, first mask.
 
     Args:
         rng: source of chance.
         image: (height, width, 3) uint8, sides of at least VIEW_PX.
+        mask: (height, width) uint8.
     """
     height, width = image.shape[:2]
     centre = (rng.uniform(0.2, 0.8) * width, rng.uniform(0.2, 0.8) * height)
@@ -95,7 +112,8 @@ def make_pair(
     edge = cv2.BORDER_REFLECT_101
     first, second = (cv2.warpAffine(image, m[:2], size, flags=flags, borderMode=edge) for m in maps)
     across = (np.linalg.inv(maps[1]) @ maps[0])[:2].astype(np.float32)
-    return first, photometric(rng, first), photometric(rng, second), across
+    masked = cv2.warpAffine(mask, maps[0][:2], size, flags=flags, borderMode=edge)
+    return first, photometric(rng, first), photometric(rng, second), across, masked
 
 
 def photometric(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:

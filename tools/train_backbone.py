@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from backbone_data import folder_images, procedural_images, street_images
-from backbone_losses import Teacher, contrast_loss, taught_losses
+from backbone_losses import ForeignLoss, Teacher, contrast_loss, taught_losses
 from backbone_views import VIEW_PX, PairSampler, ViewPairs
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -97,6 +97,8 @@ class Trainer:
         self.student = student.to(self._device, memory_format=torch.channels_last).train()
         self.average = AveragedModel(self.student, multi_avg_fn=_move_average)
         self._weights = {"relation": args.relation, "imitation": args.imitation, "contrast": 1.0}
+        self._weights["foreign"] = args.foreign
+        self._foreign = ForeignLoss()
         self._teacher: Teacher | None = None
         self._head: nn.Conv2d | None = None
         parameters = list(self.student.parameters())
@@ -148,6 +150,10 @@ class Trainer:
         if contrast:
             across = torch.from_numpy(pairs.across).to(self._device)
             terms["contrast"] = contrast_loss(first, second, across, VIEW_PX, taught)
+        if self._weights["foreign"] > 0:
+            masks = torch.from_numpy(pairs.foreign).to(self._device).float() / 255
+            nominal = torch.from_numpy(pairs.nominal).to(self._device)
+            terms["foreign"] = self._foreign(first, masks, nominal)
         loss = torch.stack([self._weights[name] * term for name, term in terms.items()]).sum()
         self._optimiser.zero_grad()
         loss.backward()
@@ -157,7 +163,7 @@ class Trainer:
         return {name: float(term.detach()) for name, term in terms.items()}
 
     def _find_centre(self) -> None:
-        if self._teacher is None:
+        if self._teacher is None or not self._args.centred:
             return
         # Numbers below zero are no seeds; these batches lie beyond those of any training.
         batches = [self._sampler.batch(2**31 + i, self._args.batch) for i in range(CENTRE_BATCHES)]
@@ -174,7 +180,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
         folder_images(args.images),
         procedural_images(args.textures, args.seed),
     )
-    sampler = PairSampler(groups, SHARES, args.seed)
+    sampler = PairSampler(groups, SHARES, args.seed, args.pasted)
     trainer = Trainer(args, sampler)
     means: dict[str, float] = {}
     steps = 0
@@ -216,6 +222,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--relation", type=float, default=16.0, help="weight of the relational term")
     p.add_argument("--imitation", type=float, default=1.0, help="weight of the linear head's term")
     p.add_argument("--contrast", type=float, default=0.1, help="its weight beside a teacher")
+    p.add_argument("--foreign", type=float, default=0.0, help="weight of the pasted shapes' term")
+    p.add_argument("--pasted", type=float, default=0.3, help="share of images with pasted shapes")
+    p.add_argument("--centred", action=argparse.BooleanOptionalAction, default=True)
     p.add_argument("--bfloat16", action="store_true", help="faster where the hardware has it")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     p.add_argument("--workers", type=int, default=0, help="processes that render; 0: one a core")
