@@ -34,7 +34,7 @@ bench: $(STAMP)  ## Stage times and the search, side by side.
 $(STAMP): setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[ros,report,test]'
-	touch $@
+	touch $(VENV)/COLCON_IGNORE $@
 
 clean:
 	rm -rf $(VENV) build install log demo_output *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -20,6 +20,7 @@ from visualization_msgs.msg import MarkerArray
 from semantic_anomaly.regions import ImageRegion
 from semantic_anomaly.rendering import draw_overlay
 from semantic_anomaly.ros import messages
+from semantic_anomaly.ros.detections import detection_array_type, detections_message
 from semantic_anomaly.ros.markers import marker_array
 from semantic_anomaly.structures import AnomalyResult, Decision, Frame
 
@@ -49,6 +50,8 @@ class CameraOutputs:
         self._overlay = self._publisher(Image, "overlay", PICTURE_QOS)
         self._overlay_jpeg = self._publisher(CompressedImage, "overlay/compressed", PICTURE_QOS)
         self._markers = self._publisher(MarkerArray, "markers", PICTURE_QOS)
+        kind = detection_array_type()
+        self._detections = self._publisher(kind, "detections", STATUS_QOS) if kind else None
 
     def _publisher(self, kind: Any, topic: str, qos: QoSProfile) -> Any:
         made = self._node.create_lifecycle_publisher(kind, f"~/{self.camera}/{topic}", qos)
@@ -78,7 +81,7 @@ class CameraOutputs:
     def publish_result(
         self, header: Header, result: AnomalyResult, values: Mapping[str, Any]
     ) -> None:
-        """Publish score and status of a frame that was computed.
+        """Publish score, status and detections of a frame that was computed.
 
         Args:
             header: the input's, used verbatim.
@@ -98,6 +101,8 @@ class CameraOutputs:
         }
         text = result.reason or f"{result.decision.value}, score {result.score:.4f}"
         self._publish_status(header, _LEVELS[result.decision], text, said)
+        if self._detections is not None:
+            self._detections.publish(detections_message(header, result.localizations))
 
     def publish_unknown(
         self, header: Header, level: bytes, reason: str, values: Mapping[str, Any]
