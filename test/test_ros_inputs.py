@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 pytest.importorskip("rclpy")
@@ -15,8 +13,6 @@ import rclpy
 from diagnostic_msgs.msg import DiagnosticStatus
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from ros_support import (
-    HW,
-    Bench,
     bench,
     build_monitor,
     nominal_image,
@@ -24,9 +20,8 @@ from ros_support import (
     parameters,
     values_of,
 )
-from sensor_msgs.msg import CameraInfo, CompressedImage, Image
+from sensor_msgs.msg import CompressedImage, Image
 
-from semantic_anomaly.errors import ModelOutputError
 from semantic_anomaly.images import encode_jpeg
 from semantic_anomaly.ros.messages import image_message
 from semantic_anomaly.ros.pipeline import age_problem
@@ -172,131 +167,6 @@ def test_a_topic_of_another_type_is_named(values: dict[str, Any]) -> None:
     assert "sensor_msgs/msg/CompressedImage" in reason
 
 
-class CudaOutOfMemoryError(RuntimeError):
-    """Named like torch's, whose class tests without a GPU cannot provoke."""
-
-
-@pytest.mark.parametrize(
-    ("error", "times", "decision"),
-    [
-        (ModelOutputError("patch features: not finite"), 9, "unknown"),
-        (RuntimeError("something else"), 9, "unknown"),
-        (CudaOutOfMemoryError("tried to allocate"), 1, "nominal"),  # one retry
-        (CudaOutOfMemoryError("tried to allocate"), 9, "unknown"),
-    ],
-)
-def test_model_errors_give_unknown_and_memory_a_second_try(
-    values: dict[str, Any],
-    error: Exception,
-    times: int,
-    decision: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    with bench(values) as b:
-        b.start("status")
-        assert b.node.models is not None
-        embedder, failures = b.node.models.embedder, iter(range(times))
-        embed = embedder.embed
-
-        def failing(images: Any) -> Any:
-            for _ in failures:
-                raise error
-            return embed(images)
-
-        monkeypatch.setattr(embedder, "embed", failing)
-        told = b.answer(b.send(nominal_image(10)))
-        assert told["decision"] == decision
-        if decision == "unknown":
-            assert "model error" in told["reason"] and str(error) in told["reason"]
-            assert "score" not in told and told["frames_failed"] == "1"
-            # The traceback of what nobody expected is in the log.
-            expected = isinstance(error, ModelOutputError)
-            assert ("Traceback" in capfd.readouterr().err) != expected
-        monkeypatch.setattr(embedder, "embed", embed)
-        assert b.answer(b.send(nominal_image(10)))["decision"] == "nominal"
-
-
-def test_one_cameras_failure_is_not_the_others(
-    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    both = {
-        **values,
-        "cameras": ["left", "right"],
-        "left.image_topic": "/left/image",
-        "right.image_topic": "/right/image",
-    }
-    with bench(both, ("left", "right")) as b:
-        b.start("status")
-        assert b.node.models is not None
-        embedder = b.node.models.embedder
-        embed = embedder.embed
-
-        def failing(images: Any) -> Any:
-            if any(image.shape[0] == 70 for image in images):
-                raise ModelOutputError("patch features: not finite")
-            return embed(images)
-
-        monkeypatch.setattr(embedder, "embed", failing)
-        b.publisher("/left/image")
-        b.publisher("/right/image")
-        bad = b.send(nominal_image(10, (70, 140)), "/left/image")
-        good = b.send(nominal_image(10), "/right/image")
-        assert b.answer(bad, "left")["decision"] == "unknown"
-        assert b.answer(good, "right")["decision"] == "nominal"
-
-
-class Gate:
-    """Holds the worker inside the embedder until it is opened."""
-
-    def __init__(self, b: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert b.node.models is not None
-        self.entered, self.opened = threading.Event(), threading.Event()
-        embed = b.node.models.embedder.embed
-
-        def held(images: Any) -> Any:
-            self.entered.set()
-            assert self.opened.wait(20)
-            return embed(images)
-
-        monkeypatch.setattr(b.node.models.embedder, "embed", held)
-
-
-def test_only_the_newest_frame_waits(
-    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with bench({**values, "qos_depth": 10}) as b:
-        b.start("status")
-        gate = Gate(b, monkeypatch)
-        first = b.send(nominal_image(10))
-        b.spin_until(gate.entered.is_set)
-        later = [b.send(nominal_image(seed)) for seed in (11, 12, 13)]
-        counts = b.node._cameras["camera"].counts
-        b.spin_until(lambda: counts.received == 4)
-        gate.opened.set()
-        b.answer(first)
-        told = b.answer(later[-1])
-        assert told["frames_replaced"] == "2" and told["frames_processed"] == "2"
-        assert told["frames_received"] == "4"
-
-
-def test_frames_that_nobody_answers_are_reported(
-    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with bench({**values, "silent_after_s": 0.4}) as b:
-        b.start("status")
-        gate = Gate(b, monkeypatch)
-        heard = b.got["camera"]["status"]
-
-        def told() -> bool:
-            b.send(nominal_image(10))
-            reasons = [values_of(array.status[0])["reason"] for array in heard]
-            return any("none was answered" in reason for reason in reasons)
-
-        b.spin_until(told)
-        gate.opened.set()
-
-
 def test_a_backward_stamp_clears_the_confirmation(
     values: dict[str, Any], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -329,44 +199,3 @@ def test_an_exception_in_a_callback_is_logged_and_spinning_goes_on(
         b.spin_until(lambda: "ValueError: broken slot" in capfd.readouterr().err)
         monkeypatch.setattr(camera, "_put", slots.put)
         assert b.answer(b.send(nominal_image(10)))["decision"] == "nominal"
-
-
-def camera_info() -> CameraInfo:
-    height, width = HW
-    info = CameraInfo(height=height, width=width, distortion_model="plumb_bob")
-    info.k = [100.0, 0.0, (width - 1) / 2, 0.0, 100.0, (height - 1) / 2, 0.0, 0.0, 1.0]
-    return info
-
-
-def test_markers_lie_at_the_measured_range(values: dict[str, Any]) -> None:
-    topics = {"camera.depth_topic": "/depth", "camera.camera_info_topic": "/info"}
-    with bench({**values, **topics}) as b:
-        b.start("status", "markers")
-        now_ns = b.helper.get_clock().now().nanoseconds
-        depth = image_message(np.full(HW, 6.5, np.float32), "32FC1")
-        b.publisher("/info", CameraInfo).publish(b.stamped(camera_info(), stamp_ns=now_ns))
-        b.publisher("/depth").publish(b.stamped(depth, stamp_ns=now_ns))
-        inputs = b.node._cameras["camera"].inputs
-        b.spin_until(lambda: inputs._info is not None and inputs._depths)
-        b.send(odd_image(), stamp_ns=now_ns)
-        b.spin_until(lambda: b.got["camera"]["markers"])
-        markers = b.got["camera"]["markers"][-1].markers
-    boxes = [marker for marker in markers if marker.ns == "boxes"]
-    labels = [marker for marker in markers if marker.ns == "labels"]
-    assert boxes and all(point.z == 6.5 for marker in boxes for point in marker.points)
-    assert all("6.5 m (measured)" in marker.text for marker in labels)
-    # The right half of the image lies to the right of the optical axis.
-    assert np.mean([point.x for point in boxes[0].points]) > 0
-
-
-@pytest.mark.parametrize(
-    ("changes", "how"),
-    [({"camera.camera_height_m": 1.5}, "ground"), ({"marker_range_m": 12.0}, "12.0 m (assumed)")],
-)
-def test_markers_without_depth(values: dict[str, Any], changes: dict[str, Any], how: str) -> None:
-    with bench({**values, **changes}) as b:
-        b.start("status", "markers")
-        b.send(odd_image())
-        b.spin_until(lambda: b.got["camera"]["markers"])
-        markers = b.got["camera"]["markers"][-1].markers
-    assert any(how in marker.text for marker in markers if marker.ns == "labels")

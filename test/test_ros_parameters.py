@@ -90,6 +90,8 @@ def test_a_parameter_file_with_empty_lists_and_whole_numbers(tmp_path: Path) -> 
         ({"cameras": ["a b"]}, "a b"),
         ({"cameras": ["front", "front"]}, "distinct"),
         ({"camera.region_of_interest": [0.0, 0.5]}, "region_of_interest"),
+        ({"camera.image_topic": ""}, "'camera.image_topic'"),
+        ({"camera.depth_topic": "/no spaces"}, "'camera.depth_topic': Invalid topic name"),
         ({"camera.camera_height_m": -1.0}, "'camera.camera_height_m': expected at least"),
     ],
 )

@@ -151,3 +151,10 @@ def test_a_reload_overtaken_by_cleanup_changes_nothing(
         assert b.node.models is None
         monkeypatch.undo()
         assert b.node.trigger_configure() == SUCCESS
+
+
+def test_services_of_an_unconfigured_node_say_so(values: dict[str, Any]) -> None:
+    with bench(values) as b:
+        for service in ("reset", "reload_index"):
+            response = b.call(service)
+            assert not response.success and "not configured" in response.message

@@ -54,6 +54,7 @@ class Camera:
         self.inputs = CameraInputs(
             self._node, self.name, self._settings, self._take, self._incompatible, self._log
         )
+        self.inputs.subscribe()
 
     def deactivate(self) -> None:
         """Unsubscribe."""
@@ -83,11 +84,18 @@ class Camera:
         self._spoke_s = time.monotonic()
         self._waiting_since_s = None
 
-    def unknown(self, header: Header, level: bytes, reason: str) -> None:
-        """Publish the status `unknown` with its reason, and log it now and then."""
+    def unknown(self, header: Header, level: bytes, kind: str, reason: str) -> None:
+        """Publish the status `unknown` with its reason; log the first of a kind, then now and then.
+
+        Args:
+            header: of the image that is not answered by a score, or the time now.
+            level: STALE when there is nothing fresh, else ERROR.
+            kind: names the reason's sort.
+            reason: a sentence for people.
+        """
         self.answered()
         self.outputs.publish_unknown(header, level, reason, self.frame_counts())
-        self._log.error(f"{self.name} {level!r}", f"camera '{self.name}': unknown: {reason}")
+        self._log.error(f"{self.name} {kind}", f"camera '{self.name}': unknown: {reason}")
 
     def check_silence(self) -> None:
         """Publish `unknown` when nothing has been said for too long."""
@@ -101,11 +109,11 @@ class Camera:
         waiting_since_s = self._waiting_since_s
         if self._silent:
             if not was_silent or now - self._spoke_s > REPEAT_SILENCE_S:
-                self.unknown(self._header(), DiagnosticStatus.STALE, inputs.silence())
+                self._report_now(DiagnosticStatus.STALE, "silent", inputs.silence())
         elif waiting_since_s is not None and now - waiting_since_s > limit_s:
             # The worker is stuck, or far too slow.
             reason = f"frames come, but none was answered for {now - waiting_since_s:.1f} s"
-            self.unknown(self._header(), DiagnosticStatus.ERROR, reason)
+            self._report_now(DiagnosticStatus.ERROR, "unanswered", reason)
 
     def diagnostics(self, values: dict[str, Any]) -> DiagnosticArray:
         """Return rates, counters and what the node knows of the camera, for /diagnostics."""
@@ -120,13 +128,16 @@ class Camera:
             text = f"{rates['rate_processed_hz']:.1f} frames/s"
             if self._silent:
                 level, text = DiagnosticStatus.ERROR, "no frames"
+            elif rates["rate_in_hz"] and not rates["rate_processed_hz"]:
+                level, text = DiagnosticStatus.WARN, "frames come, none is processed"
         name = f"{self._node.get_name()}: {self.name} camera"
         said = {**rates, **self.frame_counts(), **values}
         return messages.status_message(Header(), name, level, text, said)
 
-    def _header(self) -> Header:
+    def _report_now(self, level: bytes, kind: str, reason: str) -> None:
         frame_id = self.inputs.frame_id if self.inputs is not None else ""
-        return Header(stamp=self._node.get_clock().now().to_msg(), frame_id=frame_id)
+        header = Header(stamp=self._node.get_clock().now().to_msg(), frame_id=frame_id)
+        self.unknown(header, level, kind, reason)
 
     def _take(self, message: Any) -> None:
         self.counts.received += 1
@@ -136,4 +147,4 @@ class Camera:
             self.counts.replaced += 1
 
     def _incompatible(self, sentence: str) -> None:
-        self.unknown(self._header(), DiagnosticStatus.ERROR, sentence)
+        self._report_now(DiagnosticStatus.ERROR, "incompatible", sentence)

@@ -32,6 +32,10 @@ DEPTH_TOLERANCE_NS = 50_000_000
 LARGE_DATA_HINT = (
     "for images over 0.5 MB between processes set FASTDDS_BUILTIN_TRANSPORTS=LARGE_DATA"
 )
+_RELIABILITY = {
+    "best_effort": ReliabilityPolicy.BEST_EFFORT,
+    "reliable": ReliabilityPolicy.RELIABLE,
+}
 
 
 class CameraInputs:
@@ -55,26 +59,26 @@ class CameraInputs:
         on_incompatible: Callable[[str], None],
         log: ThrottledLog,
     ) -> None:
-        own = settings.camera_settings[camera]
         self._node = node
+        self._settings = settings
         self._camera = camera
         self._log = log
         self._on_image = on_image
         self._on_incompatible = on_incompatible
-        self._reliability = settings.qos_reliability
         self._lock = threading.Lock()
         self._info: CameraInfo | None = None
         self._depths: deque[Image] = deque(maxlen=8)
         self._made: list[Any] = []
         self.arrived_s = time.monotonic()
         self.frame_id = ""
+        self._images: Any = None
+
+    def subscribe(self) -> None:
+        """Make the subscriptions; `destroy` undoes as many as were made."""
+        settings, own = self._settings, self._settings.camera_settings[self._camera]
         kind = CompressedImage if own.transport == "compressed" else Image
-        reliability = {
-            "best_effort": ReliabilityPolicy.BEST_EFFORT,
-            "reliable": ReliabilityPolicy.RELIABLE,
-        }
         qos = QoSProfile(
-            depth=settings.qos_depth, reliability=reliability[settings.qos_reliability]
+            depth=settings.qos_depth, reliability=_RELIABILITY[settings.qos_reliability]
         )
         self._images = self._subscribe(kind, own.image_topic, self._store_image, qos)
         best_effort = QoSProfile(depth=5, reliability=ReliabilityPolicy.BEST_EFFORT)
@@ -130,7 +134,10 @@ class CameraInputs:
         if other:
             hints.append(f"expected {wanted}, found {', '.join(other)}")
         if found:
-            hints += [f"incompatible QoS? this side: {self._reliability}", LARGE_DATA_HINT]
+            hints += [
+                f"incompatible QoS? this side: {self._settings.qos_reliability}",
+                LARGE_DATA_HINT,
+            ]
         return f"no frames for {silent_s:.1f} s on topic {self.topic} ({'; '.join(hints)})"
 
     def _subscribe(self, kind: Any, topic: str, store: Any, qos: QoSProfile) -> Any:

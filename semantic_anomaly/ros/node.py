@@ -229,7 +229,7 @@ class AnomalyNode(LifecycleNode):
     def _on_jump(self, _: Any) -> None:
         if self.models is not None:
             self.models.reset()
-        self.get_logger().warning("time went back: what was remembered of frames is cleared")
+        self.get_logger().warning("clock changed or went back: earlier frames are forgotten")
 
     def _publish_diagnostics(self) -> None:
         models = self._in_force()
@@ -238,7 +238,7 @@ class AnomalyNode(LifecycleNode):
             detector = models.detectors[name]
             known = {
                 "state": "active" if camera.inputs is not None else "inactive",
-                "device": getattr(models.embedder, "device", None),
+                "device": models.embedder.device,
                 "index_fingerprint": detector.index.fingerprint,
                 "threshold": detector.threshold,
             }

@@ -15,8 +15,10 @@ from rcl_interfaces.msg import (
     ParameterDescriptor,
     SetParametersResult,
 )
+from rclpy.exceptions import InvalidTopicNameException
 from rclpy.node import Node
 from rclpy.parameter import Parameter
+from rclpy.validate_topic_name import validate_topic_name
 
 from semantic_anomaly.errors import SemanticAnomalyError, SettingsError, UnknownNameError
 from semantic_anomaly.setting_spec import SettingSpec
@@ -67,7 +69,9 @@ class NodeParameters:
         for name, problem in self._problems.items():
             if name in known:
                 raise problem
-        return Settings.from_parameters(self._values())
+        settings = Settings.from_parameters(self._values())
+        _check_topics(settings)
+        return settings
 
     def freeze(self) -> None:
         """Refuse all changes but those of live settings, from configure on."""
@@ -165,6 +169,24 @@ class NodeParameters:
         self._declare_cameras(added)
         for name in changes:
             self._problems.pop(name, None)
+
+
+def _check_topics(settings: Settings) -> None:
+    """Refuse names that ROS would refuse when the node is activated.
+
+    Raises:
+        SettingsError: a topic's name is malformed, or an image topic is missing.
+    """
+    for camera, own in settings.camera_settings.items():
+        for key in ("image_topic", "camera_info_topic", "depth_topic"):
+            topic = getattr(own, key)
+            if not topic and key != "image_topic":
+                continue
+            try:
+                validate_topic_name(topic)
+            except InvalidTopicNameException as error:
+                told = " ".join(str(error).split())
+                raise SettingsError(f"setting '{camera}.{key}': {told}") from error
 
 
 def _belongs(name: str, checked: dict[str, Any]) -> bool:

@@ -107,14 +107,14 @@ class Pipeline:
         reason = age_problem(self._clock.now().nanoseconds, stamp_ns, settings.max_age_s)
         if reason:
             camera.counts.dropped_stale += 1
-            camera.unknown(header, DiagnosticStatus.STALE, reason)
+            camera.unknown(header, DiagnosticStatus.STALE, "stale", reason)
             return None
         self._note_stamp(models, camera, stamp_ns)
         try:
             frame = messages.frame_of(message, f"{camera.name}/{stamp_ns}")
         except ImageError as error:
             camera.counts.bad_images += 1
-            camera.unknown(header, DiagnosticStatus.ERROR, f"bad image: {error}")
+            camera.unknown(header, DiagnosticStatus.ERROR, "bad image", f"bad image: {error}")
             return None
         return _Job(camera, header, frame)
 
@@ -188,7 +188,8 @@ class Pipeline:
             text = "".join(traceback.format_exception(error))
             self._log.error(f"{job.camera.name} model", f"camera '{job.camera.name}': {text}")
         said = str(error) if expected else f"{type(error).__name__}: {error}"
-        job.camera.unknown(job.header, DiagnosticStatus.ERROR, f"model error: {said}")
+        level, kind = DiagnosticStatus.ERROR, "model error"
+        job.camera.unknown(job.header, level, kind, f"{kind}: {said}")
 
 
 def _is_out_of_memory(error: Exception) -> bool:
