@@ -1,5 +1,6 @@
 """Play a bag to the anomaly node in the bag's own time, and look at the results in rviz."""
 
+from launch import LaunchDescription
 from launch.actions import (
     DeclareLaunchArgument,
     ExecuteProcess,
@@ -14,8 +15,6 @@ from launch.substitutions import LaunchConfiguration, PathJoinSubstitution
 from launch_ros.actions import Node
 from launch_ros.event_handlers import OnStateTransition
 from launch_ros.substitutions import FindPackageShare
-
-from launch import LaunchDescription
 
 PACKAGE = "semantic_anomaly"
 CLOCK_HZ = "100"

@@ -1,5 +1,6 @@
 """Start the anomaly node and, with autostart, configure and activate it."""
 
+from launch import LaunchContext, LaunchDescription, LaunchDescriptionEntity
 from launch.actions import (
     DeclareLaunchArgument,
     EmitEvent,
@@ -16,8 +17,6 @@ from launch_ros.events.lifecycle import ChangeState
 from launch_ros.parameter_descriptions import ParameterValue
 from launch_ros.substitutions import FindPackageShare
 from lifecycle_msgs.msg import Transition
-
-from launch import LaunchContext, LaunchDescription, LaunchDescriptionEntity
 
 PACKAGE = "semantic_anomaly"
 # Launch arguments that replace a camera's parameter of the same name.

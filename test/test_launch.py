@@ -81,9 +81,8 @@ class TestRealLaunch:
     @staticmethod
     def entities(path: Path, **arguments: str) -> tuple[Any, list[Any]]:
         pytest.importorskip("launch_ros")
-        from launch.launch_description_sources import PythonLaunchDescriptionSource
-
         from launch import LaunchContext
+        from launch.launch_description_sources import PythonLaunchDescriptionSource
 
         context = LaunchContext()
         source = PythonLaunchDescriptionSource(str(path))

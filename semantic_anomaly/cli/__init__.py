@@ -52,7 +52,7 @@ VERBS = {
     "synth": _Verb(
         "synth",
         "write drives through a synthetic street, with or without anomalies",
-        "semantic-anomaly synth work/test --drives 2 --frames 60 --anomalies cow",
+        "semantic-anomaly synth work/test --drives 2 --frames 80 --anomalies cow",
     ),
     "demo": _Verb(
         "demo",
