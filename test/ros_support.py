@@ -35,7 +35,7 @@ from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import Frame
 
 HW = (84, 140)
-TIMEOUT_S = 20.0
+TIMEOUT_S = 240.0
 TOPICS = {
     "score": Float32,
     "status": DiagnosticArray,
