@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import backbone_data  # noqa: E402
+import backbone_foreign  # noqa: E402
 import backbone_losses  # noqa: E402
 import backbone_views  # noqa: E402
 import train_backbone  # noqa: E402
@@ -169,6 +170,24 @@ def test_foreign_places_are_ranked_by_their_distance_to_nominal_ones() -> None:
     assert values[1] < 0.1 * values[0]
     # Photographs and procedural pictures say nothing of what is nominal.
     assert float(loss(nominal, mask, torch.tensor([False, False]))) == 0
+
+
+def test_a_pasted_thing_lies_where_its_mask_says() -> None:
+    other = backbone_data.procedural_images(1, 3)[0]
+    sizes = []
+    for seed in range(40):
+        before = np.full((360, 640, 3), 90, np.uint8)
+        image = before.copy()
+        mask = backbone_foreign.paste_thing(image, other, np.random.default_rng(seed))
+        again = before.copy()
+        backbone_foreign.paste_thing(again, other, np.random.default_rng(seed))
+        np.testing.assert_array_equal(image, again)
+        np.testing.assert_array_equal(image[mask == 0], before[mask == 0])
+        sizes.append(int((mask > 127).sum()))
+        if sizes[-1] > 200:
+            assert (image[mask > 127] != 90).any(-1).mean() > 0.5
+    assert sum(size > 200 for size in sizes) > 20
+    assert max(sizes) < 360 * 640 / 2
 
 
 def test_training_streets_are_nominal_and_not_those_of_the_evaluation(tmp_path: Path) -> None:

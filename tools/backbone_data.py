@@ -123,7 +123,7 @@ def texture(rng: np.random.Generator, hw: tuple[int, int]) -> np.ndarray:
 
 def paste_shape(
     image: np.ndarray, fill: np.ndarray, rng: np.random.Generator, largest: float
-) -> np.ndarray:
+) -> None:
     """Draw one random polygon, ellipse, box or bar, filled from a picture of the same size.
 
     Args:
@@ -131,9 +131,6 @@ def paste_shape(
         fill: (height, width, 3) uint8 that shows through the shape.
         rng: source of chance.
         largest: radius of the largest shapes as a share of the height.
-
-    Returns:
-        (height, width) uint8, 255 where the shape is.
     """
     height, width = image.shape[:2]
     radius = height * float(np.exp(rng.uniform(np.log(0.02), np.log(largest))))
@@ -155,7 +152,6 @@ def paste_shape(
     shade = rng.uniform(0.7, 1.1)
     painted = np.minimum(fill[box] * np.float32(shade), 255)
     image[box] = (image[box] * (1 - weight) + painted * weight).astype(np.uint8)
-    return mask
 
 
 def _noise(rng: np.random.Generator, hw: tuple[int, int]) -> np.ndarray:

@@ -21,7 +21,7 @@ TEACHER_ENLARGE = 1.25
 
 
 # Nominal places that foreign ones are compared with, and how sharply the nearest counts.
-QUEUE = 6144
+QUEUE = 24576
 NEAREST = 0.05
 RANK_MARGIN, RANK_TEMPERATURE = 0.2, 0.1
 
@@ -164,7 +164,9 @@ class ForeignLoss:
         grid_hw = (features.shape[2], features.shape[3])
         covered = functional.interpolate(foreign[:, None], grid_hw, mode="area")[:, 0]
         unit = functional.normalize(features, dim=1).permute(0, 2, 3, 1)
-        clean = unit[(covered == 0) & nominal[:, None, None]]
+        # Places beside it see it too: neither nominal nor foreign.
+        touched = functional.max_pool2d(covered[:, None], 3, stride=1, padding=1)[:, 0]
+        clean = unit[(touched == 0) & nominal[:, None, None]]
         pasted = unit[(covered > 0.7) & nominal[:, None, None]]
         before, self._queue = self._queue, self._pushed(clean.detach())
         if before is None or not len(pasted) or not len(clean):
@@ -177,7 +179,7 @@ class ForeignLoss:
         return functional.softplus(apart).mean() * RANK_TEMPERATURE
 
     def _pushed(self, clean: Tensor) -> Tensor:
-        some = _drawn(clean, QUEUE // 12)
+        some = _drawn(clean, QUEUE // 24)
         return some if self._queue is None else torch.cat([some, self._queue])[:QUEUE]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from backbone_data import paste_shape
+from backbone_foreign import paste_thing
 
 VIEW_PX = 240
 
@@ -82,9 +82,8 @@ class PairSampler:
         mask = np.zeros(image.shape[:2], np.uint8)
         if rng.random() < self._pasted:
             image = image.copy()
-            for _ in range(int(rng.integers(1, 5))):
-                fill = cv2.resize(self._pick(rng)[0], image.shape[1::-1])
-                mask |= paste_shape(image, fill, rng, largest=0.25)
+            for _ in range(int(rng.integers(1, 6))):
+                np.maximum(mask, paste_thing(image, self._pick(rng)[0], rng), out=mask)
         return image, mask, nominal
 
     def _pick(self, rng: np.random.Generator) -> tuple[np.ndarray, bool]:

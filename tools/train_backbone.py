@@ -96,6 +96,8 @@ class Trainer:
         student = ConvNextModel.from_pretrained(args.init) if args.init else make_student()
         self.student = student.to(self._device, memory_format=torch.channels_last).train()
         self.average = AveragedModel(self.student, multi_avg_fn=_move_average)
+        if self._device.type == "cpu":
+            _keep_depthwise_float32(self.student)
         self._weights = {"relation": args.relation, "imitation": args.imitation, "contrast": 1.0}
         self._weights["foreign"] = args.foreign
         self._foreign = ForeignLoss()
@@ -247,6 +249,15 @@ def _move_average(
     # The early average forgets faster, or it would keep the random start for long.
     decay = min(AVERAGE_DECAY, (1 + int(count)) / (10 + int(count)))
     torch._foreach_lerp_(list(averages), list(current), 1 - decay)
+
+
+def _keep_depthwise_float32(model: nn.Module) -> None:
+    # On CPUs the gradient of depthwise convolutions is three times slower in bfloat16.
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.groups > 1:
+            module.forward = torch.autocast("cpu", enabled=False)(  # type: ignore[method-assign]
+                lambda x, conv=module: conv._conv_forward(x.float(), conv.weight, conv.bias)
+            )
 
 
 def _inputs(views: np.ndarray, device: torch.device) -> Tensor:
