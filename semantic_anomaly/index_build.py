@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 
 from semantic_anomaly.errors import ArtefactError, IndexMismatchError
-from semantic_anomaly.exact_search import nearest_similarities
+from semantic_anomaly.exact_search import inner_products, nearest_similarities
 from semantic_anomaly.images import encode_jpeg
 from semantic_anomaly.regions import ImageRegion, patch_regions
 from semantic_anomaly.structures import Frame, PatchGrid
@@ -160,7 +160,7 @@ class Selection:
         limit = np.float32(1.0 - self._dedup)
         candidates = np.flatnonzero(self._similarities(embeddings) <= limit)
         rows = embeddings[candidates]
-        products = rows @ rows.T
+        products = inner_products(rows, rows.T)
         alive = np.ones(len(rows), bool)
         for position in range(len(rows)):
             if alive[position]:

@@ -71,13 +71,13 @@ def _material(other: np.ndarray, rng: np.random.Generator, hw: tuple[int, int]) 
     if rng.random() < 0.55:
         made = texture(rng, hw).astype(np.float32)
         # Things are lit from one side.
-        ramp = np.linspace(*rng.uniform(0.7, 1.2, 2), hw[0], dtype=np.float32)
+        ramp = np.linspace(rng.uniform(0.7, 1.2), rng.uniform(0.7, 1.2), hw[0]).astype(np.float32)
         return np.clip(made * ramp[:, None, None], 0, 255)
     # Pixels of the part -> pixels of the other picture: any piece, scale, direction.
     scale = float(np.exp(rng.uniform(np.log(0.5), np.log(3.0))))
     turn = rng.uniform(0, 2 * np.pi) if rng.random() < 0.5 else 0.0
     cosine, sine = scale * np.cos(turn), scale * np.sin(turn)
-    start = rng.uniform(0, 1, 2) * np.array(other.shape[1::-1])
+    start = rng.uniform(0, 1, 2) * (other.shape[1], other.shape[0])
     across = np.array([[cosine, -sine, start[0]], [sine, cosine, start[1]]])
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     piece = cv2.warpAffine(other, across, hw[::-1], flags=flags, borderMode=cv2.BORDER_REFLECT_101)
