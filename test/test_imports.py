@@ -16,7 +16,8 @@ NAMES = [file.relative_to(PACKAGE).as_posix() for file in FILES]
 
 # Who alone may import what; a folder ends in a slash.
 ROOMS = {
-    "torch": ("embedding.py", "network.py", "segmentation.py"),
+    # The search multiplies with the backbone's threads: a second library's would stand in its way.
+    "torch": ("embedding.py", "network.py", "segmentation.py", "exact_search.py"),
     "transformers": ("embedding.py", "network.py", "segmentation.py"),
     "hnswlib": ("index.py",),
     "rosbags": ("bags.py", "synthetic/export.py"),
