@@ -23,6 +23,9 @@ def inner_products(
     Args:
         left, right: the factors.
         out: (n, m) float32, C order, to write to; None: a new array.
+
+    Raises:
+        RuntimeError: shapes or dtypes that do not fit each other; torch's message names both.
     """
     # Torch warns of arrays that it could write to but may not.
     factors = [torch.from_numpy(np.require(each, requirements="W")) for each in (left, right)]

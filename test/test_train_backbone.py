@@ -98,6 +98,16 @@ def test_the_loss_falls(tmp_path: Path, teacher: Path, monkeypatch: pytest.Monke
     assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
 
 
+def test_depthwise_convolutions_stay_in_float32_under_autocast() -> None:
+    depthwise, dense = nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 4, 3)
+    expected = depthwise(images := torch.rand(1, 4, 8, 8).bfloat16().float())
+    train_backbone._keep_depthwise_float32(nn.Sequential(depthwise, dense))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert dense(images).dtype == torch.bfloat16
+        found = depthwise(images.bfloat16())
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_time_budget_ends_the_run(tmp_path: Path) -> None:
     args = train_backbone.parser().parse_args(
         arguments(tmp_path, "--steps", "100000", "--minutes", "1e-9")

@@ -255,9 +255,8 @@ def _keep_depthwise_float32(model: nn.Module) -> None:
     # On CPUs the gradient of depthwise convolutions is three times slower in bfloat16.
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and module.groups > 1:
-            module.forward = torch.autocast("cpu", enabled=False)(
-                lambda x, conv=module: conv._conv_forward(x.float(), conv.weight, conv.bias)
-            )
+            module.register_forward_pre_hook(lambda _, inputs: inputs[0].float())
+            module.forward = torch.autocast("cpu", enabled=False)(module.forward)
 
 
 def _inputs(views: np.ndarray, device: torch.device) -> Tensor:
