@@ -47,7 +47,7 @@ setup(
             "ros-std-srvs",
             "ros-visualization-msgs",
         ],
-        "report": ["matplotlib", "scikit-learn"],
+        "report": ["matplotlib", "scikit-learn", "scipy"],
         "test": ["mypy", "pytest", "ruff", "types-PyYAML", "types-tqdm"],
     },
     zip_safe=False,

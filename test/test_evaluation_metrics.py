@@ -9,8 +9,10 @@ from semantic_anomaly.errors import ModelOutputError
 from semantic_anomaly.evaluation.metrics import (
     SCORE_RESOLUTION,
     PixelScores,
+    auroc_interval,
     frame_auroc,
     frame_rates,
+    rate_interval,
 )
 
 
@@ -27,6 +29,11 @@ def rates_by_threshold(scores: np.ndarray, anomalous: np.ndarray) -> list[tuple[
         found, false = (above & anomalous).sum(), (above & ~anomalous).sum()
         rows.append((found / anomalous.sum(), found / (found + false), false / (~anomalous).sum()))
     return rows
+
+
+def f1_above(limit: float, scores: np.ndarray, anomalous: np.ndarray) -> float:
+    above = scores > limit
+    return float(2 * (above & anomalous).sum() / (above.sum() + anomalous.sum()))
 
 
 def average_precision_by_steps(scores: np.ndarray, anomalous: np.ndarray) -> float:
@@ -162,3 +169,51 @@ def test_impossible_scores_are_refused(score: float) -> None:
 def test_the_ends_of_the_scale_count() -> None:
     found = pixel_scores(np.array([0.0, 2.0]), np.array([0, 1])).metrics()
     assert (found.auroc, found.average_precision) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(("hits", "sequences"), [(0, 8), (3, 8), (8, 8), (1, 1), (40, 200)])
+def test_the_interval_of_whole_sequences_is_that_of_clopper_and_pearson(
+    hits: int, sequences: int
+) -> None:
+    from scipy.stats import binomtest
+
+    exact = binomtest(hits, sequences).proportion_ci(0.95, method="exact")
+    assert rate_interval(hits / sequences, sequences) == pytest.approx((exact.low, exact.high))
+
+
+def test_many_frames_of_few_sequences_leave_the_interval_wide() -> None:
+    few, many = rate_interval(0.05, 4), rate_interval(0.05, 400)
+    assert few is not None and many is not None
+    assert few[0] < many[0] < 0.05 < many[1] < few[1]
+    assert few[1] > 0.4
+    assert rate_interval(None, 4) is None and rate_interval(0.5, 0) is None
+
+
+def test_the_interval_of_the_auroc_draws_sequences(rng: np.random.Generator) -> None:
+    drives = np.repeat([f"drive {i}" for i in range(12)], 20)
+    anomalous = np.tile(np.arange(20) < 10, 12)
+    # Every drive has a level of its own, so that its frames say little more than one does.
+    scores = np.repeat(rng.normal(0, 1, 12), 20) + 0.5 * anomalous + rng.normal(0, 0.1, 240)
+    low, high = auroc_interval(scores, anomalous, drives) or (0.0, 0.0)
+    auroc = frame_auroc(scores, anomalous)
+    assert auroc is not None and low < auroc < high
+    assert auroc_interval(scores, anomalous, drives) == (low, high)
+    frames = auroc_interval(scores, anomalous, [str(i) for i in range(240)])
+    assert frames is not None and frames != (low, high)
+    assert auroc_interval(scores, anomalous, ["one"] * 240) is None
+    assert auroc_interval(scores, np.zeros(240, bool), drives) is None
+
+
+def test_the_oracle_threshold_has_the_best_f1_of_what_lies_strictly_above(
+    rng: np.random.Generator,
+) -> None:
+    for _ in range(20):
+        anomalous = rng.random(60) < 0.3
+        scores = (rng.integers(0, 12, 60) / 8).astype(np.float32)
+        threshold = pixel_scores(scores, anomalous).oracle_threshold()
+        if threshold is None:
+            assert not anomalous.any()
+            continue
+        limits = [threshold, -1.0, *scores.tolist()]
+        chosen, *others = (f1_above(limit, scores, anomalous) for limit in limits)
+        assert chosen == max(others)

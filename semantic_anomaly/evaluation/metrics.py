@@ -18,6 +18,7 @@ from semantic_anomaly.evaluation import extras
 SCORE_RESOLUTION = 2.0**-19
 _BINS = int(2.0 / SCORE_RESOLUTION) + 1
 RECALL = 0.95
+CONFIDENCE = 0.95
 
 
 def frame_auroc(scores: np.ndarray, anomalous: np.ndarray) -> float | None:
@@ -51,6 +52,67 @@ def frame_rates(
     above = np.asarray(scores) > threshold
     anomalous = np.asarray(anomalous, bool)
     return share(above[anomalous]), share(above[~anomalous])
+
+
+def rate_interval(
+    rate: float | None, sequences: int, confidence: float = CONFIDENCE
+) -> tuple[float, float] | None:
+    """Return the interval of Clopper and Pearson (1934) of a share of frames.
+
+    Frames of one sequence resemble each other, so that it is sequences that count as trials: a
+    share of n sequences, whole or not, has the quantiles of the beta distribution.
+
+    Args:
+        rate: share of frames in [0, 1], None where there is none.
+        sequences: sequences that the frames come from.
+        confidence: probability with which such intervals hold the truth.
+    """
+    if rate is None or sequences < 1:
+        return None
+    beta = extras.load("scipy.stats").beta
+    hits, tail = rate * sequences, (1 - confidence) / 2
+    low = 0.0 if rate == 0 else float(beta.ppf(tail, hits, sequences - hits + 1))
+    high = 1.0 if rate == 1 else float(beta.ppf(1 - tail, hits + 1, sequences - hits))
+    return low, high
+
+
+def auroc_interval(
+    scores: np.ndarray,
+    anomalous: np.ndarray,
+    sequences: Sequence[str],
+    *,
+    seed: int = 0,
+    draws: int = 500,
+    confidence: float = CONFIDENCE,
+) -> tuple[float, float] | None:
+    """Return quantiles of the AUROC over sequences drawn with replacement (cluster bootstrap).
+
+    Args:
+        scores: (n,) frame scores.
+        anomalous: (n,) bool.
+        sequences: (n,) names of the sequences that the frames come from.
+        seed: of the draws.
+        draws: number of draws.
+        confidence: as above.
+
+    Returns:
+        None where the AUROC is not defined, or where there is a single sequence.
+    """
+    scores, anomalous = np.asarray(scores), np.asarray(anomalous, bool)
+    names, number = np.unique(np.asarray(sequences), return_inverse=True)
+    if len(names) < 2 or frame_auroc(scores, anomalous) is None:
+        return None
+    members = [np.flatnonzero(number == i) for i in range(len(names))]
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(draws):
+        rows = np.concatenate([members[i] for i in rng.integers(len(names), size=len(names))])
+        value = frame_auroc(scores[rows], anomalous[rows])
+        if value is not None:
+            found.append(value)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(found, [tail, 1 - tail]) if found else (0.0, 1.0)
+    return float(low), float(high)
 
 
 def share(flags: Sequence[bool] | np.ndarray) -> float | None:
@@ -108,6 +170,20 @@ class PixelScores:
         total = PixelScores()
         total._counts = self._counts + other._counts
         return total
+
+    def oracle_threshold(self) -> float | None:
+        """Return the threshold with the best pooled F1 of the pixels above it, strictly.
+
+        It is chosen by the very labels that are measured, as SegmentMeIfYouCan does: an upper
+        bound for every threshold chosen beforehand. None without anomalous pixels.
+        """
+        if not self._counts[1].any():
+            return None
+        # Pixels in bin b or above: those over b less half a bin.
+        normal, anomalous = self._counts[:, ::-1].cumsum(axis=1)[:, ::-1]
+        missed = self._counts[1].sum() - anomalous
+        best = int(np.argmax(2 * anomalous / (2 * anomalous + normal + missed)))
+        return (best - 0.5) * SCORE_RESOLUTION
 
     def metrics(self) -> PixelMetrics:
         """Return the measures over all pixels counted so far."""

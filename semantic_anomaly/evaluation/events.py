@@ -1,0 +1,166 @@
+"""What alarms are worth on a drive: how soon, how often for nothing, by the clock of the stamps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from semantic_anomaly.errors import InputError
+
+# An alarm may outlast its event by so long: what was on the road passes, filters forget.
+TAIL_S = 1.0
+# Nominal time that ends an episode of alarms.
+QUIET_S = 0.5
+_SECOND_NS = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Event:
+    """A stretch of a drive in which there is an anomaly.
+
+    Attributes:
+        start_s, end_s: seconds after the first frame, 0 <= start_s < end_s.
+        kind: what it is, may be empty.
+    """
+
+    start_s: float
+    end_s: float
+    kind: str = ""
+
+    def __post_init__(self) -> None:
+        finite = math.isfinite(self.start_s) and math.isfinite(self.end_s)
+        if not finite or not 0 <= self.start_s < self.end_s:
+            raise InputError(
+                f"event '{self.kind}': expected 0 <= start_s < end_s, found {self.start_s:g} to "
+                f"{self.end_s:g}"
+            )
+
+
+@dataclass(frozen=True)
+class DriveMetrics:
+    """What alarms were worth on a drive; None where there is nothing to divide by.
+
+    Attributes:
+        delays_s: seconds from the start of every event to its first frame in alarm, None where
+            the event was missed; in the order of the events.
+        false_episodes: stretches of alarm in nominal time, parted by `QUIET_S` without.
+        nominal_s: seconds of nominal time.
+        false_per_hour: episodes an hour of nominal time.
+        false_share: share of the nominal frames in alarm, so that an alarm that never ends shows.
+    """
+
+    delays_s: tuple[float | None, ...]
+    false_episodes: int
+    nominal_s: float
+    false_per_hour: float | None
+    false_share: float | None
+
+    @property
+    def missed(self) -> int:
+        """Return the number of events without an alarm."""
+        return sum(delay is None for delay in self.delays_s)
+
+
+def read_events(path: Path | str) -> list[Event]:
+    """Return the events of a YAML file: a list `events` with `start_s`, `end_s` and `kind`.
+
+    Raises:
+        InputError: it cannot be read, or holds something else.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise InputError(
+            f"events '{path}' cannot be read: {' '.join(str(error).split())}"
+        ) from error
+    listed = content.get("events") if isinstance(content, dict) else None
+    if not isinstance(listed, list):
+        raise InputError(f"events '{path}': expected a list under 'events', found {listed!r:.60}")
+    return [_event(path, number, entry) for number, entry in enumerate(listed)]
+
+
+def _event(path: Path | str, number: int, entry: Any) -> Event:
+    known = {"start_s", "end_s", "kind"}
+    if not isinstance(entry, dict) or not {"start_s", "end_s"} <= set(entry) <= known:
+        raise InputError(
+            f"events '{path}': number {number}: expected start_s, end_s and optionally kind, found "
+            f"{entry!r:.80}"
+        )
+    times = [entry["start_s"], entry["end_s"]]
+    if any(isinstance(t, bool) or not isinstance(t, int | float) for t in times):
+        raise InputError(f"events '{path}': number {number}: expected seconds, found {times!r:.60}")
+    if not isinstance(entry.get("kind", ""), str):
+        raise InputError(f"events '{path}': number {number}: kind: expected a text")
+    return Event(float(times[0]), float(times[1]), entry.get("kind", ""))
+
+
+def drive_metrics(
+    stamps_ns: Sequence[int], alarms: Sequence[bool], events: Sequence[Event]
+) -> DriveMetrics:
+    """Return what the alarms of one drive were worth.
+
+    An event is found by the first frame in alarm within it, whenever that alarm began. A stretch of
+    alarm that goes on from an event is no false one for `TAIL_S`.
+
+    Args:
+        stamps_ns: (n,) nanoseconds, rising.
+        alarms: (n,) bool.
+        events: stretches with an anomaly, may overlap.
+
+    Raises:
+        InputError: no frames, stamps that do not rise, or an event in which there is no frame.
+    """
+    stamps = np.asarray(stamps_ns, np.int64)
+    alarm = np.asarray(alarms, bool)
+    if not len(stamps) or len(stamps) != len(alarm) or (np.diff(stamps) <= 0).any():
+        raise InputError(
+            f"drive: expected rising stamps with an alarm each, found {len(stamps)} stamps and "
+            f"{len(alarm)} alarms"
+        )
+    time_s = (stamps - stamps[0]) / _SECOND_NS
+    inside = np.zeros(len(stamps), bool)
+    delays = []
+    for event in events:
+        within = (time_s >= event.start_s) & (time_s <= event.end_s)
+        if not within.any():
+            raise InputError(
+                f"event '{event.kind}' from {event.start_s:g} to {event.end_s:g} s: expected "
+                f"frames in it, found frames from 0 to {time_s[-1]:g} s"
+            )
+        inside |= within
+        first = np.flatnonzero(within & alarm)
+        delays.append(float(time_s[first[0]] - event.start_s) if len(first) else None)
+    episodes, false = _false_alarms(time_s, alarm, inside)
+    nominal_s = float(np.diff(time_s)[~(inside[:-1] | inside[1:])].sum())
+    nominal = int((~inside).sum())
+    return DriveMetrics(
+        tuple(delays),
+        episodes,
+        nominal_s,
+        episodes * 3600 / nominal_s if nominal_s else None,
+        false / nominal if nominal else None,
+    )
+
+
+def _false_alarms(time_s: np.ndarray, alarm: np.ndarray, inside: np.ndarray) -> tuple[int, int]:
+    """Return the numbers of false episodes and of false frames."""
+    episodes = false = 0
+    tail_until = last_false = -math.inf
+    going_on = before = False
+    for now, on, event in zip(time_s, alarm.tolist(), inside, strict=True):
+        if event:
+            tail_until, going_on, last_false, before = now + TAIL_S, on, -math.inf, False
+            continue
+        going_on = going_on and on and now <= tail_until
+        if on and not going_on:
+            false += 1
+            episodes += not before and now - last_false > QUIET_S
+            last_false = now
+        before = on and not going_on
+    return episodes, false
