@@ -224,3 +224,16 @@ def test_masks_are_checked_before_anything_is_computed(dataset: Path) -> None:
     bad_value(dataset)
     with pytest.raises(InputError, match="00001"):
         LabelledFolder(dataset)
+
+
+@pytest.mark.parametrize(
+    ("label", "sequence"),
+    [({}, "00000.png"), ({"stamp_s": 0.0}, "set"), ({"drive": "d7", "stamp_s": 0.0}, "d7")],
+)
+def test_frames_with_stamps_are_one_drive_and_others_by_themselves(
+    tmp_path: Path, label: dict, sequence: str
+) -> None:
+    (tmp_path / "set" / "images").mkdir(parents=True)
+    write_image(tmp_path / "set" / "images" / "00000.png", np.zeros((4, 4, 3), np.uint8))
+    (tmp_path / "set" / "labels.json").write_text(json.dumps({"00000.png": label}))
+    assert LabelledFolder(tmp_path / "set").truths[0].sequence == sequence

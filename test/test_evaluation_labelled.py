@@ -78,6 +78,45 @@ def test_magenta_is_found(report: tuple[Path, dict[str, Any]]) -> None:
     assert results["target_false_alarm_rate"] == 0.05
 
 
+def test_components_are_measured_at_both_thresholds(report: tuple[Path, dict[str, Any]]) -> None:
+    _, results = report
+    assert results["component_limits"] == {"predicted_px": 500, "truth_px": 100}
+    assert results["pixel_threshold_calibrated"] == results["threshold"]
+    # Magenta is far from everything and its box is large: found as an object with any threshold.
+    for name in ("oracle", "calibrated"):
+        assert results[f"component_f1_{name}"] > 0.5
+        assert 0.5 < results[f"component_siou_{name}"] <= 1
+    assert results["component_siou_oracle"] >= results["component_siou_calibrated"]
+
+
+def test_intervals_hold_their_figures(report: tuple[Path, dict[str, Any]]) -> None:
+    _, results = report
+    # One drive: its frames are no independent trials.
+    assert results["sequences"] == {"anomalous": 1, "nominal": 1}
+    assert results["frame_auroc_interval"] is None
+    for name in ("tpr", "fpr"):
+        low, high = results[f"{name}_interval"]
+        assert 0 <= low <= results[name] <= high <= 1
+        assert high - low > 0.9
+
+
+def test_maps_are_kept_on_wish(tmp_path: Path) -> None:
+    dataset = LabelledFolder(make_dataset(tmp_path / "drive"))
+    detector = make_detector()
+    results = evaluate(dataset, detector, tmp_path / "out", save_maps=True, progress=False)
+    assert sorted(f.stem for f in (tmp_path / "out" / "maps").iterdir()) == sorted(
+        Path(truth.file).stem for truth in dataset.truths
+    )
+    frame = next(iter(dataset))[0]
+    heatmap = np.load(tmp_path / "out" / "maps" / "00000.npy")
+    assert heatmap.dtype == np.float32 and heatmap.shape == frame.image_hw
+    np.testing.assert_array_equal(heatmap, make_detector().detect(frame).heatmap)
+    again = evaluate(dataset, detector, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out" / "maps").exists()
+    measures = [name for name in results if name.startswith(("component_", "pixel_"))]
+    assert len(measures) > 9 and all(again[name] == results[name] for name in measures)
+
+
 def test_only_pixels_with_a_truth_are_counted(report: tuple[Path, dict[str, Any]]) -> None:
     _, results = report
     odd = int(odd_mask((72, 128)).sum())
@@ -211,7 +250,10 @@ def test_an_evaluation_replaces_an_earlier_one_only(tmp_path: Path) -> None:
 
 def test_latencies_by_stage() -> None:
     found = latencies({"embed": float(n), "total": 2.0 * n} for n in range(101))
-    assert found == {"embed": {"p50": 50.0, "p95": 95.0}, "total": {"p50": 100.0, "p95": 190.0}}
+    assert found == {
+        "embed": {"p50": 50.0, "p95": 95.0, "p99": 99.0},
+        "total": {"p50": 100.0, "p95": 190.0, "p99": 198.0},
+    }
 
 
 def test_replay_writes_what_the_detector_states(tmp_path: Path) -> None:

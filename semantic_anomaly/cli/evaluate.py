@@ -6,7 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from semantic_anomaly.cli.options import add_detector_options, count, load_detector, settings_of
+from semantic_anomaly.cli.options import (
+    add_components_option,
+    add_detector_options,
+    component_limits,
+    count,
+    load_detector,
+    settings_of,
+)
 from semantic_anomaly.cli.tables import figure, table
 
 
@@ -23,6 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--every", type=count, metavar="N", help="pictures of every N-th frame (default: about 20)"
     )
+    parser.add_argument(
+        "--save-maps",
+        action="store_true",
+        help="keep maps/<stem>.npy: float32, height x width, higher is more anomalous",
+    )
+    add_components_option(parser)
     add_detector_options(parser)
 
 
@@ -38,7 +51,14 @@ def run(args: argparse.Namespace) -> int:
     refuse_other_content(args.out, RESULTS, WRITTEN)
     dataset = LabelledFolder(args.dataset)
     detector = load_detector(args, settings, camera)
-    results = evaluate(dataset, detector, args.out, every=args.every)
+    results = evaluate(
+        dataset,
+        detector,
+        args.out,
+        every=args.every,
+        limits=component_limits(args.components),
+        save_maps=args.save_maps,
+    )
     print(_summary(results))
     print(f"wrote {args.out}")
     return 0
@@ -102,7 +122,23 @@ def _measures(results: dict[str, Any], anomalous: int, nominal: int) -> list[tup
         ("pixel AP", figure(results["pixel_ap"]), inside),
         ("pixel AUROC", figure(results["pixel_auroc"]), ""),
         ("pixel FPR95", figure(results["pixel_fpr95"]), ""),
+        *component_rows(results),
         ("ms a frame", figure(total["p50"], 1), f"median; p95 {total['p95']:.1f}"),
+    ]
+
+
+def component_rows(results: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return the rows of the component measures at both thresholds."""
+    limits = results["component_limits"]
+    smallest = f"from {limits['predicted_px']} px (anomalies: {limits['truth_px']} px)"
+    remarks = {"oracle": f"best pixel F1 afterwards; {smallest}", "calibrated": smallest}
+    return [
+        (
+            f"sIoU, PPV, F1 {name}",
+            " ".join(figure(results[f"component_{m}_{name}"]) for m in ("siou", "ppv", "f1")),
+            remark if results[f"pixel_threshold_{name}"] is not None else "no threshold",
+        )
+        for name, remark in remarks.items()
     ]
 
 

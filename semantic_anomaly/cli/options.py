@@ -7,12 +7,13 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from semantic_anomaly.errors import SettingsError, UnknownNameError
+from semantic_anomaly.errors import InputError, SettingsError, UnknownNameError
 from semantic_anomaly.setting_spec import read_parameters_yaml
 from semantic_anomaly.settings import Settings
 
 if TYPE_CHECKING:
     from semantic_anomaly.detector import AnomalyDetector
+    from semantic_anomaly.evaluation.components import SizeLimits
 
 # YAML 1.1 takes 1e-3 for a string, for it has no point.
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
@@ -40,6 +41,36 @@ def add_detector_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--camera", metavar="NAME", help="which of the settings' cameras, where it has several"
     )
+
+
+def add_components_option(parser: argparse.ArgumentParser) -> None:
+    """Add --components."""
+    parser.add_argument(
+        "--components",
+        default="anomaly-track",
+        metavar="LIMITS",
+        help="least sizes of components that count: anomaly-track (500 px predicted, 100 px "
+        "anomaly), obstacle-track (50, 10) or PREDICTED,ANOMALY in px (default: %(default)s)",
+    )
+
+
+def component_limits(text: str) -> SizeLimits:
+    """Return the limits that --components names.
+
+    Raises:
+        InputError: neither a track nor two numbers of pixels.
+    """
+    from semantic_anomaly.evaluation.components import ANOMALY_TRACK, OBSTACLE_TRACK, SizeLimits
+
+    tracks = {"anomaly-track": ANOMALY_TRACK, "obstacle-track": OBSTACLE_TRACK}
+    if text in tracks:
+        return tracks[text]
+    match = re.fullmatch(r"(\d+),(\d+)", text)
+    if not match:
+        raise InputError(
+            f"--components: expected {', '.join(tracks)} or PREDICTED,ANOMALY in px, found '{text}'"
+        )
+    return SizeLimits(int(match[1]), int(match[2]))
 
 
 def add_topic_option(parser: argparse.ArgumentParser) -> None:

@@ -30,6 +30,7 @@ class FrameTruth:
         anomaly: whether the frame shows an anomaly.
         ignored: the frame is not counted, nor its pixels if it is the labels that say so.
         kind, family: of the anomaly, None where the labels do not say.
+        sequence: the drive that the frame is of; frames of different ones are independent.
         mask: file of the mask, None where there is nothing to mask.
         has_pixels: whether pixels count: not of an anomaly that is labelled but not masked.
     """
@@ -39,6 +40,7 @@ class FrameTruth:
     ignored: bool
     kind: str | None
     family: str | None
+    sequence: str
     mask: Path | None
     has_pixels: bool
 
@@ -48,8 +50,9 @@ class LabelledFolder:
 
     Masks are 8-bit PNG of the image's stem and size: 0 normal, 1 anomaly, 255 ignore. An image
     without a mask has nothing to mask. labels.json maps file names to objects with `anomaly` and
-    optionally `kind`, `family`, `ignore`, `stamp_s`; where it does not say whether a frame is
-    anomalous, it is when its mask has a 1. Masks are checked here, before anything is computed.
+    optionally `kind`, `family`, `ignore`, `stamp_s`, `drive`; where it does not say whether a frame
+    is anomalous, it is when its mask has a 1. Frames without a `drive` are of one drive if they
+    have stamps, else every one is by itself. Masks are checked here, before anything is computed.
 
     Attributes:
         name: name of the folder.
@@ -75,7 +78,8 @@ class LabelledFolder:
         if not chosen:
             raise InputError(f"dataset '{path}': expected images, found none of {len(files)}")
         self.truths = [
-            _truth(file.name, masks.get(file.stem), labels.get(file.name, {})) for file in chosen
+            _truth(file.name, masks.get(file.stem), labels.get(file.name, {}), self.name)
+            for file in chosen
         ]
 
     def __len__(self) -> int:
@@ -88,16 +92,24 @@ class LabelledFolder:
             InputError: an image cannot be read, sizes vary, or a mask has another size.
         """
         for frame, truth in zip(self._source, self.truths, strict=True):
-            if truth.mask is None:
-                mask = np.zeros(frame.image_hw, np.uint8)
-            else:
-                mask = read_mask(truth.mask)
-            if mask.shape != frame.image_hw:
-                raise InputError(
-                    f"mask '{truth.mask}': expected {_size(frame.image_hw)} as its image "
-                    f"'{truth.file}', found {_size(mask.shape)}"
-                )
-            yield frame, truth, mask
+            yield frame, truth, read_labels(truth, frame.image_hw)
+
+
+def read_labels(truth: FrameTruth, image_hw: tuple[int, int]) -> np.ndarray:
+    """Return the mask of a frame, (height, width) uint8; all normal where there is none.
+
+    Raises:
+        InputError: it cannot be read, or is of another size than the image.
+    """
+    if truth.mask is None:
+        return np.zeros(image_hw, np.uint8)
+    mask = read_mask(truth.mask)
+    if mask.shape != image_hw:
+        raise InputError(
+            f"mask '{truth.mask}': expected {_size(image_hw)} as its image '{truth.file}', found "
+            f"{_size(mask.shape)}"
+        )
+    return mask
 
 
 def read_mask(path: Path) -> np.ndarray:
@@ -175,6 +187,7 @@ def _read_labels(path: Path, files: set[str]) -> dict[str, Mapping[str, Any]]:
         "ignore": bool,
         "kind": (str, type(None)),
         "family": (str, type(None)),
+        "drive": (str, type(None)),
     }
     for name, label in labels.items():
         if not isinstance(label, dict):
@@ -188,7 +201,7 @@ def _read_labels(path: Path, files: set[str]) -> dict[str, Mapping[str, Any]]:
     return labels
 
 
-def _truth(file: str, mask_file: Path | None, label: Mapping[str, Any]) -> FrameTruth:
+def _truth(file: str, mask_file: Path | None, label: Mapping[str, Any], dataset: str) -> FrameTruth:
     values = set(np.unique(read_mask(mask_file)).tolist()) if mask_file else {NORMAL}
     marked = ANOMALY in values
     anomaly = label.get("anomaly", marked)
@@ -199,6 +212,7 @@ def _truth(file: str, mask_file: Path | None, label: Mapping[str, Any]) -> Frame
         ignored=skipped or values == {IGNORE},
         kind=label.get("kind") if anomaly else None,
         family=label.get("family") if anomaly else None,
+        sequence=label.get("drive") or (dataset if "stamp_s" in label else file),
         mask=mask_file,
         has_pixels=not skipped and (marked or not anomaly or mask_file is not None),
     )

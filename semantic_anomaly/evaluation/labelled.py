@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,31 +13,33 @@ from tqdm import tqdm
 
 from semantic_anomaly.evaluation import extras, figures, provenance
 from semantic_anomaly.evaluation.album import Album, evenly
-from semantic_anomaly.evaluation.datasets import IGNORE, FrameTruth, LabelledFolder
-from semantic_anomaly.evaluation.metrics import (
-    SCORE_RESOLUTION,
-    PixelScores,
-    frame_auroc,
-    frame_rates,
-    share,
+from semantic_anomaly.evaluation.components import ANOMALY_TRACK, SizeLimits
+from semantic_anomaly.evaluation.datasets import IGNORE, FrameTruth, LabelledFolder, read_labels
+from semantic_anomaly.evaluation.measures import (
+    PixelGroups,
+    by_group,
+    component_measures,
+    frame_measures,
+    pixel_measures,
 )
+from semantic_anomaly.evaluation.metrics import SCORE_RESOLUTION, frame_rates, share
 from semantic_anomaly.evaluation.reports import report_folder, write_json
+from semantic_anomaly.regions import ImageRegion
 from semantic_anomaly.structures import AnomalyResult, Decision
 
 if TYPE_CHECKING:
     from semantic_anomaly.detector import AnomalyDetector
 
-RESULTS = "results.json"
+RESULTS, MAPS = "results.json", "maps"
 WRITTEN = frozenset(
     {
         RESULTS,
-        *("overlays", "panels", "worst"),
+        *("overlays", "panels", "worst", MAPS),
         *("contact_sheet.jpg", "score_curve.png", "score_histogram.png"),
     }
 )
 PICTURES = 20
 SHEET_PICTURES = 16
-_NOMINAL = ""
 
 
 def evaluate(
@@ -44,19 +48,24 @@ def evaluate(
     out: Path,
     *,
     every: int | None = None,
+    limits: SizeLimits = ANOMALY_TRACK,
+    save_maps: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Assess every frame, write `out` as a whole, and return what results.json holds.
 
     Frame rates are of scores above the threshold; `localized` is the share of the anomalous frames
     with an alarm in which a localization touches the anomaly; pixel measures are of pixels inside
-    the region of interest that the masks do not ignore. Measures that are not defined are None.
+    the region of interest that the masks do not ignore, component measures are at the benchmark's
+    oracle threshold and at the calibrated one. Measures that are not defined are None.
 
     Args:
         dataset: images with ground truth.
         detector: used as it stands, uncalibrated too.
         out: folder to write; an earlier report is replaced.
         every: pictures of every so manieth frame, 0 for none; None: about `PICTURES` of them.
+        limits: components that are too small to count.
+        save_maps: keep `maps/<stem>.npy`, (height, width) float32 patch distances at every pixel.
         progress: show a progress bar on a terminal.
 
     Raises:
@@ -70,20 +79,26 @@ def evaluate(
         album = Album(
             folder, detector.region, detector.settings.overlay_alpha, step, frozenset(sheet)
         )
-        rows, pixels = _assess(dataset, detector, album, progress)
+        rows, pixels = _assess(dataset, detector, album, folder / MAPS, progress)
         album.finish()
-        results = _results(dataset, detector, rows, pixels)
+        frames = _maps(folder / MAPS, dataset, detector.region)
+        thresholds = {"oracle": pixels.all().oracle_threshold(), "calibrated": detector.threshold}
+        components = component_measures(frames, limits, thresholds)
+        results = _results(dataset, detector, rows, pixels, components)
+        if not save_maps:
+            shutil.rmtree(folder / MAPS)
         write_json(folder / RESULTS, results)
         _draw(folder, dataset, detector, rows, results)
     return results
 
 
 def _assess(
-    dataset: LabelledFolder, detector: AnomalyDetector, album: Album, progress: bool
-) -> tuple[list[dict[str, Any]], dict[tuple[str, str], PixelScores]]:
-    """Return one row a frame, and pixel scores by kind and family, nominal frames by themselves."""
+    dataset: LabelledFolder, detector: AnomalyDetector, album: Album, maps: Path, progress: bool
+) -> tuple[list[dict[str, Any]], PixelGroups]:
+    """Return one row a frame and the pixels, and write the heatmaps."""
     rows: list[dict[str, Any]] = []
-    pixels: dict[tuple[str, str], PixelScores] = defaultdict(PixelScores)
+    pixels = PixelGroups()
+    maps.mkdir()
     detector.reset()
     bar = tqdm(dataset, "evaluate", len(dataset), unit="frame", disable=None if progress else True)
     for number, (frame, truth, mask) in enumerate(bar):
@@ -92,10 +107,9 @@ def _assess(
             detector.detect(frame)
             detector.reset()
         result = detector.detect(frame)
-        if truth.has_pixels:
-            counted = (mask != IGNORE) & detector.region.pixel_mask(frame.image_hw)
-            group = (truth.kind or "?", truth.family or "?") if truth.anomaly else (_NOMINAL, "")
-            pixels[group].add(result.heatmap[counted], mask[counted] == 1)
+        pixels.add(truth, result.heatmap, _within(detector.region, mask))
+        # The oracle's threshold is known after the last frame, and then every map is needed again.
+        np.save(_map_file(maps, truth), result.heatmap, allow_pickle=False)
         rows.append(_row(truth, result, frame.stamp_ns, mask))
         album.add(
             number,
@@ -123,33 +137,56 @@ def _row(
         "ignored": truth.ignored,
         "kind": truth.kind,
         "family": truth.family,
+        "sequence": truth.sequence,
         # An alarm for another reason than the anomaly is luck.
         "localized": bool(result.label_map[mask == 1].any()) if found else None,
         "ms": {stage: round(ms, 3) for stage, ms in result.stage_ms.items()},
     }
 
 
+def _map_file(maps: Path, truth: FrameTruth) -> Path:
+    return maps / f"{Path(truth.file).stem}.npy"
+
+
+def _within(region: ImageRegion, mask: np.ndarray) -> np.ndarray:
+    """Return the labels, 255 outside the region."""
+    hw = (mask.shape[0], mask.shape[1])
+    return np.where(region.pixel_mask(hw), mask, np.uint8(IGNORE))
+
+
+def _maps(
+    maps: Path, dataset: LabelledFolder, region: ImageRegion
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield map and labels of every frame whose pixels count."""
+    for truth in dataset.truths:
+        if truth.has_pixels:
+            heatmap = np.load(_map_file(maps, truth), allow_pickle=False)
+            yield heatmap, _within(region, read_labels(truth, heatmap.shape))
+
+
 def _results(
     dataset: LabelledFolder,
     detector: AnomalyDetector,
     rows: list[dict[str, Any]],
-    pixels: dict[tuple[str, str], PixelScores],
+    pixels: PixelGroups,
+    components: dict[str, Any],
 ) -> dict[str, Any]:
     counted = [row for row in rows if not row["ignored"]]
-    scores = np.array([row["score"] for row in counted], np.float64)
     anomalous = np.array([row["anomaly"] for row in counted], bool)
-    tpr, fpr = frame_rates(scores, anomalous, detector.threshold)
     alarms = np.array([float(row["decision"] == Decision.ANOMALY.value) for row in counted])
     confirmed = None if detector.threshold is None else 0.5
     alarm_tpr, alarm_fpr = frame_rates(alarms, anomalous, confirmed)
-    every_pixel = sum(pixels.values(), PixelScores()).metrics()
     calibration = detector.calibration
     by_hand = detector.settings.threshold > 0.0
+    of_pixels = pixel_measures(pixels)
+    of_pixels["pixels"] |= {
+        "region": "whole image" if detector.region.is_whole_image else "region of interest",
+        "score_resolution": SCORE_RESOLUTION,
+        "frames_without_truth": sum(not truth.has_pixels for truth in dataset.truths),
+    }
     return {
         "dataset": dataset.name,
-        "frame_auroc": frame_auroc(scores, anomalous),
-        "tpr": tpr,
-        "fpr": fpr,
+        **frame_measures(counted, detector.threshold),
         "alarm_tpr": alarm_tpr,
         "alarm_fpr": alarm_fpr,
         "localized": share([row["localized"] for row in counted if row["localized"] is not None]),
@@ -161,57 +198,21 @@ def _results(
         "calibration": {"frames": calibration.count, "warnings": list(calibration.warnings)}
         if calibration
         else None,
-        "pixel_ap": every_pixel.average_precision,
-        "pixel_auroc": every_pixel.auroc,
-        "pixel_fpr95": every_pixel.fpr95,
-        "pixels": {
-            "anomalous": every_pixel.anomalous,
-            "normal": every_pixel.normal,
-            "region": "whole image" if detector.region.is_whole_image else "region of interest",
-            "score_resolution": SCORE_RESOLUTION,
-            "frames_without_truth": sum(not truth.has_pixels for truth in dataset.truths),
-        },
+        **of_pixels,
+        **components,
         "frames_counted": len(counted),
         "frames_anomalous": int(anomalous.sum()),
         "frames_ignored": len(rows) - len(counted),
-        "by_kind": _by(0, "kind", counted, pixels, detector.threshold),
-        "by_family": _by(1, "family", counted, pixels, detector.threshold),
+        "by_kind": by_group("kind", counted, pixels, detector.threshold),
+        "by_family": by_group("family", counted, pixels, detector.threshold),
         "latency_ms": latencies(row["ms"] for row in rows),
         **provenance.describe(detector),
         "frames": rows,
     }
 
 
-def _by(
-    part: int,
-    key: str,
-    rows: list[dict[str, Any]],
-    pixels: dict[tuple[str, str], PixelScores],
-    threshold: float | None,
-) -> dict[str, dict[str, Any]]:
-    """Return measures of each kind or family of anomaly against all nominal frames."""
-    nominal = [row["score"] for row in rows if not row["anomaly"]]
-    nominal_pixels = pixels.get((_NOMINAL, ""), PixelScores())
-    found = {}
-    for name in dict.fromkeys(row[key] for row in rows if row["anomaly"] and row[key]):
-        met = [row["score"] for row in rows if row["anomaly"] and row[key] == name]
-        scores = np.array([*met, *nominal], np.float64)
-        anomalous = np.arange(len(scores)) < len(met)
-        own = (group for labels, group in pixels.items() if labels[part] == name)
-        found[name] = {
-            "frames": len(met),
-            "tpr": frame_rates(scores, anomalous, threshold)[0],
-            "auroc": frame_auroc(scores, anomalous),
-            "pixel_ap": sum(own, nominal_pixels).metrics().average_precision,
-        }
-        if key == "kind":
-            families = {row["family"] for row in rows if row["kind"] == name}
-            found[name]["family"] = families.pop() if len(families) == 1 else None
-    return found
-
-
 def latencies(stages: Any) -> dict[str, dict[str, float]]:
-    """Return median and 95th percentile of milliseconds by stage.
+    """Return median, 95th and 99th percentile of milliseconds by stage.
 
     Args:
         stages: iterable of milliseconds by stage, one a frame.
@@ -221,7 +222,7 @@ def latencies(stages: Any) -> dict[str, dict[str, float]]:
         for stage, ms in row.items():
             by_stage[stage].append(ms)
     return {
-        stage: {f"p{q}": round(float(np.percentile(values, q)), 3) for q in (50, 95)}
+        stage: {f"p{q}": round(float(np.percentile(values, q)), 3) for q in (50, 95, 99)}
         for stage, values in by_stage.items()
     }
 
