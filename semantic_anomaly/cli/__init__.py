@@ -39,6 +39,11 @@ VERBS = {
         "measure the detector on labelled images; write results.json and pictures",
         "semantic-anomaly evaluate labelled --index index --out report",
     ),
+    "score-maps": _Verb(
+        "score_maps",
+        "measure score maps of any method as evaluate measures its own",
+        "semantic-anomaly score-maps report/maps labelled --out scored",
+    ),
     "replay": _Verb(
         "replay",
         "run a bag, video or folder through the detector; write scores, curve and overlays",

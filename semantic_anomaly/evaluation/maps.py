@@ -1,0 +1,229 @@
+"""The measures of `evaluate` for maps of any method: a folder of `<stem>.npy`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from semantic_anomaly.errors import InputError
+from semantic_anomaly.evaluation import extras, provenance
+from semantic_anomaly.evaluation.components import SizeLimits
+from semantic_anomaly.evaluation.datasets import IGNORE, FrameTruth, LabelledFolder, read_labels
+from semantic_anomaly.evaluation.measures import (
+    PixelGroups,
+    by_group,
+    component_measures,
+    frame_measures,
+    pixel_measures,
+)
+from semantic_anomaly.evaluation.reports import report_folder, write_json
+from semantic_anomaly.scoring import tail_mean
+
+RESULTS = "results.json"
+WRITTEN = frozenset({RESULTS})
+
+
+class MapFolder:
+    """Score maps of the frames of a dataset: `<stem>.npy`, (height, width), higher is odder.
+
+    Args:
+        path: the folder.
+        dataset: every frame whose pixels count must have its map; others may.
+
+    Attributes:
+        sha256: digest of all maps that are used.
+
+    Raises:
+        InputError: a map is missing, cannot be read, is not of its mask's size, or not finite.
+    """
+
+    def __init__(self, path: Path, dataset: LabelledFolder, progress: bool = True) -> None:
+        self._path = path
+        self.truths = [truth for truth in dataset.truths if self._file(truth).is_file()]
+        missing = [t.file for t in dataset.truths if t.has_pixels and t not in self.truths]
+        if missing or not self.truths:
+            named = ", ".join(missing[:5]) or "every frame"
+            raise InputError(f"maps '{path}': expected <stem>.npy for each frame, none for {named}")
+        digest = hashlib.sha256()
+        low, high = math.inf, -math.inf
+        hide = None if progress else True
+        for truth in tqdm(self.truths, "read maps", unit="map", disable=hide):
+            values = self.raw(truth)
+            low, high = min(low, float(values.min())), max(high, float(values.max()))
+            digest.update(truth.file.encode())
+            digest.update(values.tobytes())
+        self.sha256 = digest.hexdigest()
+        self._identity = low >= 0.0 and high <= 2.0
+        ends = _ordered(np.array([low, high], np.float32))
+        self._low, self._span = int(ends[0]), max(int(ends[1] - ends[0]), 1)
+
+    def _file(self, truth: FrameTruth) -> Path:
+        return self._path / f"{Path(truth.file).stem}.npy"
+
+    def raw(self, truth: FrameTruth) -> np.ndarray:
+        """Return a map as it was given, (height, width) float32."""
+        file = self._file(truth)
+        try:
+            values = np.load(file, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise InputError(f"map '{file}' cannot be read: {error}") from error
+        if not isinstance(values, np.ndarray) or values.ndim != 2 or values.dtype.kind != "f":
+            found = f"{getattr(values, 'shape', '')} {getattr(values, 'dtype', type(values))}"
+            raise InputError(f"map '{file}': expected (height, width) of floats, found {found}")
+        values = values.astype(np.float32)
+        if not values.size or not np.isfinite(values).all():
+            raise InputError(f"map '{file}': expected finite numbers, found others or none at all")
+        return values
+
+    def scaled(self, values: np.ndarray) -> np.ndarray:
+        """Return scores in [0, 2] of the same order, so that any scale can be counted.
+
+        Values in [0, 2] stay. Others are spread by the order of their binary representation, which
+        is fine where numbers are small: measures depend on the order alone.
+        """
+        if self._identity:
+            return values
+        spread = (_ordered(values) - self._low) * (2.0 / self._span)
+        return np.clip(spread, 0.0, 2.0).astype(np.float32)
+
+    def original(self, score: float | None) -> float | None:
+        """Return the value of the maps that a score in [0, 2] stands for."""
+        if score is None or self._identity:
+            return score
+        key = round(score * self._span / 2.0) + self._low
+        bits = np.array([key if key >= 0 else -key + 2**31], np.int64)
+        return float(bits.astype(np.uint32).view(np.float32)[0])
+
+
+def score_maps(
+    maps: MapFolder,
+    dataset: LabelledFolder,
+    out: Path,
+    *,
+    limits: SizeLimits,
+    scores: Mapping[str, float] | None = None,
+    threshold: float | None = None,
+    pixel_threshold: float | None = None,
+    tail_percent: float = 1.0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Measure maps as `evaluate` measures its own, write results.json, and return what it holds.
+
+    Args:
+        maps: of the dataset.
+        dataset: images with ground truth; pixels in its masks with 255 are not counted.
+        out: folder to write; an earlier report of maps is replaced.
+        limits: components that are too small to count.
+        scores: frame scores by file name; None: the mean of the largest `tail_percent` of a map.
+        threshold: of the frame scores, None where there is none.
+        pixel_threshold: of the maps, for the measures named 'calibrated'.
+        tail_percent: share of the counted pixels, in (0, 100].
+        progress: show a progress bar on a terminal.
+
+    Raises:
+        InputError: a map or mask cannot be used, or a frame has no score.
+    """
+    extras.require("sklearn.metrics")
+    pixels, rows = PixelGroups(), []
+    hide = None if progress else True
+    with report_folder(out, RESULTS, WRITTEN) as folder:
+        for truth, values, labels in tqdm(
+            _labelled(maps), "measure", len(maps.truths), unit="map", disable=hide
+        ):
+            pixels.add(truth, maps.scaled(values), labels)
+            rows.append(_row(truth, values, labels, scores, tail_percent))
+        oracle = pixels.all().oracle_threshold()
+        chosen = None
+        if pixel_threshold is not None:
+            chosen = float(maps.scaled(np.array([pixel_threshold], np.float32))[0])
+        counting = (
+            (maps.scaled(v), labels) for truth, v, labels in _labelled(maps) if truth.has_pixels
+        )
+        components = component_measures(counting, limits, {"oracle": oracle, "calibrated": chosen})
+        components["pixel_threshold_oracle"] = maps.original(oracle)
+        components["pixel_threshold_calibrated"] = pixel_threshold
+        counted = [row for row in rows if not row["ignored"]]
+        results = {
+            "dataset": dataset.name,
+            **frame_measures(counted, threshold),
+            "threshold": threshold,
+            "frame_score": "given" if scores else f"mean of the largest {tail_percent:g} % pixels",
+            **pixel_measures(pixels),
+            **components,
+            "frames_counted": len(counted),
+            "frames_anomalous": sum(row["anomaly"] for row in counted),
+            "by_kind": by_group("kind", counted, pixels, threshold),
+            "by_family": by_group("family", counted, pixels, threshold),
+            "maps_sha256": maps.sha256,
+            "versions": provenance.versions(),
+            "git_commit": provenance.git_commit(),
+            "frames": rows,
+        }
+        write_json(folder / RESULTS, results)
+    return results
+
+
+def read_scores(path: Path) -> dict[str, float]:
+    """Return frame scores by file name, from results.json or from a plain JSON object.
+
+    Raises:
+        InputError: it cannot be read, or holds no scores.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"scores '{path}' cannot be read: {error}") from error
+    if isinstance(content, dict) and isinstance(content.get("frames"), list):
+        rows = [row for row in content["frames"] if isinstance(row, dict)]
+        content = {row.get("name"): row.get("score") for row in rows}
+    numbers = isinstance(content, dict) and all(
+        isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)
+        for v in content.values()
+    )
+    if not numbers or not content:
+        raise InputError(f"scores '{path}': expected finite scores by file name, or a results.json")
+    return {str(name): float(value) for name, value in content.items()}
+
+
+def _labelled(maps: MapFolder) -> Iterator[tuple[FrameTruth, np.ndarray, np.ndarray]]:
+    for truth in maps.truths:
+        values = maps.raw(truth)
+        yield truth, values, read_labels(truth, (values.shape[0], values.shape[1]))
+
+
+def _row(
+    truth: FrameTruth,
+    values: np.ndarray,
+    labels: np.ndarray,
+    scores: Mapping[str, float] | None,
+    tail_percent: float,
+) -> dict[str, Any]:
+    counted = values[labels != IGNORE]
+    if scores is None:
+        score = tail_mean(counted, tail_percent) if counted.size else 0.0
+    elif truth.file in scores:
+        score = scores[truth.file]
+    else:
+        raise InputError(f"scores: expected one for every frame, found none for '{truth.file}'")
+    return {
+        "name": truth.file,
+        "score": float(score),
+        "anomaly": truth.anomaly,
+        "ignored": truth.ignored,
+        "kind": truth.kind,
+        "family": truth.family,
+        "sequence": truth.sequence,
+    }
+
+
+def _ordered(values: np.ndarray) -> np.ndarray:
+    """Return whole numbers in the order of float32 values: sign and magnitude made one scale."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.int32).astype(np.int64)
+    return np.where(bits >= 0, bits, -(bits & 0x7FFFFFFF))
