@@ -13,6 +13,7 @@ from colours import LEFT_HALF, ODD_BOX, make_detector, street
 
 from semantic_anomaly.errors import ImageError, InputError
 from semantic_anomaly.evaluation.datasets import LabelledFolder
+from semantic_anomaly.evaluation.events import Event
 from semantic_anomaly.evaluation.labelled import evaluate, latencies
 from semantic_anomaly.evaluation.replay import replay
 from semantic_anomaly.images import write_image
@@ -304,3 +305,24 @@ def test_a_replay_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="00002"):
         replay(open_source(root), make_detector(), tmp_path / "out", progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["drive"]
+
+
+def test_replay_is_measured_against_events(tmp_path: Path) -> None:
+    source = open_source(make_dataset(tmp_path / "drive", "......oo..............."))
+    events = [Event(0.5, 0.75, "box"), Event(1.5, 1.7)]
+    detector = make_detector(threshold=0.1)
+    summary = replay(source, detector, tmp_path / "out", events=events, progress=False)
+    against = summary["against_events"]
+    assert against["events"][0] == {
+        "start_s": 0.5, "end_s": 0.75, "kind": "box", "delay_s": pytest.approx(0.1)
+    }  # fmt: skip
+    assert against["missed"] == 1 and against["events"][1]["delay_s"] is None
+    assert against["delay_s_median"] == pytest.approx(0.1)
+    assert against["false_episodes"] == 0 and against["false_per_hour"] == 0.0
+    with pytest.raises(InputError, match=r"from 9 to 10 s.*found frames from 0 to 2\.2 s"):
+        replay(source, detector, tmp_path / "o", events=[Event(9, 10)], progress=False)
+    assert not (tmp_path / "o").exists()
+    unknown = replay(
+        source, make_detector(calibrated=False), tmp_path / "u", events=events, progress=False
+    )
+    assert unknown["against_events"] is None

@@ -30,6 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--every", type=count, metavar="N", help="pictures of every N-th frame (default: about 40)"
     )
+    parser.add_argument(
+        "--labels",
+        type=Path,
+        metavar="EVENTS.yaml",
+        help="what the drive meets: events: [{start_s: 3.0, end_s: 5.5, kind: cow}], in seconds "
+        "after the first frame",
+    )
     add_topic_option(parser)
     add_detector_options(parser)
 
@@ -37,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Replay, write scores and pictures, and print the alarms."""
     from semantic_anomaly.evaluation import extras
+    from semantic_anomaly.evaluation.events import read_events
     from semantic_anomaly.evaluation.replay import SUMMARY, WRITTEN, replay
     from semantic_anomaly.evaluation.reports import refuse_other_content
     from semantic_anomaly.sources import open_source
@@ -44,9 +52,10 @@ def run(args: argparse.Namespace) -> int:
     extras.require("matplotlib.figure")
     settings, camera = settings_of(args, args.index)
     refuse_other_content(args.out, SUMMARY, WRITTEN)
+    events = read_events(args.labels) if args.labels else None
     source = open_source(args.source, topic=args.topic)
     detector = load_detector(args, settings, camera)
-    summary = replay(source, detector, args.out, every=args.every)
+    summary = replay(source, detector, args.out, every=args.every, events=events)
     print(_text(summary))
     print(f"wrote {args.out}")
     return 0
@@ -60,9 +69,10 @@ def _text(summary: dict[str, Any]) -> str:
         ("frames", f"{summary['frames']}: {counts}"),
         ("threshold", "none, uncalibrated" if threshold is None else f"{threshold:.4f}"),
         ("scores", f"{summary['score_min']:.4f} to {summary['score_max']:.4f}"),
-        ("ms a frame", f"p50 {total['p50']:.1f}, p95 {total['p95']:.1f}"),
+        ("ms a frame", f"p50 {total['p50']:.1f}, p95 {total['p95']:.1f}, p99 {total['p99']:.1f}"),
         ("alarms", f"{len(summary['alarms'])}"),
     ]
+    rows += _event_rows(summary["against_events"])
     text = table(rows)
     alarms = [
         (a["first_frame"], f"{a['frames']}", f"{a['peak_score']:.4f}")
@@ -73,3 +83,19 @@ def _text(summary: dict[str, Any]) -> str:
     if len(summary["alarms"]) > _LISTED_ALARMS:
         text += f"\n... and {len(summary['alarms']) - _LISTED_ALARMS} more in summary.json"
     return text
+
+
+def _event_rows(against: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if against is None:
+        return []
+    events, per_hour = against["events"], against["false_per_hour"]
+    found = len(events) - against["missed"]
+    delay = against["delay_s_median"]
+    rows = [("events", f"{found} of {len(events)} found, {against['missed']} missed")]
+    if delay is not None:
+        rows.append(("delay", f"{delay:.2f} s (median of the found)"))
+    if per_hour is not None:
+        nominal = f"{against['nominal_s']:.1f} s nominal"
+        text = f"{against['false_episodes']} episodes in {nominal}: {per_hour:.1f} an hour"
+        rows.append(("false alarms", f"{text}; {against['false_share']:.1%} of the frames"))
+    return rows

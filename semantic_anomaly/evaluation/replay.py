@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from tqdm import tqdm
 
 from semantic_anomaly.evaluation import extras, figures, provenance
 from semantic_anomaly.evaluation.album import Album
+from semantic_anomaly.evaluation.events import Event, drive_metrics
 from semantic_anomaly.evaluation.labelled import latencies
 from semantic_anomaly.evaluation.reports import report_folder, write_json
 from semantic_anomaly.sources import FrameSource
@@ -30,6 +34,7 @@ def replay(
     out: Path,
     *,
     every: int | None = None,
+    events: Sequence[Event] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Assess every frame of a source, write `out` as a whole, and return its summary.
@@ -41,10 +46,12 @@ def replay(
         detector: used as it stands, uncalibrated too.
         out: folder to write; an earlier replay is replaced.
         every: pictures of every so manieth frame, 0 for none; None: about `PICTURES` of them.
+        events: what the drive meets, for delays and false alarms; None: not known.
         progress: show a progress bar on a terminal.
 
     Raises:
-        InputError: a frame cannot be read, or `out` holds something else.
+        InputError: a frame cannot be read, an event lies outside the drive, or `out` holds
+            something else.
         MissingPackageError: matplotlib is not installed.
     """
     extras.require("matplotlib.figure")
@@ -74,15 +81,29 @@ def replay(
                 always=begins,
             )
         album.finish()
-        summary = _summary(source, detector, rows)
+        summary = _summary(source, detector, rows, events)
         _write_scores(folder / "scores.csv", rows)
+        begin = rows[0]["stamp_ns"]
         scored = [
-            figures.ScoredFrame(row["stamp_ns"], row["score"], row["alarm"], None) for row in rows
+            figures.ScoredFrame(
+                row["stamp_ns"],
+                row["score"],
+                row["alarm"],
+                _truth((row["stamp_ns"] - begin) / 1e9, events),
+            )
+            for row in rows
         ]
         title = f"{source.name}: {len(summary['alarms'])} alarms in {len(rows)} frames"
         figures.score_curve(folder / "score_curve.png", scored, detector.threshold, title)
         write_json(folder / SUMMARY, summary)
     return summary
+
+
+def _truth(time_s: float, events: Sequence[Event] | None) -> str | None:
+    """Return the kind of the event at a time, empty for none, None where nothing is known."""
+    if events is None:
+        return None
+    return next((e.kind or "event" for e in events if e.start_s <= time_s <= e.end_s), "")
 
 
 def _is_alarm(result: AnomalyResult) -> bool:
@@ -125,8 +146,29 @@ def _alarms(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return alarms
 
 
+def _against(rows: list[dict[str, Any]], events: Sequence[Event]) -> dict[str, Any]:
+    stamps, alarms = [row["stamp_ns"] for row in rows], [row["alarm"] for row in rows]
+    metrics = drive_metrics(stamps, alarms, events)
+    found = [delay for delay in metrics.delays_s if delay is not None]
+    return {
+        "events": [
+            {**asdict(event), "delay_s": delay}
+            for event, delay in zip(events, metrics.delays_s, strict=True)
+        ],
+        "missed": metrics.missed,
+        "delay_s_median": float(np.median(found)) if found else None,
+        "false_episodes": metrics.false_episodes,
+        "nominal_s": metrics.nominal_s,
+        "false_per_hour": metrics.false_per_hour,
+        "false_share": metrics.false_share,
+    }
+
+
 def _summary(
-    source: FrameSource, detector: AnomalyDetector, rows: list[dict[str, Any]]
+    source: FrameSource,
+    detector: AnomalyDetector,
+    rows: list[dict[str, Any]],
+    events: Sequence[Event] | None,
 ) -> dict[str, Any]:
     scores = [row["score"] for row in rows]
     decisions = [row["decision"] for row in rows]
@@ -138,6 +180,10 @@ def _summary(
         "score_min": min(scores),
         "score_max": max(scores),
         "alarms": _alarms(rows),
+        # Without a threshold nothing is missed: nothing was decided.
+        "against_events": _against(rows, events)
+        if events is not None and detector.threshold is not None
+        else None,
         "latency_ms": latencies(row["ms"] for row in rows),
         **provenance.describe(detector),
     }
