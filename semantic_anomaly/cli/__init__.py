@@ -44,6 +44,11 @@ VERBS = {
         "measure score maps of any method as evaluate measures its own",
         "semantic-anomaly score-maps report/maps labelled --out scored",
     ),
+    "compare": _Verb(
+        "compare",
+        "put the results of evaluations side by side",
+        "semantic-anomaly compare report_a report_b",
+    ),
     "replay": _Verb(
         "replay",
         "run a bag, video or folder through the detector; write scores, curve and overlays",
