@@ -105,7 +105,8 @@ class ImageFolder(FrameSource):
         except OSError as error:
             raise SourceError(f"folder '{folder}': {error.strerror}") from error
         self.files = sorted(
-            (f for f in files if f.is_file() and not f.name.startswith(".")), key=_natural
+            (f for f in files if f.is_file() and not f.name.startswith(".")),
+            key=lambda file: natural(file.name),
         )
         if not self.files:
             raise SourceError(
@@ -246,9 +247,10 @@ def _bag_remark(folder: Path) -> str:
     return f"; {bags[0]} lacks its metadata.yaml ('ros2 bag reindex' makes one)" if bags else ""
 
 
-def _natural(file: Path) -> tuple[list[str | int], str]:
-    pieces = re.split(r"(\d+)", file.name)
-    return [int(p) if p.isdecimal() else p.lower() for p in pieces], file.name
+def natural(name: str) -> tuple[list[str | int], str]:
+    """Return a key that sorts names as people do: 2 before 10."""
+    pieces = re.split(r"(\d+)", name)
+    return [int(p) if p.isdecimal() else p.lower() for p in pieces], name
 
 
 def _size(frame: Frame) -> str:

@@ -127,7 +127,7 @@ def test_replay(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert row(text, "alarms") == "1" and row(text, "bag/000000").split()[0] == "6"
     assert sorted(p.name for p in (out / "overlays").iterdir()) == ["000000.jpg", "000003.jpg"]
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["frames"] == 6 and set(summary["latency_ms"]["total"]) == {"p50", "p95"}
+    assert summary["frames"] == 6 and set(summary["latency_ms"]["total"]) == {"p50", "p95", "p99"}
 
 
 @pytest.mark.parametrize("calibrated", [True, False])

@@ -106,7 +106,7 @@ def test_maps_are_kept_on_wish(tmp_path: Path) -> None:
     detector = make_detector()
     results = evaluate(dataset, detector, tmp_path / "out", save_maps=True, progress=False)
     assert sorted(f.stem for f in (tmp_path / "out" / "maps").iterdir()) == sorted(
-        Path(truth.file).stem for truth in dataset.truths
+        truth.stem for truth in dataset.truths
     )
     frame = next(iter(dataset))[0]
     heatmap = np.load(tmp_path / "out" / "maps" / "00000.npy")

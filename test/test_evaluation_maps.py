@@ -95,7 +95,7 @@ def test_heavy_tails_cost_less_than_a_thousandth(tmp_path: Path) -> None:
     for truth in dataset.truths:
         _, _, mask = next(row for row in dataset if row[1] == truth)
         values = rng.standard_cauchy(mask.shape) * 1e3 + 2e3 * mask
-        np.save(tmp_path / "maps" / f"{Path(truth.file).stem}.npy", values.astype(np.float32))
+        np.save(tmp_path / "maps" / f"{truth.stem}.npy", values.astype(np.float32))
     maps = MapFolder(tmp_path / "maps", dataset, progress=False)
     found = score_maps(maps, dataset, tmp_path / "out", limits=LIMITS, progress=False)
     labels = np.concatenate([mask.ravel() for _, _, mask in dataset])
@@ -126,7 +126,7 @@ def test_bad_maps_are_refused(own: tuple[Path, dict[str, Any]], tmp_path: Path) 
     objects = tmp_path / "objects"
     objects.mkdir()
     for truth in dataset.truths:
-        np.save(objects / f"{Path(truth.file).stem}.npy", np.array([{}]), allow_pickle=True)
+        np.save(objects / f"{truth.stem}.npy", np.array([{}]), allow_pickle=True)
     with pytest.raises(InputError, match="cannot be read"):
         MapFolder(objects, dataset, progress=False)
 

@@ -9,6 +9,7 @@ from typing import Any
 from semantic_anomaly.cli.options import (
     add_components_option,
     add_detector_options,
+    add_layout_option,
     component_limits,
     count,
     load_detector,
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="keep maps/<stem>.npy: float32, height x width, higher is more anomalous",
     )
+    add_layout_option(parser)
     add_components_option(parser)
     add_detector_options(parser)
 
@@ -42,14 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate, write the report and print its figures."""
     from semantic_anomaly.evaluation import extras
-    from semantic_anomaly.evaluation.datasets import LabelledFolder
     from semantic_anomaly.evaluation.labelled import RESULTS, WRITTEN, evaluate
+    from semantic_anomaly.evaluation.layouts import open_dataset
     from semantic_anomaly.evaluation.reports import refuse_other_content
 
     extras.require("sklearn.metrics", "matplotlib.figure")
     settings, camera = settings_of(args, args.index)
     refuse_other_content(args.out, RESULTS, WRITTEN)
-    dataset = LabelledFolder(args.dataset)
+    dataset = open_dataset(args.dataset, args.layout)
     detector = load_detector(args, settings, camera)
     results = evaluate(
         dataset,

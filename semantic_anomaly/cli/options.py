@@ -54,6 +54,18 @@ def add_components_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_layout_option(parser: argparse.ArgumentParser) -> None:
+    """Add --layout."""
+    parser.add_argument(
+        "--layout",
+        default="",
+        metavar="NAME-OR-FILE.yaml",
+        help="dataset as published: road-anomaly, smiyc-anomaly, smiyc-obstacle, "
+        "fishyscapes-static, fishyscapes-lost-and-found, anovox, or a YAML file that says where "
+        "images and labels lie; default: images/, masks/ and labels.json",
+    )
+
+
 def component_limits(text: str) -> SizeLimits:
     """Return the limits that --components names.
 

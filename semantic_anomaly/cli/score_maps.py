@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from semantic_anomaly.cli.evaluate import component_rows
-from semantic_anomaly.cli.options import add_components_option, component_limits
+from semantic_anomaly.cli.options import (
+    add_components_option,
+    add_layout_option,
+    component_limits,
+)
 from semantic_anomaly.cli.tables import figure, table
 
 
@@ -35,13 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pixel-threshold", type=float, metavar="T", help="of the maps, chosen beforehand"
     )
+    add_layout_option(parser)
     add_components_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure the maps, write results.json and print its figures."""
     from semantic_anomaly.errors import InputError
-    from semantic_anomaly.evaluation.datasets import LabelledFolder
+    from semantic_anomaly.evaluation.layouts import open_dataset
     from semantic_anomaly.evaluation.maps import (
         RESULTS,
         WRITTEN,
@@ -56,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     limits = component_limits(args.components)
     refuse_other_content(args.out, RESULTS, WRITTEN)
     scores = read_scores(args.scores) if args.scores else None
-    dataset = LabelledFolder(args.dataset)
+    dataset = open_dataset(args.dataset, args.layout)
     results = score_maps(
         MapFolder(args.maps, dataset),
         dataset,

@@ -27,6 +27,7 @@ class FrameTruth:
 
     Attributes:
         file: name of the image file.
+        stem: name without suffix, for files that are made of the frame; unlike all others.
         anomaly: whether the frame shows an anomaly.
         ignored: the frame is not counted, nor its pixels if it is the labels that say so.
         kind, family: of the anomaly, None where the labels do not say.
@@ -36,6 +37,7 @@ class FrameTruth:
     """
 
     file: str
+    stem: str
     anomaly: bool
     ignored: bool
     kind: str | None
@@ -92,24 +94,32 @@ class LabelledFolder:
             InputError: an image cannot be read, sizes vary, or a mask has another size.
         """
         for frame, truth in zip(self._source, self.truths, strict=True):
-            yield frame, truth, read_labels(truth, frame.image_hw)
+            yield frame, truth, self.labels(truth, frame.image_hw)
+
+    def labels(self, truth: FrameTruth, image_hw: tuple[int, int]) -> np.ndarray:
+        """Return the mask of a frame, (height, width) uint8; all normal where there is none.
+
+        Raises:
+            InputError: it cannot be read, or is of another size than the image.
+        """
+        if truth.mask is None:
+            return np.zeros(image_hw, np.uint8)
+        mask = read_mask(truth.mask)
+        check_size(truth, mask, image_hw)
+        return mask
 
 
-def read_labels(truth: FrameTruth, image_hw: tuple[int, int]) -> np.ndarray:
-    """Return the mask of a frame, (height, width) uint8; all normal where there is none.
+def check_size(truth: FrameTruth, labels: np.ndarray, image_hw: tuple[int, int]) -> None:
+    """Refuse labels of another size than their image.
 
     Raises:
-        InputError: it cannot be read, or is of another size than the image.
+        InputError: naming both sizes.
     """
-    if truth.mask is None:
-        return np.zeros(image_hw, np.uint8)
-    mask = read_mask(truth.mask)
-    if mask.shape != image_hw:
+    if labels.shape != image_hw:
         raise InputError(
             f"mask '{truth.mask}': expected {_size(image_hw)} as its image '{truth.file}', found "
-            f"{_size(mask.shape)}"
+            f"{_size(labels.shape)}"
         )
-    return mask
 
 
 def read_mask(path: Path) -> np.ndarray:
@@ -208,6 +218,7 @@ def _truth(file: str, mask_file: Path | None, label: Mapping[str, Any], dataset:
     skipped = label.get("ignore", False)
     return FrameTruth(
         file=file,
+        stem=file.rpartition(".")[0],
         anomaly=anomaly,
         ignored=skipped or values == {IGNORE},
         kind=label.get("kind") if anomaly else None,

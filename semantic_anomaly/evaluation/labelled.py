@@ -14,7 +14,8 @@ from tqdm import tqdm
 from semantic_anomaly.evaluation import extras, figures, provenance
 from semantic_anomaly.evaluation.album import Album, evenly
 from semantic_anomaly.evaluation.components import ANOMALY_TRACK, SizeLimits
-from semantic_anomaly.evaluation.datasets import IGNORE, FrameTruth, LabelledFolder, read_labels
+from semantic_anomaly.evaluation.datasets import IGNORE, FrameTruth
+from semantic_anomaly.evaluation.layouts import Dataset
 from semantic_anomaly.evaluation.measures import (
     PixelGroups,
     by_group,
@@ -43,7 +44,7 @@ SHEET_PICTURES = 16
 
 
 def evaluate(
-    dataset: LabelledFolder,
+    dataset: Dataset,
     detector: AnomalyDetector,
     out: Path,
     *,
@@ -93,7 +94,7 @@ def evaluate(
 
 
 def _assess(
-    dataset: LabelledFolder, detector: AnomalyDetector, album: Album, maps: Path, progress: bool
+    dataset: Dataset, detector: AnomalyDetector, album: Album, maps: Path, progress: bool
 ) -> tuple[list[dict[str, Any]], PixelGroups]:
     """Return one row a frame and the pixels, and write the heatmaps."""
     rows: list[dict[str, Any]] = []
@@ -115,7 +116,7 @@ def _assess(
             number,
             frame,
             result,
-            stem=Path(truth.file).stem,
+            stem=truth.stem,
             caption=_caption(truth, result, rows[-1]["localized"]),
             mask=mask,
             rank=_rank(truth, result),
@@ -145,7 +146,7 @@ def _row(
 
 
 def _map_file(maps: Path, truth: FrameTruth) -> Path:
-    return maps / f"{Path(truth.file).stem}.npy"
+    return maps / f"{truth.stem}.npy"
 
 
 def _within(region: ImageRegion, mask: np.ndarray) -> np.ndarray:
@@ -155,17 +156,17 @@ def _within(region: ImageRegion, mask: np.ndarray) -> np.ndarray:
 
 
 def _maps(
-    maps: Path, dataset: LabelledFolder, region: ImageRegion
+    maps: Path, dataset: Dataset, region: ImageRegion
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield map and labels of every frame whose pixels count."""
     for truth in dataset.truths:
         if truth.has_pixels:
             heatmap = np.load(_map_file(maps, truth), allow_pickle=False)
-            yield heatmap, _within(region, read_labels(truth, heatmap.shape))
+            yield heatmap, _within(region, dataset.labels(truth, heatmap.shape))
 
 
 def _results(
-    dataset: LabelledFolder,
+    dataset: Dataset,
     detector: AnomalyDetector,
     rows: list[dict[str, Any]],
     pixels: PixelGroups,
@@ -257,7 +258,7 @@ def _caption(truth: FrameTruth, result: AnomalyResult, localized: bool | None) -
 
 def _draw(
     folder: Path,
-    dataset: LabelledFolder,
+    dataset: Dataset,
     detector: AnomalyDetector,
     rows: list[dict[str, Any]],
     results: dict[str, Any],

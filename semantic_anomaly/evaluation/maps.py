@@ -15,7 +15,8 @@ from tqdm import tqdm
 from semantic_anomaly.errors import InputError
 from semantic_anomaly.evaluation import extras, provenance
 from semantic_anomaly.evaluation.components import SizeLimits
-from semantic_anomaly.evaluation.datasets import IGNORE, FrameTruth, LabelledFolder, read_labels
+from semantic_anomaly.evaluation.datasets import IGNORE, FrameTruth
+from semantic_anomaly.evaluation.layouts import Dataset
 from semantic_anomaly.evaluation.measures import (
     PixelGroups,
     by_group,
@@ -44,8 +45,8 @@ class MapFolder:
         InputError: a map is missing, cannot be read, is not of its mask's size, or not finite.
     """
 
-    def __init__(self, path: Path, dataset: LabelledFolder, progress: bool = True) -> None:
-        self._path = path
+    def __init__(self, path: Path, dataset: Dataset, progress: bool = True) -> None:
+        self._path, self._dataset = path, dataset
         self.truths = [truth for truth in dataset.truths if self._file(truth).is_file()]
         missing = [t.file for t in dataset.truths if t.has_pixels and t not in self.truths]
         if missing or not self.truths:
@@ -65,7 +66,7 @@ class MapFolder:
         self._low, self._span = int(ends[0]), max(int(ends[1] - ends[0]), 1)
 
     def _file(self, truth: FrameTruth) -> Path:
-        return self._path / f"{Path(truth.file).stem}.npy"
+        return self._path / f"{truth.stem}.npy"
 
     def raw(self, truth: FrameTruth) -> np.ndarray:
         """Return a map as it was given, (height, width) float32."""
@@ -81,6 +82,12 @@ class MapFolder:
         if not values.size or not np.isfinite(values).all():
             raise InputError(f"map '{file}': expected finite numbers, found others or none at all")
         return values
+
+    def labelled(self) -> Iterator[tuple[FrameTruth, np.ndarray, np.ndarray]]:
+        """Yield truth, map and labels of every frame with a map."""
+        for truth in self.truths:
+            values = self.raw(truth)
+            yield truth, values, self._dataset.labels(truth, (values.shape[0], values.shape[1]))
 
     def scaled(self, values: np.ndarray) -> np.ndarray:
         """Return scores in [0, 2] of the same order, so that any scale can be counted.
@@ -104,7 +111,7 @@ class MapFolder:
 
 def score_maps(
     maps: MapFolder,
-    dataset: LabelledFolder,
+    dataset: Dataset,
     out: Path,
     *,
     limits: SizeLimits,
@@ -135,7 +142,7 @@ def score_maps(
     hide = None if progress else True
     with report_folder(out, RESULTS, WRITTEN) as folder:
         for truth, values, labels in tqdm(
-            _labelled(maps), "measure", len(maps.truths), unit="map", disable=hide
+            maps.labelled(), "measure", len(maps.truths), unit="map", disable=hide
         ):
             pixels.add(truth, maps.scaled(values), labels)
             rows.append(_row(truth, values, labels, scores, tail_percent))
@@ -144,7 +151,7 @@ def score_maps(
         if pixel_threshold is not None:
             chosen = float(maps.scaled(np.array([pixel_threshold], np.float32))[0])
         counting = (
-            (maps.scaled(v), labels) for truth, v, labels in _labelled(maps) if truth.has_pixels
+            (maps.scaled(v), labels) for truth, v, labels in maps.labelled() if truth.has_pixels
         )
         components = component_measures(counting, limits, {"oracle": oracle, "calibrated": chosen})
         components["pixel_threshold_oracle"] = maps.original(oracle)
@@ -190,12 +197,6 @@ def read_scores(path: Path) -> dict[str, float]:
     if not numbers or not content:
         raise InputError(f"scores '{path}': expected finite scores by file name, or a results.json")
     return {str(name): float(value) for name, value in content.items()}
-
-
-def _labelled(maps: MapFolder) -> Iterator[tuple[FrameTruth, np.ndarray, np.ndarray]]:
-    for truth in maps.truths:
-        values = maps.raw(truth)
-        yield truth, values, read_labels(truth, (values.shape[0], values.shape[1]))
 
 
 def _row(
