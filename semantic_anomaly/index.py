@@ -14,7 +14,7 @@ from semantic_anomaly.exact_search import nearest_entries
 from semantic_anomaly.graph_file import predicted_graph_bytes
 from semantic_anomaly.identity import EmbedderIdentity
 from semantic_anomaly.images import decode_compressed
-from semantic_anomaly.index_build import BuildReport, Selection
+from semantic_anomaly.index_build import BuildReport, NominalFrame, Selection
 from semantic_anomaly.index_content import GRAPH_SEED, IndexContent
 from semantic_anomaly.index_format import (
     GRAPH,
@@ -27,7 +27,7 @@ from semantic_anomaly.neighbour_search import NeighbourSearch
 from semantic_anomaly.regions import ImageRegion
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.storage import atomic_folder
-from semantic_anomaly.structures import Frame, NominalExample, PatchGrid
+from semantic_anomaly.structures import NominalExample
 
 _BUILD_EF = 64
 
@@ -57,7 +57,7 @@ class NominalIndex:
     @classmethod
     def build(
         cls,
-        frames: Iterable[tuple[Frame, PatchGrid]],
+        frames: Iterable[NominalFrame],
         *,
         identity: EmbedderIdentity,
         region: ImageRegion,
@@ -68,7 +68,8 @@ class NominalIndex:
         """Build an index in one pass; memory grows with what is stored, not with what is seen.
 
         Args:
-            frames: nominal frames and their patch embeddings.
+            frames: nominal frames and their patch embeddings; a third, (rows, cols) bool, says
+                which patches are nominal where not all are.
             identity: of the embedder that made them.
             region: patches outside take no part.
             settings: `dedup_distance`, `max_entries`, and the graph's.

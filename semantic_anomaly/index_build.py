@@ -21,6 +21,10 @@ _EXACT_UP_TO = 20_000
 _BLOCK = 2048
 
 
+# Frame and grid, and (rows, cols) bool where not all of the frame is nominal.
+NominalFrame = tuple[Frame, PatchGrid] | tuple[Frame, PatchGrid, np.ndarray]
+
+
 class Graph(Protocol):
     """What suppression needs of a graph that grows."""
 
@@ -109,19 +113,26 @@ class Selection:
         """Return what became of the patches so far."""
         return BuildReport(**self._counts)
 
-    def extend(self, frames: Iterable[tuple[Frame, PatchGrid]], region: ImageRegion) -> None:
+    def extend(self, frames: Iterable[NominalFrame], region: ImageRegion) -> None:
         """Take in the patches of frames that lie in the region.
+
+        Args:
+            frames: with their grids and, where not all of a frame is nominal, its nominal patches.
+            region: patches outside take no part.
 
         Raises:
             IndexMismatchError: a grid of another dimension.
         """
-        for frame, grid in frames:
+        for frame, grid, *nominal in frames:
             if grid.dim != self._vectors.shape[1]:
                 raise IndexMismatchError(
                     f"frame '{frame.name}': embedding dimension", self._vectors.shape[1], grid.dim
                 )
             regions = patch_regions(grid, region)
-            rows, cols = np.nonzero(regions.label_map >= 0)
+            wanted = regions.label_map >= 0
+            for mask in nominal:
+                wanted &= mask
+            rows, cols = np.nonzero(wanted)
             embeddings = regions.embeddings[regions.label_map[rows, cols]]
             places = np.stack([np.full(len(rows), len(self.frames)), rows, cols], axis=1)
             before = self._counts["stored"]

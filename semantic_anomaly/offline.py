@@ -253,7 +253,7 @@ class _Fresh:
             )
         folders = {name.rpartition("/")[0] for name in self._indexed}
         for drive, source in sources.items():
-            self._refuse_indexed(next(iter(source)))
+            refuse_indexed(self._index, next(iter(source)))
             if source.name in folders:
                 _log.warning(
                     "calibration drive '%s' has the name of a drive that the index has seen: if "
@@ -264,21 +264,27 @@ class _Fresh:
 
     def check(self, source: FrameSource, frame: Frame) -> None:
         """Refuse a frame that was taken before."""
-        self._refuse_indexed(frame)
+        refuse_indexed(self._index, frame)
         taken = source.path.resolve(), frame.name
         if taken in self._taken:
             raise CalibrationError(f"calibration frame '{frame.name}' is given twice")
         self._taken.add(taken)
 
-    def _refuse_indexed(self, frame: Frame) -> None:
-        # Folders of different drives often have the same name, so the picture decides.
-        thumbnail = self._index.thumbnail(frame.name) if frame.name in self._indexed else None
-        if thumbnail is None:
-            return
-        height, width = thumbnail.shape[:2]
-        small = cv2.resize(frame.image, (width, height), interpolation=cv2.INTER_AREA)
-        if float(cv2.absdiff(small, thumbnail).mean()) < _SAME_PICTURE:
-            raise CalibrationError(
-                f"the index has seen frame '{frame.name}': its score says nothing about new "
-                "frames; calibrate with other drives"
-            )
+
+def refuse_indexed(index: NominalIndex, frame: Frame) -> None:
+    """Refuse a frame whose picture the index was built from.
+
+    Raises:
+        CalibrationError: naming the frame.
+    """
+    # Folders of different drives often have the same name, so the picture decides.
+    thumbnail = index.thumbnail(frame.name) if frame.name in index.frame_names else None
+    if thumbnail is None:
+        return
+    height, width = thumbnail.shape[:2]
+    small = cv2.resize(frame.image, (width, height), interpolation=cv2.INTER_AREA)
+    if float(cv2.absdiff(small, thumbnail).mean()) < _SAME_PICTURE:
+        raise CalibrationError(
+            f"the index has seen frame '{frame.name}': its score says nothing about new frames; "
+            "take other drives"
+        )

@@ -14,7 +14,8 @@ from colours import LEFT_HALF, ODD_BOX, make_detector, street
 from semantic_anomaly.errors import ImageError, InputError
 from semantic_anomaly.evaluation.datasets import LabelledFolder
 from semantic_anomaly.evaluation.events import Event
-from semantic_anomaly.evaluation.labelled import evaluate, latencies
+from semantic_anomaly.evaluation.labelled import evaluate
+from semantic_anomaly.evaluation.measures import latencies
 from semantic_anomaly.evaluation.replay import replay
 from semantic_anomaly.images import write_image
 from semantic_anomaly.sources import open_source

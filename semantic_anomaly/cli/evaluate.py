@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from semantic_anomaly.cli.options import (
     add_components_option,
@@ -16,6 +16,14 @@ from semantic_anomaly.cli.options import (
     settings_of,
 )
 from semantic_anomaly.cli.tables import figure, table
+from semantic_anomaly.errors import InputError
+
+if TYPE_CHECKING:
+    from semantic_anomaly.evaluation.layouts import Dataset
+    from semantic_anomaly.evaluation.protocols import Reference, SelfNominal
+    from semantic_anomaly.settings import Settings
+
+PROTOCOLS = ("drive", "one-reference", "n-reference", "self-nominal")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +34,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder with images/, masks/ or labels_masks/ and labels.json; "
         "'DATASET[START:STOP]' takes a part of it",
     )
-    parser.add_argument("--index", type=Path, required=True, help="folder of the index")
+    parser.add_argument("--index", type=Path, help="folder of the index (protocol drive)")
+    parser.add_argument(
+        "--protocol",
+        choices=PROTOCOLS,
+        default=PROTOCOLS[0],
+        help="what is nominal: drive, an index and its calibration from other drives; "
+        "one-reference or n-reference, the images of --reference; self-nominal, the normal pixels "
+        "of other images of the set (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--reference",
+        action="append",
+        default=[],
+        metavar="SOURCE",
+        help="nominal images, as for build-index; may be given several times",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     parser.add_argument(
         "--every", type=count, metavar="N", help="pictures of every N-th frame (default: about 20)"
@@ -49,16 +72,27 @@ def run(args: argparse.Namespace) -> int:
     from semantic_anomaly.evaluation.reports import refuse_other_content
 
     extras.require("sklearn.metrics", "matplotlib.figure")
+    if (args.protocol == "drive") != bool(args.index):
+        found = "none" if args.index is None else f"'{args.index}'"
+        raise InputError(f"--index: needed by the protocol drive, and by it alone; found {found}")
+    if args.protocol.endswith("reference") != bool(args.reference):
+        raise InputError(f"--reference: for the reference protocols, found {args.protocol}")
+    limits = component_limits(args.components)
     settings, camera = settings_of(args, args.index)
     refuse_other_content(args.out, RESULTS, WRITTEN)
     dataset = open_dataset(args.dataset, args.layout)
-    detector = load_detector(args, settings, camera)
+    protocol = None if args.index else _protocol(args, settings, camera, dataset)
+    if protocol is None:
+        detector = load_detector(args, settings, camera)
+    else:
+        detector = protocol.detector_of(dataset.truths[0])
     results = evaluate(
         dataset,
         detector,
         args.out,
         every=args.every,
-        limits=component_limits(args.components),
+        limits=limits,
+        protocol=protocol,
         save_maps=args.save_maps,
     )
     print(_summary(results))
@@ -66,11 +100,28 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _protocol(
+    args: argparse.Namespace, settings: Settings, camera: str, dataset: Dataset
+) -> Reference | SelfNominal:
+    from semantic_anomaly.embedding import PatchEmbedder
+    from semantic_anomaly.evaluation.protocols import Reference, SelfNominal
+
+    embedder = PatchEmbedder.from_settings(settings)
+    if args.protocol == "self-nominal":
+        return SelfNominal(settings, camera, dataset, embedder)
+    made = Reference(settings, camera, args.reference, dataset, embedder)
+    if made.name != args.protocol:
+        images = made.detail["references"]
+        raise InputError(f"--protocol {args.protocol}: found {images} reference images")
+    return made
+
+
 def _summary(results: dict[str, Any]) -> str:
     anomalous = results["frames_anomalous"]
     nominal = results["frames_counted"] - anomalous
     lines = [
-        f"{results['dataset']}: {results['frames_counted']} frames, {anomalous} anomalous"
+        f"{results['dataset']}, protocol {results['protocol']}: {results['frames_counted']} "
+        f"frames, {anomalous} anomalous"
         + (f", {results['frames_ignored']} ignored" if results["frames_ignored"] else ""),
         "",
         table(_measures(results, anomalous, nominal), ("measure", "value", "remark")),

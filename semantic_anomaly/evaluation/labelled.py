@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from semantic_anomaly.evaluation.measures import (
     by_group,
     component_measures,
     frame_measures,
+    latencies,
     pixel_measures,
 )
 from semantic_anomaly.evaluation.metrics import SCORE_RESOLUTION, frame_rates, share
@@ -30,6 +30,7 @@ from semantic_anomaly.structures import AnomalyResult, Decision
 
 if TYPE_CHECKING:
     from semantic_anomaly.detector import AnomalyDetector
+    from semantic_anomaly.evaluation.protocols import Reference, SelfNominal
 
 RESULTS, MAPS = "results.json", "maps"
 WRITTEN = frozenset(
@@ -48,6 +49,7 @@ def evaluate(
     detector: AnomalyDetector,
     out: Path,
     *,
+    protocol: Reference | SelfNominal | None = None,
     every: int | None = None,
     limits: SizeLimits = ANOMALY_TRACK,
     save_maps: bool = False,
@@ -64,6 +66,7 @@ def evaluate(
         dataset: images with ground truth.
         detector: used as it stands, uncalibrated too.
         out: folder to write; an earlier report is replaced.
+        protocol: has a detector for every frame, of which `detector` is one; None: drive.
         every: pictures of every so manieth frame, 0 for none; None: about `PICTURES` of them.
         limits: components that are too small to count.
         save_maps: keep `maps/<stem>.npy`, (height, width) float32 patch distances at every pixel.
@@ -80,12 +83,17 @@ def evaluate(
         album = Album(
             folder, detector.region, detector.settings.overlay_alpha, step, frozenset(sheet)
         )
-        rows, pixels = _assess(dataset, detector, album, folder / MAPS, progress)
+        detector_of = protocol.detector_of if protocol else lambda _: detector
+        rows, pixels = _assess(dataset, detector_of, album, folder / MAPS, progress)
         album.finish()
         frames = _maps(folder / MAPS, dataset, detector.region)
         thresholds = {"oracle": pixels.all().oracle_threshold(), "calibrated": detector.threshold}
         components = component_measures(frames, limits, thresholds)
-        results = _results(dataset, detector, rows, pixels, components)
+        results = {
+            "protocol": protocol.name if protocol else "drive",
+            "protocol_detail": protocol.detail if protocol else {},
+            **_results(dataset, detector, rows, pixels, components),
+        }
         if not save_maps:
             shutil.rmtree(folder / MAPS)
         write_json(folder / RESULTS, results)
@@ -94,17 +102,23 @@ def evaluate(
 
 
 def _assess(
-    dataset: Dataset, detector: AnomalyDetector, album: Album, maps: Path, progress: bool
+    dataset: Dataset,
+    detector_of: Callable[[FrameTruth], AnomalyDetector],
+    album: Album,
+    maps: Path,
+    progress: bool,
 ) -> tuple[list[dict[str, Any]], PixelGroups]:
     """Return one row a frame and the pixels, and write the heatmaps."""
     rows: list[dict[str, Any]] = []
     pixels = PixelGroups()
     maps.mkdir()
-    detector.reset()
+    detector = None
     bar = tqdm(dataset, "evaluate", len(dataset), unit="frame", disable=None if progress else True)
     for number, (frame, truth, mask) in enumerate(bar):
-        if number == 0:
+        if (needed := detector_of(truth)) is not detector:
             # The first frame pays for what is made once, and would be the slowest.
+            detector = needed
+            detector.reset()
             detector.detect(frame)
             detector.reset()
         result = detector.detect(frame)
@@ -209,22 +223,6 @@ def _results(
         "latency_ms": latencies(row["ms"] for row in rows),
         **provenance.describe(detector),
         "frames": rows,
-    }
-
-
-def latencies(stages: Any) -> dict[str, dict[str, float]]:
-    """Return median, 95th and 99th percentile of milliseconds by stage.
-
-    Args:
-        stages: iterable of milliseconds by stage, one a frame.
-    """
-    by_stage: dict[str, list[float]] = defaultdict(list)
-    for row in stages:
-        for stage, ms in row.items():
-            by_stage[stage].append(ms)
-    return {
-        stage: {f"p{q}": round(float(np.percentile(values, q)), 3) for q in (50, 95, 99)}
-        for stage, values in by_stage.items()
     }
 
 

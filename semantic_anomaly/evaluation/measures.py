@@ -149,5 +149,21 @@ def by_group(
     return found
 
 
+def latencies(stages: Any) -> dict[str, dict[str, float]]:
+    """Return median, 95th and 99th percentile of milliseconds by stage.
+
+    Args:
+        stages: iterable of milliseconds by stage, one a frame.
+    """
+    by_stage: dict[str, list[float]] = defaultdict(list)
+    for row in stages:
+        for stage, ms in row.items():
+            by_stage[stage].append(ms)
+    return {
+        stage: {f"p{q}": round(float(np.percentile(values, q)), 3) for q in (50, 95, 99)}
+        for stage, values in by_stage.items()
+    }
+
+
 def _listed(interval: tuple[float, float] | None) -> list[float] | None:
     return None if interval is None else list(interval)

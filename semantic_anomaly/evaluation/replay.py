@@ -14,7 +14,7 @@ from tqdm import tqdm
 from semantic_anomaly.evaluation import extras, figures, provenance
 from semantic_anomaly.evaluation.album import Album
 from semantic_anomaly.evaluation.events import Event, drive_metrics
-from semantic_anomaly.evaluation.labelled import latencies
+from semantic_anomaly.evaluation.measures import latencies
 from semantic_anomaly.evaluation.reports import report_folder, write_json
 from semantic_anomaly.sources import FrameSource
 from semantic_anomaly.structures import AnomalyResult, Decision, Frame
