@@ -14,7 +14,7 @@ setup(
     name=package_name,
     version=version,
     packages=find_packages(include=[package_name, f"{package_name}.*"]),
-    package_data={package_name: ["py.typed", "backbones/*/*"]},
+    package_data={package_name: ["py.typed", "backbones/*/*", "evaluation/*.j2"]},
     data_files=[
         ("share/ament_index/resource_index/packages", [f"resource/{package_name}"]),
         (f"share/{package_name}", ["package.xml"]),
@@ -47,7 +47,7 @@ setup(
             "ros-std-srvs",
             "ros-visualization-msgs",
         ],
-        "report": ["matplotlib", "scikit-learn", "scipy"],
+        "report": ["jinja2", "matplotlib", "scikit-learn", "scipy"],
         "test": ["mypy", "pytest", "ruff", "types-PyYAML", "types-tqdm"],
     },
     zip_safe=False,

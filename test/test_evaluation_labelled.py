@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from semantic_anomaly.evaluation.events import Event
 from semantic_anomaly.evaluation.labelled import evaluate
 from semantic_anomaly.evaluation.measures import latencies
 from semantic_anomaly.evaluation.replay import replay
-from semantic_anomaly.images import write_image
+from semantic_anomaly.images import read_image, write_image
 from semantic_anomaly.sources import open_source
 
 # One frame a letter: '.' nominal, 'o' odd, 'i' odd and to be ignored, 'u' odd and unmasked.
@@ -170,12 +172,41 @@ def test_pictures_are_written(report: tuple[Path, dict[str, Any]]) -> None:
         names = sorted(path.name for path in (out / folder).iterdir())
         assert names == ["00000.jpg", "00004.jpg", "00008.jpg"]
     worst = sorted(path.name for path in (out / "worst").iterdir())
-    assert [name[:16] for name in worst] == ["highest_nominal_"] * 4 + [
-        "lowest_anomaly_" + str(i) for i in range(1, 5)
+    groups = ("highest_anomaly", "highest_nominal", "lowest_anomaly")
+    assert [name[: name.index("_0")] for name in worst] == [
+        f"{group}_{i}" for group in groups for i in range(1, 5)
     ]
-    for name in ("score_curve.png", "score_histogram.png"):
+    # The fourth picture is the nearest nominal frame.
+    assert (
+        read_image(out / "worst" / worst[0]).shape[1]
+        > read_image(out / "panels" / "00000.jpg").shape[1] * 1.3
+    )
+    for name in ("score_curve.png", "score_histogram.png", "curves.png", "calibration.png"):
         assert (out / name).read_bytes()[:4] == PNG
     assert (out / "contact_sheet.jpg").is_file()
+
+
+def test_the_report_is_one_file_without_a_network(report: tuple[Path, dict[str, Any]]) -> None:
+    out, results = report
+    text = (out / "report.html").read_text(encoding="utf-8")
+    sources = re.findall(r'(?:src|href)="([^"]*)"', text)
+    assert len(sources) == 4 + 12
+    assert all(source.startswith("data:image/") for source in sources)
+    assert "http:" not in text and "https:" not in text and "<script" not in text
+    for key in ("pixel_ap", "component_f1_oracle", "frame_auroc"):
+        assert f"{results[key]:.3f}" in text
+    for kind in results["by_kind"]:
+        assert f"<td>{kind}</td>" in text
+    assert results["calibration"]["warnings"][0] in unescape(text)
+    assert results["index"]["fingerprint"] in text
+
+
+def test_names_cannot_break_the_report(tmp_path: Path) -> None:
+    dataset = LabelledFolder(make_dataset(tmp_path / "<b>&drive", ".o"))
+    evaluate(dataset, make_detector(calibrated=False), tmp_path / "out", progress=False)
+    text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "<h1>&lt;b&gt;&amp;drive</h1>" in text
+    assert not (tmp_path / "out" / "calibration.png").exists()
 
 
 def test_only_the_region_is_measured(tmp_path: Path) -> None:

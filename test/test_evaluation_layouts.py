@@ -13,7 +13,8 @@ from test_evaluation_labelled import odd_mask
 from semantic_anomaly.cli import main
 from semantic_anomaly.errors import InputError
 from semantic_anomaly.evaluation.labelled import evaluate
-from semantic_anomaly.evaluation.layouts import LAYOUTS, Layout, open_dataset
+from semantic_anomaly.evaluation.layouts import LAYOUTS, Layout
+from semantic_anomaly.evaluation.published import open_dataset
 from semantic_anomaly.images import write_image
 
 # Image and labels of two frames in each published layout, beside files that do not belong to it.

@@ -217,3 +217,14 @@ def test_the_oracle_threshold_has_the_best_f1_of_what_lies_strictly_above(
         limits = [threshold, -1.0, *scores.tolist()]
         chosen, *others = (f1_above(limit, scores, anomalous) for limit in limits)
         assert chosen == max(others)
+
+
+def test_the_curve_is_precision_over_recall(rng: np.random.Generator) -> None:
+    anomalous = rng.random(3000) < 0.1
+    scores = (rng.random(3000) + 0.6 * anomalous).astype(np.float32)
+    curve = pixel_scores(scores, anomalous).curves(points=50)
+    assert 20 < len(curve["recall"]) <= 50 and curve["recall"][-1] == 1.0
+    rows = {round(r, 9): p for r, p, _ in rates_by_threshold(scores, anomalous)[::-1]}
+    for recall, precision in zip(curve["recall"], curve["precision"], strict=True):
+        assert rows[round(float(recall), 9)] == pytest.approx(precision)
+    assert len(pixel_scores(scores, anomalous & False).curves()["recall"]) == 0

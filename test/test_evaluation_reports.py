@@ -137,7 +137,7 @@ def fill(album: Album, scores: list[float], group: str = "highest_nominal") -> N
     for number, score in enumerate(scores):
         frame = Frame(image, number, name=f"d/{number}.png")
         album.add(
-            number, frame, result_of(score), stem=str(number), caption="", rank=(group, score)
+            number, frame, result_of(score), stem=str(number), caption="", ranks=[(group, score)]
         )
     album.finish()
 

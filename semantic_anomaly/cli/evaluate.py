@@ -19,8 +19,8 @@ from semantic_anomaly.cli.tables import figure, table
 from semantic_anomaly.errors import InputError
 
 if TYPE_CHECKING:
-    from semantic_anomaly.evaluation.layouts import Dataset
     from semantic_anomaly.evaluation.protocols import Reference, SelfNominal
+    from semantic_anomaly.evaluation.published import Dataset
     from semantic_anomaly.settings import Settings
 
 PROTOCOLS = ("drive", "one-reference", "n-reference", "self-nominal")
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate, write the report and print its figures."""
     from semantic_anomaly.evaluation import extras
     from semantic_anomaly.evaluation.labelled import RESULTS, WRITTEN, evaluate
-    from semantic_anomaly.evaluation.layouts import open_dataset
+    from semantic_anomaly.evaluation.published import open_dataset
     from semantic_anomaly.evaluation.reports import refuse_other_content
 
     extras.require("sklearn.metrics", "matplotlib.figure")

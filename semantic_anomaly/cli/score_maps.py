@@ -46,7 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure the maps, write results.json and print its figures."""
     from semantic_anomaly.errors import InputError
-    from semantic_anomaly.evaluation.layouts import open_dataset
     from semantic_anomaly.evaluation.maps import (
         RESULTS,
         WRITTEN,
@@ -54,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
         read_scores,
         score_maps,
     )
+    from semantic_anomaly.evaluation.published import open_dataset
     from semantic_anomaly.evaluation.reports import refuse_other_content
 
     if not 0 < args.tail_percent <= 100:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -15,18 +16,26 @@ from semantic_anomaly.regions import ImageRegion
 from semantic_anomaly.rendering import contact_sheet, draw_heatmap, draw_overlay
 from semantic_anomaly.structures import AnomalyResult, Frame
 
+if TYPE_CHECKING:
+    from semantic_anomaly.detector import AnomalyDetector
+
 PANEL_WIDTH_PX = 640
 SHEET_WIDTH_PX = 480
 SHEET_COLUMNS = 4
 WORST = 4
-_TRUTH = (0, 220, 90)
+_TRUTH, _NEAREST = (0, 220, 90), (255, 220, 0)
 _GOOD, _BAD = (200, 240, 205), (255, 214, 190)
 _TINTS = {"FOUND": _GOOD, "MISSED": _BAD, "FALSE ALARM": _BAD, "SOMETHING ELSE": _BAD}
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
 
 
 def side_by_side(
-    image: np.ndarray, heat: np.ndarray, overlay: np.ndarray, mask: np.ndarray | None, caption: str
+    image: np.ndarray,
+    heat: np.ndarray,
+    overlay: np.ndarray,
+    mask: np.ndarray | None,
+    caption: str,
+    nearest: np.ndarray | None = None,
 ) -> np.ndarray:
     """Return image, heatmap and overlay in a row under a caption, (height, width, 3) uint8 RGB.
 
@@ -34,11 +43,38 @@ def side_by_side(
         image, heat, overlay: (height, width, 3) uint8 RGB of one size.
         mask: (height, width) uint8 ground truth, outlined on the image where it is 1.
         caption: one line.
+        nearest: a fourth picture, of any size.
     """
-    shown = _with_truth(image, mask)
-    panels = [at_width(panel, PANEL_WIDTH_PX) for panel in (shown, heat, overlay)]
-    row = contact_sheet(panels, columns=3)
+    height, width = image.shape[:2]
+    shown = [_with_truth(image, mask), heat, overlay]
+    if nearest is not None:
+        shown.append(cv2.resize(nearest, (width, height), interpolation=cv2.INTER_LINEAR))
+    panels = [at_width(panel, PANEL_WIDTH_PX) for panel in shown]
+    row = contact_sheet(panels, columns=len(panels))
     return np.concatenate([_strip(caption, row.shape[1], 30), row])
+
+
+def nearest_nominal(detector: AnomalyDetector, frame: Frame) -> np.ndarray | None:
+    """Return the nominal frame that the oddest patch of a frame is nearest to, its place marked.
+
+    Returns:
+        (h, w, 3) uint8 RGB, 320 pixels at most; None when the index has no picture of it.
+    """
+    grid = detector.embedder.embed([frame.image])[0]
+    distances = detector.score(grid)[1]
+    row, col = np.unravel_index(int(np.nanargmax(distances)), distances.shape)
+    example = detector.index.nearest(grid.features[row, col])
+    picture = detector.index.thumbnail(example.frame)
+    if picture is None:
+        return None
+    picture = picture.copy()
+    (rows, cols), (height, width) = example.grid_hw, picture.shape[:2]
+    corners = [
+        (round((example.col + i) * width / cols), round((example.row + i) * height / rows))
+        for i in (-1, 2)
+    ]
+    cv2.rectangle(picture, corners[0], corners[1], _NEAREST, 1)
+    return picture
 
 
 @dataclass
@@ -70,7 +106,8 @@ class Album:
         stem: str,
         caption: str,
         mask: np.ndarray | None = None,
-        rank: tuple[str, float] | None = None,
+        ranks: Sequence[tuple[str, float]] = (),
+        nearest: Callable[[], np.ndarray | None] = lambda: None,
         always: bool = False,
     ) -> None:
         """Take the pictures of a frame that are wanted.
@@ -81,28 +118,36 @@ class Album:
             stem: name of the pictures.
             caption: one line.
             mask: ground truth.
-            rank: group and badness; the `WORST` of each group are kept.
+            ranks: group and how extreme it is there; the `WORST` of each group are kept.
+            nearest: makes the fourth picture of a frame that is kept so.
             always: write this frame whatever its number.
         """
         regular = always or (self.every > 0 and number % self.every == 0)
-        kept = self._worst.setdefault(rank[0], []) if rank else []
-        among_worst = rank is not None and (len(kept) < WORST or rank[1] > kept[0][0])
-        if not (regular or among_worst or number in self.sheet):
+        kept = {group: self._worst.setdefault(group, []) for group, _ in ranks}
+        extreme = [
+            (group, value)
+            for group, value in ranks
+            if len(kept[group]) < WORST or value > kept[group][0][0]
+        ]
+        if not (regular or extreme or number in self.sheet):
             return
         overlay = draw_overlay(frame.image, result, self.region, self.alpha)
         if number in self.sheet:
             small = at_width(_with_truth(overlay, mask), SHEET_WIDTH_PX)
             self._thumbnails.append(np.concatenate([_strip(caption, small.shape[1], 18), small]))
-        if not (regular or among_worst):
+        if not (regular or extreme):
             return
         heat = draw_heatmap(result, self.region)
-        panel = encode_jpeg(side_by_side(frame.image, heat, overlay, mask, caption), 88)
         if regular:
+            panel = side_by_side(frame.image, heat, overlay, mask, caption)
             self._write(f"overlays/{stem}.jpg", encode_jpeg(overlay))
-            self._write(f"panels/{stem}.jpg", panel)
-        if among_worst and rank:
-            push = heapq.heappush if len(kept) < WORST else heapq.heappushpop
-            push(kept, (rank[1], number, stem, panel))
+            self._write(f"panels/{stem}.jpg", encode_jpeg(panel, 88))
+        if extreme:
+            panel = side_by_side(frame.image, heat, overlay, mask, caption, nearest())
+            content = encode_jpeg(panel, 88)
+            for group, value in extreme:
+                push = heapq.heappush if len(kept[group]) < WORST else heapq.heappushpop
+                push(kept[group], (value, number, stem, content))
 
     def finish(self) -> None:
         """Write what could only be chosen at the end: the worst frames and the contact sheet."""

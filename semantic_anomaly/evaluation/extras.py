@@ -7,7 +7,7 @@ from types import ModuleType
 
 from semantic_anomaly.errors import SemanticAnomalyError
 
-_PACKAGES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "PIL": "pillow"}
+_PACKAGES = {"sklearn": "scikit-learn", "PIL": "pillow"}
 
 
 class MissingPackageError(SemanticAnomalyError):

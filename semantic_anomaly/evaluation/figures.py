@@ -130,15 +130,83 @@ def score_histogram(
         _legend_beside(figure, rows)
 
 
+def quality_curves(
+    path: Path,
+    scores: np.ndarray,
+    anomalous: np.ndarray,
+    pixels: Mapping[str, np.ndarray],
+    operating: tuple[float | None, float | None],
+) -> None:
+    """Draw the ROC of the frames and precision over recall of the pixels.
+
+    Args:
+        path: PNG to write.
+        scores: (n,) frame scores.
+        anomalous: (n,) bool.
+        pixels: `recall` and `precision` of equal length, empty where there is no curve.
+        operating: true- and false-positive rate at the threshold, None where there is none.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+    """
+    with _figure(path, (9, 3.9), columns=2) as (_, (left, right)):
+        left.plot([0, 1], [0, 1], color="#999999", linestyle=":", linewidth=1)
+        if anomalous.any() and not anomalous.all():
+            fpr, tpr, _ = extras.load("sklearn.metrics").roc_curve(anomalous, scores)
+            left.plot(fpr, tpr, color=_SCORE, linewidth=1.6)
+        tpr_at, fpr_at = operating
+        if tpr_at is not None and fpr_at is not None:
+            left.plot(fpr_at, tpr_at, "o", color=_ALARM, label="threshold")
+            left.legend(loc="lower right", fontsize=9, frameon=False)
+        left.set(xlabel="false-positive rate", ylabel="true-positive rate", title="frames")
+        right.plot(pixels["recall"], pixels["precision"], color=_SCORE, linewidth=1.6)
+        right.set(xlabel="recall", ylabel="precision", title="pixels")
+        for axes in (left, right):
+            axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.02))
+            axes.grid(alpha=0.25)
+
+
+def calibration_curve(
+    path: Path,
+    targets: Sequence[float],
+    realised: Sequence[float],
+    intervals: Sequence[tuple[float, float]],
+) -> None:
+    """Draw realised over target false-alarm rates of nominal frames, with intervals.
+
+    Args:
+        path: PNG to write.
+        targets: rates asked of the calibration.
+        realised: shares of nominal frames above the threshold that it gave.
+        intervals: of the realised rates.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+    """
+    with _figure(path, (5.2, 3.9)) as (_, (axes,)):
+        low, high = zip(*intervals, strict=True)
+        axes.fill_between(targets, low, high, color=_NOMINAL, alpha=0.3, linewidth=0,
+                          label="95 % interval over sequences")  # fmt: skip
+        axes.plot(targets, realised, color=_SCORE, marker=".", label="realised")
+        axes.plot([0, max(targets)], [0, max(targets)], color=_THRESHOLD, linestyle="--",
+                  linewidth=1, label="as promised")  # fmt: skip
+        axes.set(xlabel="target false-alarm rate", ylabel="realised on nominal frames")
+        axes.set_xlim(0, max(targets))
+        axes.set_ylim(0, min(1.0, max(2 * max(targets), 1.1 * max(realised))))
+        axes.grid(alpha=0.25)
+        axes.legend(loc="upper left", fontsize=9, frameon=False)
+
+
 @contextmanager
 def _figure(
-    path: Path, size_inch: tuple[float, float], rows: int = 1
+    path: Path, size_inch: tuple[float, float], rows: int = 1, columns: int = 1
 ) -> Iterator[tuple[Any, Sequence[Any]]]:
     """Yield figure and axes without pyplot, whose state all of the process would share."""
     agg = extras.load("matplotlib.backends.backend_agg")
     figure = extras.load("matplotlib.figure").Figure(size_inch, layout="constrained")
     agg.FigureCanvasAgg(figure)
-    yield figure, figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
+    # Rows share their axis, columns show different things.
+    yield figure, figure.subplots(rows, columns, sharex="col", squeeze=False).ravel()
     figure.savefig(path, dpi=_DPI)
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
-from semantic_anomaly.evaluation import extras, figures, provenance
-from semantic_anomaly.evaluation.album import Album, evenly
+from semantic_anomaly.evaluation import extras, html, pictures, provenance
+from semantic_anomaly.evaluation.album import Album, evenly, nearest_nominal
 from semantic_anomaly.evaluation.components import ANOMALY_TRACK, SizeLimits
 from semantic_anomaly.evaluation.datasets import IGNORE, FrameTruth
-from semantic_anomaly.evaluation.layouts import Dataset
 from semantic_anomaly.evaluation.measures import (
     PixelGroups,
     by_group,
@@ -24,6 +24,7 @@ from semantic_anomaly.evaluation.measures import (
     pixel_measures,
 )
 from semantic_anomaly.evaluation.metrics import SCORE_RESOLUTION, frame_rates, share
+from semantic_anomaly.evaluation.published import Dataset
 from semantic_anomaly.evaluation.reports import report_folder, write_json
 from semantic_anomaly.regions import ImageRegion
 from semantic_anomaly.structures import AnomalyResult, Decision
@@ -37,7 +38,7 @@ WRITTEN = frozenset(
     {
         RESULTS,
         *("overlays", "panels", "worst", MAPS),
-        *("contact_sheet.jpg", "score_curve.png", "score_histogram.png"),
+        *("contact_sheet.jpg", *pictures.FIGURES, html.NAME),
     }
 )
 PICTURES = 20
@@ -74,9 +75,9 @@ def evaluate(
 
     Raises:
         InputError: an image or mask cannot be used, or `out` holds something else.
-        MissingPackageError: scikit-learn or matplotlib is not installed.
+        MissingPackageError: a package of the extra [report] is not installed.
     """
-    extras.require("sklearn.metrics", "matplotlib.figure")
+    extras.require("sklearn.metrics", "scipy.stats", "matplotlib.figure", "jinja2")
     with report_folder(out, RESULTS, WRITTEN) as folder:
         step = max(1, len(dataset) // PICTURES) if every is None else every
         sheet = _sheet_frames(dataset.truths)
@@ -97,7 +98,8 @@ def evaluate(
         if not save_maps:
             shutil.rmtree(folder / MAPS)
         write_json(folder / RESULTS, results)
-        _draw(folder, dataset, detector, rows, results)
+        pictures.draw(folder, detector, results, pixels.all())
+        html.write_html(folder, results)
     return results
 
 
@@ -133,7 +135,8 @@ def _assess(
             stem=truth.stem,
             caption=_caption(truth, result, rows[-1]["localized"]),
             mask=mask,
-            rank=_rank(truth, result),
+            ranks=_ranks(truth, result),
+            nearest=partial(nearest_nominal, detector, frame),
         )
     return rows, pixels
 
@@ -235,10 +238,12 @@ def _sheet_frames(truths: list[FrameTruth]) -> list[int]:
     return sorted([*first, *evenly(nominal, SHEET_PICTURES - len(first))])
 
 
-def _rank(truth: FrameTruth, result: AnomalyResult) -> tuple[str, float] | None:
+def _ranks(truth: FrameTruth, result: AnomalyResult) -> list[tuple[str, float]]:
     if truth.ignored:
-        return None
-    return ("lowest_anomaly", -result.score) if truth.anomaly else ("highest_nominal", result.score)
+        return []
+    if truth.anomaly:
+        return [("lowest_anomaly", -result.score), ("highest_anomaly", result.score)]
+    return [("highest_nominal", result.score)]
 
 
 def _caption(truth: FrameTruth, result: AnomalyResult, localized: bool | None) -> str:
@@ -252,43 +257,3 @@ def _caption(truth: FrameTruth, result: AnomalyResult, localized: bool | None) -
         label = "nominal"
         verdict = "FALSE ALARM" if result.decision is Decision.ANOMALY else ""
     return f"{truth.file}   truth: {label}   score {result.score:.3f}   {verdict}".rstrip()
-
-
-def _draw(
-    folder: Path,
-    dataset: Dataset,
-    detector: AnomalyDetector,
-    rows: list[dict[str, Any]],
-    results: dict[str, Any],
-) -> None:
-    def truth_of(row: dict[str, Any]) -> str | None:
-        if row["ignored"]:
-            return None
-        return (row["kind"] or "anomaly") if row["anomaly"] else ""
-
-    scored = [
-        figures.ScoredFrame(
-            row["stamp_ns"],
-            row["score"],
-            row["decision"] == Decision.ANOMALY.value,
-            truth_of(row),
-        )
-        for row in rows
-    ]
-    auroc = results["frame_auroc"]
-    title = dataset.name + (f": frame AUROC {auroc:.3f}" if auroc is not None else "")
-    threshold = detector.threshold
-    figures.score_curve(folder / "score_curve.png", scored, threshold, title)
-    groups: dict[str, list[float]] = {"nominal": []}
-    for row in rows:
-        if not row["ignored"]:
-            name = (row["family"] or "anomalous") if row["anomaly"] else "nominal"
-            groups.setdefault(name, []).append(row["score"])
-    calibration = detector.calibration
-    figures.score_histogram(
-        folder / "score_histogram.png",
-        dict(groups),
-        calibration.scores.tolist() if calibration else (),
-        threshold,
-        title,
-    )

@@ -16,7 +16,6 @@ from semantic_anomaly.errors import InputError
 from semantic_anomaly.evaluation import extras, provenance
 from semantic_anomaly.evaluation.components import SizeLimits
 from semantic_anomaly.evaluation.datasets import IGNORE, FrameTruth
-from semantic_anomaly.evaluation.layouts import Dataset
 from semantic_anomaly.evaluation.measures import (
     PixelGroups,
     by_group,
@@ -24,6 +23,7 @@ from semantic_anomaly.evaluation.measures import (
     frame_measures,
     pixel_measures,
 )
+from semantic_anomaly.evaluation.published import Dataset
 from semantic_anomaly.evaluation.reports import report_folder, write_json
 from semantic_anomaly.scoring import tail_mean
 

@@ -171,6 +171,21 @@ class PixelScores:
         total._counts = self._counts + other._counts
         return total
 
+    def curves(self, points: int = 400) -> dict[str, np.ndarray]:
+        """Return recall with precision, for drawing: at most so many points, none undefined."""
+        normal, anomalous = (int(n) for n in self._counts.sum(axis=1))
+        if not normal or not anomalous:
+            return {"recall": np.zeros(0), "precision": np.zeros(0)}
+        above = self._counts[:, ::-1].cumsum(axis=1)
+        recall = above[1] / anomalous
+        # One point a step of recall is enough to see.
+        wanted = np.searchsorted(recall, np.linspace(recall[recall > 0][0], 1.0, points))
+        picked = np.unique(np.minimum(wanted, len(recall) - 1))
+        return {
+            "recall": recall[picked],
+            "precision": above[1][picked] / above.sum(axis=0)[picked],
+        }
+
     def oracle_threshold(self) -> float | None:
         """Return the threshold with the best pooled F1 of the pixels above it, strictly.
 

@@ -16,7 +16,7 @@ import numpy as np
 from semantic_anomaly.detector import AnomalyDetector, Embedder
 from semantic_anomaly.errors import InputError
 from semantic_anomaly.evaluation.datasets import NORMAL, FrameTruth
-from semantic_anomaly.evaluation.layouts import Dataset
+from semantic_anomaly.evaluation.published import Dataset
 from semantic_anomaly.index import NominalIndex
 from semantic_anomaly.offline import build_index, refuse_indexed
 from semantic_anomaly.regions import ImageRegion
