@@ -33,7 +33,7 @@ bench: $(STAMP)  ## Stage times and the search, side by side.
 
 $(STAMP): setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[ros,report,test]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[ros,report,vlm,test]'
 	touch $(VENV)/COLCON_IGNORE $@
 
 clean:

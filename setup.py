@@ -48,6 +48,7 @@ setup(
             "ros-visualization-msgs",
         ],
         "report": ["jinja2", "matplotlib", "scikit-learn", "scipy"],
+        "vlm": ["openai"],
         "test": ["mypy", "pytest", "ruff", "types-PyYAML", "types-tqdm"],
     },
     zip_safe=False,

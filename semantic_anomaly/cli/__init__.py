@@ -49,6 +49,11 @@ VERBS = {
         "put the results of evaluations side by side",
         "semantic-anomaly compare report_a report_b",
     ),
+    "judge": _Verb(
+        "judge",
+        "ask a vision-language model of every frame, for comparison",
+        "semantic-anomaly judge labelled --base-url http://localhost:8000/v1 --model m --out told",
+    ),
     "replay": _Verb(
         "replay",
         "run a bag, video or folder through the detector; write scores, curve and overlays",

@@ -11,7 +11,7 @@ _PACKAGES = {"sklearn": "scikit-learn", "PIL": "pillow"}
 
 
 class MissingPackageError(SemanticAnomalyError):
-    """A package of the extra [report] is not installed."""
+    """A package of an extra is not installed."""
 
 
 def require(*modules: str) -> None:
@@ -24,8 +24,8 @@ def require(*modules: str) -> None:
         load(name)
 
 
-def load(name: str) -> ModuleType:
-    """Import a module of the extra [report].
+def load(name: str, extra: str = "report") -> ModuleType:
+    """Import a module of an extra, report or vlm.
 
     Raises:
         MissingPackageError: it is not installed.
@@ -35,6 +35,6 @@ def load(name: str) -> ModuleType:
     except ImportError as error:
         package = _PACKAGES.get(name.partition(".")[0], name)
         raise MissingPackageError(
-            f"reports need the package '{package}', which cannot be imported ({error}); "
-            "install it with: pip install 'semantic_anomaly[report]'"
+            f"this needs the package '{package}', which cannot be imported ({error}); "
+            f"install it with: pip install 'semantic_anomaly[{extra}]'"
         ) from error
