@@ -24,8 +24,8 @@ from semantic_anomaly.evaluation.judge import (
     Judge,
     JudgeError,
     judge_dataset,
-    parse_verdict,
 )
+from semantic_anomaly.evaluation.verdicts import parse_verdict
 
 SECRET = "sk-of-nobody"
 

@@ -42,9 +42,10 @@ def run(args: argparse.Namespace) -> int:
     """Ask, write results.json and print its figures."""
     from semantic_anomaly.errors import InputError
     from semantic_anomaly.evaluation import extras
-    from semantic_anomaly.evaluation.judge import PROMPT, RESULTS, WRITTEN, Judge, judge_dataset
+    from semantic_anomaly.evaluation.judge import RESULTS, WRITTEN, Judge, judge_dataset
     from semantic_anomaly.evaluation.published import open_dataset
     from semantic_anomaly.evaluation.reports import refuse_other_content
+    from semantic_anomaly.evaluation.verdicts import PROMPT
 
     extras.load("openai", extra="vlm")
     extras.require("sklearn.metrics", "scipy.stats")
