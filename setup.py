@@ -63,6 +63,7 @@ setup(
             "semantic-anomaly = semantic_anomaly.cli:main",
             "anomaly_node = semantic_anomaly.ros.node:main",
             "source_player = semantic_anomaly.ros.player:main",
+            "result_recorder = semantic_anomaly.ros.recorder:main",
         ],
     },
 )

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "launch"
 NODE = LAUNCH / "semantic_anomaly.launch.py"
 REPLAY = LAUNCH / "replay.launch.py"
+EVALUATE = LAUNCH / "evaluate_replay.launch.py"
 
 
 def tree(path: Path) -> ast.Module:
@@ -29,14 +30,14 @@ def strings(path: Path) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("path", [NODE, REPLAY])
+@pytest.mark.parametrize("path", [NODE, REPLAY, EVALUATE])
 def test_launch_files_compile_and_have_their_entry_point(path: Path) -> None:
     names = [node.name for node in tree(path).body if isinstance(node, ast.FunctionDef)]
     assert "generate_launch_description" in names
     compile(path.read_text(encoding="utf-8"), str(path), "exec")
 
 
-@pytest.mark.parametrize("path", [NODE, REPLAY])
+@pytest.mark.parametrize("path", [NODE, REPLAY, EVALUATE])
 def test_launch_files_import_nothing_that_is_not_declared(path: Path) -> None:
     declared = re.findall(r"<exec_depend>(\w+)<", (ROOT / "package.xml").read_text("utf-8"))
     modules = [n.module or "" for n in ast.walk(tree(path)) if isinstance(n, ast.ImportFrom)]
@@ -47,6 +48,9 @@ def test_launch_files_name_what_the_package_installs() -> None:
     assert "anomaly_node = semantic_anomaly.ros.node:main" in (ROOT / "setup.py").read_text("utf-8")
     assert {"anomaly_node", "semantic_anomaly.yaml"} <= strings(NODE)
     assert {"semantic_anomaly.launch.py", "semantic_anomaly.rviz"} <= strings(REPLAY)
+    setup = (ROOT / "setup.py").read_text("utf-8")
+    assert "result_recorder = semantic_anomaly.ros.recorder:main" in setup
+    assert {"replay.launch.py", "result_recorder"} <= strings(EVALUATE)
     for name in ("semantic_anomaly.yaml", "semantic_anomaly.rviz"):
         assert (ROOT / "config" / name).is_file()
 
@@ -91,7 +95,7 @@ class TestRealLaunch:
         return context, list(description.entities)
 
     def test_every_argument_has_a_description_or_a_default(self) -> None:
-        for path in (NODE, REPLAY):
+        for path in (NODE, REPLAY, EVALUATE):
             _, found = self.entities(path)
             declared = [e for e in found if type(e).__name__ == "DeclareLaunchArgument"]
             assert len(declared) >= 10

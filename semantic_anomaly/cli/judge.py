@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from semantic_anomaly.evaluation.reports import refuse_other_content
     from semantic_anomaly.evaluation.verdicts import PROMPT
 
-    extras.load("openai", extra="vlm")
+    extras.require("openai", extra="vlm")
     extras.require("sklearn.metrics", "scipy.stats")
     refuse_other_content(args.out, RESULTS, WRITTEN)
     prompt = PROMPT

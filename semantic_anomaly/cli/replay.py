@@ -44,8 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Replay, write scores and pictures, and print the alarms."""
     from semantic_anomaly.evaluation import extras
+    from semantic_anomaly.evaluation.drives import SUMMARY, WRITTEN
     from semantic_anomaly.evaluation.events import read_events
-    from semantic_anomaly.evaluation.replay import SUMMARY, WRITTEN, replay
+    from semantic_anomaly.evaluation.replay import replay
     from semantic_anomaly.evaluation.reports import refuse_other_content
     from semantic_anomaly.sources import open_source
 

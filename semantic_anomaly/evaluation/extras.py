@@ -14,14 +14,14 @@ class MissingPackageError(SemanticAnomalyError):
     """A package of an extra is not installed."""
 
 
-def require(*modules: str) -> None:
-    """Refuse early, before hours of work, when a package of the extra [report] is missing.
+def require(*modules: str, extra: str = "report") -> None:
+    """Refuse early, before hours of work, when a package of an extra is missing.
 
     Raises:
         MissingPackageError: naming package and extra.
     """
     for name in modules:
-        load(name)
+        load(name, extra)
 
 
 def load(name: str, extra: str = "report") -> ModuleType:

@@ -38,6 +38,10 @@ _RELIABILITY = {
 }
 
 
+# Begins the reason of what is said of a silent camera, and of no image.
+SILENCE = "no frames for"
+
+
 class CameraInputs:
     """The subscriptions of one camera, from activate to deactivate.
 
@@ -138,7 +142,7 @@ class CameraInputs:
                 f"incompatible QoS? this side: {self._settings.qos_reliability}",
                 LARGE_DATA_HINT,
             ]
-        return f"no frames for {silent_s:.1f} s on topic {self.topic} ({'; '.join(hints)})"
+        return f"{SILENCE} {silent_s:.1f} s on topic {self.topic} ({'; '.join(hints)})"
 
     def _subscribe(self, kind: Any, topic: str, store: Any, qos: QoSProfile) -> Any:
         def incompatible(event: Any) -> None:
