@@ -228,7 +228,7 @@ def _open(path: Path, selection: slice, topic: str | None) -> FrameSource:
     suffix = path.suffix.lower()
     if not path.exists():
         raise SourceError(f"source '{path}' does not exist")
-    if (path / "metadata.yaml").is_file() or (path.is_file() and suffix in BAG_SUFFIXES):
+    if is_bag(path):
         from semantic_anomaly.bags import BagSource
 
         return BagSource(path, topic=topic, selection=selection)
@@ -245,6 +245,12 @@ def _open(path: Path, selection: slice, topic: str | None) -> FrameSource:
 def _bag_remark(folder: Path) -> str:
     bags = sorted(f.name for f in folder.iterdir() if f.suffix.lower() in BAG_SUFFIXES)
     return f"; {bags[0]} lacks its metadata.yaml ('ros2 bag reindex' makes one)" if bags else ""
+
+
+def is_bag(path: Path) -> bool:
+    """Return whether a path is a rosbag2 folder or one of its files."""
+    named = path.is_file() and path.suffix.lower() in BAG_SUFFIXES
+    return named or (path / "metadata.yaml").is_file()
 
 
 def natural(name: str) -> tuple[list[str | int], str]:

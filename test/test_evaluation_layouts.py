@@ -7,7 +7,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from colours import make_detector, street
+from colours import IMAGE_HW, make_detector, street
+from test_bags import raw, write_bag
 from test_evaluation_labelled import odd_mask
 
 from semantic_anomaly.cli import main
@@ -153,6 +154,61 @@ def test_a_layout_of_ones_own(tmp_path: Path) -> None:
     dataset = open_dataset(root, str(file), progress=False)
     assert [truth.anomaly for truth in dataset.truths] == [False, True]
     assert {truth.sequence for truth in dataset.truths} == {"Scenario"}
+
+
+CAMERA = """
+images: /front/rgb/image
+label_of: [rgb, semantic]
+values: {9: anomaly}
+other: normal
+"""
+
+
+def make_bag(root: Path, labels: list[int], stamps: list[int]) -> Path:
+    """Write images 0, 1, ... and labels of these stamps: 9 has the odd box, others are empty."""
+    height, width = IMAGE_HW
+    size = {"height": height, "width": width}
+    pictures, marked = [], []
+    for n, (stamp, value) in enumerate(zip(stamps, labels, strict=True)):
+        image = street(n, odd=value == 9).image
+        pictures.append(raw(n, encoding="rgb8", step=3 * width, data=image.reshape(-1), **size))
+        ids = np.zeros((height, width, 4), np.uint8)
+        ids[..., 2] = odd_mask(IMAGE_HW) * value
+        marked.append(raw(stamp, encoding="bgra8", step=4 * width, data=ids.reshape(-1), **size))
+    return write_bag(root / "bag", {"/front/rgb/image": pictures, "/front/semantic/image": marked})
+
+
+def test_a_bag_with_a_semantic_camera(tmp_path: Path) -> None:
+    bag, layout = make_bag(tmp_path, [0, 9, 7, 9], [0, 1, 12, 3]), tmp_path / "layout.yaml"
+    layout.write_text(CAMERA)
+    dataset = open_dataset(bag, str(layout), progress=False)
+    # Image 2 has no labels of its stamp.
+    assert [truth.anomaly for truth in dataset.truths] == [False, True, True]
+    assert {truth.sequence for truth in dataset.truths} == {"bag"}
+    for _ in range(2):
+        rows = list(dataset)
+        assert [frame.stamp_ns for frame, _, _ in rows] == [100_000_000_005, 101_000_000_005,
+                                                            103_000_000_005]  # fmt: skip
+        np.testing.assert_array_equal(rows[1][2], odd_mask(IMAGE_HW))
+        assert not rows[0][2].any()
+    # Out of order as well.
+    first, last = dataset.truths[0], dataset.truths[2]
+    assert dataset.labels(last, IMAGE_HW).any() and not dataset.labels(first, IMAGE_HW).any()
+    results = evaluate(dataset, make_detector(), tmp_path / "out", progress=False)
+    assert results["frame_auroc"] == 1.0 and results["component_siou_oracle"] > 0.5
+
+
+def test_bags_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    bag, layout = make_bag(tmp_path, [0, 9], [10, 11]), tmp_path / "layout.yaml"
+    layout.write_text(CAMERA)
+    with pytest.raises(InputError, match="labels of the same stamp on '/front/semantic/image'"):
+        open_dataset(bag, str(layout), progress=False)
+    layout.write_text(CAMERA.replace("semantic", "depth"))
+    with pytest.raises(InputError, match="/front/depth/image"):
+        open_dataset(bag, str(layout), progress=False)
+    layout.write_text(CAMERA.replace("[rgb, semantic]", "[x, y]"))
+    with pytest.raises(InputError, match="found the same"):
+        open_dataset(bag, str(layout), progress=False)
 
 
 @pytest.mark.parametrize(

@@ -28,9 +28,10 @@ class Layout:
     """Where images and labels of a dataset lie, and what label values mean.
 
     Attributes:
-        images: glob of the images below the dataset's folder.
+        images: glob of the images below the dataset's folder; of a bag, its image topic.
         label_of: regular expression and replacement that make an image's path, relative to the
-            folder, the path of its labels; an image without labels there is left out.
+            folder, the path of its labels; an image without labels there is left out. Of a bag,
+            they make the image topic the topic of the labels.
         values: meaning of a label value in 0..255: normal, anomaly or ignore.
         other: meaning of all other values, or 'refuse'.
         channel: of labels in colour: 0 red, 1 green, 2 blue; grey ones have one.
@@ -76,13 +77,26 @@ class Layout:
             except re.error as error:
                 raise InputError(f"layout: {name}: no regular expression: {error}") from error
 
-    def table(self) -> np.ndarray:
-        """Return the meaning of every label value, (256,) int16, -1 where it is refused."""
-        rest = _MEANINGS.get(self.other, -1)
-        table = np.full(256, rest, np.int16)
+    def meanings(self, raw: np.ndarray, where: str) -> np.ndarray:
+        """Return 0 normal, 1 anomaly, 255 ignore of label values, (height, width) uint8.
+
+        Args:
+            raw: (height, width) or (height, width, 3) RGB, uint8.
+            where: names the labels in errors.
+
+        Raises:
+            InputError: a value without a meaning, where others are refused.
+        """
+        values = raw if raw.ndim == 2 else raw[..., self.channel]
+        table = np.full(256, _MEANINGS.get(self.other, -1), np.int16)
         for value, meaning in self.values.items():
             table[value] = _MEANINGS[meaning]
-        return table
+        labels = table[values]
+        if labels.size and labels.min() < 0:
+            odd = sorted(set(np.unique(values[labels < 0]).tolist()))
+            known = ", ".join(map(str, self.values))
+            raise InputError(f"labels '{where}': expected values {known}, found also {odd[:8]}")
+        return labels.astype(np.uint8)
 
 
 _PLAIN = {0: "normal", 1: "anomaly", 255: "ignore"}

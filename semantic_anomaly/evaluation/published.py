@@ -19,8 +19,9 @@ from semantic_anomaly.evaluation.datasets import (
     check_size,
 )
 from semantic_anomaly.evaluation.layouts import LAYOUTS, Layout, read_layout
+from semantic_anomaly.evaluation.recorded import RecordedDataset
 from semantic_anomaly.images import read_image
-from semantic_anomaly.sources import natural
+from semantic_anomaly.sources import is_bag, natural
 from semantic_anomaly.structures import Frame
 
 
@@ -42,7 +43,7 @@ class LayoutDataset:
 
     def __init__(self, root: Path, layout: Layout, progress: bool = True) -> None:
         self.path, self.name = root, root.resolve().name
-        self._layout, self._table = layout, layout.table()
+        self._layout = layout
         found = sorted(root.glob(layout.images), key=lambda file: natural(str(file)))
         images = [file for file in found if not self._left_out(file)]
         pairs = [(image, label) for image in images if (label := self._label(image)).is_file()]
@@ -100,13 +101,8 @@ class LayoutDataset:
             raise InputError(f"labels '{file}': expected an 8-bit image, found none")
         if raw.ndim == 3:
             # OpenCV gives blue first.
-            raw = np.ascontiguousarray(raw[..., 2 - self._layout.channel])
-        labels = self._table[raw]
-        if labels.min() < 0:
-            odd = sorted(set(np.unique(raw[labels < 0]).tolist()))
-            known = ", ".join(map(str, self._layout.values))
-            raise InputError(f"labels '{file}': expected values {known}, found also {odd[:8]}")
-        return labels.astype(np.uint8)
+            raw = raw[..., 2::-1]
+        return self._layout.meanings(raw, str(file))
 
     def _truth(self, image: Path, label: Path, flat: bool) -> FrameTruth:
         relative = image.relative_to(self.path).as_posix()
@@ -125,14 +121,14 @@ class LayoutDataset:
         )
 
 
-Dataset = LabelledFolder | LayoutDataset
+Dataset = LabelledFolder | LayoutDataset | RecordedDataset
 
 
 def open_dataset(path: Path | str, layout: str = "", progress: bool = True) -> Dataset:
     """Open a dataset: a plain labelled folder, or one of a layout.
 
     Args:
-        path: the folder.
+        path: the folder, or a bag with a layout.
         layout: empty for a plain folder, a name of `LAYOUTS`, or a YAML file of a layout's fields.
         progress: show a progress bar on a terminal.
 
@@ -141,5 +137,7 @@ def open_dataset(path: Path | str, layout: str = "", progress: bool = True) -> D
     """
     if not layout:
         return LabelledFolder(path)
-    known = LAYOUTS.get(layout)
-    return LayoutDataset(Path(path).expanduser(), known or read_layout(layout), progress)
+    root, known = Path(path).expanduser(), LAYOUTS.get(layout) or read_layout(layout)
+    if is_bag(root):
+        return RecordedDataset(root, known, progress)
+    return LayoutDataset(root, known, progress)
