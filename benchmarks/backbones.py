@@ -1,7 +1,7 @@
 """Compare backbones on held-out street drives, in the detector that runs on the vehicle.
 
-Every backbone gets the same index frames, the same number of entries, the same test frames and
-exact search, so that the rows differ by their features alone. Two rows show what training is
+Every backbone gets the same index frames, the same number of entries, the same calibration and
+test frames and exact search, so that the rows differ by their features alone. Two rows show what training is
 worth: the same architecture untrained, and a descriptor made by hand.
 """
 
@@ -23,12 +23,13 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModel
 
 from semantic_anomaly.backbone_folder import SHIPPED
-from semantic_anomaly.detector import AnomalyDetector, Embedder
+from semantic_anomaly.detector import AnomalyDetector
 from semantic_anomaly.embedding import PatchEmbedder
 from semantic_anomaly.evaluation.metrics import PixelScores, frame_auroc
-from semantic_anomaly.identity import EmbedderIdentity
+from semantic_anomaly.identity import Embedder, EmbedderIdentity
 from semantic_anomaly.index import NominalIndex
 from semantic_anomaly.localization import heatmap
+from semantic_anomaly.places import PlaceSums
 from semantic_anomaly.regions import ImageRegion
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import Frame, PatchGrid
@@ -135,10 +136,16 @@ def measure(
     embedder: Embedder,
     settings: Settings,
     nominal: Sequence[Frame],
+    calibration: Sequence[Frame],
     tests: Sequence[StreetFrame],
     places: int,
-) -> Scores:
-    """Build an index of the nominal frames and score the test frames against it."""
+) -> dict[str, Scores]:
+    """Score the test frames against an index of the nominal frames.
+
+    Returns:
+        Scores by the end of their row's name: distances relative to what is usual at their place
+        in the calibration frames, as the detector takes them, and as they are.
+    """
     region = ImageRegion()
     index = NominalIndex.build(
         sampled(nominal, embedder, places),
@@ -147,20 +154,29 @@ def measure(
         settings=settings,
     )
     index.configure_search("exact", settings.search_ef)
-    detector = AnomalyDetector(embedder, index, None, settings, region)
-    scores = Scores(entries=index.count, dim=index.dim)
-    scores.pixels = {name: PixelScores() for name in ("nominal", *FAMILIES)}
+    plain = AnomalyDetector(embedder, index, None, settings, region)
+    sums = PlaceSums()
+    for frame in tqdm(calibration, desc="usual distances", disable=None):
+        distances = plain.score(embedder.embed([frame.image])[0])[1]
+        sums.add(distances, np.ones(distances.shape, bool))
+    relative = AnomalyDetector(embedder, index, None, settings, region, sums.usual())
+    detectors = {"": relative, ", plain distances": plain}
+    found = {end: Scores(entries=index.count, dim=index.dim) for end in detectors}
+    for scores in found.values():
+        scores.pixels = {name: PixelScores() for name in ("nominal", *FAMILIES)}
     for view in tqdm(tests, desc="test", disable=None):
         begin = time.perf_counter()
         grid = embedder.embed([view.image])[0]
-        scores.embed_ms.append((time.perf_counter() - begin) * 1e3)
-        score, distances = detector.score(grid)
-        scores.frame.append(score)
-        # The heatmap's own values: distances in [0, 2], interpolated to pixels.
-        heat = np.clip(heatmap(distances, region, grid.image_hw), 0, 2)
+        embed_ms = (time.perf_counter() - begin) * 1e3
         name = family(view.kind) if view.kind else "nominal"
-        scores.pixels[name].add(heat.ravel(), view.anomaly_mask.ravel())
-    return scores
+        for end, detector in detectors.items():
+            score, distances = detector.score(grid)
+            found[end].embed_ms.append(embed_ms)
+            found[end].frame.append(score)
+            # The heatmap's own values: distances in [0, 2], interpolated to pixels.
+            heat = np.clip(heatmap(distances, region, grid.image_hw), 0, 2)
+            found[end].pixels[name].add(heat.ravel(), view.anomaly_mask.ravel())
+    return found
 
 
 def untrained(folder: Path, out: Path) -> Path:
@@ -211,6 +227,7 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=20000)
     parser.add_argument("--index-drives", type=int, default=60)
     parser.add_argument("--index-frames", type=int, default=4, help="frames of each")
+    parser.add_argument("--calibration-drives", type=int, default=40, help="3 frames of each")
     parser.add_argument("--places", type=int, default=100, help="entries from each frame")
     parser.add_argument("--test-drives", type=int, default=4, help="drives with each anomaly")
     parser.add_argument("--tail-percent", type=float, default=Settings().tail_percent)
@@ -219,10 +236,13 @@ def main() -> None:
     nominal = nominal_frames(
         range(args.first_seed, args.first_seed + args.index_drives), args.index_frames
     )
+    calibration = nominal_frames(
+        range(args.first_seed + 500, args.first_seed + 500 + args.calibration_drives), 3
+    )
     tests = test_frames(args.first_seed + 1000, args.test_drives)
     odd = sum(view.kind is not None for view in tests)
     print(
-        f"{len(nominal)} index frames; {odd} anomalous and {len(tests) - odd} nominal test frames"
+        f"{len(nominal)} index frames; {len(calibration)} calibration frames; {odd} anomalous and {len(tests) - odd} nominal test frames"
     )
     print("| features | dim | all: AUROC / pixel AP | odd object | odd arrangement | embed ms |")
     print("|---|---|---|---|---|---|")
@@ -245,9 +265,10 @@ def main() -> None:
         )
         kinds = {}
         for name, embedder in embedders:
-            scores = measure(embedder, settings, nominal, tests, args.places)
-            print(row(name, scores, tests), flush=True)
-            kinds[name] = by_kind(scores, tests)
+            found = measure(embedder, settings, nominal, calibration, tests, args.places)
+            for end, scores in found.items():
+                print(row(name + end, scores, tests), flush=True)
+                kinds[name + end] = by_kind(scores, tests)
     print(json.dumps(kinds, indent=1))
 
 

@@ -17,6 +17,7 @@ from semantic_anomaly.calibration import Calibration
 from semantic_anomaly.detector import AnomalyDetector
 from semantic_anomaly.embedding import PatchEmbedder
 from semantic_anomaly.index import NominalIndex
+from semantic_anomaly.places import PlaceSums
 from semantic_anomaly.regions import ImageRegion
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import Frame
@@ -40,7 +41,13 @@ def make_detector(settings: Settings, drives: int, frames: int) -> AnomalyDetect
     detector = AnomalyDetector(embedder, index, None, settings, region)
     scored: dict[str, list[float]] = {}
     lows = []
-    for frame, grid in embedded(range(1000, 1000 + max(2, drives // 2))):
+    nominal = list(embedded(range(1000, 1000 + max(2, drives // 2))))
+    sums = PlaceSums()
+    for _, grid in nominal:
+        inside = region.patch_mask(grid.grid_hw, grid.image_hw)
+        sums.add(detector.score(grid)[1], inside)
+    detector = AnomalyDetector(embedder, index, None, settings, region, sums.usual())
+    for frame, grid in nominal:
         score, distances = detector.score(grid)
         scored.setdefault(frame.name.rpartition("_")[0], []).append(score)
         lows.append(float(np.median(distances)))
@@ -51,6 +58,7 @@ def make_detector(settings: Settings, drives: int, frames: int) -> AnomalyDetect
         settings=settings.replace(target_false_alarm_rate=0.1),
         region=region,
         camera="camera",
+        usual=sums.usual(),
     )
     return AnomalyDetector(
         embedder, index, calibration, settings.replace(target_false_alarm_rate=0.1), region

@@ -19,6 +19,7 @@ import numpy as np
 
 from semantic_anomaly import calibration_file
 from semantic_anomaly.errors import CalibrationError, MismatchError, ModelOutputError
+from semantic_anomaly.places import UsualDistances
 from semantic_anomaly.regions import ImageRegion
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import HeatmapScale
@@ -47,6 +48,7 @@ class Calibration:
             shows as typical. Not the median over all patches, which would need all of them.
         index_fingerprint: the index that gave the distances.
         neighbours, tail_percent, region: the settings that shape a score.
+        usual: what distances are usual where, to which the scores are relative; None: to nothing.
         camera: name of the camera, for people.
         dtype: precision of the backbone that ran; empty where it is not known.
 
@@ -63,6 +65,7 @@ class Calibration:
     neighbours: int
     tail_percent: float
     region: Mapping[str, Any]
+    usual: UsualDistances | None = None
     camera: str = "camera"
     dtype: str = ""
 
@@ -105,6 +108,7 @@ class Calibration:
         region: ImageRegion,
         camera: str,
         dtype: str = "",
+        usual: UsualDistances | None = None,
     ) -> Calibration:
         """Make a calibration from the frame scores of nominal drives.
 
@@ -116,6 +120,7 @@ class Calibration:
             region: the part of the image that was scored.
             camera: name of the camera.
             dtype: precision of the backbone that ran.
+            usual: what the scores are relative to.
 
         Raises:
             CalibrationError: too few scores for the target rate, or scores that cannot be.
@@ -134,6 +139,7 @@ class Calibration:
             neighbours=settings.neighbours,
             tail_percent=settings.tail_percent,
             region=region.describe(),
+            usual=usual,
             camera=camera,
             dtype=dtype,
         )
@@ -217,6 +223,10 @@ class Calibration:
             "index fingerprint": (self.index_fingerprint, index_fingerprint),
             "setting 'neighbours'": (self.neighbours, settings.neighbours),
             "setting 'tail_percent'": (self.tail_percent, settings.tail_percent),
+            "setting 'place_normalisation'": (
+                self.usual is not None,
+                settings.place_normalisation,
+            ),
             "region of interest": (dict(self.region), region.describe()),
         }
         for name, (expected, found) in pairs.items():

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from semantic_anomaly.errors import CalibrationError
+from semantic_anomaly.places import UsualDistances
 from semantic_anomaly.storage import atomic_write_bytes, canonical_json, sha256_bytes
 
 FILE_NAME = "calibration.json"
-FORMAT = 1
+FORMAT = 2
 
 _TYPES: dict[str, type] = {
     "scores": list,
@@ -26,6 +27,7 @@ _TYPES: dict[str, type] = {
     "neighbours": int,
     "tail_percent": float,
     "region": dict,
+    "usual": dict,
     "camera": str,
     "dtype": str,
 }
@@ -43,6 +45,8 @@ def write(folder: Path, values: Mapping[str, Any]) -> Path:
         "scores": values["scores"].tolist(),
         "drives": [{"name": name, "frames": count} for name, count in values["drives"]],
         "region": dict(values["region"]),
+        # Empty for scores that are relative to nothing.
+        "usual": values["usual"].describe() if values["usual"] else {},
     }
     path = Path(folder) / FILE_NAME
     atomic_write_bytes(path, canonical_json({**body, "sha256": _digest(body)}).encode())
@@ -111,5 +115,7 @@ def _checked(body: Any) -> dict[str, Any]:
             raise CalibrationError(f"'drives' holds {short(drive)}")
         drives.append((drive["name"], drive["frames"]))
     body["drives"] = tuple(drives)
+    usual = body["usual"]
+    body["usual"] = UsualDistances.from_description(usual) if usual else None
     body["scores"] = np.array(body["scores"], np.float64)
     return body

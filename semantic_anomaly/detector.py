@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from semantic_anomaly.errors import (
 )
 from semantic_anomaly.filtering import FrameConfirmation
 from semantic_anomaly.localization import heatmap, localize
+from semantic_anomaly.places import UsualDistances
 from semantic_anomaly.regions import ImageRegion, patch_regions
 from semantic_anomaly.scoring import tail_count, tail_mean
 from semantic_anomaly.setting_spec import refuse_fixed
@@ -37,25 +38,11 @@ from semantic_anomaly.structures import (
 )
 
 if TYPE_CHECKING:
-    from semantic_anomaly.identity import EmbedderIdentity
+    from semantic_anomaly.identity import Embedder
     from semantic_anomaly.index import NominalIndex
 
 _log = logging.getLogger(__name__)
 _UNCALIBRATED = "uncalibrated: no threshold to compare with"
-
-
-class Embedder(Protocol):
-    """What the detector needs of a backbone; `embedding.PatchEmbedder` in earnest."""
-
-    @property
-    def identity(self) -> EmbedderIdentity:
-        """Return what the embeddings depend on."""
-
-    def grid_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
-        """Return (rows, cols) of the grid that an image of (height, width) gives."""
-
-    def embed(self, images: Sequence[np.ndarray]) -> list[PatchGrid]:
-        """Return the patch embeddings of (height, width, 3) uint8 RGB images, in order."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +61,11 @@ class AnomalyDetector:
     One detector serves one camera: confirmation over time is its only state. `update` and
     `reset` may be called from another thread than `assess`.
 
+    Args:
+        embedder, index, settings, region: that belong together.
+        calibration: None makes decisions `unknown`, unless a threshold is set by hand.
+        usual: what distances are relative to; a calibration brings its own.
+
     Raises:
         IndexMismatchError: the index was made by another backbone or for another region.
         MismatchError: the calibration was made with another index, region or score.
@@ -87,6 +79,7 @@ class AnomalyDetector:
         calibration: Calibration | None,
         settings: Settings,
         region: ImageRegion,
+        usual: UsualDistances | None = None,
     ) -> None:
         index.check_embedder(embedder.identity)
         index.check_region(region)
@@ -102,6 +95,7 @@ class AnomalyDetector:
         self.embedder = embedder
         self.index = index
         self.calibration = calibration
+        self.usual = calibration.usual if calibration is not None else usual
         self.region = region
         self._lock = threading.Lock()
         self._live = self._prepared(settings)
@@ -173,6 +167,8 @@ class AnomalyDetector:
 
     def score(self, grid: PatchGrid) -> tuple[float, np.ndarray]:
         """Return the frame score and the (rows, cols) float32 patch distances, 0 outside.
+
+        Distances are relative to what is usual at their place, where that is known.
 
         Raises:
             ModelOutputError: a distance is not finite.
@@ -264,13 +260,18 @@ class AnomalyDetector:
     def _score(self, grid: PatchGrid, live: _Live) -> tuple[float, np.ndarray]:
         regions = patch_regions(grid, self.region)
         percent = live.settings.tail_percent
+        relation = self.usual.relation(regions.label_map >= 0) if self.usual else None
         # With the tail exact the score is exact, whatever the search: no false alarms by its error.
         distances = self.index.distances(
             regions.embeddings,
             live.settings.neighbours,
             exact_above=live.threshold,
             exact_top=tail_count(len(regions.embeddings), percent),
+            relation=relation,
         )
+        if relation is not None:
+            # Clipped, so that scores and heatmaps keep the range of distances.
+            distances = np.clip(relation[0] * distances + relation[1], 0.0, 2.0)
         return tail_mean(distances, percent), regions.paint(distances)
 
     def _decide(self, frame: Frame, score: float, live: _Live) -> Decision:

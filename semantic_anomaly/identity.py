@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
 
 from semantic_anomaly.errors import IndexFormatError
+from semantic_anomaly.structures import PatchGrid
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NOT_COMPARED = ("model_id", "revision", "dtype")
@@ -99,3 +102,17 @@ class EmbedderIdentity:
 
 def _wrong(name: str, expected: str, found: object) -> IndexFormatError:
     return IndexFormatError(f"embedder identity: {name}: expected {expected}, found {found!r}")
+
+
+class Embedder(Protocol):
+    """What the detector needs of a backbone; `embedding.PatchEmbedder` in earnest."""
+
+    @property
+    def identity(self) -> EmbedderIdentity:
+        """Return what the embeddings depend on."""
+
+    def grid_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
+        """Return (rows, cols) of the grid that an image of (height, width) gives."""
+
+    def embed(self, images: Sequence[np.ndarray]) -> list[PatchGrid]:
+        """Return the patch embeddings of (height, width, 3) uint8 RGB images, in order."""

@@ -14,8 +14,8 @@ from semantic_anomaly.exact_search import nearest_entries
 from semantic_anomaly.graph_file import predicted_graph_bytes
 from semantic_anomaly.identity import EmbedderIdentity
 from semantic_anomaly.images import decode_compressed
-from semantic_anomaly.index_build import BuildReport, NominalFrame, Selection
-from semantic_anomaly.index_content import GRAPH_SEED, IndexContent
+from semantic_anomaly.index_build import GRAPH_SEED, BuildReport, NominalFrame, Selection, suited
+from semantic_anomaly.index_content import IndexContent
 from semantic_anomaly.index_format import (
     GRAPH,
     check_graph,
@@ -68,18 +68,17 @@ class NominalIndex:
         """Build an index in one pass; memory grows with what is stored, not with what is seen.
 
         Args:
-            frames: nominal frames and their patch embeddings; a third, (rows, cols) bool, says
-                which patches are nominal where not all are.
+            frames: nominal frames and grids, and (rows, cols) bool where not all is nominal.
             identity: of the embedder that made them.
             region: patches outside take no part.
             settings: `dedup_distance`, `max_entries`, and the graph's.
-            source: names of the sources, for the manifest.
-            camera: name of the camera.
+            source, camera: names of the sources and the camera, for the manifest.
 
         Raises:
             IndexMismatchError: a grid of another dimension than the identity's.
             ArtefactError: there is no nominal patch.
         """
+        frames, settings = suited(frames, settings)
         graph = _GrowingGraph(identity.dim, settings.graph_m, settings.graph_ef_construction)
         selection = Selection(graph, identity.dim, settings.dedup_distance, settings.max_entries)
         selection.extend(frames, region)
@@ -194,6 +193,7 @@ class NominalIndex:
         *,
         exact_above: float | None = None,
         exact_top: int = 0,
+        relation: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> np.ndarray:
         """Return (n,) float32 mean cosine distances in [0, 2] to the k nearest entries.
 
@@ -205,12 +205,13 @@ class NominalIndex:
             k: 1 to count.
             exact_above: distances above are exact.
             exact_top: so many of the largest are exact, hence exactly the largest there are.
+            relation: (n,) factors > 0 and offsets: what is large is factor * d + offset.
 
         Raises:
             IndexMismatchError: another dimension, or k out of range.
             ModelOutputError: embeddings that are not finite or not of unit norm.
         """
-        return self._search.distances(embeddings, k, exact_above, exact_top)
+        return self._search.distances(embeddings, k, exact_above, exact_top, relation)
 
     def exact_distances(self, embeddings: np.ndarray, k: int) -> np.ndarray:
         """Return what `distances` returns, by a product with every entry."""
@@ -296,5 +297,4 @@ class _GrowingGraph:
     def similarities(self, embeddings: np.ndarray) -> np.ndarray:
         """Return (n,) float32: inner product with the nearest that the graph finds."""
         _, distances = self.index.knn_query(embeddings, 1)
-        similarities: np.ndarray = 1.0 - distances[:, 0]
-        return similarities
+        return np.asarray(1.0 - distances[:, 0])

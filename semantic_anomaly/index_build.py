@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
@@ -13,12 +14,18 @@ from semantic_anomaly.errors import ArtefactError, IndexMismatchError
 from semantic_anomaly.exact_search import inner_products, nearest_similarities
 from semantic_anomaly.images import encode_jpeg
 from semantic_anomaly.regions import ImageRegion, patch_regions
+from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import Frame, PatchGrid
 
 THUMBNAIL_PX = 320
 # Below, a product with all stored embeddings is as quick as the graph, and has no error.
 _EXACT_UP_TO = 20_000
 _BLOCK = 2048
+GRAPH_SEED = 100
+# Neighbours of a place resemble it because they see the same.
+_SURROUNDINGS = 4
+_SUITABLE_SHARE, _SUITABLE_QUERIES = 0.5, 512
+_SUITABLE_FRAMES = 8
 
 
 # Frame and grid, and (rows, cols) bool where not all of the frame is nominal.
@@ -198,6 +205,54 @@ class Selection:
         self._vectors[stored:needed] = embeddings
         self._entries[stored:needed] = places
         self._counts["stored"] = needed
+
+
+def suited(
+    frames: Iterable[NominalFrame], settings: Settings
+) -> tuple[Iterable[NominalFrame], Settings]:
+    """Return all frames, and settings whose `dedup_distance` is one.
+
+    Raises:
+        ArtefactError: as `suitable_distance`.
+    """
+    if settings.dedup_distance >= 0:
+        return frames, settings
+    stream = iter(frames)
+    first = list(itertools.islice(stream, _SUITABLE_FRAMES))
+    if first:
+        distance = suitable_distance(grid for _, grid, *_ in first)
+        settings = settings.replace(dedup_distance=distance)
+    return itertools.chain(first, stream), settings
+
+
+def suitable_distance(grids: Iterable[PatchGrid]) -> float:
+    """Return a `dedup_distance` that suits the backbone that made some grids.
+
+    Distances of one backbone are ten times those of another. Half the median distance from a place
+    to the nearest other place of its own image, its surroundings left out, tells how far apart
+    things that are alike lie; it does not depend on how fast the frames of a drive change.
+
+    Raises:
+        ArtefactError: no grid with places far enough apart.
+    """
+    found = []
+    for grid in grids:
+        rows, cols = np.divmod(np.arange(grid.grid_hw[0] * grid.grid_hw[1]), grid.grid_hw[1])
+        flat = grid.features.reshape(-1, grid.dim)
+        # Some queries are enough, spread over the image.
+        chosen = np.linspace(0, len(flat) - 1, min(len(flat), _SUITABLE_QUERIES)).astype(int)
+        apart = np.maximum(
+            np.abs(rows[chosen, None] - rows[None]), np.abs(cols[chosen, None] - cols[None])
+        )
+        products = np.where(apart > _SURROUNDINGS, inner_products(flat[chosen], flat.T), -1.0)
+        found.append(1.0 - products[(apart > _SURROUNDINGS).any(axis=1)].max(axis=1, initial=-1.0))
+    distances = np.concatenate(found) if found else np.zeros(0)
+    if not len(distances):
+        raise ArtefactError(
+            f"index: dedup_distance -1: expected grids of more than {_SURROUNDINGS} places a side; "
+            "set the distance"
+        )
+    return float(_SUITABLE_SHARE * np.median(distances))
 
 
 def _grown(array: np.ndarray, size: int) -> np.ndarray:

@@ -12,14 +12,13 @@ import numpy as np
 from semantic_anomaly import __version__
 from semantic_anomaly.errors import IndexMismatchError
 from semantic_anomaly.identity import EmbedderIdentity
-from semantic_anomaly.index_build import BuildReport, FrameRecord, Selection
+from semantic_anomaly.index_build import GRAPH_SEED, BuildReport, FrameRecord, Selection
 from semantic_anomaly.regions import ImageRegion
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.storage import canonical_json, sha256_bytes
 
 FORMAT = "semantic_anomaly.index"
 FORMAT_VERSION = 1
-GRAPH_SEED = 100
 
 
 @dataclass(frozen=True, eq=False)

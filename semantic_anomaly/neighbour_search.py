@@ -59,21 +59,28 @@ class NeighbourSearch:
             self._graph()
 
     def distances(
-        self, embeddings: np.ndarray, k: int, exact_above: float | None, exact_top: int
+        self,
+        embeddings: np.ndarray,
+        k: int,
+        exact_above: float | None,
+        exact_top: int,
+        relation: tuple[np.ndarray, np.ndarray] | None,
     ) -> np.ndarray:
         """Return (n,) float32; as `NominalIndex.distances`."""
         queries = self.checked(embeddings, k)
         if not self._uses_graph:
             return mean_distances(queries, self._entries, k)
+        factor, offset = relation or (np.float32(1), np.float32(0))
         distances = to_distances(self._graph_similarities(queries, k))
         unchecked = np.ones(len(queries), bool)
         top = min(exact_top, len(queries))
         while True:
             large = np.zeros(len(queries), bool)
+            ranked = factor * distances + offset
             if top:
-                large[np.argpartition(distances, len(queries) - top)[-top:]] = True
+                large[np.argpartition(ranked, len(queries) - top)[-top:]] = True
             if exact_above is not None:
-                large |= distances > exact_above
+                large |= ranked > exact_above
             large &= unchecked
             if not large.any():
                 return distances

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import cv2
 import numpy as np
 from tqdm import tqdm
 
 from semantic_anomaly.calibration import Calibration, scores_needed
-from semantic_anomaly.detector import AnomalyDetector, Embedder
-from semantic_anomaly.errors import CalibrationError, SourceError, UnknownNameError
+from semantic_anomaly.detector import AnomalyDetector
+from semantic_anomaly.errors import SourceError, UnknownNameError
+from semantic_anomaly.freshness import Fresh
+from semantic_anomaly.identity import Embedder
+from semantic_anomaly.places import PlaceSums, UsualDistances
 from semantic_anomaly.regions import ImageRegion
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.sources import FrameSource, open_source
@@ -26,9 +29,7 @@ if TYPE_CHECKING:
 
 # Larger batches gain a few percent on a CPU and cost memory with every image.
 BATCH_FRAMES = 4
-
-# Mean difference in grey levels that JPEG leaves between a frame and its thumbnail, and more.
-_SAME_PICTURE = 8.0
+FOLDS, STRETCH_FRAMES = 5, 10
 
 _log = logging.getLogger(__name__)
 
@@ -94,7 +95,9 @@ def calibrate(
 ) -> Calibration:
     """Calibrate an index with nominal drives that it has not seen, scored as the detector does.
 
-    Every source counts as a drive of its own, also a selection of one.
+    Every source counts as a drive of its own, also a selection of one. With `place_normalisation`
+    frames are read twice: for what is usual at every place, then for scores relative to what is
+    usual in the drives of other folds (cross-conformal prediction, Vovk 2015).
 
     Args:
         settings: give the target rate and what shapes a score.
@@ -117,14 +120,29 @@ def calibrate(
     embedder, own = _embedder(settings, embedder)
     try:
         index.configure_search(settings.search, settings.search_ef)
-        detector = AnomalyDetector(embedder, index, None, settings, region)
-        fresh = _Fresh(index)
+        fresh = Fresh(index)
         fresh.foresee(opened, scores_needed(settings.target_false_alarm_rate))
+        folds: dict[int, PlaceSums] = defaultdict(PlaceSums)
+        if settings.place_normalisation:
+            detector = AnomalyDetector(embedder, index, None, settings, region)
+            for number, (drive, (_, grid)) in enumerate(
+                _embedded(opened, embedder, "usual distances", 1, progress)
+            ):
+                inside = region.patch_mask(grid.grid_hw, grid.image_hw)
+                fold = _fold(list(opened), drive, number)
+                folds[fold].add(detector.score(grid)[1], inside)
+        detectors: dict[int, AnomalyDetector] = {}
         scores: dict[str, list[float]] = {}
         medians: list[float] = []
-        for drive, (frame, grid) in _embedded(opened, embedder, "calibrate", 1, progress):
+        for number, (drive, (frame, grid)) in enumerate(
+            _embedded(opened, embedder, "calibrate", 1, progress)
+        ):
             fresh.check(opened[drive], frame)
-            score, distances = detector.score(grid)
+            fold = _fold(list(opened), drive, number)
+            if fold not in detectors:
+                usual = _usual_of_others(folds, fold)
+                detectors[fold] = AnomalyDetector(embedder, index, None, settings, region, usual)
+            score, distances = detectors[fold].score(grid)
             scores.setdefault(drive, []).append(score)
             inside = region.patch_mask(grid.grid_hw, grid.image_hw)
             medians.append(float(np.median(distances[inside])))
@@ -136,6 +154,7 @@ def calibrate(
             region=region,
             camera=camera,
             dtype=embedder.identity.dtype,
+            usual=_usual_of_others(folds, None),
         )
     finally:
         if own:
@@ -143,6 +162,24 @@ def calibrate(
     for sentence in calibration.warnings:
         _log.warning("%s", sentence)
     return calibration
+
+
+def _fold(drives: Sequence[str], drive: str, number: int) -> int:
+    """Return the fold of a frame: drives are kept whole; of a single one, stretches."""
+    if len(drives) > 1:
+        return drives.index(drive) % FOLDS
+    return number // STRETCH_FRAMES % FOLDS
+
+
+def _usual_of_others(folds: Mapping[int, PlaceSums], left_out: int | None) -> UsualDistances | None:
+    """Return what is usual in all folds but one, so that no frame is its own measure.
+
+    Where a single fold has frames, they are: a calibration so small promises little in any case.
+    """
+    if not folds:
+        return None
+    others = [sums for fold, sums in folds.items() if fold != left_out]
+    return sum(others or folds.values(), PlaceSums()).usual()
 
 
 def _region(settings: Settings, camera: str) -> ImageRegion:
@@ -232,59 +269,3 @@ def _log_predicted_size(
             f"({patches} a frame)"
         )
     _log.info("%s", text)
-
-
-class _Fresh:
-    """Refuses calibration frames that say nothing new: seen by the index, or given twice."""
-
-    def __init__(self, index: NominalIndex) -> None:
-        self._index = index
-        self._indexed = frozenset(index.frame_names)
-        self._taken: set[tuple[Path, str]] = set()
-
-    def foresee(self, sources: dict[str, FrameSource], needed: int) -> None:
-        """Refuse before hours of embedding what can be foreseen, and warn of likely trouble."""
-        counts = [source.count for source in sources.values()]
-        known = [count for count in counts if count is not None]
-        if len(known) == len(counts) and sum(known) < needed:
-            raise CalibrationError(
-                f"the target false-alarm rate needs at least {needed} nominal calibration frames, "
-                f"found {sum(known)}"
-            )
-        folders = {name.rpartition("/")[0] for name in self._indexed}
-        for drive, source in sources.items():
-            refuse_indexed(self._index, next(iter(source)))
-            if source.name in folders:
-                _log.warning(
-                    "calibration drive '%s' has the name of a drive that the index has seen: if "
-                    "it is the same, its frames resemble those of the index, and the false-alarm "
-                    "rate on other drives will be higher than the target",
-                    drive,
-                )
-
-    def check(self, source: FrameSource, frame: Frame) -> None:
-        """Refuse a frame that was taken before."""
-        refuse_indexed(self._index, frame)
-        taken = source.path.resolve(), frame.name
-        if taken in self._taken:
-            raise CalibrationError(f"calibration frame '{frame.name}' is given twice")
-        self._taken.add(taken)
-
-
-def refuse_indexed(index: NominalIndex, frame: Frame) -> None:
-    """Refuse a frame whose picture the index was built from.
-
-    Raises:
-        CalibrationError: naming the frame.
-    """
-    # Folders of different drives often have the same name, so the picture decides.
-    thumbnail = index.thumbnail(frame.name) if frame.name in index.frame_names else None
-    if thumbnail is None:
-        return
-    height, width = thumbnail.shape[:2]
-    small = cv2.resize(frame.image, (width, height), interpolation=cv2.INTER_AREA)
-    if float(cv2.absdiff(small, thumbnail).mean()) < _SAME_PICTURE:
-        raise CalibrationError(
-            f"the index has seen frame '{frame.name}': its score says nothing about new frames; "
-            "take other drives"
-        )

@@ -98,8 +98,7 @@ class Settings:
     device: str = setting("auto", "auto, cpu, cuda or cuda:N.")
     dtype: str = setting(
         "auto",
-        "Precision of the backbone; auto: bfloat16 on a GPU that has it, else float16 "
-        "there, float32 on a CPU.",
+        "Precision of the backbone; auto: bfloat16 or float16 on a GPU, float32 on a CPU.",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     index: str = setting("", "Folder of the nominal index.")
@@ -112,10 +111,12 @@ class Settings:
         minimum=0.001,
         maximum=100.0,
     )
+    place_normalisation: bool = setting(
+        True, "Distances are relative to what calibration found usual at their place in the image."
+    )
     search: str = setting(
         "auto",
-        "Nearest-neighbour search; auto: exact for small indexes, else the graph with an "
-        "exact check of what looks anomalous.",
+        "Nearest-neighbour search; auto: exact if small, else a graph, what looks odd exactly.",
         choices=("auto", "exact", "graph"),
     )
     search_ef: int = setting(
@@ -125,10 +126,10 @@ class Settings:
         maximum=10000,
     )
     dedup_distance: float = setting(
-        0.1,
-        "While building, embeddings closer than this cosine distance to a stored one are "
-        "counted, not stored.",
-        minimum=0.0,
+        -1.0,
+        "While building, embeddings closer than this cosine distance to a stored one are counted, "
+        "not stored; 0: all are; -1: as suits the backbone, measured on the first frames.",
+        minimum=-1.0,
         maximum=2.0,
     )
     max_entries: int = setting(

@@ -10,11 +10,17 @@ import pytest
 
 from semantic_anomaly.calibration import Calibration, scores_needed
 from semantic_anomaly.errors import CalibrationError, MismatchError, ModelOutputError
+from semantic_anomaly.places import CELLS_HW, UsualDistances
 from semantic_anomaly.regions import ImageRegion
 from semantic_anomaly.settings import Settings
 
 FINGERPRINT = "f" * 64
 RIGHT_HALF = ImageRegion(((0.5, 0.0), (1.0, 0.0), (1.0, 1.0), (0.5, 1.0)))
+
+
+def usual() -> UsualDistances:
+    mean = np.linspace(0.01, 0.2, CELLS_HW[0] * CELLS_HW[1], dtype=np.float32).reshape(CELLS_HW)
+    return UsualDistances(mean, mean / 3)
 
 
 def fitted(
@@ -30,6 +36,7 @@ def fitted(
         region=region or ImageRegion(),
         camera="camera",
         dtype="float32",
+        usual=usual(),
     )
 
 

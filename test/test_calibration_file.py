@@ -15,11 +15,17 @@ import pytest
 from semantic_anomaly.calibration import Calibration
 from semantic_anomaly.calibration_file import FILE_NAME
 from semantic_anomaly.errors import ArtefactError, CalibrationError
+from semantic_anomaly.places import CELLS_HW, UsualDistances
 from semantic_anomaly.regions import ImageRegion
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.storage import canonical_json, sha256_bytes
 
 REGION = ImageRegion(((0.5, 0.0), (1.0, 0.0), (1.0, 1.0), (0.5, 1.0)))
+
+
+def usual() -> UsualDistances:
+    mean = np.linspace(0.01, 0.2, CELLS_HW[0] * CELLS_HW[1], dtype=np.float32).reshape(CELLS_HW)
+    return UsualDistances(mean, mean / 3)
 
 
 def fitted(scores: np.ndarray, drives: int = 1) -> Calibration:
@@ -32,6 +38,7 @@ def fitted(scores: np.ndarray, drives: int = 1) -> Calibration:
         region=REGION,
         camera="camera",
         dtype="float32",
+        usual=usual(),
     )
 
 
@@ -49,6 +56,9 @@ def test_round_trip_keeps_every_bit(tmp_path: Path) -> None:
     assert read.scores.dtype == np.float64
     for name in ("drives", "target_false_alarm_rate", "heatmap_low", "index_fingerprint"):
         assert getattr(read, name) == getattr(written, name)
+    assert read.usual is not None and written.usual is not None
+    np.testing.assert_array_equal(read.usual.mean, written.usual.mean)
+    np.testing.assert_array_equal(read.usual.deviation, written.usual.deviation)
     assert read.threshold == written.threshold and read.dtype == "float32"
     read.check("f" * 64, Settings(), REGION)
     assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME], "nothing is left beside it"
@@ -90,14 +100,14 @@ def edited(pattern: bytes, replacement: bytes) -> Callable[[bytes], bytes]:
         (lambda content: b"\x80" + content, "not JSON"),
         (lambda content: content + b"{}", "not JSON"),
         (lambda content: b"[" * 100000, "not JSON"),
-        (lambda content: b"[]", "expected format 1, found 'list'"),
-        (lambda content: b"{}", "expected format 1, found None"),
+        (lambda content: b"[]", "expected format 2, found 'list'"),
+        (lambda content: b"{}", "expected format 2, found None"),
         (edited(rb"0\.012", b"0.013"), "altered or damaged"),
         (edited(rb"0\.012", b"NaN"), "NaN is no number"),
         (edited(rb"0\.012", b"Infinity"), "no number"),
         (edited(rb"0\.012", b"1e999"), "no number"),
         (edited(rb'"sha256":"', b'"sha256":"0'), "altered or damaged"),
-        (resealed(lambda b: b.update(format=2)), "expected format 1, found 2"),
+        (resealed(lambda b: b.update(format=1)), "expected format 2, found 1"),
         (resealed(lambda b: b.pop("camera")), "differing in: camera"),
         (resealed(lambda b: b.update(extra=1)), "differing in: extra"),
         (resealed(lambda b: b.update(neighbours="1")), "'neighbours' is of type str"),
@@ -137,7 +147,9 @@ def test_every_changed_byte_is_noticed(tmp_path: Path) -> None:
     small().save(tmp_path)
     path = tmp_path / FILE_NAME
     content = path.read_bytes()
-    for position in range(len(content)):
+    ends = {*range(400), *range(len(content) - 400, len(content))}
+    # The long table between is tried here and there.
+    for position in sorted(ends | set(range(0, len(content), 31))):
         path.write_bytes(
             content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :]
         )

@@ -17,6 +17,7 @@ from semantic_anomaly.errors import (
     IndexMismatchError,
 )
 from semantic_anomaly.index import NominalIndex
+from semantic_anomaly.index_build import suitable_distance
 from semantic_anomaly.regions import ImageRegion
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import Frame, PatchGrid
@@ -114,7 +115,8 @@ def test_building_holds_no_more_than_the_frame_at_hand() -> None:
             # The consumer's loop variable may hold the last one until the next arrives.
             assert sum(ref() is not None for ref in alive) <= 1
 
-    NominalIndex.build(watched(), identity=IDENTITY, region=ImageRegion(), settings=Settings())
+    settings = Settings(dedup_distance=0.1)
+    NominalIndex.build(watched(), identity=IDENTITY, region=ImageRegion(), settings=settings)
     assert len(alive) == 8
 
 
@@ -165,3 +167,40 @@ def test_a_graph_that_grew_can_be_saved_and_searched(
     np.testing.assert_allclose(
         index.distances(queries, 1), index.exact_distances(queries, 1), atol=1e-5
     )
+
+
+def similar_places(step: float, seed: int = 0) -> PatchGrid:
+    """A grid whose places resemble their neighbours much, and places far away by `step`."""
+    rng = np.random.default_rng(seed)
+    base = rng.normal(size=(1, 1, 24)) * 3
+    coarse = np.kron(rng.normal(size=(4, 6, 24)), np.ones((5, 5, 1)))
+    features = (base + step * coarse + 1e-3 * rng.normal(size=(20, 30, 24))).astype(np.float32)
+    features /= np.linalg.norm(features, axis=-1, keepdims=True)
+    return PatchGrid(features, features.mean((0, 1)), (200, 300))
+
+
+def test_a_suitable_distance_follows_the_scale_of_the_backbone() -> None:
+    fine, coarse = (
+        suitable_distance([similar_places(step, s) for s in (1, 2)]) for step in (0.1, 1)
+    )
+    assert 0 < 20 * fine < coarse < 1
+    grid = similar_places(1.0)
+    flat = grid.features.reshape(-1, 24)
+    nearest = []
+    for number, (row, col) in enumerate(np.ndindex(20, 30)):
+        rows, cols = np.divmod(np.arange(600), 30)
+        far = np.maximum(abs(rows - row), abs(cols - col)) > 4
+        nearest.append(1 - (flat[far] @ flat[number]).max())
+    assert suitable_distance([grid]) == pytest.approx(0.5 * np.median(nearest), rel=0.05)
+
+
+def test_the_distance_that_was_chosen_is_in_the_manifest() -> None:
+    given, chosen = build(dedup_distance=0.07), build(dedup_distance=-1.0)
+    assert given._content.limits["dedup_distance"] == 0.07
+    assert 0 < chosen._content.limits["dedup_distance"] < 2
+
+
+def test_grids_too_small_to_measure_need_a_distance() -> None:
+    features = np.ones((3, 4, 2), np.float32) / np.sqrt(2).astype(np.float32)
+    with pytest.raises(ArtefactError, match="set the distance"):
+        suitable_distance([PatchGrid(features, features[0, 0], (30, 40))])

@@ -18,10 +18,12 @@ from semantic_anomaly.detector import AnomalyDetector
 from semantic_anomaly.errors import (
     CalibrationError,
     IndexMismatchError,
+    MismatchError,
     SourceError,
     UnknownNameError,
 )
 from semantic_anomaly.index import NominalIndex
+from semantic_anomaly.places import PlaceSums
 from semantic_anomaly.regions import ImageRegion
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.sources import open_source
@@ -127,16 +129,59 @@ def test_progress_stays_off_what_is_no_terminal(
 
 
 def test_calibration_scores_frames_as_the_detector_does(index: NominalIndex, drives: Path) -> None:
-    made = calibrated(index, [drives / "a", drives / "b"])
+    plain = SETTINGS.replace(place_normalisation=False)
+    made = offline.calibrate(
+        plain, "camera", index, [drives / "a", drives / "b"], embedder=ColourEmbedder()
+    )
     assert made.drives == (("a", 7), ("b", 6)) and made.dtype == "float32"
-    detector = AnomalyDetector(ColourEmbedder(), index, None, SETTINGS, ImageRegion())
+    assert made.usual is None
+    detector = AnomalyDetector(ColourEmbedder(), index, None, plain, ImageRegion())
     frames: list[Frame] = [*open_source(drives / "a"), *open_source(drives / "b")]
     results = [detector.detect(frame) for frame in frames]
     np.testing.assert_array_equal(made.scores, sorted(result.score for result in results))
     grids = [ColourEmbedder().embed([frame.image])[0] for frame in frames]
     medians = [np.median(detector.score(grid)[1]) for grid in grids]
     assert made.heatmap_low == pytest.approx(np.median(medians))
-    made.check(index.fingerprint, SETTINGS, ImageRegion())
+    made.check(index.fingerprint, plain, ImageRegion())
+    with pytest.raises(MismatchError, match="place_normalisation"):
+        made.check(index.fingerprint, SETTINGS, ImageRegion())
+
+
+def test_scores_are_relative_to_what_is_usual_in_other_drives(
+    index: NominalIndex, drives: Path
+) -> None:
+    made = calibrated(index, [drives / "a", drives / "b"])
+    plain = AnomalyDetector(ColourEmbedder(), index, None, SETTINGS, ImageRegion())
+    embedded = {
+        name: [ColourEmbedder().embed([frame.image])[0] for frame in open_source(drives / name)]
+        for name in ("a", "b")
+    }
+    sums = {name: PlaceSums() for name in embedded}
+    for name, grids in embedded.items():
+        for grid in grids:
+            sums[name].add(plain.score(grid)[1], np.ones(grid.grid_hw, bool))
+    scores = []
+    for name, other in (("a", "b"), ("b", "a")):
+        relative = AnomalyDetector(
+            ColourEmbedder(), index, None, SETTINGS, ImageRegion(), sums[other].usual()
+        )
+        scores += [relative.score(grid)[0] for grid in embedded[name]]
+    np.testing.assert_array_equal(made.scores, sorted(scores))
+    assert made.usual is not None
+    np.testing.assert_array_equal(made.usual.mean, (sums["a"] + sums["b"]).usual().mean)
+
+
+def test_a_single_drive_is_parted_into_stretches(index: NominalIndex, drives: Path) -> None:
+    assert [offline._fold(["a"], "a", n) for n in (0, 9, 10, 49, 50)] == [0, 0, 1, 4, 0]
+    # Too short for two stretches: what is usual is taken from itself.
+    made = offline.calibrate(
+        SETTINGS.replace(target_false_alarm_rate=0.2),
+        "camera",
+        index,
+        [drives / "a"],
+        embedder=ColourEmbedder(),
+    )
+    assert made.usual is not None and made.count == 7
 
 
 def test_calibrated_detector_finds_what_is_odd(index: NominalIndex, drives: Path) -> None:

@@ -9,7 +9,8 @@ import cv2
 import numpy as np
 from backbone_foreign import paste_thing
 
-VIEW_PX = 240
+# Large views: what a place sees shall seldom end at the edge of its view, as in the vehicle.
+VIEW_HW = (320, 560)
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,30 +18,26 @@ class ViewPairs:
     """A batch of view pairs.
 
     Attributes:
-        clean: (n, VIEW_PX, VIEW_PX, 3) uint8, the first views before their colours were changed.
-        first, second: the views, same shape and dtype.
+        clean: (n, *VIEW_HW, 3) uint8, the first views before their colours were changed.
+        first, second: the views, same shape and dtype; without second ones, (n, 0).
         across: (n, 2, 3) float32, pixels of the first view -> pixels of the second.
-        foreign: (n, VIEW_PX, VIEW_PX) uint8, 255 where pasted material shows in the first views.
-        nominal: (n,) bool, whether it was pasted into an image of the first group.
     """
 
     clean: np.ndarray
     first: np.ndarray
     second: np.ndarray
     across: np.ndarray
-    foreign: np.ndarray
-    nominal: np.ndarray
 
 
 class PairSampler:
     """Draws batches from groups of images; a batch depends on seed and number alone.
 
     Args:
-        groups: (n, height, width, 3) uint8 arrays with sides of at least VIEW_PX; the first one
-            holds what is nominal.
+        groups: (n, height, width, 3) uint8 arrays with sides of VIEW_HW at least.
         shares: probability of each group; those of empty groups go to the others.
         seed: of all chance.
         pasted: share of the images into which foreign material is pasted.
+        both: whether second views are wanted.
 
     Raises:
         ValueError: no image at all.
@@ -51,7 +48,8 @@ class PairSampler:
         groups: Sequence[np.ndarray],
         shares: Sequence[float],
         seed: int,
-        pasted: float = 0.3,
+        pasted: float = 0.5,
+        both: bool = True,
     ) -> None:
         kept = [(g, s) for g, s in zip(groups, shares, strict=True) if len(g) and s > 0]
         if not kept:
@@ -59,8 +57,7 @@ class PairSampler:
         self._groups = [group for group, _ in kept]
         weights = np.array([share for _, share in kept])
         self._shares = weights / weights.sum()
-        self._seed, self._pasted = seed, pasted
-        self._nominal_first = len(groups[0]) > 0 and shares[0] > 0
+        self._seed, self._pasted, self._both = seed, pasted, both
 
     @property
     def count(self) -> int:
@@ -73,46 +70,46 @@ class PairSampler:
         rng = np.random.default_rng([self._seed, number])
         parts = []
         for _ in range(size):
-            image, mask, nominal = self._image(rng)
-            parts.append((*make_pair(rng, image, mask), np.bool_(nominal)))
+            parts.append(make_pair(rng, self._image(rng), self._both))
         return ViewPairs(*(np.stack(part) for part in zip(*parts, strict=True)))
 
-    def _image(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, bool]:
-        image, nominal = self._pick(rng)
-        mask = np.zeros(image.shape[:2], np.uint8)
+    def _image(self, rng: np.random.Generator) -> np.ndarray:
+        image = self._pick(rng)
         if rng.random() < self._pasted:
             image = image.copy()
             for _ in range(int(rng.integers(1, 6))):
-                np.maximum(mask, paste_thing(image, self._pick(rng)[0], rng), out=mask)
-        return image, mask, nominal
+                paste_thing(image, self._pick(rng), rng)
+        return image
 
-    def _pick(self, rng: np.random.Generator) -> tuple[np.ndarray, bool]:
-        number = int(rng.choice(len(self._groups), p=self._shares))
-        group = self._groups[number]
-        image = np.asarray(group[int(rng.integers(len(group)))])
-        return image, self._nominal_first and number == 0
+    def _pick(self, rng: np.random.Generator) -> np.ndarray:
+        group = self._groups[int(rng.choice(len(self._groups), p=self._shares))]
+        return np.asarray(group[int(rng.integers(len(group)))])
 
 
 def make_pair(
-    rng: np.random.Generator, image: np.ndarray, mask: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return clean first view, first view, second view, map from first to second, first mask.
+    rng: np.random.Generator, image: np.ndarray, both: bool = True
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return clean first view, first view, second view, map from first to second.
 
     Args:
         rng: source of chance.
-        image: (height, width, 3) uint8, sides of at least VIEW_PX.
-        mask: (height, width) uint8.
+        image: (height, width, 3) uint8, sides of VIEW_HW at least.
+        both: whether a second view is wanted; else it is empty.
     """
     height, width = image.shape[:2]
     centre = (rng.uniform(0.2, 0.8) * width, rng.uniform(0.2, 0.8) * height)
     maps = [_placement(rng, centre, (height, width)) for _ in range(2)]
-    size = (VIEW_PX, VIEW_PX)
+    size = VIEW_HW[::-1]
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     edge = cv2.BORDER_REFLECT_101
-    first, second = (cv2.warpAffine(image, m[:2], size, flags=flags, borderMode=edge) for m in maps)
+    first = cv2.warpAffine(image, maps[0][:2], size, flags=flags, borderMode=edge)
+    second = np.empty(0, np.uint8)
+    if both:
+        second = photometric(
+            rng, cv2.warpAffine(image, maps[1][:2], size, flags=flags, borderMode=edge)
+        )
     across = (np.linalg.inv(maps[1]) @ maps[0])[:2].astype(np.float32)
-    masked = cv2.warpAffine(mask, maps[0][:2], size, flags=flags, borderMode=edge)
-    return first, photometric(rng, first), photometric(rng, second), across, masked
+    return first, photometric(rng, first), second, across
 
 
 def photometric(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
@@ -136,12 +133,12 @@ def _placement(
     rng: np.random.Generator, centre: tuple[float, float], hw: tuple[int, int]
 ) -> np.ndarray:
     # View pixels -> image pixels; both views lie around one centre, so that they overlap.
-    scale = float(np.exp(rng.uniform(np.log(0.75), np.log(1.35))))
-    span = VIEW_PX * scale
+    scale = float(np.exp(rng.uniform(np.log(0.7), np.log(1.15))))
     corner = []
-    for middle, side in zip(centre, hw[::-1], strict=True):
+    for middle, view, side in zip(centre, VIEW_HW[::-1], hw[::-1], strict=True):
+        span = view * scale
         start = middle - span / 2 + rng.uniform(-0.2, 0.2) * span
         corner.append(float(np.clip(start, min(0, side - span), max(0, side - span))))
     flip = rng.random() < 0.5
-    left = corner[0] + (span - scale if flip else 0.0)
+    left = corner[0] + (VIEW_HW[1] * scale - scale if flip else 0.0)
     return np.array([[-scale if flip else scale, 0, left], [0, scale, corner[1]], [0, 0, 1]])

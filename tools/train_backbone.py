@@ -1,11 +1,11 @@
 """Train a small dense backbone from images that the project makes itself, with or without teacher.
 
-Without a teacher: dense contrastive learning between two views of one image with known geometry
-(DenseCL, Wang et al. 2021, arXiv 2011.09157). With one, its features are distilled as well: by a
-linear head (Hinton et al. 2015, arXiv 1503.02531) and by the cosines between places (relational
-knowledge distillation, Park et al. 2019, arXiv 1904.05068), because the nominal index is searched
-by cosine. The descriptor itself is trained, there is no projection to throw away. What is shipped
-is an exponential moving average of the weights.
+With a teacher: its features, projected on their main directions, are what the student learns to
+give, by squared distance and under other lights than the teacher sees (Hinton et al. 2015, arXiv
+1503.02531; FitNets, Romero et al. 2015, arXiv 1412.6550). Without one: dense contrastive learning
+between two views of one image with known geometry (DenseCL, Wang et al. 2021, arXiv 2011.09157).
+The descriptor itself is trained, there is no projection to throw away. What is shipped is an
+exponential moving average of the weights.
 
 The result is a Hugging Face folder: `AutoModel.from_pretrained(out)`.
 """
@@ -24,8 +24,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from backbone_data import folder_images, procedural_images, street_images
-from backbone_losses import ForeignLoss, Teacher, contrast_loss, taught_losses
-from backbone_views import VIEW_PX, PairSampler, ViewPairs
+from backbone_losses import Teacher, contrast_loss, imitation_loss
+from backbone_views import VIEW_HW, PairSampler, ViewPairs
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
@@ -36,15 +36,15 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SHARES = (0.55, 0.25, 0.2)
 WARM_UP_STEPS = 100
 AVERAGE_DECAY = 0.997
-CENTRE_BATCHES = 4
+BASIS_BATCHES = 12
 
 
 def make_student() -> ConvNextModel:
-    """Return the untrained architecture: one descriptor of 160 numbers every 10 pixels."""
+    """Return the untrained architecture: one descriptor of 192 numbers every 10 pixels."""
     config = ConvNextConfig(
         patch_size=5,
         num_stages=2,
-        hidden_sizes=[48, 160],
+        hidden_sizes=[48, 192],
         depths=[1, 6],
         hidden_act="relu",
         image_size=640,
@@ -98,27 +98,20 @@ class Trainer:
         self.average = AveragedModel(self.student, multi_avg_fn=_move_average)
         if self._device.type == "cpu":
             _keep_depthwise_float32(self.student)
-        self._weights = {"relation": args.relation, "imitation": args.imitation, "contrast": 1.0}
-        self._weights["foreign"] = args.foreign
-        self._foreign = ForeignLoss()
         self._teacher: Teacher | None = None
-        self._head: nn.Conv2d | None = None
-        parameters = list(self.student.parameters())
         if args.teacher:
             self._teacher = Teacher(args.teacher, tuple(args.teacher_layers), self._device)
-            dim = self.student.config.hidden_sizes[-1]
-            self._head = nn.Conv2d(dim, self._teacher.dim, 1).to(self._device)
-            parameters += list(self._head.parameters())
-            self._weights["contrast"] = args.contrast
-        self._optimiser = torch.optim.AdamW(parameters, args.lr, weight_decay=args.weight_decay)
-        self._parameters = parameters
+        self._parameters = list(self.student.parameters())
+        self._optimiser = torch.optim.AdamW(
+            self._parameters, args.lr, weight_decay=args.weight_decay
+        )
 
-    def run(self) -> Iterator[dict[str, float]]:
-        """Train, and yield the terms of the loss after every step."""
+    def run(self) -> Iterator[float]:
+        """Train, and yield the loss of every step."""
         args = self._args
         begin, step = time.monotonic(), 0
         with ThreadPoolExecutor(1) as pool:
-            self._find_centre()
+            self._find_basis()
             following = pool.submit(self._sampler.batch, 0, args.batch)
             while True:
                 minutes = (time.monotonic() - begin) / 60
@@ -133,75 +126,65 @@ class Trainer:
                 yield self._step(pairs)
                 step += 1
 
-    def _step(self, pairs: ViewPairs) -> dict[str, float]:
-        terms: dict[str, Tensor] = {}
+    def _step(self, pairs: ViewPairs) -> float:
+        views = pairs.first if self._teacher else np.concatenate([pairs.first, pairs.second])
         taught = None
-        # Without a use for them the second views are not looked at: half of the work.
-        contrast = self._weights["contrast"] > 0
-        views = np.concatenate([pairs.first, pairs.second]) if contrast else pairs.first
-        inputs = _normalised(_inputs(views, self._device))
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._args.bfloat16):
-            features = self.student(inputs).last_hidden_state
+            features = self.student(_normalised(_inputs(views, self._device))).last_hidden_state
             if self._teacher is not None:
                 grid_hw = (features.shape[2], features.shape[3])
                 taught = self._teacher(_inputs(pairs.clean, self._device), grid_hw)
         features = features.float()
-        first, second = features[: len(pairs.first)], features[len(pairs.first) :]
-        if taught is not None and self._head is not None:
-            terms = taught_losses(first, taught, self._head)
-        if contrast:
+        if taught is not None:
+            loss = imitation_loss(features, taught)
+        else:
             across = torch.from_numpy(pairs.across).to(self._device)
-            terms["contrast"] = contrast_loss(first, second, across, VIEW_PX, taught)
-        if self._weights["foreign"] > 0:
-            masks = torch.from_numpy(pairs.foreign).to(self._device).float() / 255
-            nominal = torch.from_numpy(pairs.nominal).to(self._device)
-            terms["foreign"] = self._foreign(first, masks, nominal)
-        loss = torch.stack([self._weights[name] * term for name, term in terms.items()]).sum()
+            first, second = features.chunk(2)
+            loss = contrast_loss(first, second, across, VIEW_HW)
         self._optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self._parameters, 1.0)
         self._optimiser.step()
         self.average.update_parameters(self.student)
-        return {name: float(term.detach()) for name, term in terms.items()}
+        return float(loss.detach())
 
-    def _find_centre(self) -> None:
-        if self._teacher is None or not self._args.centred:
+    def _find_basis(self) -> None:
+        if self._teacher is None:
             return
         # Numbers below zero are no seeds; these batches lie beyond those of any training.
-        batches = [self._sampler.batch(2**31 + i, self._args.batch) for i in range(CENTRE_BATCHES)]
-        clean = np.concatenate([batch.clean for batch in batches])
-        side = VIEW_PX // 10
-        self._teacher.centre_on(_inputs(clean, self._device), (side, side))
+        numbers = range(2**31, 2**31 + BASIS_BATCHES)
+        clean = np.concatenate([self._sampler.batch(i, self._args.batch).clean for i in numbers])
+        dim = self.student.config.hidden_sizes[-1]
+        grid_hw = (VIEW_HW[0] // 10, VIEW_HW[1] // 10)
+        kept = self._teacher.project_on(_inputs(clean, self._device), grid_hw, dim)
+        tqdm.write(f"{dim} numbers keep {kept:.1%} of the teacher's energy")
 
 
 def train(args: argparse.Namespace) -> dict[str, float]:
-    """Train as the arguments say, write the folder, and return the last mean terms of the loss."""
+    """Train as the arguments say, write the folder, and return mean loss, steps and images."""
     workers = args.workers or os.cpu_count() or 1
     groups = (
         street_images(args.street_drives, args.street_frames, args.cache, workers),
         folder_images(args.images),
         procedural_images(args.textures, args.seed),
     )
-    sampler = PairSampler(groups, SHARES, args.seed, args.pasted)
+    sampler = PairSampler(groups, SHARES, args.seed, args.pasted, both=not args.teacher)
     trainer = Trainer(args, sampler)
-    means: dict[str, float] = {}
-    steps = 0
+    mean, steps = 0.0, 0
     with tqdm(total=args.steps, desc="train", disable=None) as bar:
-        for terms in trainer.run():
+        for loss in trainer.run():
             steps += 1
-            for name, value in terms.items():
-                means[name] = 0.98 * means.get(name, value) + 0.02 * value
+            mean += (loss - mean) / min(steps, 50)
             bar.update()
             if steps % args.save_every == 0:
                 save_backbone(trainer.average.module, args.out)
             if steps % 25 == 0:
-                text = " ".join(f"{name} {value:.4f}" for name, value in means.items())
-                bar.set_postfix_str(text)
+                bar.set_postfix(loss=f"{mean:.4f}")
                 if args.log:
                     with args.log.open("a", encoding="utf-8") as log:
-                        log.write(f"{steps} {text}\n")
+                        log.write(f"{steps} {mean:.4f}\n")
     save_backbone(trainer.average.module, args.out)
-    return {**means, "steps": float(steps), "images": float(sampler.count)}
+    return {"loss": mean, "steps": float(steps), "images": float(sampler.count)}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -210,7 +193,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, required=True, help="folder to write")
     p.add_argument("--init", type=Path, help="continue from this folder")
     p.add_argument("--teacher", type=Path, help="Hugging Face folder of a convolutional backbone")
-    p.add_argument("--teacher-layers", type=int, nargs="+", default=[11, 21])
+    p.add_argument("--teacher-layers", type=int, nargs="+", default=[21, 23])
     p.add_argument("--images", type=Path, action="append", default=[], help="more pictures")
     p.add_argument("--street-drives", type=int, default=360)
     p.add_argument("--street-frames", type=int, default=8, help="frames of each drive")
@@ -218,15 +201,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--cache", type=Path, help="folder that keeps rendered frames")
     p.add_argument("--steps", type=int, default=6000)
     p.add_argument("--minutes", type=float, default=0.0, help="end after so long; 0: by steps")
-    p.add_argument("--batch", type=int, default=12, help="pairs of views a step")
+    p.add_argument("--batch", type=int, default=8, help="views (or pairs of views) a step")
     p.add_argument("--lr", type=float, default=2e-3)
     p.add_argument("--weight-decay", type=float, default=0.02)
-    p.add_argument("--relation", type=float, default=16.0, help="weight of the relational term")
-    p.add_argument("--imitation", type=float, default=1.0, help="weight of the linear head's term")
-    p.add_argument("--contrast", type=float, default=0.1, help="its weight beside a teacher")
-    p.add_argument("--foreign", type=float, default=0.0, help="weight of the pasted shapes' term")
-    p.add_argument("--pasted", type=float, default=0.3, help="share of images with pasted shapes")
-    p.add_argument("--centred", action=argparse.BooleanOptionalAction, default=True)
+    p.add_argument("--pasted", type=float, default=0.5, help="share of images with pasted things")
     p.add_argument("--bfloat16", action="store_true", help="faster where the hardware has it")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     p.add_argument("--workers", type=int, default=0, help="processes that render; 0: one a core")

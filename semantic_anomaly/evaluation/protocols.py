@@ -13,12 +13,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from semantic_anomaly.detector import AnomalyDetector, Embedder
+from semantic_anomaly.detector import AnomalyDetector
 from semantic_anomaly.errors import InputError
 from semantic_anomaly.evaluation.datasets import NORMAL, FrameTruth
 from semantic_anomaly.evaluation.published import Dataset
+from semantic_anomaly.freshness import refuse_indexed
+from semantic_anomaly.identity import Embedder
 from semantic_anomaly.index import NominalIndex
-from semantic_anomaly.offline import build_index, refuse_indexed
+from semantic_anomaly.offline import build_index
 from semantic_anomaly.regions import ImageRegion
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import Frame, PatchGrid

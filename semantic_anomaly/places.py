@@ -1,0 +1,157 @@
+"""What distance is usual where in the image, and how unusual another one is there.
+
+Nominal distances differ over the image: houses vary from street to street, the road hardly does.
+Standardised by the mean and deviation of nominal frames at the same place, as PaDiM does with its
+Gaussians (Defard et al. 2021, arXiv 2011.08785), a small thing on the road outweighs a new house.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import cv2
+import numpy as np
+
+from semantic_anomaly.errors import CalibrationError
+
+# Cells over the image: coarse enough that a few frames fill them.
+CELLS_HW = (18, 32)
+# A place where nothing ever changed would make a mountain of a molehill.
+_LEAST_DEVIATION = 0.25
+
+
+class PlaceSums:
+    """Collects nominal distances by cell of the image, in memory that does not grow."""
+
+    def __init__(self) -> None:
+        self._sums = np.zeros((3, *CELLS_HW), np.float64)
+
+    def add(self, distances: np.ndarray, inside: np.ndarray) -> None:
+        """Take in the distances of a nominal frame.
+
+        Args:
+            distances: (rows, cols) float32.
+            inside: (rows, cols) bool, patches that take part.
+        """
+        cell = _cell_of(distances.shape)[inside]
+        values = distances[inside].astype(np.float64)
+        powers = np.ones_like(values), values, values**2
+        for total, weights in zip(self._sums, powers, strict=True):
+            total += np.bincount(cell, weights, minlength=total.size).reshape(total.shape)
+
+    def __add__(self, other: PlaceSums) -> PlaceSums:
+        added = PlaceSums()
+        added._sums = self._sums + other._sums
+        return added
+
+    @property
+    def empty(self) -> bool:
+        """Return whether nothing was taken in."""
+        return not self._sums[0].any()
+
+    def usual(self) -> UsualDistances:
+        """Return mean and deviation by cell; cells without patches get those of all.
+
+        Raises:
+            CalibrationError: nothing was taken in, or all distances are the same.
+        """
+        if self.empty:
+            raise CalibrationError("usual distances: expected nominal frames, found none")
+        everywhere = self._sums.sum(axis=(1, 2))
+        count = np.where(self._sums[0] > 0, self._sums[0], 1)
+        mean = np.where(self._sums[0] > 0, self._sums[1] / count, everywhere[1] / everywhere[0])
+        variance = np.maximum(self._sums[2] / count - mean**2, 0)
+        inside = self._sums[0] > 0
+        typical = float(np.sqrt(np.median(variance[inside])))
+        least = max(_LEAST_DEVIATION * typical, 1e-6)
+        deviation = np.where(inside, np.maximum(np.sqrt(variance), least), max(typical, least))
+        return UsualDistances(mean.astype(np.float32), deviation.astype(np.float32))
+
+
+@dataclass(frozen=True, eq=False)
+class UsualDistances:
+    """Mean and deviation of nominal distances by cell of the image.
+
+    Attributes:
+        mean, deviation: `CELLS_HW` float32, means in [0, 2], deviations > 0.
+
+    Raises:
+        CalibrationError: other shapes, or numbers out of range.
+    """
+
+    mean: np.ndarray
+    deviation: np.ndarray
+    _relations: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = field(
+        default_factory=dict, init=False, repr=False
+    )
+
+    def __post_init__(self) -> None:
+        for name, values in (("mean", self.mean), ("deviation", self.deviation)):
+            if values.shape != CELLS_HW or values.dtype != np.float32:
+                raise CalibrationError(
+                    f"usual distances: {name}: expected {CELLS_HW} float32, found {values.shape} "
+                    f"{values.dtype}"
+                )
+        # NaN fails the comparisons.
+        if not np.all((self.mean >= 0) & (self.mean <= 2)):
+            raise CalibrationError("usual distances: expected means in [0, 2]")
+        if not np.all((self.deviation > 0) & (self.deviation <= 2)):
+            raise CalibrationError("usual distances: expected deviations above 0")
+
+    def relation(self, inside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return factor and offset, (n,) float32, that make a distance a relative one.
+
+        A relative distance is the distance that would be as unusual at a typical place: mean and
+        deviation of all cells take the place of the patch's own, interpolated between cells.
+
+        Args:
+            inside: (rows, cols) bool, the n patches that take part.
+        """
+        grid_hw = (inside.shape[0], inside.shape[1])
+        if grid_hw not in self._relations:
+            mean, deviation = (
+                cv2.resize(values, grid_hw[::-1], interpolation=cv2.INTER_LINEAR)
+                for values in (self.mean, self.deviation)
+            )
+            factor = np.float32(self.deviation.mean()) / deviation
+            offset = np.float32(self.mean.mean()) - factor * mean
+            self._relations[grid_hw] = factor, offset
+        factor, offset = self._relations[grid_hw]
+        return factor[inside], offset[inside]
+
+    def describe(self) -> dict[str, list[list[float]]]:
+        """Return plain values for JSON."""
+        # Nine digits are a float32, no more and no less; the rest would be noise to digest.
+        return {
+            name: [[float(f"{value:.9g}") for value in row] for row in values]
+            for name, values in (("mean", self.mean), ("deviation", self.deviation))
+        }
+
+    @classmethod
+    def from_description(cls, values: Mapping[str, Any]) -> UsualDistances:
+        """Return what `describe` described.
+
+        Raises:
+            CalibrationError: it describes nothing of the kind.
+        """
+        if not isinstance(values, Mapping) or set(values) != {"mean", "deviation"}:
+            raise CalibrationError("usual distances: expected mean and deviation")
+        try:
+            made = {name: np.array(rows, np.float32) for name, rows in values.items()}
+        except (TypeError, ValueError) as error:
+            raise CalibrationError(f"usual distances: no table of numbers: {error}") from error
+        return cls(**made)
+
+
+@lru_cache(maxsize=8)
+def _cell_of(grid_hw: tuple[int, int]) -> np.ndarray:
+    rows, cols = (
+        np.minimum(np.arange(n) * cells // n, cells - 1)
+        for n, cells in zip(grid_hw, CELLS_HW, strict=True)
+    )
+    cell = rows[:, None] * CELLS_HW[1] + cols[None]
+    cell.flags.writeable = False
+    return cell
