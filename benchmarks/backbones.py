@@ -1,8 +1,8 @@
 """Compare backbones on held-out street drives, in the detector that runs on the vehicle.
 
 Every backbone gets the same index frames, the same number of entries, the same calibration and
-test frames and exact search, so that the rows differ by their features alone. Two rows show what training is
-worth: the same architecture untrained, and a descriptor made by hand.
+test frames and exact search, so that the rows differ by their features alone. Two rows show what
+training is worth: the same architecture untrained, and a descriptor made by hand.
 """
 
 from __future__ import annotations
@@ -242,7 +242,8 @@ def main() -> None:
     tests = test_frames(args.first_seed + 1000, args.test_drives)
     odd = sum(view.kind is not None for view in tests)
     print(
-        f"{len(nominal)} index frames; {len(calibration)} calibration frames; {odd} anomalous and {len(tests) - odd} nominal test frames"
+        f"{len(nominal)} index frames, {len(calibration)} calibration frames, "
+        f"{odd} anomalous and {len(tests) - odd} nominal test frames"
     )
     print("| features | dim | all: AUROC / pixel AP | odd object | odd arrangement | embed ms |")
     print("|---|---|---|---|---|---|")

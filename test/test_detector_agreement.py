@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from colours import LEFT_HALF, ColourEmbedder, make_detector, said, street
+from colours import LEFT_HALF, PLAIN, ColourEmbedder, make_detector, said, street
 
 from semantic_anomaly.detector import AnomalyDetector
 from semantic_anomaly.errors import (
@@ -131,6 +131,7 @@ def test_load_takes_a_loaded_index_and_each_camera_its_own(
             "cameras": ["front", "rear"],
             "front.index": str(folder),
             "target_false_alarm_rate": 0.05,
+            **PLAIN,
         }
     )
     loaded = AnomalyDetector.load(
@@ -156,5 +157,5 @@ def test_load_without_calibration_is_uncalibrated_unless_one_is_needed(
 def test_load_refuses_a_damaged_calibration(detector: AnomalyDetector, folder: Path) -> None:
     (folder / "calibration.json").write_text("{}")
     settings = detector.settings.replace(index=str(folder))
-    with pytest.raises(CalibrationError, match="expected format 1"):
+    with pytest.raises(CalibrationError, match="expected format 2"):
         AnomalyDetector.load(settings, "camera", embedder=ColourEmbedder())
