@@ -13,10 +13,10 @@ import cv2
 import numpy as np
 
 from semantic_anomaly.errors import InputError
+from semantic_anomaly.evaluation.datasets import ANOMALY, IGNORE, NORMAL
 
 # An anomaly is found when its sIoU reaches tau, a prediction is false when its PPV is below tau.
 TAUS = np.linspace(0.25, 0.75, 11)
-NORMAL, ANOMALY, IGNORE = 0, 1, 255
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from semantic_anomaly.errors import InputError, SemanticAnomalyError
 from semantic_anomaly.evaluation import extras, provenance
 from semantic_anomaly.evaluation.datasets import FrameTruth
-from semantic_anomaly.evaluation.measures import frame_measures, latencies
+from semantic_anomaly.evaluation.measures import frame_measures, latencies, truth_row
 from semantic_anomaly.evaluation.published import Dataset
 from semantic_anomaly.evaluation.reports import report_folder, write_json
 from semantic_anomaly.evaluation.verdicts import PROMPT, parse_verdict
@@ -248,15 +248,10 @@ def _row(truth: FrameTruth, answer: dict[str, Any]) -> dict[str, Any]:
     verdict = parse_verdict(answer["answer"])
     decisions = {None: "unknown", True: "anomaly", False: "nominal"}
     return {
-        "name": truth.file,
+        **truth_row(truth),
         "score": None if verdict.anomaly is None else verdict.score,
         "decision": decisions[verdict.anomaly],
         "reason": answer["failure"] or verdict.reason,
-        "anomaly": truth.anomaly,
-        "ignored": truth.ignored,
-        "kind": truth.kind,
-        "family": truth.family,
-        "sequence": truth.sequence,
         "seconds": answer["seconds"],
         "tokens_in": answer.get("tokens_in"),
         "tokens_out": answer.get("tokens_out"),

@@ -22,6 +22,7 @@ from semantic_anomaly.evaluation.measures import (
     frame_measures,
     latencies,
     pixel_measures,
+    truth_row,
 )
 from semantic_anomaly.evaluation.metrics import SCORE_RESOLUTION, frame_rates, share
 from semantic_anomaly.evaluation.published import Dataset
@@ -146,16 +147,11 @@ def _row(
 ) -> dict[str, Any]:
     found = truth.anomaly and truth.has_pixels and result.decision is Decision.ANOMALY
     return {
-        "name": truth.file,
+        **truth_row(truth),
         "stamp_ns": stamp_ns,
         "score": result.score,
         "p_value": result.p_value,
         "decision": result.decision.value,
-        "anomaly": truth.anomaly,
-        "ignored": truth.ignored,
-        "kind": truth.kind,
-        "family": truth.family,
-        "sequence": truth.sequence,
         # An alarm for another reason than the anomaly is luck.
         "localized": bool(result.label_map[mask == 1].any()) if found else None,
         "ms": {stage: round(ms, 3) for stage, ms in result.stage_ms.items()},

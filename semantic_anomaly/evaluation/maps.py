@@ -22,6 +22,7 @@ from semantic_anomaly.evaluation.measures import (
     component_measures,
     frame_measures,
     pixel_measures,
+    truth_row,
 )
 from semantic_anomaly.evaluation.published import Dataset
 from semantic_anomaly.evaluation.reports import report_folder, write_json
@@ -214,13 +215,8 @@ def _row(
     else:
         raise InputError(f"scores: expected one for every frame, found none for '{truth.file}'")
     return {
-        "name": truth.file,
+        **truth_row(truth),
         "score": float(score),
-        "anomaly": truth.anomaly,
-        "ignored": truth.ignored,
-        "kind": truth.kind,
-        "family": truth.family,
-        "sequence": truth.sequence,
     }
 
 

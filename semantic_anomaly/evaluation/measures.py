@@ -56,6 +56,18 @@ class PixelGroups:
         return sum(own, self._groups.get((_NOMINAL, ""), PixelScores()))
 
 
+def truth_row(truth: FrameTruth) -> dict[str, Any]:
+    """Return what a row of results.json says of a frame's truth, as the measures read it."""
+    return {
+        "name": truth.file,
+        "anomaly": truth.anomaly,
+        "ignored": truth.ignored,
+        "kind": truth.kind,
+        "family": truth.family,
+        "sequence": truth.sequence,
+    }
+
+
 def frame_measures(rows: Sequence[Row], threshold: float | None) -> dict[str, Any]:
     """Return AUROC and rates of frames, each with its interval over sequences.
 

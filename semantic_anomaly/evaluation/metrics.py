@@ -172,7 +172,14 @@ class PixelScores:
         return total
 
     def curves(self, points: int = 400) -> dict[str, np.ndarray]:
-        """Return recall with precision, for drawing: at most so many points, none undefined."""
+        """Return the precision over recall for drawing, empty where it is not defined.
+
+        Args:
+            points: most points, >= 2.
+
+        Returns:
+            `recall`, rising, and `precision`: (n,) float64 in [0, 1] each.
+        """
         normal, anomalous = (int(n) for n in self._counts.sum(axis=1))
         if not normal or not anomalous:
             return {"recall": np.zeros(0), "precision": np.zeros(0)}
