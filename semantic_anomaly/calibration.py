@@ -239,8 +239,12 @@ class Calibration:
         Raises:
             ArtefactError: the file cannot be written.
         """
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return calibration_file.write(index_folder, values)
+        return calibration_file.write(index_folder, self._values())
+
+    @property
+    def sha256(self) -> str:
+        """Return the digest that its file carries."""
+        return calibration_file.digest(self._values())
 
     @classmethod
     def load(cls, index_folder: Path) -> Calibration:
@@ -254,6 +258,9 @@ class Calibration:
             return cls(**values)
         except CalibrationError as error:
             raise CalibrationError(f"calibration of index '{index_folder}': {error}") from error
+
+    def _values(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 def scores_needed(rate: float) -> int:

@@ -39,18 +39,15 @@ def write(folder: Path, values: Mapping[str, Any]) -> Path:
     Raises:
         ArtefactError: the file cannot be written.
     """
-    body = {
-        **values,
-        "format": FORMAT,
-        "scores": values["scores"].tolist(),
-        "drives": [{"name": name, "frames": count} for name, count in values["drives"]],
-        "region": dict(values["region"]),
-        # Empty for scores that are relative to nothing.
-        "usual": values["usual"].describe() if values["usual"] else {},
-    }
+    body = _body(values)
     path = Path(folder) / FILE_NAME
     atomic_write_bytes(path, canonical_json({**body, "sha256": _digest(body)}).encode())
     return path
+
+
+def digest(values: Mapping[str, Any]) -> str:
+    """Return the sha256 that the file of a calibration's fields carries."""
+    return _digest(_body(values))
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -76,6 +73,18 @@ def read(folder: Path) -> dict[str, Any]:
         return _checked(body)
     except CalibrationError as error:
         raise CalibrationError(f"calibration '{path}': {error}") from error
+
+
+def _body(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **values,
+        "format": FORMAT,
+        "scores": values["scores"].tolist(),
+        "drives": [{"name": name, "frames": count} for name, count in values["drives"]],
+        "region": dict(values["region"]),
+        # Empty for scores that are relative to nothing.
+        "usual": values["usual"].describe() if values["usual"] else {},
+    }
 
 
 def _digest(body: Mapping[str, Any]) -> str:

@@ -94,18 +94,42 @@ def atomic_folder(path: Path, replace: bool) -> Iterator[Path]:
     path = _absolute(path)
     temporary = _sibling(path)
     try:
+        with _said(path):
+            _refuse_existing(path, replace)
+            temporary.mkdir(parents=True)
+            yield temporary
+        publish_folder(temporary, path, replace)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def publish_folder(folder: Path, path: Path, replace: bool) -> None:
+    """Give a finished folder its name in one step, everything in it fsynced before.
+
+    Args:
+        folder: in the parent of `path`.
+        path: the folder to be.
+        replace: whether an existing folder may be replaced, as a whole.
+
+    Raises:
+        ArtefactError: `path` exists and may not be replaced, or something cannot be written.
+    """
+    path = _absolute(path)
+    with _said(path):
+        _fsync_tree(folder)
         _refuse_existing(path, replace)
-        temporary.mkdir(parents=True)
-        yield temporary
-        _fsync_tree(temporary)
-        _refuse_existing(path, replace)
-        _put_in_place(temporary, path)
+        _put_in_place(folder, path)
         _fsync(path.parent)
+    # After an exchange the temporary name holds the old folder.
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _said(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ArtefactError(f"cannot write '{path}': {_reason(error)}") from error
-    finally:
-        # After an exchange the temporary name holds the old folder.
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _refuse_existing(path: Path, replace: bool) -> None:

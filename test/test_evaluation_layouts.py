@@ -8,8 +8,8 @@ import cv2
 import numpy as np
 import pytest
 from colours import IMAGE_HW, make_detector, street
+from labelled_drive import odd_mask
 from test_bags import raw, write_bag
-from test_evaluation_labelled import odd_mask
 
 from semantic_anomaly.cli import main
 from semantic_anomaly.errors import InputError

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from colours import make_detector
-from test_evaluation_labelled import make_dataset
+from labelled_drive import make_dataset
 
 from semantic_anomaly.cli import main
 from semantic_anomaly.errors import InputError

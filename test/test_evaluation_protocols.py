@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from colours import ColourEmbedder, street
-from test_evaluation_labelled import make_dataset
+from labelled_drive import make_dataset
 
 from semantic_anomaly.cli import main
 from semantic_anomaly.errors import CalibrationError, InputError

@@ -39,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pixel-threshold", type=float, metavar="T", help="of the maps, chosen beforehand"
     )
+    parser.add_argument(
+        "--protocol", default="", metavar="NAME", help="what the method took as nominal"
+    )
     add_layout_option(parser)
     add_components_option(parser)
 
@@ -71,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
         threshold=args.threshold,
         pixel_threshold=args.pixel_threshold,
         tail_percent=args.tail_percent,
+        protocol=args.protocol,
     )
     print(_summary(results))
     print(f"wrote {args.out}")

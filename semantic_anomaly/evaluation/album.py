@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import heapq
+import shutil
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 
-from semantic_anomaly.images import encode_jpeg
+from semantic_anomaly.images import encode_jpeg, encode_png, read_image
 from semantic_anomaly.regions import ImageRegion
 from semantic_anomaly.rendering import contact_sheet, draw_heatmap, draw_overlay
 from semantic_anomaly.structures import AnomalyResult, Frame
@@ -23,6 +23,7 @@ PANEL_WIDTH_PX = 640
 SHEET_WIDTH_PX = 480
 SHEET_COLUMNS = 4
 WORST = 4
+_SHEET = "sheet"
 _TRUTH, _NEAREST = (0, 220, 90), (255, 220, 0)
 _GOOD, _BAD = (200, 240, 205), (255, 214, 190)
 _TINTS = {"FOUND": _GOOD, "MISSED": _BAD, "FALSE ALARM": _BAD, "SOMETHING ELSE": _BAD}
@@ -77,11 +78,10 @@ def nearest_nominal(detector: AnomalyDetector, frame: Frame) -> np.ndarray | Non
     return picture
 
 
-@dataclass
 class Album:
-    """Collects the pictures of a run in bounded memory; most are written as they come.
+    """Writes the pictures of a run as they come, so that a later run can go on with them.
 
-    Attributes:
+    Args:
         folder: `overlays/`, `panels/`, `worst/` and `contact_sheet.jpg` are written here.
         region: the part of the image that takes part.
         alpha: strength of the heatmap in overlays.
@@ -89,13 +89,21 @@ class Album:
         sheet: numbers of the frames on the contact sheet.
     """
 
-    folder: Path
-    region: ImageRegion
-    alpha: float
-    every: int
-    sheet: Collection[int] = ()
-    _thumbnails: list[np.ndarray] = field(default_factory=list)
-    _worst: dict[str, list[tuple[float, int, str, bytes]]] = field(default_factory=dict)
+    def __init__(
+        self,
+        folder: Path,
+        region: ImageRegion,
+        alpha: float,
+        every: int,
+        sheet: Collection[int] = (),
+    ) -> None:
+        self._folder, self._region, self._alpha = folder, region, alpha
+        self._every, self._sheet = every, sheet
+        self._worst: dict[str, list[tuple[float, int, str]]] = {}
+
+    def passed(self, number: int, stem: str, ranks: Sequence[tuple[str, float]]) -> None:
+        """Take a frame whose pictures an earlier run has written."""
+        self._extremes(number, stem, ranks)
 
     def add(
         self,
@@ -110,7 +118,7 @@ class Album:
         nearest: Callable[[], np.ndarray | None] = lambda: None,
         always: bool = False,
     ) -> None:
-        """Take the pictures of a frame that are wanted.
+        """Write the pictures of a frame that are wanted.
 
         Args:
             number: of the frame in the run.
@@ -122,22 +130,18 @@ class Album:
             nearest: makes the fourth picture of a frame that is kept so.
             always: write this frame whatever its number.
         """
-        regular = always or (self.every > 0 and number % self.every == 0)
-        kept = {group: self._worst.setdefault(group, []) for group, _ in ranks}
-        extreme = [
-            (group, value)
-            for group, value in ranks
-            if len(kept[group]) < WORST or value > kept[group][0][0]
-        ]
-        if not (regular or extreme or number in self.sheet):
+        regular = always or (self._every > 0 and number % self._every == 0)
+        extreme = self._extremes(number, stem, ranks)
+        if not (regular or extreme or number in self._sheet):
             return
-        overlay = draw_overlay(frame.image, result, self.region, self.alpha)
-        if number in self.sheet:
+        overlay = draw_overlay(frame.image, result, self._region, self._alpha)
+        if number in self._sheet:
             small = at_width(_with_truth(overlay, mask), SHEET_WIDTH_PX)
-            self._thumbnails.append(np.concatenate([_strip(caption, small.shape[1], 18), small]))
+            small = np.concatenate([_strip(caption, small.shape[1], 18), small])
+            self._write(f"{_SHEET}/{number:09d}.png", encode_png(small))
         if not (regular or extreme):
             return
-        heat = draw_heatmap(result, self.region)
+        heat = draw_heatmap(result, self._region)
         if regular:
             panel = side_by_side(frame.image, heat, overlay, mask, caption)
             self._write(f"overlays/{stem}.jpg", encode_jpeg(overlay))
@@ -145,23 +149,44 @@ class Album:
         if extreme:
             panel = side_by_side(frame.image, heat, overlay, mask, caption, nearest())
             content = encode_jpeg(panel, 88)
-            for group, value in extreme:
-                push = heapq.heappush if len(kept[group]) < WORST else heapq.heappushpop
-                push(kept[group], (value, number, stem, content))
+            for group in extreme:
+                self._write(_kept(group, number), content)
 
     def finish(self) -> None:
-        """Write what could only be chosen at the end: the worst frames and the contact sheet."""
+        """Make what could only be chosen at the end: names of the worst, and the contact sheet."""
         for group, kept in self._worst.items():
-            for place, (_, _, stem, panel) in enumerate(sorted(kept, reverse=True), start=1):
-                self._write(f"worst/{group}_{place}_{stem}.jpg", panel)
-        if self._thumbnails:
-            sheet = contact_sheet(self._thumbnails, SHEET_COLUMNS)
+            for place, (_, number, stem) in enumerate(sorted(kept, reverse=True), start=1):
+                file = self._folder / _kept(group, number)
+                file.rename(file.with_name(f"{group}_{place}_{stem}.jpg"))
+        thumbnails = [read_image(file) for file in sorted((self._folder / _SHEET).glob("*.png"))]
+        if thumbnails:
+            sheet = contact_sheet(thumbnails, SHEET_COLUMNS)
             self._write("contact_sheet.jpg", encode_jpeg(sheet, 88))
+            shutil.rmtree(self._folder / _SHEET)
+
+    def _extremes(self, number: int, stem: str, ranks: Sequence[tuple[str, float]]) -> list[str]:
+        """Return the groups in which a frame is among the worst so far."""
+        groups = []
+        for group, value in ranks:
+            kept = self._worst.setdefault(group, [])
+            if len(kept) < WORST:
+                heapq.heappush(kept, (value, number, stem))
+            elif value > kept[0][0]:
+                _, dropped, _ = heapq.heapreplace(kept, (value, number, stem))
+                (self._folder / _kept(group, dropped)).unlink(missing_ok=True)
+            else:
+                continue
+            groups.append(group)
+        return groups
 
     def _write(self, name: str, content: bytes) -> None:
-        path = self.folder / name
+        path = self._folder / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(content)
+
+
+def _kept(group: str, number: int) -> str:
+    return f"worst/{group}@{number}.jpg"
 
 
 def evenly(numbers: list[int], count: int) -> list[int]:

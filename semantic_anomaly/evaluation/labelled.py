@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from semantic_anomaly.evaluation import extras, html, pictures, provenance
 from semantic_anomaly.evaluation.album import Album, evenly, nearest_nominal
 from semantic_anomaly.evaluation.components import ANOMALY_TRACK, SizeLimits
 from semantic_anomaly.evaluation.datasets import IGNORE, FrameTruth
+from semantic_anomaly.evaluation.journal import Journal, resumable_report
 from semantic_anomaly.evaluation.measures import (
     PixelGroups,
     by_group,
@@ -26,9 +27,10 @@ from semantic_anomaly.evaluation.measures import (
 )
 from semantic_anomaly.evaluation.metrics import SCORE_RESOLUTION, frame_rates, share
 from semantic_anomaly.evaluation.published import Dataset
-from semantic_anomaly.evaluation.reports import report_folder, write_json
+from semantic_anomaly.evaluation.reports import write_json
 from semantic_anomaly.regions import ImageRegion
-from semantic_anomaly.structures import AnomalyResult, Decision
+from semantic_anomaly.storage import canonical_json, sha256_bytes
+from semantic_anomaly.structures import AnomalyResult, Decision, Frame
 
 if TYPE_CHECKING:
     from semantic_anomaly.detector import AnomalyDetector
@@ -59,6 +61,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Assess every frame, write `out` as a whole, and return what results.json holds.
 
+    Stopped or killed, it goes on from the last frame that was done when it is called again.
+
     Frame rates are of scores above the threshold; `localized` is the share of the anomalous frames
     with an alarm in which a localization touches the anomaly; pixel measures are of pixels inside
     the region of interest that the masks do not ignore, component measures are at the benchmark's
@@ -79,23 +83,38 @@ def evaluate(
         MissingPackageError: a package of the extra [report] is not installed.
     """
     extras.require("sklearn.metrics", "scipy.stats", "matplotlib.figure", "jinja2")
-    with report_folder(out, RESULTS, WRITTEN) as folder:
-        step = max(1, len(dataset) // PICTURES) if every is None else every
-        sheet = _sheet_frames(dataset.truths)
+    step = max(1, len(dataset) // PICTURES) if every is None else every
+    named = {
+        "protocol": protocol.name if protocol else "drive",
+        "protocol_detail": protocol.detail if protocol else {},
+    }
+    made = provenance.describe(detector)
+    key = {
+        **{"data": provenance.files_state(dataset.path), "pictures": step, **named, **made},
+        "frames": [truth.file for truth in dataset.truths],
+    }
+    with resumable_report(out, RESULTS, WRITTEN, key) as journal:
+        folder = journal.folder
         album = Album(
-            folder, detector.region, detector.settings.overlay_alpha, step, frozenset(sheet)
+            *(folder, detector.region, detector.settings.overlay_alpha, step),
+            frozenset(_sheet_frames(dataset.truths)),
         )
         detector_of = protocol.detector_of if protocol else lambda _: detector
-        rows, pixels = _assess(dataset, detector_of, album, folder / MAPS, progress)
+        remembered = detector.settings.confirm_window - 1
+        _assess(dataset, detector_of, remembered, album, journal, progress)
         album.finish()
-        frames = _maps(folder / MAPS, dataset, detector.region)
+        pixels = PixelGroups()
+        for truth, heatmap, labels in _maps(folder / MAPS, dataset, detector.region):
+            pixels.add(truth, heatmap, labels)
         thresholds = {"oracle": pixels.all().oracle_threshold(), "calibrated": detector.threshold}
-        components = component_measures(frames, limits, thresholds)
-        results = {
-            "protocol": protocol.name if protocol else "drive",
-            "protocol_detail": protocol.detail if protocol else {},
-            **_results(dataset, detector, rows, pixels, components),
-        }
+        maps = (pair[1:] for pair in _maps(folder / MAPS, dataset, detector.region))
+        components = component_measures(maps, limits, thresholds)
+        rows = journal.rows
+        results = {**named, **_results(dataset, detector, rows, pixels, components), **made}
+        results["data_sha256"] = sha256_bytes(
+            canonical_json([(row["name"], row.pop("sha256")) for row in rows]).encode()
+        )
+        results["frames"] = rows
         if not save_maps:
             shutil.rmtree(folder / MAPS)
         write_json(folder / RESULTS, results)
@@ -107,17 +126,24 @@ def evaluate(
 def _assess(
     dataset: Dataset,
     detector_of: Callable[[FrameTruth], AnomalyDetector],
+    remembered: int,
     album: Album,
-    maps: Path,
+    journal: Journal,
     progress: bool,
-) -> tuple[list[dict[str, Any]], PixelGroups]:
-    """Return one row a frame and the pixels, and write the heatmaps."""
-    rows: list[dict[str, Any]] = []
-    pixels = PixelGroups()
-    maps.mkdir()
+) -> None:
+    """Record one row a frame, and write heatmaps and pictures."""
+    done = len(journal.rows)
+    for number, (row, truth) in enumerate(zip(journal.rows, dataset.truths, strict=False)):
+        album.passed(number, truth.stem, _ranks(row))
+    maps = journal.folder / MAPS
+    maps.mkdir(exist_ok=True)
     detector = None
-    bar = tqdm(dataset, "evaluate", len(dataset), unit="frame", disable=None if progress else True)
+    hide = None if progress else True
+    bar = tqdm(dataset, "evaluate", len(dataset), unit="frame", disable=hide)
     for number, (frame, truth, mask) in enumerate(bar):
+        # The last ones that are done are looked at again: confirmation over time remembers them.
+        if number < done - remembered:
+            continue
         if (needed := detector_of(truth)) is not detector:
             # The first frame pays for what is made once, and would be the slowest.
             detector = needed
@@ -125,36 +151,37 @@ def _assess(
             detector.detect(frame)
             detector.reset()
         result = detector.detect(frame)
-        pixels.add(truth, result.heatmap, _within(detector.region, mask))
-        # The oracle's threshold is known after the last frame, and then every map is needed again.
+        if number < done:
+            continue
         np.save(_map_file(maps, truth), result.heatmap, allow_pickle=False)
-        rows.append(_row(truth, result, frame.stamp_ns, mask))
+        row = _row(truth, result, frame, mask)
         album.add(
             number,
             frame,
             result,
             stem=truth.stem,
-            caption=_caption(truth, result, rows[-1]["localized"]),
+            caption=_caption(truth, result, row["localized"]),
             mask=mask,
-            ranks=_ranks(truth, result),
+            ranks=_ranks(row),
             nearest=partial(nearest_nominal, detector, frame),
         )
-    return rows, pixels
+        journal.record(row)
 
 
 def _row(
-    truth: FrameTruth, result: AnomalyResult, stamp_ns: int, mask: np.ndarray
+    truth: FrameTruth, result: AnomalyResult, frame: Frame, mask: np.ndarray
 ) -> dict[str, Any]:
     found = truth.anomaly and truth.has_pixels and result.decision is Decision.ANOMALY
     return {
         **truth_row(truth),
-        "stamp_ns": stamp_ns,
+        "stamp_ns": frame.stamp_ns,
         "score": result.score,
         "p_value": result.p_value,
         "decision": result.decision.value,
         # An alarm for another reason than the anomaly is luck.
         "localized": bool(result.label_map[mask == 1].any()) if found else None,
         "ms": {stage: round(ms, 3) for stage, ms in result.stage_ms.items()},
+        "sha256": sha256_bytes(frame.image.tobytes() + mask.tobytes()),
     }
 
 
@@ -170,12 +197,12 @@ def _within(region: ImageRegion, mask: np.ndarray) -> np.ndarray:
 
 def _maps(
     maps: Path, dataset: Dataset, region: ImageRegion
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield map and labels of every frame whose pixels count."""
+) -> Iterator[tuple[FrameTruth, np.ndarray, np.ndarray]]:
+    """Yield truth, map and labels of every frame whose pixels count."""
     for truth in dataset.truths:
         if truth.has_pixels:
             heatmap = np.load(_map_file(maps, truth), allow_pickle=False)
-            yield heatmap, _within(region, dataset.labels(truth, heatmap.shape))
+            yield truth, heatmap, _within(region, dataset.labels(truth, heatmap.shape))
 
 
 def _results(
@@ -220,8 +247,6 @@ def _results(
         "by_kind": by_group("kind", counted, pixels, detector.threshold),
         "by_family": by_group("family", counted, pixels, detector.threshold),
         "latency_ms": latencies(row["ms"] for row in rows),
-        **provenance.describe(detector),
-        "frames": rows,
     }
 
 
@@ -234,12 +259,12 @@ def _sheet_frames(truths: list[FrameTruth]) -> list[int]:
     return sorted([*first, *evenly(nominal, SHEET_PICTURES - len(first))])
 
 
-def _ranks(truth: FrameTruth, result: AnomalyResult) -> list[tuple[str, float]]:
-    if truth.ignored:
+def _ranks(row: Mapping[str, Any]) -> list[tuple[str, float]]:
+    if row["ignored"]:
         return []
-    if truth.anomaly:
-        return [("lowest_anomaly", -result.score), ("highest_anomaly", result.score)]
-    return [("highest_nominal", result.score)]
+    if row["anomaly"]:
+        return [("lowest_anomaly", -row["score"]), ("highest_anomaly", row["score"])]
+    return [("highest_nominal", row["score"])]
 
 
 def _caption(truth: FrameTruth, result: AnomalyResult, localized: bool | None) -> str:

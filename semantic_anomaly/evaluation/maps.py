@@ -120,6 +120,7 @@ def score_maps(
     threshold: float | None = None,
     pixel_threshold: float | None = None,
     tail_percent: float = 1.0,
+    protocol: str = "",
     progress: bool = True,
 ) -> dict[str, Any]:
     """Measure maps as `evaluate` measures its own, write results.json, and return what it holds.
@@ -133,6 +134,7 @@ def score_maps(
         threshold: of the frame scores, None where there is none.
         pixel_threshold: of the maps, for the measures named 'calibrated'.
         tail_percent: share of the counted pixels, in (0, 100].
+        protocol: what the method took as nominal, as `evaluate` names it; empty: not stated.
         progress: show a progress bar on a terminal.
 
     Raises:
@@ -160,6 +162,7 @@ def score_maps(
         counted = [row for row in rows if not row["ignored"]]
         results = {
             "dataset": dataset.name,
+            "protocol": protocol or None,
             **frame_measures(counted, threshold),
             "threshold": threshold,
             "frame_score": "given" if scores else f"mean of the largest {tail_percent:g} % pixels",

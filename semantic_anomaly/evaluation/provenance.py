@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from semantic_anomaly import __version__
+from semantic_anomaly.storage import canonical_json, sha256_bytes
 
 if TYPE_CHECKING:
     from semantic_anomaly.detector import AnomalyDetector
@@ -23,11 +24,19 @@ def describe(detector: AnomalyDetector) -> dict[str, Any]:
         "settings": detector.settings.to_parameters(),
         "region": detector.region.describe(),
         "index": {"fingerprint": detector.index.fingerprint, "entries": detector.index.count},
+        "calibration_sha256": detector.calibration.sha256 if detector.calibration else None,
         "backbone": detector.embedder.identity.to_dict(),
         "device": str(getattr(detector.embedder, "device", "")) or None,
         "versions": versions(),
         "git_commit": git_commit(),
     }
+
+
+def files_state(path: Path) -> str:
+    """Return a digest of the names, sizes and times of change of a file or of all in a folder."""
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    states = [(str(f.relative_to(path)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return sha256_bytes(canonical_json(states).encode())
 
 
 def versions() -> dict[str, str]:

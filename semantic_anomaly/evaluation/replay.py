@@ -12,7 +12,7 @@ from semantic_anomaly.evaluation import extras, provenance
 from semantic_anomaly.evaluation.album import Album
 from semantic_anomaly.evaluation.drives import SUMMARY, WRITTEN, write_drive
 from semantic_anomaly.evaluation.events import Event
-from semantic_anomaly.evaluation.reports import report_folder
+from semantic_anomaly.evaluation.journal import resumable_report
 from semantic_anomaly.sources import FrameSource
 from semantic_anomaly.structures import AnomalyResult, Decision, Frame
 
@@ -34,6 +34,8 @@ def replay(
 ) -> dict[str, Any]:
     """Assess every frame of a source, write `out` as a whole, and return its summary.
 
+    Stopped or killed, it goes on from the last frame that was done when it is called again.
+
     An alarm is a run of frames whose decision is `anomaly`; its first frame is always pictured.
 
     Args:
@@ -53,19 +55,29 @@ def replay(
     count = source.count
     if every is None:
         every = _EVERY_UNKNOWN if count is None else max(1, count // PICTURES)
-    with report_folder(out, SUMMARY, WRITTEN) as folder:
-        album = Album(folder, detector.region, detector.settings.overlay_alpha, every)
-        rows: list[dict[str, Any]] = []
+    made = provenance.describe(detector)
+    key = {
+        **{"data": provenance.files_state(source.path), "frames": str(source.selection)},
+        **{"topic": getattr(source, "topic", None), "pictures": every, **made},
+    }
+    with resumable_report(out, SUMMARY, WRITTEN, key) as journal:
+        album = Album(journal.folder, detector.region, detector.settings.overlay_alpha, every)
         detector.reset()
+        done = len(journal.rows)
+        # The last ones that are done are looked at again: confirmation over time remembers them.
+        first = max(0, done - detector.settings.confirm_window + 1)
         bar = tqdm(source, "replay", count, unit="frame", disable=None if progress else True)
         for number, frame in enumerate(bar):
-            if number == 0:
+            if number < first:
+                continue
+            if number == first:
                 # The first frame pays for what is made once, and would be the slowest.
                 detector.detect(frame)
                 detector.reset()
             result = detector.detect(frame)
-            begins = _is_alarm(result) and not (rows and rows[-1]["alarm"])
-            rows.append(_row(frame, result))
+            if number < done:
+                continue
+            begins = _is_alarm(result) and not (journal.rows and journal.rows[-1]["alarm"])
             stem = frame.name.rpartition("/")[2].rpartition(".")[0] or frame.name.rpartition("/")[2]
             album.add(
                 number,
@@ -75,9 +87,10 @@ def replay(
                 caption=f"{frame.name}   {result.decision.value}   score {result.score:.3f}",
                 always=begins,
             )
+            journal.record(_row(frame, result))
         album.finish()
         summary = write_drive(
-            folder, source.name, rows, detector.threshold, events, provenance.describe(detector)
+            journal.folder, source.name, journal.rows, detector.threshold, events, made
         )
     return summary
 
