@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 from colours import make_detector
 from labelled_drive import make_dataset
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 from semantic_anomaly.cli import main
 from semantic_anomaly.errors import InputError
@@ -17,6 +20,7 @@ from semantic_anomaly.evaluation.components import SizeLimits
 from semantic_anomaly.evaluation.datasets import LabelledFolder
 from semantic_anomaly.evaluation.labelled import evaluate
 from semantic_anomaly.evaluation.maps import MapFolder, read_scores, score_maps
+from semantic_anomaly.images import write_image
 
 LIMITS = SizeLimits(20, 10)
 
@@ -150,3 +154,35 @@ def test_a_frame_without_a_score_is_refused(
     maps = MapFolder(root / "out" / "maps", dataset, progress=False)
     with pytest.raises(InputError, match=r"none for '00000\.png'"):
         score_maps(maps, dataset, tmp_path / "o", limits=LIMITS, scores={"x": 1.0}, progress=False)
+
+
+def test_large_sets_fit_into_two_gigabytes(tmp_path: Path, rng: np.random.Generator) -> None:
+    for folder in ("images", "masks", "maps"):
+        (tmp_path / folder).mkdir()
+    image = np.zeros((1024, 2048, 3), np.uint8)
+    mask = np.zeros((1024, 2048), np.uint8)
+    mask[300:420, 500:700], mask[:, :40] = 1, 255
+    values = (rng.random(mask.shape, np.float32) + (mask == 1)).astype(np.float32)
+    write_image(tmp_path / "images/0.png", image)
+    write_image(tmp_path / "masks/0.png", mask)
+    np.save(tmp_path / "maps/0.npy", values)
+    for number in range(1, 30):
+        for file in ("images/{}.png", "masks/{}.png", "maps/{}.npy"):
+            (tmp_path / file.format(number)).hardlink_to(tmp_path / file.format(0))
+    code = (
+        "import resource, sys; from semantic_anomaly.cli import main; code = main(sys.argv[1:]); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(code)"
+    )
+    argv = ["score-maps", str(tmp_path / "maps"), str(tmp_path), "--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *argv], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) < 2_000_000
+    found = json.loads((tmp_path / "out/results.json").read_text())
+    assert found["pixels"] == {"anomalous": 30 * 120 * 200, "normal": 30 * (1024 * 2008 - 24000)}
+    # Thirty equal images have the measures of one.
+    counted = mask.ravel() != 255
+    label, score = mask.ravel()[counted] == 1, values.ravel()[counted]
+    assert found["pixel_ap"] == pytest.approx(average_precision_score(label, score), abs=1e-3)
+    assert found["pixel_auroc"] == pytest.approx(roc_auc_score(label, score), abs=1e-3)

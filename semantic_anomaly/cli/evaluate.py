@@ -124,7 +124,7 @@ def _summary(results: dict[str, Any]) -> str:
         f"frames, {anomalous} anomalous"
         + (f", {results['frames_ignored']} ignored" if results["frames_ignored"] else ""),
         "",
-        table(_measures(results, anomalous, nominal), ("measure", "value", "remark")),
+        table(_measures(results, anomalous, nominal), ("measure", "value", "95 %", "remark")),
     ]
     for title in ("kind", "family"):
         rows = [
@@ -138,7 +138,8 @@ def _summary(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _measures(results: dict[str, Any], anomalous: int, nominal: int) -> list[tuple[str, str, str]]:
+def _measures(results: dict[str, Any], anomalous: int, nominal: int) -> list[tuple[str, ...]]:
+    """Return rows of name, value, interval over sequences, and remark."""
     pixels = results["pixels"]
     one_sided = "" if anomalous and nominal else "needs anomalous and nominal frames"
     if results["threshold"] is None:
@@ -155,32 +156,44 @@ def _measures(results: dict[str, Any], anomalous: int, nominal: int) -> list[tup
             "" if pixels["region"] == "whole image" else " within the region of interest"
         )
     rows = [
-        ("threshold", figure(results["threshold"], 4), results["threshold_from"] or "none"),
-        ("frame AUROC", figure(results["frame_auroc"]), one_sided),
-        ("TPR", figure(results["tpr"]), above),
-        ("FPR", figure(results["fpr"]), target),
+        ("threshold", figure(results["threshold"], 4), "", results["threshold_from"] or "none"),
+        *frame_rows(results, one_sided, above, target),
     ]
     if results["localized"] is not None:
         touches = "of the anomalous frames with an alarm: a localization touches the anomaly"
-        rows.append(("localized", figure(results["localized"]), touches))
+        rows.append(("localized", figure(results["localized"]), "", touches))
     if results["settings"]["confirm_window"] > 1:
         confirmed = "of decisions, confirmed over time"
         rows += [
-            ("alarm TPR", figure(results["alarm_tpr"]), confirmed),
-            ("alarm FPR", figure(results["alarm_fpr"]), confirmed),
+            ("alarm TPR", figure(results["alarm_tpr"]), "", confirmed),
+            ("alarm FPR", figure(results["alarm_fpr"]), "", confirmed),
         ]
     total = results["latency_ms"]["total"]
     return [
         *rows,
-        ("pixel AP", figure(results["pixel_ap"]), inside),
-        ("pixel AUROC", figure(results["pixel_auroc"]), ""),
-        ("pixel FPR95", figure(results["pixel_fpr95"]), ""),
+        ("pixel AP", figure(results["pixel_ap"]), "", inside),
+        ("pixel AUROC", figure(results["pixel_auroc"]), "", ""),
+        ("pixel FPR95", figure(results["pixel_fpr95"]), "", ""),
         *component_rows(results),
-        ("ms a frame", figure(total["p50"], 1), f"median; p95 {total['p95']:.1f}"),
+        ("ms a frame", figure(total["p50"], 1), "", f"median; p95 {total['p95']:.1f}"),
     ]
 
 
-def component_rows(results: dict[str, Any]) -> list[tuple[str, str, str]]:
+def frame_rows(results: dict[str, Any], *remarks: str) -> list[tuple[str, ...]]:
+    """Return the rows of the frame measures: name, value, interval over sequences, remark."""
+    names = {"frame AUROC": "frame_auroc", "TPR": "tpr", "FPR": "fpr"}
+    return [
+        (
+            name,
+            figure(results[measure]),
+            " to ".join(figure(end) for end in results[f"{measure}_interval"] or ()),
+            remark,
+        )
+        for (name, measure), remark in zip(names.items(), remarks, strict=True)
+    ]
+
+
+def component_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
     """Return the rows of the component measures at both thresholds."""
     limits = results["component_limits"]
     smallest = f"from {limits['predicted_px']} px (anomalies: {limits['truth_px']} px)"
@@ -189,6 +202,7 @@ def component_rows(results: dict[str, Any]) -> list[tuple[str, str, str]]:
         (
             f"sIoU, PPV, F1 {name}",
             " ".join(figure(results[f"component_{m}_{name}"]) for m in ("siou", "ppv", "f1")),
+            "",
             remark if results[f"pixel_threshold_{name}"] is not None else "no threshold",
         )
         for name, remark in remarks.items()

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from semantic_anomaly.evaluation.reports import refuse_other_content
     from semantic_anomaly.sources import open_source
 
-    extras.require("matplotlib.figure")
+    extras.require("matplotlib.figure", "jinja2")
     settings, camera = settings_of(args, args.index)
     refuse_other_content(args.out, SUMMARY, WRITTEN)
     events = read_events(args.labels) if args.labels else None

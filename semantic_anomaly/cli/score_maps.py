@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from semantic_anomaly.cli.evaluate import component_rows
+from semantic_anomaly.cli.evaluate import component_rows, frame_rows
 from semantic_anomaly.cli.options import (
     add_components_option,
     add_layout_option,
@@ -85,13 +85,11 @@ def _summary(results: dict[str, Any]) -> str:
     frames, anomalous = results["frames_counted"], results["frames_anomalous"]
     at = "" if results["threshold"] is not None else "no threshold given"
     rows = [
-        ("frame AUROC", figure(results["frame_auroc"]), results["frame_score"]),
-        ("TPR", figure(results["tpr"]), at),
-        ("FPR", figure(results["fpr"]), at),
-        ("pixel AP", figure(results["pixel_ap"]), ""),
-        ("pixel AUROC", figure(results["pixel_auroc"]), ""),
-        ("pixel FPR95", figure(results["pixel_fpr95"]), ""),
+        *frame_rows(results, results["frame_score"], at, at),
+        ("pixel AP", figure(results["pixel_ap"]), "", ""),
+        ("pixel AUROC", figure(results["pixel_auroc"]), "", ""),
+        ("pixel FPR95", figure(results["pixel_fpr95"]), "", ""),
         *component_rows(results),
     ]
     head = f"{results['dataset']}: {frames} frames, {anomalous} anomalous"
-    return f"{head}\n\n{table(rows, ('measure', 'value', 'remark'))}"
+    return f"{head}\n\n{table(rows, ('measure', 'value', '95 %', 'remark'))}"

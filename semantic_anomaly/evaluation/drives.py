@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from semantic_anomaly.evaluation import figures
+from semantic_anomaly.evaluation import figures, html
 from semantic_anomaly.evaluation.events import Event, drive_metrics
 from semantic_anomaly.evaluation.measures import latencies
 from semantic_anomaly.evaluation.reports import write_json
 from semantic_anomaly.structures import Decision
 
 SUMMARY = "summary.json"
-WRITTEN = frozenset({SUMMARY, "scores.csv", "score_curve.png", "overlays", "panels"})
+WRITTEN = frozenset({SUMMARY, "scores.csv", "score_curve.png", "overlays", "panels", html.NAME})
 
 
 def write_drive(
@@ -28,7 +28,7 @@ def write_drive(
     events: Sequence[Event] | None,
     details: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write scores.csv, score_curve.png and summary.json, and return the summary.
+    """Write scores.csv, score_curve.png, summary.json and report.html, and return the summary.
 
     Args:
         folder: of the report.
@@ -41,7 +41,7 @@ def write_drive(
 
     Raises:
         InputError: an event lies outside the drive.
-        MissingPackageError: matplotlib is not installed.
+        MissingPackageError: matplotlib or jinja2 is not installed.
     """
     scores = [row["score"] for row in rows if row["score"] is not None]
     decisions = [row["decision"] for row in rows]
@@ -69,9 +69,11 @@ def write_drive(
         )
         for row in rows
     ]
-    title = f"{name}: {len(summary['alarms'])} alarms in {len(rows)} frames"
+    count = len(summary["alarms"])
+    title = f"{name}: {count} alarm{'s' * (count != 1)} in {len(rows)} frames"
     figures.score_curve(folder / "score_curve.png", scored, threshold, title)
     write_json(folder / SUMMARY, summary)
+    html.write_drive_html(folder, summary, begin, rows[-1]["stamp_ns"])
     return summary
 
 

@@ -82,7 +82,7 @@ def score_curve(
             axes.axhline(threshold, color=_THRESHOLD, linestyle="--", linewidth=1.2,
                          label=f"threshold {threshold:.3f}")  # fmt: skip
         axes.set_xlabel(label)
-        axes.set_ylabel("frame score (cosine distance)")
+        axes.set_ylabel("frame score")
         axes.margins(x=0.01)
         axes.grid(alpha=0.25)
         axes.set_title(title, loc="left", fontsize=11)
@@ -125,7 +125,7 @@ def score_histogram(
                              label=label)  # fmt: skip
             axes.set_ylabel("frames")
             axes.yaxis.get_major_locator().set_params(integer=True)
-        rows[-1].set_xlabel("frame score (cosine distance)")
+        rows[-1].set_xlabel("frame score")
         rows[0].set_title(title, loc="left", fontsize=11)
         _legend_beside(figure, rows)
 

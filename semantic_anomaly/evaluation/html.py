@@ -1,4 +1,4 @@
-"""report.html: what results.json says, for people; one file that needs no network."""
+"""report.html: what results.json or summary.json says, for people; no network is needed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from semantic_anomaly.evaluation import extras
 
 NAME = "report.html"
+ALARM_PICTURES = 12
 _CURVES = (
     ("curves.png", "ROC of the frames; precision and recall of the pixels"),
     ("score_histogram.png", "Frame scores, nominal against anomalous, with the threshold"),
@@ -25,6 +26,7 @@ _GROUPS = (
 _PROVENANCE = (
     *("protocol", "protocol_detail", "settings", "region", "index", "backbone", "device"),
     *("versions", "git_commit", "threshold", "threshold_from", "calibration", "pixels"),
+    *("data_sha256", "calibration_sha256"),
 )
 
 
@@ -38,23 +40,15 @@ def write_html(folder: Path, results: dict[str, Any]) -> None:
     Raises:
         MissingPackageError: jinja2 is not installed.
     """
-    jinja2 = extras.load("jinja2")
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=False, undefined=jinja2.StrictUndefined
-    )
-    environment.filters["figure"] = _figure
-    source = resources.files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8")
     calibration = results["calibration"] or {"warnings": []}
-    text = environment.from_string(source).render(
+    _write(
+        folder,
+        "report.html.j2",
         r=results,
+        title=results["dataset"],
         cards=_cards(results),
         warnings=calibration["warnings"],
         measures=_measures(results),
-        curves=[
-            {"alt": alt, "source": _embedded(folder / name)}
-            for name, alt in _CURVES
-            if (folder / name).is_file()
-        ],
         frames=[
             {
                 "title": title,
@@ -67,7 +61,96 @@ def write_html(folder: Path, results: dict[str, Any]) -> None:
         ],
         provenance=json.dumps({k: results[k] for k in _PROVENANCE}, indent=1),
     )
+
+
+def write_drive_html(folder: Path, summary: dict[str, Any], begin_ns: int, end_ns: int) -> None:
+    """Write report.html of a drive beside its curve and pictures, which it holds all the same.
+
+    Args:
+        folder: holds score_curve.png and `panels/`; what is not there is left out.
+        summary: what summary.json holds.
+        begin_ns, end_ns: stamps of the first and of the last frame.
+
+    Raises:
+        MissingPackageError: jinja2 is not installed.
+    """
+    stems = [frame_stem(alarm["first_frame"]) for alarm in summary["alarms"][:ALARM_PICTURES]]
+    panels = [folder / "panels" / f"{stem}.jpg" for stem in stems]
+    _write(
+        folder,
+        "drive.html.j2",
+        r={"backbone": None, **summary},
+        title=summary["source"],
+        duration_s=(end_ns - begin_ns) / 1e9,
+        begin_ns=begin_ns,
+        cards=_drive_cards(summary),
+        warnings=[] if summary["threshold"] else ["No threshold: nothing was decided."],
+        frames=[
+            {
+                "title": "First frames of alarms",
+                "pictures": [
+                    {"alt": file.stem, "source": _embedded(file)}
+                    for file in panels
+                    if file.is_file()
+                ],
+            }
+        ],
+        provenance=json.dumps({k: summary[k] for k in _PROVENANCE if k in summary}, indent=1),
+    )
+
+
+def frame_stem(name: str) -> str:
+    """Return what pictures of a frame are called: its name without folder and suffix."""
+    last = name.rpartition("/")[2]
+    return last.rpartition(".")[0] or last
+
+
+def _write(folder: Path, template: str, **values: Any) -> None:
+    jinja2 = extras.load("jinja2")
+
+    def source(name: str) -> str:
+        return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+    environment = jinja2.Environment(
+        autoescape=True, loader=jinja2.FunctionLoader(source), undefined=jinja2.StrictUndefined
+    )
+    environment.filters["figure"] = _figure
+    curves = [
+        {"alt": alt, "source": _embedded(folder / name)}
+        for name, alt in _CURVES
+        if (folder / name).is_file()
+    ]
+    text = environment.get_template(template).render(curves=curves, **values)
     (folder / NAME).write_text(text, encoding="utf-8")
+
+
+def _drive_cards(summary: dict[str, Any]) -> list[dict[str, str]]:
+    total = summary["latency_ms"].get("total")
+    cards = [
+        {
+            "name": "alarm" if len(summary["alarms"]) == 1 else "alarms",
+            "value": f"{len(summary['alarms'])}",
+            "note": f"threshold {_figure(summary['threshold'])}",
+        }
+    ]
+    if against := summary["against_events"]:
+        events, per_hour = len(against["events"]), against["false_per_hour"]
+        nominal = f"{against['nominal_s']:.1f} s nominal, {against['false_episodes']} episodes"
+        cards += [
+            {
+                "name": "events found",
+                "value": f"{events - against['missed']} of {events}",
+                "note": f"median delay {_figure(against['delay_s_median'], 2)} s",
+            },
+            {"name": "false alarms an hour", "value": _figure(per_hour, 1), "note": nominal},
+        ]
+    scores = summary["score_min"], summary["score_max"]
+    cards.append({"name": "highest score", "value": _figure(scores[1]),
+                  "note": f"lowest {_figure(scores[0])}"})  # fmt: skip
+    if total:
+        note = f"p95 {_figure(total['p95'], 0)}, p99 {_figure(total['p99'], 0)}"
+        cards.append({"name": "ms a frame", "value": _figure(total["p50"], 0), "note": note})
+    return cards
 
 
 def _cards(results: dict[str, Any]) -> list[dict[str, str]]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from semantic_anomaly.evaluation import extras, provenance
+from semantic_anomaly.evaluation import extras, html, provenance
 from semantic_anomaly.evaluation.album import Album
 from semantic_anomaly.evaluation.drives import SUMMARY, WRITTEN, write_drive
 from semantic_anomaly.evaluation.events import Event
@@ -49,9 +49,9 @@ def replay(
     Raises:
         InputError: a frame cannot be read, an event lies outside the drive, or `out` holds
             something else.
-        MissingPackageError: matplotlib is not installed.
+        MissingPackageError: matplotlib or jinja2 is not installed.
     """
-    extras.require("matplotlib.figure")
+    extras.require("matplotlib.figure", "jinja2")
     count = source.count
     if every is None:
         every = _EVERY_UNKNOWN if count is None else max(1, count // PICTURES)
@@ -78,12 +78,11 @@ def replay(
             if number < done:
                 continue
             begins = _is_alarm(result) and not (journal.rows and journal.rows[-1]["alarm"])
-            stem = frame.name.rpartition("/")[2].rpartition(".")[0] or frame.name.rpartition("/")[2]
             album.add(
                 number,
                 frame,
                 result,
-                stem=stem,
+                stem=html.frame_stem(frame.name),
                 caption=f"{frame.name}   {result.decision.value}   score {result.score:.3f}",
                 always=begins,
             )

@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     given = sys.argv if argv is None else ["result_recorder", *argv]
     args = _parser().parse_args(rclpy.utilities.remove_ros_args(given)[1:])
     try:
-        extras.require("matplotlib.figure")
+        extras.require("matplotlib.figure", "jinja2")
         refuse_other_content(args.out, SUMMARY, WRITTEN)
         events = read_events(args.labels) if args.labels else None
         rclpy.init(args=given)
