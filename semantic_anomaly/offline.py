@@ -95,7 +95,8 @@ def calibrate(
 ) -> Calibration:
     """Calibrate an index with nominal drives that it has not seen, scored as the detector does.
 
-    Every source counts as a drive of its own, also a selection of one. With `place_normalisation`
+    Every source counts as a drive of its own, also a selection of one; a folder whose labels name
+    the drives of its images, as many drives as they name. With `place_normalisation`
     frames are read twice: for what is usual at every place, then for scores relative to what is
     usual in the drives of other folds (cross-conformal prediction, Vovk 2015).
 
@@ -122,14 +123,16 @@ def calibrate(
         index.configure_search(settings.search, settings.search_ef)
         fresh = Fresh(index)
         fresh.foresee(opened, scores_needed(settings.target_false_alarm_rate))
+        drives = _drives(opened)
         folds: dict[int, PlaceSums] = defaultdict(PlaceSums)
         if settings.place_normalisation:
             detector = AnomalyDetector(embedder, index, None, settings, region)
-            for number, (drive, (_, grid)) in enumerate(
+            for number, (drive, (frame, grid)) in enumerate(
                 _embedded(opened, embedder, "usual distances", 1, progress)
             ):
+                fresh.check(drives[drive], frame)
                 inside = region.patch_mask(grid.grid_hw, grid.image_hw)
-                fold = _fold(list(opened), drive, number)
+                fold = _fold(list(drives), drive, number)
                 folds[fold].add(detector.score(grid)[1], inside)
         detectors: dict[int, AnomalyDetector] = {}
         scores: dict[str, list[float]] = {}
@@ -137,8 +140,9 @@ def calibrate(
         for number, (drive, (frame, grid)) in enumerate(
             _embedded(opened, embedder, "calibrate", 1, progress)
         ):
-            fresh.check(opened[drive], frame)
-            fold = _fold(list(opened), drive, number)
+            if not folds:
+                fresh.check(drives[drive], frame)
+            fold = _fold(list(drives), drive, number)
             if fold not in detectors:
                 usual = _usual_of_others(folds, fold)
                 detectors[fold] = AnomalyDetector(embedder, index, None, settings, region, usual)
@@ -217,6 +221,19 @@ def _open(sources: Sequence[str | Path], topic: str | None) -> dict[str, FrameSo
     return opened
 
 
+def _drives(sources: Mapping[str, FrameSource]) -> dict[str, FrameSource]:
+    """Return the source of every drive; a folder may name several."""
+    return {
+        _named(name, source, drive): source
+        for name, source in sources.items()
+        for drive in source.drives
+    }
+
+
+def _named(name: str, source: FrameSource, drive: str) -> str:
+    return f"{name}/{drive}" if len(source.drives) > 1 else name
+
+
 def _selected(selection: slice) -> str:
     parts = (selection.start, selection.stop, selection.step)
     if parts == (None, None, None):
@@ -240,8 +257,8 @@ def _embedded(
             frames = itertools.islice(source, 0, None, stride)
             while batch := list(itertools.islice(frames, BATCH_FRAMES)):
                 grids = embedder.embed([frame.image for frame in batch])
-                for pair in zip(batch, grids, strict=True):
-                    yield drive, pair
+                for frame, grid in zip(batch, grids, strict=True):
+                    yield _named(drive, source, source.drive_of(frame)), (frame, grid)
                 bar.update(len(batch))
 
 

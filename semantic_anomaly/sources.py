@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import cv2
 
 from semantic_anomaly.errors import ImageError, SourceError
-from semantic_anomaly.images import read_image
 from semantic_anomaly.structures import Frame
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm")
 BAG_SUFFIXES = (".mcap", ".db3")
 FRAME_PERIOD_NS = 100_000_000
@@ -48,6 +43,15 @@ class FrameSource(ABC):
         """Return how many frames are announced, None when unknown; a video may hold fewer."""
         total = self._total(exact=False)
         return None if total is None else len(range(*self.selection.indices(total)))
+
+    @property
+    def drives(self) -> tuple[str, ...]:
+        """Return the names of the drives that the selected frames are of, one '' if unknown."""
+        return ("",)
+
+    def drive_of(self, frame: Frame) -> str:
+        """Return the drive of a frame of this source, one of `drives`."""
+        return ""
 
     def __iter__(self) -> Iterator[Frame]:
         first: Frame | None = None
@@ -83,50 +87,6 @@ class FrameSource(ABC):
         total = self._total(exact=False)
         listed = ":".join("" if part is None else str(part) for part in parts)
         return f" in [{listed}]" + ("" if total is None else f" of {total}")
-
-
-class ImageFolder(FrameSource):
-    """The images of a folder, or of its subfolder `images`, in natural order of their names.
-
-    Stamps are taken from `stamp_s` in a labels.json beside the images or the subfolder, else one
-    frame follows the other after 100 ms.
-
-    Raises:
-        SourceError: no images, or a labels.json that does not give every image a stamp.
-    """
-
-    def __init__(self, path: Path, selection: slice = slice(None)) -> None:
-        folder = path / "images" if (path / "images").is_dir() else path
-        resolved = folder.resolve()
-        name = resolved.parent.name if resolved.name == "images" else resolved.name
-        super().__init__(path, name, selection)
-        try:
-            files = [f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES]
-        except OSError as error:
-            raise SourceError(f"folder '{folder}': {error.strerror}") from error
-        self.files = sorted(
-            (f for f in files if f.is_file() and not f.name.startswith(".")),
-            key=lambda file: natural(file.name),
-        )
-        if not self.files:
-            raise SourceError(
-                f"folder '{folder}': expected images ({', '.join(IMAGE_SUFFIXES)}), found none"
-                + _bag_remark(folder)
-            )
-        beside = [folder / "labels.json"]
-        if resolved.name == "images":
-            beside.append(resolved.parent / "labels.json")
-        labels = next((file for file in beside if file.is_file()), None)
-        self._stamps_ns = _read_stamps(labels, self.files) if labels else {}
-
-    def _total(self, *, exact: bool) -> int:
-        return len(self.files)
-
-    def _read(self, wanted: range) -> Iterator[Frame]:
-        for index in range(wanted.start, min(wanted.stop, len(self.files)), wanted.step):
-            file = self.files[index]
-            stamp_ns = self._stamps_ns.get(file.name, index * FRAME_PERIOD_NS)
-            yield Frame(read_image(file), stamp_ns, name=f"{self.name}/{file.name}")
 
 
 class Video(FrameSource):
@@ -235,16 +195,13 @@ def _open(path: Path, selection: slice, topic: str | None) -> FrameSource:
     if path.is_file() and suffix in VIDEO_SUFFIXES:
         return Video(path, selection)
     if path.is_dir():
+        from semantic_anomaly.image_folder import ImageFolder
+
         return ImageFolder(path, selection)
     raise SourceError(
         f"source '{path}': expected a folder of images, a video ({', '.join(VIDEO_SUFFIXES)}) "
         f"or a bag ({', '.join(BAG_SUFFIXES)})"
     )
-
-
-def _bag_remark(folder: Path) -> str:
-    bags = sorted(f.name for f in folder.iterdir() if f.suffix.lower() in BAG_SUFFIXES)
-    return f"; {bags[0]} lacks its metadata.yaml ('ros2 bag reindex' makes one)" if bags else ""
 
 
 def is_bag(path: Path) -> bool:
@@ -253,32 +210,5 @@ def is_bag(path: Path) -> bool:
     return named or (path / "metadata.yaml").is_file()
 
 
-def natural(name: str) -> tuple[list[str | int], str]:
-    """Return a key that sorts names as people do: 2 before 10."""
-    pieces = re.split(r"(\d+)", name)
-    return [int(p) if p.isdecimal() else p.lower() for p in pieces], name
-
-
 def _size(frame: Frame) -> str:
     return f"{frame.image_hw[1]}x{frame.image_hw[0]}"
-
-
-def _read_stamps(labels: Path, files: list[Path]) -> dict[str, int]:
-    """Return nanoseconds by file name; empty when the labels hold no stamps at all."""
-    try:
-        rows = json.loads(labels.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SourceError(f"labels '{labels}' cannot be read: {error}") from error
-    rows = rows if isinstance(rows, dict) else {}
-    stamps = {k: v["stamp_s"] for k, v in rows.items() if isinstance(v, dict) and "stamp_s" in v}
-    if not stamps:
-        return {}
-    for file in files:
-        stamp: Any = stamps.get(file.name)
-        number = isinstance(stamp, int | float) and not isinstance(stamp, bool)
-        if not number or not math.isfinite(stamp):
-            raise SourceError(
-                f"labels '{labels}': expected a stamp_s in seconds for '{file.name}', "
-                f"found {stamp!r}"
-            )
-    return {file.name: round(stamps[file.name] * 1e9) for file in files}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -182,6 +183,28 @@ def test_a_single_drive_is_parted_into_stretches(index: NominalIndex, drives: Pa
         embedder=ColourEmbedder(),
     )
     assert made.usual is not None and made.count == 7
+
+
+def test_a_folder_has_the_drives_that_its_labels_name(
+    index: NominalIndex, drives: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "images").mkdir()
+    labels = {}
+    for drive in ("a", "b"):
+        for file in sorted((drives / drive).iterdir()):
+            name = f"{drive}_{file.name}"
+            (tmp_path / "images" / name).write_bytes(file.read_bytes())
+            labels[name] = {"drive": f"drive {drive}"}
+    (tmp_path / "labels.json").write_text(json.dumps(labels))
+    made = calibrated(index, [tmp_path])
+    apart = calibrated(index, [drives / "a", drives / "b"])
+    name = tmp_path.name
+    assert [n for n, _ in made.drives] == [f"{name}/drive a", f"{name}/drive b"]
+    assert [count for _, count in made.drives] == [count for _, count in apart.drives]
+    np.testing.assert_array_equal(made.scores, apart.scores)
+    # A single one of them is a drive like any other.
+    single = calibrated(index, [f"{tmp_path}[0:7]"], target_false_alarm_rate=0.2)
+    assert [n for n, _ in single.drives] == [f"{name}[0:7]"]
 
 
 def test_calibrated_detector_finds_what_is_odd(index: NominalIndex, drives: Path) -> None:
