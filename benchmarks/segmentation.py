@@ -16,7 +16,6 @@ import torch
 from semantic_anomaly.embedding import PatchEmbedder
 from semantic_anomaly.segmentation import load_segmenter
 from semantic_anomaly.segmentation_tokens import token_regions
-from semantic_anomaly.settings import Settings
 from semantic_anomaly.synthetic import StreetDrive
 
 
@@ -29,7 +28,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     cv2.setNumThreads(args.threads)
-    embedder = PatchEmbedder.from_settings(Settings(backbone=args.backbone))
+    embedder = PatchEmbedder(args.backbone)
     segmenter = load_segmenter("tokens")
     rows = []
     for view in StreetDrive(2000, frames=args.frames):

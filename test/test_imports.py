@@ -15,10 +15,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [file.relative_to(PACKAGE).as_posix() for file in FILES]
 
 # Who alone may import what; a folder ends in a slash.
+SEGMENTATION = ("segmentation_models.py", "segmentation_loading.py", "segmentation_tokens.py")
 ROOMS = {
     # The search multiplies with the backbone's threads: a second library's would stand in its way.
-    "torch": ("embedding.py", "network.py", "segmentation.py", "exact_search.py"),
-    "transformers": ("embedding.py", "network.py", "segmentation.py"),
+    "torch": ("embedding.py", "network.py", *SEGMENTATION, "exact_search.py"),
+    "transformers": ("embedding.py", "network.py", *SEGMENTATION[:2]),
     "hnswlib": ("index.py",),
     "rosbags": ("bags.py", "synthetic/export.py"),
     "rclpy": ("ros/",),
