@@ -9,8 +9,8 @@ Frames of one drive resemble each other, so many short drives are worth more tha
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from semantic_anomaly import calibration_file
+from semantic_anomaly import renewal as renewals
 from semantic_anomaly.errors import CalibrationError, MismatchError, ModelOutputError
 from semantic_anomaly.places import UsualDistances
 from semantic_anomaly.regions import ImageRegion
@@ -51,6 +52,8 @@ class Calibration:
         usual: what distances are usual where, to which the scores are relative; None: to nothing.
         camera: name of the camera, for people.
         dtype: precision of the backbone that ran; empty where it is not known.
+        renewal: edits of the index since the scores were measured, which make a new calibration
+            due; empty: none.
 
     Raises:
         CalibrationError: scores are not finite, not sorted, not in [0, 2], not as many as the
@@ -68,6 +71,7 @@ class Calibration:
     usual: UsualDistances | None = None
     camera: str = "camera"
     dtype: str = ""
+    renewal: tuple[renewals.Change, ...] = ()
 
     def __post_init__(self) -> None:
         scores = self.scores
@@ -211,7 +215,14 @@ class Calibration:
                 f"({scores_needed(self.target_false_alarm_rate)}): the threshold rests on the "
                 f"{'largest score' if allowed == 1 else 'two largest scores'}"
             )
+        if self.renewal:
+            found.append(renewals.warning(self.renewal))
         return tuple(found)
+
+    def carried(self, index: CalibratedIndex, changes: Iterable[renewals.Change]) -> Calibration:
+        """Return this calibration for an edited index: in force, and due for renewal."""
+        since = renewals.after(self.renewal, changes)
+        return replace(self, index_fingerprint=index.fingerprint, renewal=since)
 
     def check(self, index_fingerprint: str, settings: Settings, region: ImageRegion) -> None:
         """Refuse to be used with another index, region or score than it was made with.

@@ -11,12 +11,15 @@ from typing import Any
 
 import numpy as np
 
+from semantic_anomaly import renewal
 from semantic_anomaly.errors import CalibrationError
 from semantic_anomaly.places import UsualDistances
 from semantic_anomaly.storage import atomic_write_bytes, canonical_json, sha256_bytes
 
 FILE_NAME = "calibration.json"
 FORMAT = 2
+# Only a calibration that is due for renewal says so: the others keep format and digest.
+FORMAT_WITH_RENEWAL = 3
 
 _TYPES: dict[str, type] = {
     "scores": list,
@@ -76,9 +79,11 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def _body(values: Mapping[str, Any]) -> dict[str, Any]:
+    due = {"renewal": renewal.describe(values["renewal"])} if values["renewal"] else {}
     return {
-        **values,
-        "format": FORMAT,
+        **{key: value for key, value in values.items() if key != "renewal"},
+        **due,
+        "format": FORMAT_WITH_RENEWAL if due else FORMAT,
         "scores": values["scores"].tolist(),
         "drives": [{"name": name, "frames": count} for name, count in values["drives"]],
         "region": dict(values["region"]),
@@ -99,16 +104,18 @@ def _finite(text: str) -> float:
 
 def _checked(body: Any) -> dict[str, Any]:
     """Return the constructor's arguments from a parsed file, everything in it checked."""
-    if not isinstance(body, dict) or body.get("format") != FORMAT:
-        found = body.get("format") if isinstance(body, dict) else type(body).__name__
-        raise CalibrationError(f"expected format {FORMAT}, found {short(found)}")
-    expected = {"format", "sha256", *_TYPES}
+    known = FORMAT, FORMAT_WITH_RENEWAL
+    found = body.get("format") if isinstance(body, dict) else type(body).__name__
+    if type(found) is not int or found not in known:
+        raise CalibrationError(f"expected format {known[0]} or {known[1]}, found {short(found)}")
+    expected = {"format", "sha256", *_TYPES, *["renewal"] * (found == FORMAT_WITH_RENEWAL)}
     if set(body) != expected:
         differing = ", ".join(sorted(set(body) ^ expected))
-        raise CalibrationError(f"expected keys of format {FORMAT}, differing in: {differing:.200}")
+        raise CalibrationError(f"expected keys of format {found}, differing in: {differing:.200}")
     if body.pop("sha256") != _digest(body):
         raise CalibrationError("its sha256 does not agree: it was altered or damaged")
     body.pop("format")
+    body["renewal"] = renewal.from_description(body.get("renewal", []))
     for key, kind in _TYPES.items():
         if type(body[key]) is not kind:
             raise CalibrationError(f"'{key}' is of type {type(body[key]).__name__}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,10 @@ import numpy as np
 
 from semantic_anomaly.errors import ArtefactError, IndexFormatError
 from semantic_anomaly.exact_search import nearest_entries
-from semantic_anomaly.graph_file import predicted_graph_bytes
 from semantic_anomaly.identity import EmbedderIdentity
-from semantic_anomaly.images import decode_compressed
-from semantic_anomaly.index_build import GRAPH_SEED, BuildReport, NominalFrame, Selection, suited
-from semantic_anomaly.index_content import IndexContent
+from semantic_anomaly.index_build import GRAPH_SEED, NominalFrame, Selection, suited
+from semantic_anomaly.index_content import IndexContent, check_part
+from semantic_anomaly.index_description import DescribedIndex
 from semantic_anomaly.index_format import (
     GRAPH,
     check_graph,
@@ -32,7 +32,7 @@ from semantic_anomaly.structures import NominalExample
 _BUILD_EF = 64
 
 
-class NominalIndex:
+class NominalIndex(DescribedIndex):
     """Nominal embeddings, where they come from, and the search for the nearest of them.
 
     k-nearest-neighbour distances as in AnomalyDINO (Damm et al. 2024), with a graph (HNSW,
@@ -45,11 +45,13 @@ class NominalIndex:
         manifest: dict[str, Any],
         graph: hnswlib.Index | None,
         folder: Path | None,
+        parts: Mapping[str, NominalIndex] | None = None,
     ) -> None:
         self._content = content
         self._manifest = manifest
         self._graph = graph
         self._folder = folder
+        self._parts = dict(parts or {})
         self._search = NeighbourSearch(
             content.embeddings, self._ready_graph, self._name, content.search_ef
         )
@@ -79,14 +81,12 @@ class NominalIndex:
             ArtefactError: there is no nominal patch.
         """
         frames, settings = suited(frames, settings)
-        graph = _GrowingGraph(identity.dim, settings.graph_m, settings.graph_ef_construction)
+        graph = GrowingGraph(identity.dim, settings.graph_m, settings.graph_ef_construction)
         selection = Selection(graph, identity.dim, settings.dedup_distance, settings.max_entries)
         selection.extend(frames, region)
         selection.finish()
-        # A saved file says how many entries there is room for, and readers insist on none more.
-        graph.index.resize_index(graph.index.get_current_count())
         content = IndexContent.of_selection(selection, identity, region, settings, source, camera)
-        return cls(content, content.manifest(), graph.index, None)
+        return cls(content, content.manifest(), graph.finished(), None)
 
     @classmethod
     def load(cls, folder: Path) -> NominalIndex:
@@ -97,82 +97,75 @@ class NominalIndex:
         """
         folder = Path(folder).expanduser()
         content, manifest = read_content(folder)
-        return cls(content, manifest, None, folder)
+        parts = {name: cls.load(folder / name) for name in content.parts}
+        for name, part in parts.items():
+            expected = content.parts[name]
+            if part.fingerprint != expected:
+                raise IndexFormatError(
+                    f"index '{folder}': part '{name}': expected fingerprint {expected}, "
+                    f"found {part.fingerprint}"
+                )
+            check_part(content, name, part.content)
+        return cls(content, manifest, None, folder, parts)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, beside: Callable[[Path], object] | None = None) -> None:
         """Write the index as a whole, read it back, and only then put it in place.
 
         An index that was there is replaced, its calibration with it. hnswlib reports neither a
         full disk nor a short write, so what it wrote is checked byte by byte.
+
+        Args:
+            folder: of the index to be.
+            beside: writes more into the folder, its calibration say, before it is put in place.
 
         Raises:
             ArtefactError: the folder holds something else, or it cannot be written.
         """
         folder = Path(folder).expanduser()
         refuse_other_folder(folder)
-        graph = self._ready_graph()
         with atomic_folder(folder, replace=True) as temporary:
-            graph.save_index(str(temporary / GRAPH))
-            write_content(temporary, self._content, self._content.manifest())
+            self._write(temporary)
             try:
                 written = NominalIndex.load(temporary)
-                written._ready_graph()
+                for index in (written, *written.parts.values()):
+                    index._ready_graph()
             except IndexFormatError as error:
                 raise ArtefactError(f"cannot write index '{folder}': {error}") from error
+            if beside is not None:
+                beside(temporary)
         self._manifest, self._folder = written.manifest, folder
+        for name, part in self._parts.items():
+            part._manifest, part._folder = written.parts[name].manifest, folder / name
 
     @property
-    def identity(self) -> EmbedderIdentity:
-        """Return the embedder that made the entries."""
-        return self._content.identity
+    def parts(self) -> Mapping[str, NominalIndex]:
+        """Return the parts by name: indexes of their own, of other embeddings of the frames."""
+        return dict(self._parts)
 
-    @property
-    def region_description(self) -> dict[str, Any]:
-        """Return `ImageRegion.describe()` of the build."""
-        return dict(self._content.region)
+    def with_parts(self, parts: Mapping[str, NominalIndex]) -> NominalIndex:
+        """Return this index with these parts and no others; their fingerprints enter its own.
 
-    @property
-    def camera(self) -> str:
-        """Return the name of the camera."""
-        return self._content.camera
+        Raises:
+            ArtefactError: a name that no part can have, or a part with parts.
+            IndexMismatchError: a part of another embedder, its dimension aside, or region.
+        """
+        for name, part in parts.items():
+            check_part(self._content, name, part.content)
+        prints = {name: part.fingerprint for name, part in parts.items()}
+        content = replace(self._content, parts=prints)
+        return NominalIndex(content, content.manifest(), self._ready_graph(), None, parts)
 
-    @property
-    def fingerprint(self) -> str:
-        """Return the digest of the content; equal builds have equal ones."""
-        return str(self._manifest["fingerprint"])
+    def with_content(
+        self, content: IndexContent, graph: GrowingGraph | None = None
+    ) -> NominalIndex:
+        """Return an index of other content with the same parts.
 
-    @property
-    def manifest(self) -> dict[str, Any]:
-        """Return the manifest; it names files and digests once the index was saved."""
-        return self._manifest
-
-    @property
-    def report(self) -> BuildReport:
-        """Return what became of the patches that it was built from."""
-        return self._content.report
-
-    @property
-    def count(self) -> int:
-        """Return the number of entries."""
-        return len(self._content.embeddings)
-
-    @property
-    def dim(self) -> int:
-        """Return the length of an embedding."""
-        return int(self._content.embeddings.shape[1])
-
-    @property
-    def frame_names(self) -> tuple[str, ...]:
-        """Return the names of the frames that contributed entries."""
-        return tuple(frame.name for frame in self._content.frames)
-
-    def check_embedder(self, identity: EmbedderIdentity) -> None:
-        """Raise IndexMismatchError where the running embedder's space is another one."""
-        self._content.check_embedder(identity, self._name)
-
-    def check_region(self, region: ImageRegion) -> None:
-        """Raise IndexMismatchError where region of interest or ego mask are others."""
-        self._content.check_region(region, self._name)
+        Args:
+            content: what it holds.
+            graph: of the content's embeddings in their order; None: made when it is needed.
+        """
+        ready = graph.finished() if graph else None
+        return NominalIndex(content, content.manifest(), ready, None, self._parts)
 
     def configure_search(self, search: str, ef: int) -> None:
         """Choose how `distances` searches, reading the graph if it is to be used.
@@ -233,13 +226,6 @@ class NominalIndex:
             found.append(NominalExample(frame.name, row, col, (frame.rows, frame.cols), distance))
         return found
 
-    def thumbnail(self, frame_name: str) -> np.ndarray | None:
-        """Return (height, width, 3) uint8 RGB of a contributing frame, or None."""
-        for frame in self._content.frames:
-            if frame.name == frame_name:
-                return decode_compressed(frame.thumbnail, "jpeg")
-        return None
-
     def recall(self, queries: np.ndarray | int, k: int) -> dict[str, float]:
         """Return how the graph search at the current breadth compares with the exact one.
 
@@ -254,19 +240,21 @@ class NominalIndex:
         """
         return self._search.recall(queries, k)
 
-    @staticmethod
-    def predicted_bytes(count: int, dim: int, m: int) -> int:
-        """Return about how many bytes an index takes on disk, thumbnails and manifest aside."""
-        return predicted_graph_bytes(count, dim, m) + count * (4 * dim + 12)
-
-    @property
-    def _name(self) -> str:
-        return f"index '{self._folder}'" if self._folder else "index"
+    def _write(self, folder: Path) -> None:
+        self._ready_graph().save_index(str(folder / GRAPH))
+        write_content(folder, self._content, self._content.manifest())
+        for name, part in self._parts.items():
+            (folder / name).mkdir()
+            part._write(folder / name)
 
     def _ready_graph(self) -> hnswlib.Index:
         if self._graph is None:
             if self._folder is None:
-                raise IndexFormatError("index: expected a graph or a folder to read it from")
+                content = self._content
+                made = GrowingGraph(self.dim, content.graph["m"], content.graph["ef_construction"])
+                made.add(content.embeddings)
+                self._graph = made.finished()
+                return self._graph
             check_graph(self._folder, self._content, self._manifest)
             # After a failed load hnswlib crashes at the next query, so a failure keeps nothing.
             graph = hnswlib.Index("ip", self.dim)
@@ -278,8 +266,13 @@ class NominalIndex:
         return self._graph
 
 
-class _GrowingGraph:
-    """A graph in space 'ip' that takes unit vectors in order; one thread, so always the same."""
+class GrowingGraph:
+    """A graph in space 'ip' that takes unit vectors in order; one thread, so always the same.
+
+    Args:
+        dim: length of a vector.
+        m, ef_construction: links an entry, and breadth of the search while it grows.
+    """
 
     def __init__(self, dim: int, m: int, ef_construction: int) -> None:
         self.index = hnswlib.Index("ip", dim)
@@ -298,3 +291,9 @@ class _GrowingGraph:
         """Return (n,) float32: inner product with the nearest that the graph finds."""
         _, distances = self.index.knn_query(embeddings, 1)
         return np.asarray(1.0 - distances[:, 0])
+
+    def finished(self) -> hnswlib.Index:
+        """Return the graph without room for more."""
+        # A saved file says how many entries there is room for, and readers insist on none more.
+        self.index.resize_index(self.index.get_current_count())
+        return self.index

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -13,9 +13,10 @@ import numpy as np
 from semantic_anomaly.errors import ArtefactError, IndexMismatchError
 from semantic_anomaly.exact_search import inner_products, nearest_similarities
 from semantic_anomaly.images import encode_jpeg
-from semantic_anomaly.regions import ImageRegion, patch_regions
+from semantic_anomaly.nominal_frames import NominalFrame, NominalPlaces, nominal_patches
+from semantic_anomaly.regions import ImageRegion
 from semantic_anomaly.settings import Settings
-from semantic_anomaly.structures import Frame, PatchGrid
+from semantic_anomaly.structures import PatchGrid
 
 THUMBNAIL_PX = 320
 # Below, a product with all stored embeddings is as quick as the graph, and has no error.
@@ -26,10 +27,6 @@ GRAPH_SEED = 100
 _SURROUNDINGS = 4
 _SUITABLE_SHARE, _SUITABLE_QUERIES = 0.5, 512
 _SUITABLE_FRAMES = 8
-
-
-# Frame and grid, and (rows, cols) bool where not all of the frame is nominal.
-NominalFrame = tuple[Frame, PatchGrid] | tuple[Frame, PatchGrid, np.ndarray]
 
 
 class Graph(Protocol):
@@ -130,26 +127,39 @@ class Selection:
         Raises:
             IndexMismatchError: a grid of another dimension.
         """
-        for frame, grid, *nominal in frames:
-            if grid.dim != self._vectors.shape[1]:
+        for given in frames:
+            found = given if isinstance(given, NominalPlaces) else nominal_patches(given, region)
+            dim = self._vectors.shape[1]
+            if found.embeddings.shape[1] != dim:
                 raise IndexMismatchError(
-                    f"frame '{frame.name}': embedding dimension", self._vectors.shape[1], grid.dim
+                    f"frame '{found.frame.name}': embedding dimension",
+                    dim,
+                    found.embeddings.shape[1],
                 )
-            regions = patch_regions(grid, region)
-            wanted = regions.label_map >= 0
-            for mask in nominal:
-                wanted &= mask
-            rows, cols = np.nonzero(wanted)
-            embeddings = regions.embeddings[regions.label_map[rows, cols]]
-            places = np.stack([np.full(len(rows), len(self.frames)), rows, cols], axis=1)
+            number = np.full((len(found.places), 1), len(self.frames))
+            places = np.concatenate([number, found.places], axis=1)
             before = self._counts["stored"]
-            for start in range(0, len(embeddings), _BLOCK):
+            for start in range(0, len(places), _BLOCK):
                 part = slice(start, start + _BLOCK)
-                self._take(embeddings[part], places[part])
+                self._take(found.embeddings[part], places[part])
             self._counts["frames"] += 1
-            self._counts["seen"] += len(embeddings)
+            self._counts["seen"] += len(places)
             if self._counts["stored"] > before:
-                self.frames.append(FrameRecord(frame.name, *grid.grid_hw, _thumbnail(frame.image)))
+                picture = _thumbnail(found.frame.image)
+                self.frames.append(FrameRecord(found.frame.name, *found.grid_hw, picture))
+
+    def resume(
+        self, embeddings: np.ndarray, entries: np.ndarray, frames: Sequence[FrameRecord]
+    ) -> None:
+        """Begin with what an index holds, before anything else is taken in.
+
+        Args:
+            embeddings: (n, dim) float32, at most `max_entries`.
+            entries: (n, 3) int32.
+            frames: that the entries point to.
+        """
+        self._store(embeddings, entries)
+        self.frames = list(frames)
 
     def finish(self) -> BuildReport:
         """Put what is not yet in the graph there, and return the report.
@@ -220,7 +230,7 @@ def suited(
     stream = iter(frames)
     first = list(itertools.islice(stream, _SUITABLE_FRAMES))
     if first:
-        distance = suitable_distance(grid for _, grid, *_ in first)
+        distance = suitable_distance(f[1] for f in first if not isinstance(f, NominalPlaces))
         settings = settings.replace(dedup_distance=distance)
     return itertools.chain(first, stream), settings
 

@@ -15,7 +15,14 @@ from semantic_anomaly.errors import ArtefactError, IndexFormatError
 from semantic_anomaly.graph_file import check_graph_file
 from semantic_anomaly.identity import EmbedderIdentity
 from semantic_anomaly.index_build import BuildReport, FrameRecord
-from semantic_anomaly.index_content import FORMAT, FORMAT_VERSION, IndexContent
+from semantic_anomaly.index_content import (
+    FORMAT,
+    FORMAT_VERSION,
+    Edit,
+    IndexContent,
+    Retracted,
+    edits_agree,
+)
 from semantic_anomaly.storage import canonical_json, sha256_bytes, sha256_file
 from semantic_anomaly.structures import UNIT_NORM_TOLERANCE
 
@@ -25,7 +32,10 @@ EMBEDDINGS = "embeddings.npy"
 ENTRIES = "entries.npy"
 FRAMES = "frames"
 CALIBRATION = "calibration.json"
-_OWN_NAMES = frozenset({MANIFEST, GRAPH, EMBEDDINGS, ENTRIES, FRAMES, CALIBRATION})
+RETRACTED = ("retracted_embeddings.npy", "retracted_entries.npy")
+# Version 1 is version 2 without edits and parts.
+_READABLE = (1, FORMAT_VERSION)
+_OWN_NAMES = frozenset({MANIFEST, GRAPH, EMBEDDINGS, ENTRIES, FRAMES, CALIBRATION, *RETRACTED})
 _FRAME_FILE = re.compile(rf"{FRAMES}/\d{{6,}}\.jpg")
 _KEYS = {"format", "format_version", "fingerprint", "content", "written", "files", "sha256"}
 _PIECE = 65536
@@ -43,6 +53,10 @@ def write_content(folder: Path, content: IndexContent, manifest: Mapping[str, An
     for number, frame in enumerate(content.frames):
         (folder / _frame_file(number)).write_bytes(frame.thumbnail)
     names = [GRAPH, EMBEDDINGS, ENTRIES, *map(_frame_file, range(len(content.frames)))]
+    if content.retracted is not None:
+        np.save(folder / RETRACTED[0], content.retracted.embeddings)
+        np.save(folder / RETRACTED[1], content.retracted.entries)
+        names += RETRACTED
     files = {
         n: {"bytes": (folder / n).stat().st_size, "sha256": sha256_file(folder / n)} for n in names
     }
@@ -59,13 +73,25 @@ def read_content(folder: Path) -> tuple[IndexContent, dict[str, Any]]:
     """
     try:
         manifest = _read_manifest(folder)
-        _check_files(folder, manifest["files"])
+        _check_files(folder, manifest["files"], manifest["content"])
         return _read_content(folder, manifest), manifest
     except OSError as error:
         raise _wrong(folder, "readable files", f"{error.filename}: {error.strerror}") from error
     # What a manifest of other types and numbers may raise on the way.
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise _wrong(folder, "a complete manifest", f"{type(error).__name__}: {error}") from error
+
+
+def fingerprint_of(folder: Path) -> str:
+    """Return the fingerprint that the manifest of an index folder names.
+
+    Raises:
+        IndexFormatError: there is no whole manifest.
+    """
+    try:
+        return str(_read_manifest(folder)["fingerprint"])
+    except OSError as error:
+        raise _wrong(folder, "readable files", f"{error.filename}: {error.strerror}") from error
 
 
 def check_graph(folder: Path, content: IndexContent, manifest: Mapping[str, Any]) -> None:
@@ -83,13 +109,21 @@ def check_graph(folder: Path, content: IndexContent, manifest: Mapping[str, Any]
 
 def refuse_other_folder(folder: Path) -> None:
     """Raise ArtefactError where a folder holds anything besides an index."""
-    names = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+    inside = list(folder.iterdir()) if folder.is_dir() else []
+    names = {p.name for p in inside if not _is_index(p)}
     foreign = sorted(n for n in names - _OWN_NAMES if not n.startswith("."))
     if foreign or (names and MANIFEST not in names):
         found = ", ".join(foreign[:3]) or "no manifest.json"
         raise ArtefactError(
             f"cannot write index '{folder}': the folder exists and is not an index: {found}"
         )
+
+
+def _is_index(folder: Path) -> bool:
+    if not folder.is_dir() or folder.is_symlink():
+        return False
+    names = {p.name for p in folder.iterdir()}
+    return MANIFEST in names and names <= _OWN_NAMES
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -105,9 +139,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise _wrong(folder, "manifest.json as JSON", str(error)) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise _wrong(folder, f"manifest.json of format {FORMAT}", "another")
-    if manifest.get("format_version") != FORMAT_VERSION:
-        found = manifest.get("format_version")
-        raise _wrong(folder, f"format version {FORMAT_VERSION}", f"{found!r}; build it again")
+    found = manifest.get("format_version")
+    if type(found) is not int or found not in _READABLE:
+        raise _wrong(folder, f"format version 1 or {FORMAT_VERSION}", f"{found!r}; build it again")
     if set(manifest) != _KEYS:
         raise _wrong(folder, f"manifest.json with {sorted(_KEYS)}", sorted(manifest))
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
@@ -117,12 +151,17 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _check_files(folder: Path, files: Any) -> None:
-    needed = {GRAPH, EMBEDDINGS, ENTRIES}
+def _check_files(folder: Path, files: Any, described: Mapping[str, Any]) -> None:
+    needed = {GRAPH, EMBEDDINGS, ENTRIES, *(RETRACTED if "retracted" in described else ())}
     odd = [n for n in files if n not in needed and not _FRAME_FILE.fullmatch(n)]
     if odd or not needed <= set(files):
         raise _wrong(folder, f"a manifest that lists {sorted(needed)}", sorted(files)[:5])
-    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*")}
+    parts = set(described.get("parts", {}))
+    if linked := sorted(name for name in parts if (folder / name).is_symlink()):
+        raise _wrong(folder, f"a folder '{linked[0]}'", "a link")
+    # The parts' own files are checked by the same reader, against manifests of their own.
+    relative = (p.relative_to(folder) for p in folder.rglob("*"))
+    present = {p.as_posix() for p in relative if p.parts[0] not in parts}
     # Hidden names are what an interrupted write of a calibration may leave.
     extra = sorted(
         n for n in present - set(files) - {MANIFEST, CALIBRATION, FRAMES} if not n.startswith(".")
@@ -164,15 +203,46 @@ def _read_content(folder: Path, manifest: Mapping[str, Any]) -> IndexContent:
         graph={key: int(described["graph"][key]) for key in ("m", "ef_construction", "seed")},
         search_ef=int(described["search_ef"]),
         limits=described["limits"],
+        edits=_read_edits(folder, manifest),
+        retracted=_read_retracted(folder, described, dim),
+        parts={str(name): str(value) for name, value in described.get("parts", {}).items()},
     )
     if min(content.search_ef, content.graph["m"]) < 1:
         raise _wrong(folder, "search_ef and m of at least 1", "less")
-    if identity.dim != dim or len(frames) != len(manifest["files"]) - 3:
+    if identity.dim != dim or len(frames) != sum(
+        _FRAME_FILE.fullmatch(name) is not None for name in manifest["files"]
+    ):
         raise _wrong(folder, "a manifest that agrees with itself", f"dim {dim}")
     _check_arrays(folder, content)
+    if not edits_agree(content):
+        raise _wrong(folder, "edits that agree with what they took out", "others")
     if content.manifest()["fingerprint"] != manifest["fingerprint"]:
         raise _wrong(folder, f"content of fingerprint {manifest['fingerprint']}", "another")
     return content
+
+
+def _read_edits(folder: Path, manifest: Mapping[str, Any]) -> tuple[Edit, ...]:
+    described = manifest["content"].get("edits", [])
+    written = manifest["written"].get("edits", [])
+    edits = []
+    for facts, rest in zip(described, written, strict=True):
+        number, kind, entries, frames = facts
+        texts = rest["when"], rest["note"], rest["source"]
+        plain = [type(v) for v in (number, entries, frames)] == [int] * 3
+        if not plain or not all(type(text) is str for text in texts) or len(rest) != 3:
+            raise _wrong(folder, "edits of numbers and texts", "others")
+        edits.append(Edit(number, kind, entries, frames, *texts))
+    return tuple(edits)
+
+
+def _read_retracted(folder: Path, described: Mapping[str, Any], dim: int) -> Retracted | None:
+    if "retracted" not in described:
+        return None
+    count = described["retracted"]["count"]
+    return Retracted(
+        _read_array(folder, RETRACTED[0], (count, dim), np.float32),
+        _read_array(folder, RETRACTED[1], (count, 5), np.int32),
+    )
 
 
 def _read_array(folder: Path, name: str, shape: tuple[int, int], dtype: Any) -> np.ndarray:
@@ -187,17 +257,21 @@ def _read_array(folder: Path, name: str, shape: tuple[int, int], dtype: Any) -> 
 def _check_arrays(folder: Path, content: IndexContent) -> None:
     if not len(content.embeddings):
         raise _wrong(folder, "entries", "none")
-    for start in range(0, len(content.embeddings), _PIECE):
-        part = content.embeddings[start : start + _PIECE]
-        squares = np.einsum("nd,nd->n", part, part)
-        # NaN compares false, so the test is written to fail on it.
-        if not np.all(np.abs(squares - 1.0) <= 2 * UNIT_NORM_TOLERANCE):
-            raise _wrong(folder, "finite embeddings of unit norm", "others")
+    held = [(content.embeddings, content.entries)]
+    if content.retracted is not None:
+        held.append((content.retracted.embeddings, content.retracted.entries[:, :3]))
     grids = np.array([(f.rows, f.cols) for f in content.frames], np.int64).reshape(-1, 2)
-    frame, places = content.entries[:, 0], content.entries[:, 1:]
-    inside = (frame >= 0).all() and (frame < len(grids)).all() and (places >= 0).all()
-    if not inside or not (places < grids[frame]).all():
-        raise _wrong(folder, "entries that point into their frames", "others")
+    for embeddings, entries in held:
+        for start in range(0, len(embeddings), _PIECE):
+            part = embeddings[start : start + _PIECE]
+            squares = np.einsum("nd,nd->n", part, part)
+            # NaN compares false, so the test is written to fail on it.
+            if not np.all(np.abs(squares - 1.0) <= 2 * UNIT_NORM_TOLERANCE):
+                raise _wrong(folder, "finite embeddings of unit norm", "others")
+        frame, places = entries[:, 0], entries[:, 1:]
+        inside = (frame >= 0).all() and (frame < len(grids)).all() and (places >= 0).all()
+        if not inside or not (places < grids[frame]).all():
+            raise _wrong(folder, "entries that point into their frames", "others")
 
 
 def _frame_file(number: int) -> str:

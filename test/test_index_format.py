@@ -114,7 +114,7 @@ def test_signing_again_without_a_change_is_harmless(copy: Path) -> None:
 
 CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "format": lambda m: m.update(format="other"),
-    "newer version": lambda m: m.update(format_version=2),
+    "newer version": lambda m: m.update(format_version=3),
     "surplus key": lambda m: m.update(surplus=1),
     "dim": lambda m: m["content"].update(dim=DIM * 2),
     "count": lambda m: m["content"].update(count=5),

@@ -64,6 +64,26 @@ VERBS = {
         "check an index folder and say what it holds",
         "semantic-anomaly inspect-index index --recall",
     ),
+    "explain": _Verb(
+        "explain",
+        "say which nominal entries explain a part of an image away",
+        "semantic-anomaly explain index missed.png --box 310 190 370 240 --out why.jpg",
+    ),
+    "add-nominal": _Verb(
+        "add_nominal",
+        "add nominal frames to an index, against false alarms",
+        "semantic-anomaly add-nominal index drives/friday --frames 12,15-20 --note 'new bridge'",
+    ),
+    "retract": _Verb(
+        "retract",
+        "take entries out of an index, against misses",
+        "semantic-anomaly retract index --entries 12,15-20 --note 'a cow was in the drive'",
+    ),
+    "undo-edit": _Verb(
+        "undo_edit",
+        "take an addition to an index, or a retraction from it, back",
+        "semantic-anomaly undo-edit index 2",
+    ),
     "synth": _Verb(
         "synth",
         "write drives through a synthetic street, with or without anomalies",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _LISTED_DRIVES = 10
 _RECALL_QUERIES = 2000
+_EDIT_COLUMNS = ("edit", "kind", "when (UTC)", "entries", "frames", "source", "note")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +50,10 @@ def run(args: argparse.Namespace) -> int:
             "it is of another index; calibrate again",
         )
     print(table(_index_rows(folder, index)))
+    for name, each in {"": index, **index.parts}.items():
+        if each.edits:
+            print(f"\nedits of part '{name}'" if name else "\nedits")
+            print(table(_edit_rows(each), _EDIT_COLUMNS))
     print()
     print(table(_calibration_rows(calibration)))
     if args.recall:
@@ -69,10 +74,11 @@ def _index_rows(folder: Path, index: NominalIndex) -> list[tuple[str, str]]:
     polygon = index.region_description["polygon_xy"]
     mask = index.region_description["ego_mask_sha256"]
     whole = "whole image" if not polygon and not mask else ""
+    made = "last edited" if index.edits else "built"
     return [
         ("index", f"{folder}"),
         ("fingerprint", index.fingerprint[:16]),
-        ("built", f"{written['created']} by version {written['package_version']}"),
+        (made, f"{written['created']} by version {written['package_version']}"),
         ("entries", f"{index.count} of dimension {index.dim}"),
         ("size on disk", megabytes(size)),
         ("backbone", f"{identity.model_id} ({identity.architecture}), hidden states: {layers}"),
@@ -88,7 +94,16 @@ def _index_rows(folder: Path, index: NominalIndex) -> list[tuple[str, str]]:
         ("patches", f"{report.seen} seen, {report.suppressed} suppressed as nearer than "
          f"{limits['dedup_distance']:g}, {report.dropped} dropped at {limits['max_entries']} "
          "entries"),
+        *((f"part '{name}'", f"{part.count} entries of dimension {part.dim}, "
+           f"fingerprint {part.fingerprint[:16]}") for name, part in index.parts.items()),
     ]  # fmt: skip
+
+
+def _edit_rows(index: NominalIndex) -> list[tuple[str, ...]]:
+    return [
+        (f"{e.number}", e.kind, e.when[:19], f"{e.entries}", f"{e.frames}", e.source, e.note)
+        for e in index.edits
+    ]
 
 
 def _calibration_rows(calibration: Calibration | None) -> list[tuple[str, str]]:

@@ -1,0 +1,90 @@
+"""Add nominal frames to an index, against false alarms."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from semantic_anomaly.cli.edits import after_rows, numbers
+from semantic_anomaly.cli.options import (
+    add_detector_options,
+    add_topic_option,
+    settings_of,
+)
+from semantic_anomaly.cli.tables import table
+from semantic_anomaly.errors import CalibrationError, InputError, SourceError
+
+if TYPE_CHECKING:
+    from semantic_anomaly.index import NominalIndex
+    from semantic_anomaly.structures import Frame
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `semantic-anomaly add-nominal`."""
+    parser.add_argument("index", type=Path, metavar="INDEX", help="folder of the index")
+    parser.add_argument("source", metavar="SOURCE", help="folder of images, video or rosbag2 bag")
+    parser.add_argument(
+        "--frames", metavar="12,15-20", help="frames of the source, counted from 0; default: all"
+    )
+    parser.add_argument("--note", default="", metavar="TEXT", help="why, kept with the edit")
+    add_topic_option(parser)
+    add_detector_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Embed the frames and add them as one edit."""
+    from semantic_anomaly import index_edits
+    from semantic_anomaly.embedding import PatchEmbedder
+    from semantic_anomaly.index import NominalIndex
+    from semantic_anomaly.regions import ImageRegion
+
+    settings, camera = settings_of(args, args.index)
+    region = ImageRegion.from_settings(settings.camera_settings[camera])
+    index = NominalIndex.load(args.index)
+    index.check_region(region)
+    chosen = list(_chosen(args, index))
+    embedder = PatchEmbedder.from_settings(settings)
+    try:
+        index.check_embedder(embedder.identity)
+        frames = ((frame, embedder.embed([frame.image])[0]) for frame in chosen)
+        edited, report = index_edits.add_nominal(
+            index, frames, region=region, source=args.source, note=args.note
+        )
+    finally:
+        embedder.close()
+    calibration = index_edits.save_edited(args.index, index, edited)
+    rows = [
+        ("edit", f"{edited.edits[-1].number}: {edited.edits[-1].what}"),
+        ("patches seen", f"{report.seen}"),
+        ("added", f"{report.stored}"),
+        ("suppressed as near-duplicates", f"{report.suppressed}"),
+        ("dropped, index full", f"{report.dropped}"),
+    ]
+    print(table([*rows, *after_rows(edited, calibration)]))
+    return 0
+
+
+def _chosen(args: argparse.Namespace, index: NominalIndex) -> Iterator[Frame]:
+    from semantic_anomaly.freshness import refuse_indexed
+    from semantic_anomaly.sources import open_source, split_selection
+
+    wanted = None if args.frames is None else set(numbers("--frames", args.frames))
+    path, selection = split_selection(args.source)
+    if wanted is not None and selection != slice(None):
+        raise InputError("--frames: expected a SOURCE without [START:STOP], found both")
+    part = f"{path}[{min(wanted)}:{max(wanted) + 1}]" if wanted else args.source
+    first = min(wanted) if wanted else 0
+    found = set()
+    for number, frame in enumerate(open_source(part, topic=args.topic), start=first):
+        if wanted is not None and number not in wanted:
+            continue
+        found.add(number)
+        try:
+            refuse_indexed(index, frame)
+        except CalibrationError:
+            raise InputError(f"frame '{frame.name}': the index was built from it already") from None
+        yield frame
+    if missing := sorted((wanted or set()) - found):
+        raise SourceError(f"source '{path}': frame {missing[0]}: there is no such frame")

@@ -1,0 +1,104 @@
+"""Say which nominal entries explain a part of an image away."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from semantic_anomaly.cli.options import (
+    add_detector_options,
+    add_topic_option,
+    load_detector,
+    positive,
+    settings_of,
+)
+from semantic_anomaly.cli.tables import table
+from semantic_anomaly.errors import SourceError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_NEAREST = 5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `semantic-anomaly explain`."""
+    parser.add_argument("index", type=Path, metavar="INDEX", help="folder of the index")
+    parser.add_argument(
+        "image", metavar="IMAGE", help="image file, or one frame of a source: 'SOURCE[12:13]'"
+    )
+    parser.add_argument(
+        "--box", type=float, nargs=4, required=True, metavar=("X0", "Y0", "X1", "Y1"), help="in px"
+    )
+    parser.add_argument("--out", type=Path, metavar="PICTURE.jpg", help="write a picture")
+    parser.add_argument(
+        "--count", type=positive, default=20, metavar="N", help="entries listed (default 20)"
+    )
+    parser.add_argument(
+        "--nearest",
+        type=positive,
+        default=_NEAREST,
+        metavar="K",
+        help=f"entries looked at for every patch (default {_NEAREST})",
+    )
+    add_topic_option(parser)
+    add_detector_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """List the entries nearest to the patches of a box, and draw them."""
+    from semantic_anomaly import explanation, index_edits
+    from semantic_anomaly.images import write_image
+
+    settings, camera = settings_of(args, args.index)
+    image = _image(args)
+    detector = load_detector(args, settings, camera)
+    index, grid = detector.index, detector.embedder.embed([image])[0]
+    box = tuple(args.box)
+    inside = explanation.patches_of_box(grid, detector.region, box)
+    embeddings = grid.features[inside]
+    found = explanation.explain(index, embeddings, args.nearest)
+    listed = found[: args.count]
+    rows = [
+        (f"{e.number}", e.frame, f"{e.row}", f"{e.col}", f"{e.distance:.4f}", f"{e.patches}")
+        for e in listed
+    ]
+    print(table(rows, ("entry", "frame", "row", "col", "distance", "patches explained")))
+    relation = detector.usual.relation(inside) if detector.usual else (1.0, 0.0)
+    told = [("as it is", index)]
+    if len(listed) < index.count:
+        rest = index_edits.retract(index, [each.number for each in listed])
+        told.append((f"without these {len(listed)} entries", rest))
+    summary = []
+    for name, version in told:
+        k = min(settings.neighbours, version.count)
+        distances = relation[0] * version.exact_distances(embeddings, k) + relation[1]
+        summary.append((name, f"{max(distances.mean(), 0):.4f}", f"{max(distances.max(), 0):.4f}"))
+    threshold = "-" if detector.threshold is None else f"{detector.threshold:.4f}"
+    summary.append(("threshold of the frame score", threshold, ""))
+    print(f"\ndistances of the {len(embeddings)} patches of the box")
+    print(table(summary, ("", "mean", "largest")))
+    print(f"\nnumbers are those of index {index.fingerprint[:16]}")
+    if args.out is not None:
+        write_image(args.out, explanation.picture(image, box, index, listed))
+        print(f"wrote {args.out}")
+    return 0
+
+
+def _image(args: argparse.Namespace) -> np.ndarray:
+    from semantic_anomaly.image_folder import IMAGE_SUFFIXES
+    from semantic_anomaly.images import read_image
+    from semantic_anomaly.sources import open_source
+
+    path = Path(args.image).expanduser()
+    if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir():
+        return read_image(path)
+    frames = list(itertools.islice(open_source(args.image, topic=args.topic), 2))
+    if len(frames) > 1:
+        raise SourceError(
+            f"source '{args.image}': expected one frame, found several; "
+            "choose one with SOURCE[N:N+1]"
+        )
+    return frames[0].image

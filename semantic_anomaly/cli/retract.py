@@ -1,0 +1,59 @@
+"""Take entries out of an index, against misses."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from semantic_anomaly.cli.edits import after_rows, numbers
+from semantic_anomaly.cli.options import count
+from semantic_anomaly.cli.tables import table
+from semantic_anomaly.errors import InputError, UnknownNameError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `semantic-anomaly retract`."""
+    parser.add_argument("index", type=Path, metavar="INDEX", help="folder of the index")
+    parser.add_argument(
+        "--entries",
+        metavar="12,15-20",
+        help="numbers as 'explain' prints them; they stay until an addition is undone",
+    )
+    parser.add_argument("--frame", metavar="NAME", help="all entries of a nominal frame")
+    parser.add_argument(
+        "--near", type=count, metavar="ENTRY", help="an entry and those near it; needs --within"
+    )
+    parser.add_argument("--within", type=float, metavar="DISTANCE", help="cosine distance, 0 to 2")
+    parser.add_argument("--part", metavar="NAME", help="part of the index; default: the index")
+    parser.add_argument("--note", default="", metavar="TEXT", help="why, kept with the edit")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Take out everything that the options name, as one edit."""
+    from semantic_anomaly import entry_numbers, index_edits
+    from semantic_anomaly.index import NominalIndex
+
+    if (args.near is None) != (args.within is None):
+        raise InputError("--near and --within: expected both or neither")
+    if args.entries is None and args.frame is None and args.near is None:
+        raise InputError("retract: expected --entries, --frame or --near, found none of them")
+    index = NominalIndex.load(args.index)
+    whole = index
+    if args.part is not None:
+        if args.part not in whole.parts:
+            raise UnknownNameError("part", args.part, whole.parts)
+        index = whole.parts[args.part]
+    named = numbers("--entries", args.entries) if args.entries is not None else []
+    if args.frame is not None:
+        named += entry_numbers.of_frame(index, args.frame)
+    if args.near is not None:
+        named += entry_numbers.near(index, args.near, args.within)
+    edited = index_edits.retract(index, named, note=args.note)
+    after = edited
+    if args.part is not None:
+        after = whole.with_parts({**whole.parts, args.part: edited})
+    calibration = index_edits.save_edited(args.index, whole, after)
+    last = edited.edits[-1]
+    print(table([("edit", f"{last.number}: {last.what}"), *after_rows(after, calibration)]))
+    print(f"take it back with: semantic-anomaly undo-edit {args.index} {last.number}")
+    return 0

@@ -1,0 +1,38 @@
+"""Take an edit of an index back."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from semantic_anomaly.cli.edits import after_rows
+from semantic_anomaly.cli.options import positive
+from semantic_anomaly.cli.tables import table
+from semantic_anomaly.errors import UnknownNameError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `semantic-anomaly undo-edit`."""
+    parser.add_argument("index", type=Path, metavar="INDEX", help="folder of the index")
+    parser.add_argument(
+        "number", nargs="?", type=positive, metavar="NUMBER", help="of the edit; default: the last"
+    )
+    parser.add_argument("--part", metavar="NAME", help="part of the index; default: the index")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Undo one edit: what it took out returns exactly, what it added goes."""
+    from semantic_anomaly import index_edits
+    from semantic_anomaly.index import NominalIndex
+
+    whole = NominalIndex.load(args.index)
+    if args.part is None:
+        after, edit = index_edits.undo(whole, args.number)
+    elif args.part not in whole.parts:
+        raise UnknownNameError("part", args.part, whole.parts)
+    else:
+        part, edit = index_edits.undo(whole.parts[args.part], args.number)
+        after = whole.with_parts({**whole.parts, args.part: part})
+    calibration = index_edits.save_edited(args.index, whole, after)
+    print(table([("undone", f"{edit.number}: {edit.what}"), *after_rows(after, calibration)]))
+    return 0

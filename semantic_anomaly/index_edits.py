@@ -1,0 +1,255 @@
+"""Edits of an index: nominal frames added, entries taken out, and either taken back exactly.
+
+Entries have numbers. An edit leaves the numbers of the others as they are; only undoing an
+addition moves the numbers of what was added after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from semantic_anomaly.calibration import Calibration
+from semantic_anomaly.calibration_file import FILE_NAME
+from semantic_anomaly.entry_numbers import rows_of
+from semantic_anomaly.errors import InputError, MismatchError
+from semantic_anomaly.index import GrowingGraph, NominalIndex
+from semantic_anomaly.index_build import BuildReport, FrameRecord, Selection
+from semantic_anomaly.index_content import ADD, RETRACT, Edit, IndexContent, Retracted
+from semantic_anomaly.index_format import fingerprint_of
+from semantic_anomaly.nominal_frames import NominalFrame
+from semantic_anomaly.regions import ImageRegion
+from semantic_anomaly.renewal import Change
+
+
+class _Ledger(NamedTuple):
+    """Every entry there is, in the order of their numbers, and which edit took it out (0: none)."""
+
+    embeddings: np.ndarray
+    entries: np.ndarray
+    edits: np.ndarray
+
+
+def add_nominal(
+    index: NominalIndex,
+    frames: Iterable[NominalFrame],
+    *,
+    region: ImageRegion,
+    source: str,
+    note: str = "",
+) -> tuple[NominalIndex, BuildReport]:
+    """Return the index with nominal frames added as one edit, and what became of their patches.
+
+    Near-duplicates of what the index holds are left out, as when it was built.
+
+    Args:
+        index: to be edited; stays as it is.
+        frames: made by the index's own embedder.
+        region: the index's own region.
+        source: where the frames come from.
+        note: why.
+
+    Raises:
+        IndexMismatchError: another region, or a grid of another dimension.
+        InputError: the index is full, or has everything already.
+    """
+    index.check_region(region)
+    content = index.content
+    dedup, most = content.limits["dedup_distance"], int(content.limits["max_entries"])
+    if index.count >= most:
+        raise InputError(f"index: expected room for more than {most} entries, found none")
+    graph = GrowingGraph(index.dim, content.graph["m"], content.graph["ef_construction"])
+    selection = Selection(graph, index.dim, dedup, most)
+    selection.resume(content.embeddings, content.entries, content.frames)
+    selection.extend(frames, region)
+    report = selection.finish()
+    added = report.stored - index.count
+    if not added:
+        raise InputError(
+            f"index: expected new patches, found all {report.seen} of {report.frames} frames "
+            f"nearer than {dedup:g} to entries of the index"
+        )
+    brought = len(selection.frames) - len(content.frames)
+    edit = _edit(content, ADD, added, note, brought, source)
+    changed = replace(
+        content,
+        embeddings=selection.embeddings.copy(),
+        entries=selection.entries.copy(),
+        frames=tuple(selection.frames),
+        edits=(*content.edits, edit),
+    )
+    return index.with_content(changed, graph), replace(report, stored=added)
+
+
+def retract(index: NominalIndex, numbers: Sequence[int], *, note: str = "") -> NominalIndex:
+    """Return the index without some entries, as one edit.
+
+    Args:
+        index: to be edited; stays as it is.
+        numbers: of the entries.
+        note: why.
+
+    Raises:
+        InputError: no numbers, no such entry, one that is retracted already, or all of them.
+    """
+    content = index.content
+    taken = np.unique(rows_of(content, numbers))
+    if not len(taken):
+        raise InputError("retract: expected at least one entry, found none")
+    if len(taken) == index.count:
+        raise InputError(f"retract: expected some entries to stay, found all {index.count} named")
+    edit = _edit(content, RETRACT, len(taken), note)
+    ledger = _ledger(content)
+    ledger.edits[content.numbers[taken]] = edit.number
+    return index.with_content(_content(content, ledger, (*content.edits, edit), content.frames))
+
+
+def undo(index: NominalIndex, number: int | None = None) -> tuple[NominalIndex, Edit]:
+    """Return the index without an edit, and the edit: what it took out is back, what it added gone.
+
+    Args:
+        index: to be edited; stays as it is.
+        number: of the edit; None: the last one.
+
+    Raises:
+        InputError: no such edit, a later one took out entries that it added, or what returns
+            does not fit into the index.
+    """
+    content = index.content
+    if not content.edits:
+        raise InputError("undo: expected an edit of the index, found none")
+    known = {edit.number: edit for edit in content.edits}
+    if number is not None and number not in known:
+        raise InputError(f"undo: expected one of the edits {sorted(known)}, found {number}")
+    edit = content.edits[-1] if number is None else known[number]
+    others = tuple(each for each in content.edits if each is not edit)
+    ledger, frames = _ledger(content), content.frames
+    if edit.kind == RETRACT:
+        room = int(content.limits["max_entries"]) - index.count
+        if edit.entries > room:
+            raise InputError(
+                f"undo: expected room for the {edit.entries} entries of edit {edit.number}, found "
+                f"{max(room, 0)}; undo an addition first"
+            )
+        ledger.edits[ledger.edits == edit.number] = 0
+    else:
+        ledger, frames = _without_addition(content, ledger, edit)
+    return index.with_content(_content(content, ledger, others, frames)), edit
+
+
+def save_edited(folder: Path, before: NominalIndex, edited: NominalIndex) -> Calibration | None:
+    """Put an edited index in the place of what it was made from, its calibration carried over.
+
+    Returns:
+        the calibration, due for renewal until all edits since are undone; None: there is none.
+
+    Raises:
+        ArtefactError: the folder has changed since, or cannot be written.
+        MismatchError: the calibration is of another index.
+    """
+    folder = Path(folder).expanduser()
+    found = fingerprint_of(folder)
+    if found != before.fingerprint:
+        raise MismatchError(
+            f"index '{folder}': fingerprint", before.fingerprint, found, "edited meanwhile; again"
+        )
+    calibration = None
+    if (folder / FILE_NAME).exists():
+        calibration = Calibration.load(folder)
+        if calibration.index_fingerprint != before.fingerprint:
+            raise MismatchError(
+                f"calibration of '{folder}': index fingerprint",
+                before.fingerprint,
+                calibration.index_fingerprint,
+                "calibrate again",
+            )
+        calibration = calibration.carried(edited, _changes(before, edited))
+    edited.save(folder, calibration.save if calibration else None)
+    return calibration
+
+
+def _changes(before: NominalIndex, edited: NominalIndex) -> Iterator[Change]:
+    pairs = {"": (before.edits, edited.edits)}
+    for name, part in edited.parts.items():
+        if name in before.parts:
+            pairs[name] = (before.parts[name].edits, part.edits)
+    for name, (old, new) in pairs.items():
+        for edit in old:
+            if edit not in new:
+                yield Change(name, edit.number, edit.what, True, edit.kind == ADD)
+        for edit in new:
+            if edit not in old:
+                yield Change(name, edit.number, edit.what, False, edit.kind == RETRACT)
+
+
+def _edit(
+    content: IndexContent, kind: str, entries: int, note: str, frames: int = 0, source: str = ""
+) -> Edit:
+    number = 1 + max((edit.number for edit in content.edits), default=0)
+    when = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return Edit(number, kind, entries, frames, when, note, source)
+
+
+def _ledger(content: IndexContent) -> _Ledger:
+    gone = content.retracted
+    if gone is None:
+        edits = np.zeros(len(content.embeddings), np.int32)
+        return _Ledger(content.embeddings, content.entries, edits)
+    total, live, out = len(content.embeddings) + len(gone.entries), content.numbers, gone.entries
+    ledger = _Ledger(
+        np.empty((total, content.embeddings.shape[1]), np.float32),
+        np.empty((total, 3), np.int32),
+        np.zeros(total, np.int32),
+    )
+    ledger.embeddings[live], ledger.embeddings[out[:, 3]] = content.embeddings, gone.embeddings
+    ledger.entries[live], ledger.entries[out[:, 3]] = content.entries, out[:, :3]
+    ledger.edits[out[:, 3]] = out[:, 4]
+    return ledger
+
+
+def _content(
+    content: IndexContent,
+    ledger: _Ledger,
+    edits: tuple[Edit, ...],
+    frames: tuple[FrameRecord, ...],
+) -> IndexContent:
+    live, gone = ledger.edits == 0, np.flatnonzero(ledger.edits)
+    retracted = None
+    if len(gone):
+        told = np.column_stack([ledger.entries[gone], gone, ledger.edits[gone]]).astype(np.int32)
+        retracted = Retracted(ledger.embeddings[gone], np.ascontiguousarray(told))
+    return replace(
+        content,
+        embeddings=ledger.embeddings[live],
+        entries=ledger.entries[live],
+        retracted=retracted,
+        edits=edits,
+        frames=frames,
+    )
+
+
+def _without_addition(
+    content: IndexContent, ledger: _Ledger, edit: Edit
+) -> tuple[_Ledger, tuple[FrameRecord, ...]]:
+    """Return what is left without the entries and frames of an addition."""
+    later = [e for e in content.edits if e.kind == ADD and e.number >= edit.number]
+    first = len(ledger.edits) - sum(e.entries for e in later)
+    added = slice(first, first + edit.entries)
+    if takers := sorted({*ledger.edits[added].tolist()} - {0}):
+        raise InputError(
+            f"undo: edit {edit.number} cannot be undone while edit {takers[0]} takes out entries "
+            "that it added; undo that one first"
+        )
+    start = len(content.frames) - sum(e.frames for e in later)
+    entries = np.delete(ledger.entries, added, axis=0)
+    entries[entries[:, 0] >= start, 0] -= edit.frames
+    rest = _Ledger(
+        np.delete(ledger.embeddings, added, axis=0), entries, np.delete(ledger.edits, added)
+    )
+    frames = content.frames[:start] + content.frames[start + edit.frames :]
+    return rest, frames
