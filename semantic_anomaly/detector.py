@@ -14,13 +14,13 @@ import numpy as np
 
 from semantic_anomaly.calibration import Calibration
 from semantic_anomaly.calibration_file import FILE_NAME
+from semantic_anomaly.confirmation import decide, follow, reject
 from semantic_anomaly.errors import (
     IndexMismatchError,
     ModelOutputError,
     SettingsError,
     UnknownNameError,
 )
-from semantic_anomaly.filtering import FrameConfirmation
 from semantic_anomaly.localization import heatmap, localize
 from semantic_anomaly.places import UsualDistances
 from semantic_anomaly.regions import ImageRegion, patch_regions
@@ -29,13 +29,13 @@ from semantic_anomaly.setting_spec import refuse_fixed
 from semantic_anomaly.settings import Settings, camera_setting_specs, setting_specs
 from semantic_anomaly.structures import (
     AnomalyResult,
-    Decision,
     Frame,
     HeatmapScale,
     Localization,
     NominalExample,
     PatchGrid,
 )
+from semantic_anomaly.tracking import ComponentTracker
 
 if TYPE_CHECKING:
     from semantic_anomaly.identity import Embedder
@@ -47,19 +47,18 @@ _UNCALIBRATED = "uncalibrated: no threshold to compare with"
 
 @dataclass(frozen=True, eq=False)
 class _Live:
-    # Everything that may change between two frames, swapped in one assignment: a frame never
-    # meets half of a change.
+    # Swapped in one assignment: a frame never meets half of a change.
     settings: Settings
     threshold: float | None
     scale: HeatmapScale
-    confirmation: FrameConfirmation
+    tracker: ComponentTracker
 
 
 class AnomalyDetector:
     """Scores frames against a nominal index and decides by its calibration.
 
-    One detector serves one camera: confirmation over time is its only state. `update` and
-    `reset` may be called from another thread than `assess`.
+    Its only state are the tracks of components of its one camera. `update` and `reset` may be
+    called from another thread than `assess`.
 
     Args:
         embedder, index, settings, region: that belong together.
@@ -92,6 +91,8 @@ class AnomalyDetector:
             dtypes = calibration.dtype, embedder.identity.dtype
             if dtypes[0] and dtypes[0] != dtypes[1]:
                 _log.warning("calibrated in %s, running in %s: scores shift a little", *dtypes)
+            if calibration.renewal:
+                _log.warning("%s", "; ".join(calibration.warnings))
         self.embedder = embedder
         self.index = index
         self.calibration = calibration
@@ -115,8 +116,7 @@ class AnomalyDetector:
         Args:
             settings: name backbone, index folder and region.
             camera: one of `settings.cameras`.
-            embedder: one already loaded; several cameras share it.
-            index: the camera's index already loaded.
+            embedder, index: already loaded; several cameras share an embedder.
             need_calibration: refuse to run uncalibrated.
 
         Raises:
@@ -181,9 +181,9 @@ class AnomalyDetector:
     ) -> AnomalyResult:
         """State what a frame's patch embeddings mean: score, p-value, decision, places.
 
-        The decision is `anomaly` when the score exceeds the threshold and confirmation over time
-        agrees; an exceeding frame that is not confirmed yet is `nominal` with its score above
-        its threshold. Without any threshold it is `unknown`.
+        The decision is `anomaly` when the score exceeds the threshold and one of its components
+        is confirmed over time; before that it is `nominal`, with the score above the threshold
+        and candidates. Without any threshold it is `unknown`.
 
         Args:
             frame: gives size and stamp; a stamp before the last one clears the confirmation.
@@ -202,9 +202,10 @@ class AnomalyDetector:
             )
         score, distance_map = self._score(grid, live)
         searched = time.perf_counter()
-        decision = self._decide(frame, score, live)
         heat = heatmap(distance_map, self.region, frame.image_hw)
-        labels, places = self._places(decision, distance_map, heat, grid, live)
+        labels, places = self._places(score, distance_map, heat, grid, live)
+        places = follow(live.tracker, frame.stamp_ns, places)
+        decision = decide(places, live.threshold)
         end = time.perf_counter()
         stages = dict(stage_ms or {})
         stages["search"] = (searched - begin) * 1e3
@@ -229,6 +230,10 @@ class AnomalyDetector:
         with self._lock:
             self._live = self._prepared(self._live.settings)
 
+    def recall(self, stamp_ns: int, boxes: Sequence[Sequence[float]]) -> None:
+        """Take in a frame assessed before, by the boxes of its localizations."""
+        self._live.tracker.update(stamp_ns, np.array(boxes, np.float64).reshape(-1, 4))
+
     def update(self, settings: Settings) -> None:
         """Take changed live settings at once, or none of them.
 
@@ -251,11 +256,11 @@ class AnomalyDetector:
             threshold = self.calibration.threshold_for(settings.target_false_alarm_rate)
         if self.calibration is not None and threshold is not None:
             scale = self.calibration.scale(threshold)
-        confirmation = FrameConfirmation(settings.confirm_count, settings.confirm_window)
-        kept = before.confirmation if before else confirmation
-        if (kept.count, kept.window) == (confirmation.count, confirmation.window):
-            confirmation = kept
-        return _Live(settings, threshold, scale, confirmation)
+        given = settings.confirm_count, settings.confirm_s, settings.silence_s
+        tracker = before.tracker if before else None
+        if tracker is None or (tracker.count, tracker.window_s, tracker.silence_s) != given:
+            tracker = ComponentTracker(*given)
+        return _Live(settings, threshold, scale, tracker)
 
     def _score(self, grid: PatchGrid, live: _Live) -> tuple[float, np.ndarray]:
         regions = patch_regions(grid, self.region)
@@ -274,21 +279,15 @@ class AnomalyDetector:
             distances = np.clip(relation[0] * distances + relation[1], 0.0, 2.0)
         return tail_mean(distances, percent), regions.paint(distances)
 
-    def _decide(self, frame: Frame, score: float, live: _Live) -> Decision:
-        if live.threshold is None:
-            return Decision.UNKNOWN
-        confirmed = live.confirmation.update(frame.stamp_ns, score > live.threshold)
-        return Decision.ANOMALY if confirmed else Decision.NOMINAL
-
     def _places(
         self,
-        decision: Decision,
+        score: float,
         distance_map: np.ndarray,
         heat: np.ndarray,
         grid: PatchGrid,
         live: _Live,
     ) -> tuple[np.ndarray, tuple[Localization, ...]]:
-        if decision is not Decision.ANOMALY or live.threshold is None:
+        if live.threshold is None or score <= live.threshold:
             return np.zeros(heat.shape, np.uint16), ()
 
         def nearest(places: Sequence[tuple[int, int]]) -> list[NominalExample]:
@@ -297,4 +296,5 @@ class AnomalyDetector:
 
         mask = None if self.region.is_whole_image else self.region.pixel_mask(grid.image_hw)
         least_px = live.settings.min_area_px
-        return localize(distance_map, heat, live.threshold, least_px, mask, nearest)
+        labels, places = localize(distance_map, heat, live.threshold, least_px, mask, nearest)
+        return reject(live.settings, labels, places, self.region.pixel_mask(grid.image_hw))

@@ -11,8 +11,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from semantic_anomaly.camera_settings import CameraSettings
 from semantic_anomaly.errors import ImageError, SettingsError
-from semantic_anomaly.settings import CameraSettings
 from semantic_anomaly.structures import PatchGrid, Regions
 
 

@@ -15,7 +15,13 @@ import numpy as np
 
 from semantic_anomaly.errors import ImageError
 from semantic_anomaly.regions import ImageRegion
-from semantic_anomaly.structures import AnomalyResult, Decision, HeatmapScale, Localization
+from semantic_anomaly.structures import (
+    AnomalyResult,
+    ComponentState,
+    Decision,
+    HeatmapScale,
+    Localization,
+)
 
 # The scale runs to twice the threshold; index 255 is kept for pixels that take no part.
 SATURATION = 2.0
@@ -30,6 +36,7 @@ _COLOURS = {
     Decision.ANOMALY: (230, 120, 0),
     Decision.UNKNOWN: (240, 228, 66),
 }
+_PLACES = {ComponentState.CONFIRMED: (230, 120, 0), ComponentState.CANDIDATE: (240, 228, 66)}
 _CONTOUR = (255, 255, 255)
 _ROI_OUTLINE = (0, 158, 115)
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
@@ -180,9 +187,9 @@ def _outline(region: ImageRegion, image_hw: tuple[int, int]) -> tuple[np.ndarray
 
 
 def _draw_places(canvas: np.ndarray, result: AnomalyResult) -> None:
-    colour = _COLOURS[Decision.ANOMALY]
     thickness = max(1, round(canvas.shape[0] / 360))
     for place in result.localizations:
+        colour = _PLACES[place.state]
         left, top, right, bottom = (int(v) for v in place.box_xyxy)
         window = (result.label_map[top:bottom, left:right] == place.label).astype(np.uint8)
         contours, _ = cv2.findContours(

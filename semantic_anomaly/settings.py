@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from semantic_anomaly.camera_settings import CameraSettings
 from semantic_anomaly.errors import SettingsError, UnknownNameError
 from semantic_anomaly.setting_spec import (
     SettingSpec,
@@ -20,54 +21,6 @@ from semantic_anomaly.setting_spec import (
     setting,
     specs_of,
 )
-
-
-@dataclass(frozen=True)
-class CameraSettings:
-    """The settings of one camera; in YAML under the camera's name."""
-
-    image_topic: str = setting(
-        "/camera/image_raw",
-        "Image topic; compressed topics end in the transport's name, e.g. .../compressed.",
-    )
-    transport: str = setting(
-        "raw",
-        "How images arrive: sensor_msgs/Image or sensor_msgs/CompressedImage.",
-        choices=("raw", "compressed"),
-    )
-    camera_info_topic: str = setting(
-        "", "CameraInfo topic; empty: markers are drawn with an assumed 90 degree lens."
-    )
-    depth_topic: str = setting(
-        "",
-        "Depth image topic (32FC1 metres or 16UC1 millimetres) aligned with the image; "
-        "empty: none.",
-    )
-    camera_height_m: float = setting(
-        0.0,
-        "Height of the camera above a flat ground, for marker ranges without depth; 0: unknown.",
-        minimum=0.0,
-        maximum=100.0,
-    )
-    index: str = setting("", "Index folder of this camera; empty: the common 'index'.")
-    region_of_interest: tuple[float, ...] = setting(
-        (),
-        "Polygon x0, y0, x1, y1, ... in relative image coordinates [0, 1]; empty: the whole image.",
-        minimum=0.0,
-        maximum=1.0,
-    )
-    ego_mask: str = setting(
-        "", "PNG whose non-zero pixels show the vehicle itself and take no part; empty: none."
-    )
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        # A polygon needs three corners of two coordinates each.
-        if len(self.region_of_interest) % 2 or 0 < len(self.region_of_interest) < 6:
-            raise SettingsError(
-                "setting 'region_of_interest': expected at least 3 pairs x, y, "
-                f"found {len(self.region_of_interest)} numbers"
-            )
 
 
 @dataclass(frozen=True)
@@ -155,20 +108,45 @@ class Settings:
     )
     confirm_count: int = setting(
         1,
-        "Anomalous frames needed among the last confirm_window ones before the decision "
-        "is anomaly.",
+        "Frames in which a component must be found within confirm_s before it is confirmed and "
+        "the decision is anomaly.",
         minimum=1,
         maximum=1000,
         live=True,
     )
-    confirm_window: int = setting(
-        1, "Frames over which anomalous ones are counted.", minimum=1, maximum=1000, live=True
+    confirm_s: float = setting(
+        1.0, "Seconds within which those frames lie.", minimum=0.001, maximum=3600.0, live=True
+    )
+    silence_s: float = setting(
+        1.0, "Silence that ends a component, in seconds.", minimum=0.001, maximum=3600.0, live=True
     )
     min_area_px: int = setting(
         0,
-        "Localised regions with fewer pixels are not reported.",
+        "Components with fewer pixels are left out: they raise no alarm.",
         minimum=0,
         maximum=100000000,
+        live=True,
+    )
+    max_area: float = setting(
+        1.0,
+        "Components that cover a larger share of the image are left out; 1: none.",
+        minimum=0.0,
+        maximum=1.0,
+        live=True,
+    )
+    max_aspect: float = setting(
+        0.0,
+        "Components whose box is longer than this many times its width are left out, unless the "
+        "border cuts them; 0: none.",
+        minimum=0.0,
+        maximum=1000.0,
+        live=True,
+    )
+    max_border_share: float = setting(
+        0.25,
+        "A component is cut when more of its outline lies on the border of what takes part.",
+        minimum=0.0,
+        maximum=1.0,
         live=True,
     )
     cameras: tuple[str, ...] = setting(
@@ -223,11 +201,6 @@ class Settings:
                     "setting 'cameras': expected letters, digits and single underscores and not a "
                     f"setting's own name, found '{camera}'"
                 )
-        if self.confirm_count > self.confirm_window:
-            raise SettingsError(
-                f"setting 'confirm_count': expected at most confirm_window "
-                f"({self.confirm_window}), found {self.confirm_count}"
-            )
         for camera in self.camera_settings:
             if camera not in self.cameras:
                 raise UnknownNameError("camera", camera, self.cameras)

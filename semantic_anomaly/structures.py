@@ -27,6 +27,13 @@ class Decision(str, Enum):
     UNKNOWN = "unknown"
 
 
+class ComponentState(str, Enum):
+    """Whether a component has been seen often enough."""
+
+    CANDIDATE = "candidate"
+    CONFIRMED = "confirmed"
+
+
 @dataclass(frozen=True, eq=False)
 class Frame:
     """One camera image with the stamp and frame id that its outputs will carry.
@@ -168,7 +175,7 @@ class NominalExample:
 
 @dataclass(frozen=True)
 class Localization:
-    """One connected region of the image whose distances exceed the calibrated threshold.
+    """A component: one connected region whose distances exceed the calibrated threshold.
 
     Attributes:
         box_xyxy: left, top, right, bottom in pixels; right and bottom exclusive.
@@ -177,6 +184,8 @@ class Localization:
         score: largest patch distance inside.
         nearest: the nominal example nearest to the worst patch.
         label: id of the region in `AnomalyResult.label_map`, from 1.
+        state: whether it was found often enough, over time, to be an anomaly.
+        track: number by which it is known from frame to frame, 0 without.
     """
 
     box_xyxy: tuple[float, float, float, float]
@@ -185,6 +194,8 @@ class Localization:
     score: float
     nearest: NominalExample
     label: int
+    state: ComponentState = ComponentState.CONFIRMED
+    track: int = 0
 
     def __post_init__(self) -> None:
         x0, y0, x1, y1 = self.box_xyxy
@@ -230,7 +241,8 @@ class AnomalyResult:
             the region of interest.
         scale: scale on which the heatmap is drawn.
         label_map: (height, width) uint16 ids of the localizations, 0 elsewhere.
-        localizations: largest score first; empty unless the decision is `anomaly`.
+        localizations: largest score first; empty unless the score exceeds the threshold. One that
+            is confirmed makes the decision `anomaly`.
         stage_ms: milliseconds by stage.
         reason: why the decision is `unknown`, empty otherwise.
 

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from colours import IMAGE_HW, LEFT_HALF, ODD_BOX, PATCH, make_detector, said, street
 
+from semantic_anomaly.confirmation import reject
 from semantic_anomaly.detector import AnomalyDetector
 from semantic_anomaly.errors import ModelOutputError
-from semantic_anomaly.structures import Decision, PatchGrid
+from semantic_anomaly.settings import Settings
+from semantic_anomaly.structures import Decision, Localization, NominalExample, PatchGrid
 
 
 @pytest.fixture(scope="module")
@@ -117,24 +119,54 @@ def test_what_lies_outside_the_region_of_interest_takes_no_part() -> None:
     assert distances.shape == (9, 16) and not distances[:, 8:].any() and distances[:, :8].any()
 
 
-def test_smallest_area_removes_regions_but_not_the_decision() -> None:
+def test_components_that_are_too_small_raise_no_alarm() -> None:
     result = make_detector(min_area_px=2000).detect(street(2000, odd=True))
-    assert result.decision is Decision.ANOMALY and not result.localizations
+    assert result.decision is Decision.NOMINAL and not result.localizations
+    assert result.threshold is not None and result.score > result.threshold
     assert not result.label_map.any()
 
 
+@pytest.mark.parametrize(
+    ("changes", "left"),
+    [({}, 1), ({"max_area": 0.001}, 0), ({"max_aspect": 2.0}, 1), ({"max_area": 0.9}, 1)],
+)
+def test_components_are_filtered_by_size_and_shape(changes: dict[str, float], left: int) -> None:
+    result = make_detector(**changes).detect(street(2000, odd=True))
+    assert len(result.localizations) == left == len(set(np.unique(result.label_map)) - {0})
+    assert (result.decision is Decision.ANOMALY) == bool(left)
+
+
+def test_slivers_are_left_out_unless_the_border_cuts_them() -> None:
+    labels = np.zeros((60, 80), np.uint16)
+    labels[10:12, 20:60], labels[30:32, 60:80] = 1, 2
+    nearest = NominalExample("d/0.png", 0, 0, (1, 1), 0.1)
+    boxes = (20.0, 10.0, 60.0, 12.0), (60.0, 30.0, 80.0, 32.0)
+    places = tuple(
+        Localization(box, (box[0], box[1]), 80 // n, 0.5, nearest, n)
+        for n, box in enumerate(boxes, start=1)
+    )
+    inside = np.ones(labels.shape, bool)
+    for share, kept in ((0.02, {2}), (0.9, set())):
+        settings = Settings(max_aspect=4.0, max_border_share=share)
+        found, left = reject(settings, labels, places, inside)
+        assert {place.label for place in left} == kept == set(np.unique(found).tolist()) - {0}
+
+
 def test_confirmation_delays_the_decision_and_shows_the_excess() -> None:
-    detector = make_detector(confirm_count=2, confirm_window=3)
+    detector = make_detector(confirm_count=2, confirm_s=2.0)
     odd = [detector.detect(street(seed, odd=True)) for seed in (10, 11)]
     assert [result.decision.value for result in odd] == ["nominal", "anomaly"]
     assert odd[0].threshold is not None and odd[0].score > odd[0].threshold
-    assert odd[0].p_value is not None and odd[0].p_value <= 0.05 and not odd[0].localizations
+    assert odd[0].p_value is not None and odd[0].p_value <= 0.05
+    states = [[place.state.value for place in result.localizations] for result in odd]
+    assert states[0] == ["candidate"] and "confirmed" in states[1]
+    assert odd[0].localizations[0].track == odd[1].localizations[0].track == 1
     detector.reset()
     assert detector.detect(street(12, odd=True)).decision is Decision.NOMINAL
 
 
 def test_backward_stamp_clears_the_confirmation() -> None:
-    detector = make_detector(confirm_count=2, confirm_window=2)
+    detector = make_detector(confirm_count=2, confirm_s=1.0)
     detector.detect(street(50, odd=True))
     assert detector.detect(street(20, odd=True)).decision is Decision.NOMINAL
     assert detector.detect(street(21, odd=True)).decision is Decision.ANOMALY

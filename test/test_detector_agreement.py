@@ -40,11 +40,11 @@ def test_live_settings_take_effect_at_once() -> None:
 
 
 def test_update_keeps_what_was_seen_unless_the_confirmation_itself_changes() -> None:
-    detector = make_detector(confirm_count=2, confirm_window=2)
+    detector = make_detector(confirm_count=2, confirm_s=1.0)
     detector.detect(street(10, odd=True))
     detector.update(detector.settings.replace(overlay_alpha=0.1))
     assert detector.detect(street(11, odd=True)).decision is Decision.ANOMALY
-    detector.update(detector.settings.replace(confirm_window=3))
+    detector.update(detector.settings.replace(confirm_s=2.0))
     assert detector.detect(street(12, odd=True)).decision is Decision.NOMINAL
 
 

@@ -72,7 +72,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("how", [by_evaluate, by_replay])
-@pytest.mark.parametrize("settings", [{}, {"confirm_count": 2, "confirm_window": 3}])
+@pytest.mark.parametrize("settings", [{}, {"confirm_count": 2, "confirm_s": 0.25}])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_a_stopped_run_goes_on(
     tmp_path: Path, how: Callable[[Path], Run], settings: dict[str, int], error: type[BaseException]

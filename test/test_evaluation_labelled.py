@@ -224,7 +224,7 @@ def test_a_threshold_set_by_hand_promises_no_rate(tmp_path: Path) -> None:
 
 def test_confirmation_moves_alarms_but_not_scores(tmp_path: Path) -> None:
     dataset = LabelledFolder(make_dataset(tmp_path / "drive", "..oo.."))
-    detector = make_detector(confirm_count=2, confirm_window=2)
+    detector = make_detector(confirm_count=2, confirm_s=1.0)
     results = evaluate(dataset, detector, tmp_path / "out", progress=False)
     assert results["tpr"] == 1.0 and results["alarm_tpr"] == 0.5
 

@@ -8,9 +8,9 @@ import cv2
 import numpy as np
 import pytest
 
+from semantic_anomaly.camera_settings import CameraSettings
 from semantic_anomaly.errors import ImageError, SettingsError
 from semantic_anomaly.regions import ImageRegion, patch_regions
-from semantic_anomaly.settings import CameraSettings
 from semantic_anomaly.structures import PatchGrid
 
 RIGHT_HALF = ((0.5, 0.0), (1.0, 0.0), (1.0, 1.0), (0.5, 1.0))

@@ -170,7 +170,7 @@ def test_a_topic_of_another_type_is_named(values: dict[str, Any]) -> None:
 def test_a_backward_stamp_clears_the_confirmation(
     values: dict[str, Any], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with bench({**values, "confirm_count": 2, "confirm_window": 2}) as b:
+    with bench({**values, "confirm_count": 2, "confirm_s": 30.0, "silence_s": 30.0}) as b:
         b.start("status")
         decisions = [
             b.answer(b.send(odd_image(seed), ahead_s=ahead_s))["decision"]

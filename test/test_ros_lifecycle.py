@@ -132,7 +132,7 @@ def test_transitions_by_service(values: dict[str, Any]) -> None:
 
 
 def test_results_come_again_after_deactivation_and_cleanup(values: dict[str, Any]) -> None:
-    with bench({**values, "confirm_count": 2, "confirm_window": 2}) as b:
+    with bench({**values, "confirm_count": 2, "confirm_s": 30.0, "silence_s": 30.0}) as b:
         b.start("status")
         first = [b.answer(b.send(odd_image(i)))["decision"] for i in range(2)]
         assert b.node.trigger_deactivate() == SUCCESS

@@ -86,7 +86,7 @@ def test_a_parameter_file_with_empty_lists_and_whole_numbers(tmp_path: Path) -> 
         ({"input_size": 64.0}, "'input_size': expected int"),
         ({"backbone": 5}, "'backbone': expected str"),
         ({"search": "magic"}, "'search': expected one of"),
-        ({"confirm_count": 3, "confirm_window": 2}, "confirm_count"),
+        ({"confirm_s": 0.0}, "'confirm_s'"),
         ({"cameras": ["a b"]}, "a b"),
         ({"cameras": ["front", "front"]}, "distinct"),
         ({"camera.region_of_interest": [0.0, 0.5]}, "region_of_interest"),
@@ -119,8 +119,8 @@ def test_before_configure_everything_may_change_but_is_checked() -> None:
         assert b.node.get_parameter("input_size").value == 320
         assert "expected one of" in b.set(qos_reliability="perhaps").reason
         assert "expected str" in b.set(index=7).reason
-        assert not b.set(confirm_count=2).successful
-        assert b.set(confirm_count=2, confirm_window=3).successful
+        assert not b.set(confirm_count=0).successful
+        assert b.set(confirm_count=2, confirm_s=2.0).successful
         assert b.node._node_parameters.settings().confirm_count == 2
 
 
@@ -159,7 +159,7 @@ def test_live_parameters_take_effect_at_once(values: dict[str, Any]) -> None:
         assert b.answer(b.send(nominal_image(10)))["threshold"] == first["threshold"]
         assert b.set(target_false_alarm_rate=0.5).successful
         assert float(b.answer(b.send(nominal_image(10)))["threshold"]) < float(first["threshold"])
-        assert b.set(confirm_count=2, confirm_window=2).successful
+        assert b.set(confirm_count=2, confirm_s=1.0).successful
         assert b.answer(b.send(odd_image(1)))["decision"] == "nominal"
         assert b.answer(b.send(odd_image(1)))["decision"] == "anomaly"
         assert b.set(max_age_s=0.05).successful
@@ -176,7 +176,7 @@ def test_live_parameters_that_cannot_be_taken_change_nothing(values: dict[str, A
         refused = b.set(overlay_alpha=0.1, target_false_alarm_rate=0.001)
         assert not refused.successful and "999" in refused.reason
         assert not b.set(threshold=3.0).successful
-        assert not b.set(confirm_count=5).successful
+        assert not b.set(confirm_count=0).successful
         assert b.node.settings.overlay_alpha == 0.5
         assert {n: d.threshold for n, d in b.node.models.detectors.items()} == before
         assert all(d.settings.overlay_alpha == 0.5 for d in b.node.models.detectors.values())

@@ -38,7 +38,7 @@ def values(index: Path, tiny_backbone: Path) -> dict[str, Any]:
 
 
 def test_reset_forgets_what_confirmation_counted(values: dict[str, Any]) -> None:
-    with bench({**values, "confirm_count": 2, "confirm_window": 2}) as b:
+    with bench({**values, "confirm_count": 2, "confirm_s": 30.0, "silence_s": 30.0}) as b:
         b.start("status")
         assert b.answer(b.send(odd_image(1)))["decision"] == "nominal"
         assert b.call("reset").success

@@ -57,7 +57,7 @@ def test_ages_go_by_simulated_time(values: dict[str, Any]) -> None:
 def test_time_that_goes_back_clears_what_was_remembered(
     values: dict[str, Any], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with bench({**values, "confirm_count": 2, "confirm_window": 2}) as b:
+    with bench({**values, "confirm_count": 2, "confirm_s": 30.0, "silence_s": 30.0}) as b:
         b.start("status")
         set_time(b, 100)
         assert b.answer(b.send(odd_image(1), stamp_ns=100 * S))["decision"] == "nominal"

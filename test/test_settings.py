@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from semantic_anomaly.camera_settings import CameraSettings
 from semantic_anomaly.errors import InputError, SettingsError, UnknownNameError
 from semantic_anomaly.settings import (
-    CameraSettings,
     Settings,
     camera_setting_specs,
     read_parameters_yaml,
@@ -114,8 +114,8 @@ def test_refuses_with_the_name_and_what_was_found(name: str, value: Any, message
 def test_settings_made_in_code_are_checked_alike() -> None:
     with pytest.raises(SettingsError, match="at most 100"):
         Settings(neighbours=101)
-    with pytest.raises(SettingsError, match="confirm_window"):
-        Settings(confirm_count=3, confirm_window=2)
+    with pytest.raises(SettingsError, match="confirm_s"):
+        Settings(confirm_s=0.0)
     with pytest.raises(SettingsError, match="at least 3 pairs"):
         CameraSettings(region_of_interest=(0.0, 0.0))
     assert Settings().replace(neighbours=2).neighbours == 2
@@ -241,8 +241,12 @@ def test_live_settings_are_those_that_need_no_new_model_or_topic() -> None:
         "target_false_alarm_rate",
         "threshold",
         "confirm_count",
-        "confirm_window",
+        "confirm_s",
+        "silence_s",
         "min_area_px",
+        "max_area",
+        "max_aspect",
+        "max_border_share",
         "max_age_s",
         "overlay_alpha",
     }

@@ -162,7 +162,7 @@ def _measures(results: dict[str, Any], anomalous: int, nominal: int) -> list[tup
     if results["localized"] is not None:
         touches = "of the anomalous frames with an alarm: a localization touches the anomaly"
         rows.append(("localized", figure(results["localized"]), "", touches))
-    if results["settings"]["confirm_window"] > 1:
+    if results["settings"]["confirm_count"] > 1:
         confirmed = "of decisions, confirmed over time"
         rows += [
             ("alarm TPR", figure(results["alarm_tpr"]), "", confirmed),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,9 +99,7 @@ def evaluate(
             *(folder, detector.region, detector.settings.overlay_alpha, step),
             frozenset(_sheet_frames(dataset.truths)),
         )
-        detector_of = protocol.detector_of if protocol else lambda _: detector
-        remembered = detector.settings.confirm_window - 1
-        _assess(dataset, detector_of, remembered, album, journal, progress)
+        _assess(dataset, detector, protocol, album, journal, progress)
         album.finish()
         pixels = PixelGroups()
         for truth, heatmap, labels in _maps(folder / MAPS, dataset, detector.region):
@@ -125,8 +123,8 @@ def evaluate(
 
 def _assess(
     dataset: Dataset,
-    detector_of: Callable[[FrameTruth], AnomalyDetector],
-    remembered: int,
+    detector: AnomalyDetector,
+    protocol: Reference | SelfNominal | None,
     album: Album,
     journal: Journal,
     progress: bool,
@@ -137,22 +135,23 @@ def _assess(
         album.passed(number, truth.stem, _ranks(row))
     maps = journal.folder / MAPS
     maps.mkdir(exist_ok=True)
-    detector = None
+    groups = [protocol.group_of(truth) if protocol else 0 for truth in dataset.truths]
     hide = None if progress else True
     bar = tqdm(dataset, "evaluate", len(dataset), unit="frame", disable=hide)
     for number, (frame, truth, mask) in enumerate(bar):
-        # The last ones that are done are looked at again: confirmation over time remembers them.
-        if number < done - remembered:
-            continue
-        if (needed := detector_of(truth)) is not detector:
-            # The first frame pays for what is made once, and would be the slowest.
-            detector = needed
-            detector.reset()
-            detector.detect(frame)
-            detector.reset()
-        result = detector.detect(frame)
         if number < done:
             continue
+        if number == done or groups[number] != groups[number - 1]:
+            if protocol is not None:
+                detector = protocol.detector_of(truth)
+            detector.reset()
+            # The first frame pays for what is made once, and would be the slowest.
+            detector.detect(frame)
+            detector.reset()
+            for row, group in zip(journal.rows, groups, strict=False):
+                if group == groups[number]:
+                    detector.recall(row["stamp_ns"], row["boxes"])
+        result = detector.detect(frame)
         np.save(_map_file(maps, truth), result.heatmap, allow_pickle=False)
         row = _row(truth, result, frame, mask)
         album.add(
@@ -177,6 +176,7 @@ def _row(
         "stamp_ns": frame.stamp_ns,
         "score": result.score,
         "p_value": result.p_value,
+        "boxes": [list(place.box_xyxy) for place in result.localizations],
         "decision": result.decision.value,
         # An alarm for another reason than the anomaly is luck.
         "localized": bool(result.label_map[mask == 1].any()) if found else None,

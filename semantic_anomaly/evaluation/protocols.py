@@ -63,6 +63,10 @@ class Reference:
         self.detail = {"references": images}
         self._detector = _uncalibrated(settings, camera, index, embedder)
 
+    def group_of(self, truth: FrameTruth) -> int:
+        """Return 0: the frames of all share a detector."""
+        return 0
+
     def detector_of(self, truth: FrameTruth) -> AnomalyDetector:
         """Return the detector of a frame: the same for all."""
         return self._detector
@@ -103,6 +107,10 @@ class SelfNominal:
         self._fold = {truth.file: i * folds // count for i, truth in enumerate(dataset.truths)}
         self.detail = {"folds": folds}
         self._ready: tuple[int, AnomalyDetector] | None = None
+
+    def group_of(self, truth: FrameTruth) -> int:
+        """Return the fold of a frame; frames of one share a detector."""
+        return self._fold[truth.file]
 
     def detector_of(self, truth: FrameTruth) -> AnomalyDetector:
         """Return the detector of a frame, whose index has seen nothing of the frame's fold."""

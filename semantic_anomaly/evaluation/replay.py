@@ -64,19 +64,17 @@ def replay(
         album = Album(journal.folder, detector.region, detector.settings.overlay_alpha, every)
         detector.reset()
         done = len(journal.rows)
-        # The last ones that are done are looked at again: confirmation over time remembers them.
-        first = max(0, done - detector.settings.confirm_window + 1)
         bar = tqdm(source, "replay", count, unit="frame", disable=None if progress else True)
         for number, frame in enumerate(bar):
-            if number < first:
+            if number < done:
                 continue
-            if number == first:
+            if number == done:
                 # The first frame pays for what is made once, and would be the slowest.
                 detector.detect(frame)
                 detector.reset()
+                for row in journal.rows:
+                    detector.recall(row["stamp_ns"], row["boxes"])
             result = detector.detect(frame)
-            if number < done:
-                continue
             begins = _is_alarm(result) and not (journal.rows and journal.rows[-1]["alarm"])
             album.add(
                 number,
@@ -106,5 +104,6 @@ def _row(frame: Frame, result: AnomalyResult) -> dict[str, Any]:
         "p_value": result.p_value,
         "decision": result.decision.value,
         "alarm": _is_alarm(result),
+        "boxes": [list(place.box_xyxy) for place in result.localizations],
         "ms": dict(result.stage_ms),
     }

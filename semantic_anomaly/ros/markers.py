@@ -13,10 +13,13 @@ from std_msgs.msg import ColorRGBA, Header
 from visualization_msgs.msg import Marker, MarkerArray
 
 from semantic_anomaly.geometry import ASSUMED, PlacedBox
-from semantic_anomaly.structures import Localization
+from semantic_anomaly.structures import ComponentState, Localization
 
-# Okabe and Ito's vermilion: visible with any colour vision.
-_COLOUR = ColorRGBA(r=0.835, g=0.369, b=0.0, a=1.0)
+# Okabe and Ito's vermilion and yellow: told apart with any colour vision.
+_COLOURS = {
+    ComponentState.CONFIRMED: ColorRGBA(r=0.835, g=0.369, b=0.0, a=1.0),
+    ComponentState.CANDIDATE: ColorRGBA(r=0.941, g=0.894, b=0.259, a=0.8),
+}
 _WHITE = ColorRGBA(r=1.0, g=1.0, b=1.0, a=1.0)
 _LINE_M = 0.05
 _TEXT_M = 0.4
@@ -44,13 +47,13 @@ def _marker(header: Header, namespace: str, label: int, kind: int) -> Marker:
         action=Marker.ADD,
         pose=Pose(orientation=Quaternion(w=1.0)),
         lifetime=Duration(sec=1),
-        color=_COLOUR,
     )
 
 
 def _box(header: Header, localization: Localization, box: PlacedBox) -> Marker:
     marker = _marker(header, "boxes", localization.label, Marker.LINE_LIST)
     marker.scale = Vector3(x=_LINE_M)
+    marker.color = _COLOURS[localization.state]
     corners = [_point(corner) for corner in box.corners]
     marker.points = [corners[end] for edge in _EDGES for end in edge]
     if box.how == ASSUMED:
@@ -66,6 +69,8 @@ def _label(header: Header, localization: Localization, box: PlacedBox) -> Marker
     # y points down in the optical frame.
     marker.pose.position = _point((top[0], top[1] - _TEXT_M, top[2]))
     marker.text = f"{localization.score:.2f}  {box.range_m:.1f} m ({box.how})"
+    if localization.state is ComponentState.CANDIDATE:
+        marker.text += "  candidate"
     return marker
 
 

@@ -144,13 +144,15 @@ def diagnostics_message(stamp: Any, statuses: Iterable[DiagnosticArray]) -> Diag
 
 
 def localizations_json(localizations: Sequence[Localization]) -> str:
-    """Return localizations as JSON: box, score, area and the nearest nominal example."""
+    """Return localizations as JSON: box, score, area, state, track, nearest example."""
     rows = [
         {
             "label": int(found.label),
             "box_xyxy": [round(float(edge), 2) for edge in found.box_xyxy],
             "centroid_xy": [round(float(place), 2) for place in found.centroid_xy],
             "area_px": int(found.area_px),
+            "state": found.state.value,
+            "track": int(found.track),
             "score": float(found.score),
             "nearest": {
                 "frame": found.nearest.frame,
