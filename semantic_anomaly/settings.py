@@ -170,6 +170,11 @@ class Settings:
         "Reliability of the image subscriptions.",
         choices=("best_effort", "reliable"),
     )
+    allow_add_nominal: bool = setting(
+        False,
+        "Whether the service ~/add_nominal may add the last frame of each camera above its "
+        "threshold to the index.",
+    )
     qos_depth: int = setting(
         1,
         "Queue depth of the image subscriptions; only the newest image is used.",

@@ -50,6 +50,8 @@ def test_commands_run_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert again["component_limits"] == {"predicted_px": 50, "truth_px": 10}
     replayed = json.loads((tmp_path / "work/replayed/summary.json").read_text())
     assert [event["kind"] for event in replayed["against_events"]["events"]] == ["cow"]
+    run("cure")
+    assert (tmp_path / "work/why.jpg").is_file()
 
 
 def test_readme_names_only_files_that_exist() -> None:

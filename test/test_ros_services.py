@@ -21,9 +21,11 @@ from ros_support import (
 )
 from std_srvs.srv import Trigger
 
-from semantic_anomaly import offline
+from semantic_anomaly import index_edits, offline
 from semantic_anomaly.images import write_image
+from semantic_anomaly.index import NominalIndex
 from semantic_anomaly.ros import models
+from semantic_anomaly.ros.models import renewal_of
 from semantic_anomaly.settings import Settings
 
 
@@ -68,6 +70,38 @@ def test_reload_takes_a_new_index_and_keeps_live_parameters(
         assert old.index.fingerprint != new.index.fingerprint
         assert new.settings.overlay_alpha == 0.25
         assert b.answer(b.send(odd_image(3)))["decision"] == "nominal"
+
+
+def test_what_was_fine_is_added_and_can_be_undone(
+    values: dict[str, Any], index: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with bench({**values, "allow_add_nominal": True}) as b:
+        b.start("status")
+        nothing = b.call("add_nominal")
+        assert not nothing.success and "no frame was above" in nothing.message
+        assert b.answer(b.send(odd_image(3)))["decision"] == "anomaly"
+        before = NominalIndex.load(index)
+        added = b.call("add_nominal")
+        assert added.success and "calibration due for renewal" in added.message, added.message
+        assert b.answer(b.send(odd_image(3)))["decision"] == "nominal"
+        assert not b.call("add_nominal").success
+        known = [renewal_of(d) for d in b.node.models.detectors.values()]
+        assert known[0] is not None and "renewal" in known[0]
+    edited = NominalIndex.load(index)
+    assert edited.count > before.count and edited.edits[0].source.startswith("camera/")
+    undone, _ = index_edits.undo(edited)
+    index_edits.save_edited(index, edited, undone)
+    assert NominalIndex.load(index).fingerprint == before.fingerprint
+
+
+def test_nothing_is_added_unless_it_is_allowed(values: dict[str, Any], index: Path) -> None:
+    with bench(values) as b:
+        b.start("status")
+        assert b.answer(b.send(odd_image(3)))["decision"] == "anomaly"
+        before = NominalIndex.load(index).fingerprint
+        refused = b.call("add_nominal")
+        assert not refused.success and "allow_add_nominal is false" in refused.message
+        assert NominalIndex.load(index).fingerprint == before
 
 
 def rebuild(index: Path, values: dict[str, Any], folder: Path) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
+from semantic_anomaly.explanation import mark_place
 from semantic_anomaly.images import encode_jpeg, encode_png, read_image
 from semantic_anomaly.regions import ImageRegion
 from semantic_anomaly.rendering import contact_sheet, draw_heatmap, draw_overlay
@@ -24,7 +25,7 @@ SHEET_WIDTH_PX = 480
 SHEET_COLUMNS = 4
 WORST = 4
 _SHEET = "sheet"
-_TRUTH, _NEAREST = (0, 220, 90), (255, 220, 0)
+_TRUTH = (0, 220, 90)
 _GOOD, _BAD = (200, 240, 205), (255, 214, 190)
 _TINTS = {"FOUND": _GOOD, "MISSED": _BAD, "FALSE ALARM": _BAD, "SOMETHING ELSE": _BAD}
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
@@ -69,12 +70,7 @@ def nearest_nominal(detector: AnomalyDetector, frame: Frame) -> np.ndarray | Non
     if picture is None:
         return None
     picture = picture.copy()
-    (rows, cols), (height, width) = example.grid_hw, picture.shape[:2]
-    corners = [
-        (round((example.col + i) * width / cols), round((example.row + i) * height / rows))
-        for i in (-1, 2)
-    ]
-    cv2.rectangle(picture, corners[0], corners[1], _NEAREST, 1)
+    mark_place(picture, example.grid_hw, example.row, example.col)
     return picture
 
 

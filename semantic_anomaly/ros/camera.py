@@ -19,6 +19,7 @@ from semantic_anomaly.ros.logs import ThrottledLog
 from semantic_anomaly.ros.outputs import CameraOutputs
 from semantic_anomaly.ros.worker import CameraCounts, RateMeter
 from semantic_anomaly.settings import Settings
+from semantic_anomaly.structures import Frame, PatchGrid
 
 # A camera that stays silent is reported so often.
 REPEAT_SILENCE_S = 1.0
@@ -36,6 +37,8 @@ class Camera:
         self.name = name
         self.outputs = CameraOutputs(node, name)
         self.inputs: CameraInputs | None = None
+        # Set by the worker: the last frame above the threshold, for people to call nominal.
+        self.exceeding: tuple[Frame, PatchGrid] | None = None
         self.counts = CameraCounts()
         self._rate_in, self._rate_done = RateMeter(), RateMeter()
         self._put: Callable[[str, Any], bool] | None = None
@@ -61,6 +64,7 @@ class Camera:
         if self.inputs is not None:
             self.inputs.destroy()
         self.inputs = None
+        self.exceeding = None
 
     def destroy(self) -> None:
         """Unsubscribe and destroy the publishers."""
@@ -130,6 +134,8 @@ class Camera:
                 level, text = DiagnosticStatus.ERROR, "no frames"
             elif rates["rate_in_hz"] and not rates["rate_processed_hz"]:
                 level, text = DiagnosticStatus.WARN, "frames come, none is processed"
+            elif values.get("calibration_renewal"):
+                level, text = DiagnosticStatus.WARN, f"{text}; calibration due for renewal"
         name = f"{self._node.get_name()}: {self.name} camera"
         said = {**rates, **self.frame_counts(), **values}
         return messages.status_message(Header(), name, level, text, said)

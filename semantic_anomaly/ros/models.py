@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from semantic_anomaly import index_edits
 from semantic_anomaly.detector import AnomalyDetector
 from semantic_anomaly.errors import ModelOutputError, SemanticAnomalyError
+from semantic_anomaly.freshness import refuse_indexed
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import Frame, PatchGrid
 
@@ -88,6 +90,31 @@ class Models:
         models.self_test()
         return models
 
+    def add_nominal(self, settings: Settings, frames: Mapping[str, tuple[Frame, PatchGrid]]) -> str:
+        """Add frames to the index folders of their cameras, and return a sentence that says so.
+
+        Args:
+            settings: name the folders.
+            frames: with their embeddings, by camera.
+
+        Raises:
+            SemanticAnomalyError: an index has a frame already, or cannot take or write it.
+        """
+        edited: dict[Path, tuple[NominalIndex, NominalIndex]] = {}
+        said = []
+        for camera, (frame, grid) in frames.items():
+            folder, detector = Path(settings.index_of(camera)), self.detectors[camera]
+            before, index = edited.get(folder, (detector.index, detector.index))
+            refuse_indexed(index, frame)
+            index, report = index_edits.add_nominal(
+                index, [(frame, grid)], region=detector.region, source=frame.name, note="service"
+            )
+            edited[folder] = before, index
+            said.append(f"{report.stored} entries of '{frame.name}'")
+        for folder, (before, index) in edited.items():
+            index_edits.save_edited(folder, before, index)
+        return f"added {', '.join(said)}"
+
     def update(self, settings: Settings) -> None:
         """Give all detectors new live settings, or none of them.
 
@@ -137,3 +164,10 @@ def load_detectors(settings: Settings, embedder: PatchEmbedder) -> dict[str, Ano
         indexes[folder] = detector.index
         detectors[camera] = detector
     return detectors
+
+
+def renewal_of(detector: AnomalyDetector) -> str | None:
+    """Return why a detector's calibration is due for renewal, None if it is not."""
+    calibration = detector.calibration
+    due = calibration is not None and calibration.renewal
+    return "; ".join(calibration.warnings) if calibration is not None and due else None

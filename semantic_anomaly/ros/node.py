@@ -29,12 +29,13 @@ from semantic_anomaly.errors import SemanticAnomalyError
 from semantic_anomaly.ros import messages
 from semantic_anomaly.ros.camera import Camera
 from semantic_anomaly.ros.logs import RosLogHandler, ThrottledLog
-from semantic_anomaly.ros.models import Models
+from semantic_anomaly.ros.models import Models, renewal_of
 from semantic_anomaly.ros.parameters import NodeParameters
 from semantic_anomaly.ros.pipeline import Pipeline
 from semantic_anomaly.ros.services import NodeServices
 from semantic_anomaly.ros.worker import Worker
 from semantic_anomaly.settings import Settings
+from semantic_anomaly.structures import Frame, PatchGrid
 
 DIAGNOSTICS_PERIOD_S = 1.0
 
@@ -148,6 +149,14 @@ class AnomalyNode(LifecycleNode):
         self.release()
         return super().on_error(state)
 
+    def take_exceeding(self) -> dict[str, tuple[Frame, PatchGrid]]:
+        """Return the last frame above the threshold of each camera that has one, once."""
+        found = {}
+        for name, camera in self._cameras.items():
+            if camera.exceeding is not None:
+                found[name], camera.exceeding = camera.exceeding, None
+        return found
+
     def release(self) -> None:
         """Undo whatever activate and configure have done so far; the parameters stay."""
         self._stop()
@@ -241,6 +250,7 @@ class AnomalyNode(LifecycleNode):
                 "device": models.embedder.device,
                 "index_fingerprint": detector.index.fingerprint,
                 "threshold": detector.threshold,
+                "calibration_renewal": renewal_of(detector),
             }
             statuses.append(camera.diagnostics(known))
         stamp = self.get_clock().now().to_msg()

@@ -154,6 +154,8 @@ class Pipeline:
     def _assess(self, models: Models, job: _Job, grid: PatchGrid, embed_ms: float) -> None:
         camera, detector = job.camera, models.detectors[job.camera.name]
         result = detector.assess(job.frame, grid, {"embed": embed_ms})
+        if result.threshold is not None and result.score > result.threshold:
+            camera.exceeding = job.frame, grid
         counts = camera.counts
         counts.processed += 1
         now_ns = self._clock.now().nanoseconds

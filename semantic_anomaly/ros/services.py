@@ -1,4 +1,4 @@
-"""The node's services: `~/reset` and `~/reload_index`.
+"""The node's services: `~/reset`, `~/reload_index` and `~/add_nominal`.
 
 Callbacks run in the executor's thread; a reload loads in a thread of its own and is awaited, so
 that images, timers and the worker go on meanwhile.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import traceback
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
@@ -18,6 +19,7 @@ from std_srvs.srv import Trigger
 from semantic_anomaly.errors import SemanticAnomalyError
 from semantic_anomaly.ros.models import Models
 from semantic_anomaly.settings import Settings
+from semantic_anomaly.structures import Frame, PatchGrid
 
 
 class ModelsHolder(Protocol):
@@ -25,6 +27,9 @@ class ModelsHolder(Protocol):
 
     models: Models | None
     settings: Settings
+
+    def take_exceeding(self) -> dict[str, tuple[Frame, PatchGrid]]:
+        """Return the last frame above the threshold of each camera that has one, once."""
 
 
 class NodeServices:
@@ -42,6 +47,7 @@ class NodeServices:
         group = MutuallyExclusiveCallbackGroup()
         node.create_service(Trigger, "~/reset", self._on_reset)
         node.create_service(Trigger, "~/reload_index", self._on_reload, callback_group=group)
+        node.create_service(Trigger, "~/add_nominal", self._on_add, callback_group=group)
 
     def join(self) -> None:
         """Wait for the end of a reload that is under way."""
@@ -59,37 +65,62 @@ class NodeServices:
         return response
 
     async def _on_reload(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        def reload(before: Models) -> tuple[Models, str]:
+            after = before.reloaded(self._holder.settings)
+            counts = [f"{name} {one.index.count}" for name, one in after.detectors.items()]
+            return after, f"index reloaded; embeddings: {', '.join(counts)}"
+
+        return await self._answer(response, reload, "index not reloaded, the old one stays")
+
+    async def _on_add(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        def add(before: Models) -> tuple[Models, str]:
+            settings = self._holder.settings
+            if not settings.allow_add_nominal:
+                raise SemanticAnomalyError("the parameter allow_add_nominal is false")
+            frames = self._holder.take_exceeding()
+            if not frames:
+                raise SemanticAnomalyError("no frame was above its threshold since the last time")
+            said = before.add_nominal(settings, frames)
+            return before.reloaded(settings), f"{said}; calibration due for renewal"
+
+        return await self._answer(response, add, "nothing added")
+
+    async def _answer(
+        self,
+        response: Trigger.Response,
+        change: Callable[[Models], tuple[Models, str]],
+        failed: str,
+    ) -> Trigger.Response:
         logger = self._node.get_logger()
         try:
-            response.message = await self._reload()
+            response.message = await self._replace(change)
             response.success = True
             logger.info(response.message)
         except Exception as error:
             if not isinstance(error, SemanticAnomalyError):
                 logger.error(traceback.format_exc())
-            response.message = f"index not reloaded, the old one stays: {error}"
+            response.message = f"{failed}: {error}"
             logger.warning(response.message)
         return response
 
-    async def _reload(self) -> str:
-        before, settings = self._holder.models, self._holder.settings
+    async def _replace(self, change: Callable[[Models], tuple[Models, str]]) -> str:
+        before = self._holder.models
         if before is None:
             raise SemanticAnomalyError("the node is not configured")
         loaded: Any = Future()
 
         def load() -> None:
             try:
-                loaded.set_result(before.reloaded(settings))
+                loaded.set_result(change(before))
             except Exception as error:
                 loaded.set_exception(error)
 
         self._loader = threading.Thread(target=load, name="index_reload")
         self._loader.start()
-        after = await loaded
+        after, said = await loaded
         if self._holder.models is not before:
             raise SemanticAnomalyError("the node was cleaned up meanwhile")
         # Live parameters may have changed while loading.
         after.update(self._holder.settings)
         self._holder.models = after
-        counts = [f"{name} {one.index.count}" for name, one in after.detectors.items()]
-        return f"index reloaded; embeddings: {', '.join(counts)}"
+        return said
