@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from semantic_anomaly.cli.options import add_detector_options, add_topic_option, settings_of
-from semantic_anomaly.cli.tables import table
+from semantic_anomaly.cli.options import (
+    add_detector_options,
+    add_topic_option,
+    load_detector,
+    settings_of,
+)
+from semantic_anomaly.cli.tables import figure, table
+from semantic_anomaly.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,12 +31,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RATE",
         help="share of nominal frames that may be called anomalous (default 0.01)",
     )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="write nothing, but say what the present calibration's promise comes to on the "
+        "sources: further nominal drives",
+    )
+    parser.add_argument(
+        "--episode-s",
+        type=float,
+        default=10.0,
+        metavar="S",
+        help="with --check: length of a stretch of driving (default: %(default)g)",
+    )
     add_topic_option(parser)
     add_detector_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Calibrate an index, store the calibration in its folder and describe it."""
+    if args.check:
+        return _check(args)
     from semantic_anomaly import offline
     from semantic_anomaly.index import NominalIndex
 
@@ -53,3 +75,32 @@ def run(args: argparse.Namespace) -> int:
     print(table(rows))
     print(f"wrote {path}")
     return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    from semantic_anomaly.evaluation.realised import realised_rates
+
+    if args.target_false_alarm_rate is not None:
+        raise InputError("--check: the target rate is the calibration's own, found another given")
+    settings, camera = settings_of(args, args.index)
+    detector = load_detector(args, settings, camera)
+    found = realised_rates(detector, args.sources, topic=args.topic, episode_s=args.episode_s)
+    stretch = f"of {found['stretches']} stretches of {args.episode_s:g} s with an alarm"
+    hour = found["episodes_per_hour"]
+    rows = [
+        _rate(found, "frame", f"of {found['frames']} frames above the threshold; target "
+              f"{found['target']:g}"),
+        _rate(found, "alarm", "of the frames in confirmed alarm"),
+        _rate(found, "stretch", stretch),
+        ("episodes", f"{found['episodes']}", "", f"{figure(hour, 1)} an hour"),
+    ]  # fmt: skip
+    print(table(rows, ("rate", "value", f"95 %, {found['drives']} drives", "remark")))
+    if not found["kept"]:
+        print("warning: more false alarms than promised: calibrate with drives like these")
+    return 0
+
+
+def _rate(found: dict[str, Any], name: str, remark: str) -> tuple[str, ...]:
+    interval = found[f"{name}_rate_interval"]
+    low_high = " to ".join(figure(end) for end in interval)
+    return name, figure(found[f"{name}_rate"]), low_high, remark

@@ -1,0 +1,116 @@
+"""What a calibration's promise came to on further nominal drives."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from semantic_anomaly.errors import CalibrationError, InputError
+from semantic_anomaly.evaluation import extras
+from semantic_anomaly.evaluation.events import drive_metrics
+from semantic_anomaly.evaluation.metrics import rate_interval
+from semantic_anomaly.freshness import refuse_indexed
+from semantic_anomaly.sources import open_source
+from semantic_anomaly.structures import Decision
+
+if TYPE_CHECKING:
+    from semantic_anomaly.detector import AnomalyDetector
+
+_log = logging.getLogger(__name__)
+
+
+def realised_rates(
+    detector: AnomalyDetector,
+    sources: Sequence[str | Path],
+    *,
+    topic: str | None = None,
+    episode_s: float = 10.0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Return how often nominal drives raise an alarm, with intervals over drives.
+
+    Args:
+        detector: calibrated.
+        sources: nominal folders, videos or bags that neither index nor calibration have seen.
+        topic: image topic of bags that have several.
+        episode_s: seconds of a stretch of driving.
+        progress: show a progress bar on a terminal.
+
+    Returns:
+        `frames`, `drives`, `stretches`, `hours`; `frame_rate` of scores above the threshold,
+        `alarm_rate` of frames in confirmed alarm and `stretch_rate` of stretches with one, each
+        with its `_interval`; `episodes_per_hour`, `target`; `kept`, whether the target lies above
+        the lower end of the frame rate's interval.
+
+    Raises:
+        CalibrationError: there is no calibration, or the index has seen a frame.
+        InputError: no sources, a source without usable frames, or episode_s <= 0.
+        MissingPackageError: scipy is not installed.
+    """
+    extras.require("scipy.stats")
+    calibration = detector.calibration
+    if calibration is None or detector.threshold is None:
+        raise CalibrationError("check: expected a calibrated index, found no calibration")
+    if not sources or not episode_s > 0:
+        raise InputError(
+            f"check: expected sources and episode_s > 0, found {len(sources)}, {episode_s:g}"
+        )
+    drives = [
+        drive for source in sources for drive in _drives(detector, source, topic, progress).items()
+    ]
+    known = {name for name, _ in calibration.drives}
+    for name in sorted(known & {name for name, _ in drives}):
+        _log.warning("check: drive '%s' has the name of one of the calibration's", name)
+    above = np.concatenate([rows[:, 1] for _, rows in drives]).astype(bool)
+    alarms = np.concatenate([rows[:, 2] for _, rows in drives]).astype(bool)
+    stretches = [hit for _, rows in drives for hit in _stretches(rows, episode_s)]
+    metrics = [
+        drive_metrics(rows[:, 0].tolist(), rows[:, 2].astype(bool), []) for _, rows in drives
+    ]
+    hours = sum(one.nominal_s for one in metrics) / 3600.0
+    episodes = sum(one.false_episodes for one in metrics)
+    found: dict[str, Any] = {
+        "frames": len(above),
+        "drives": len(drives),
+        "stretches": len(stretches),
+        "hours": hours,
+        "episodes": episodes,
+        "episodes_per_hour": episodes / hours if hours else None,
+        "target": detector.settings.target_false_alarm_rate,
+    }
+    for name, flags in (("frame", above), ("alarm", alarms), ("stretch", np.array(stretches))):
+        rate = float(np.mean(flags))
+        found[f"{name}_rate"] = rate
+        found[f"{name}_rate_interval"] = rate_interval(rate, len(drives))
+    found["kept"] = found["frame_rate_interval"][0] <= found["target"]
+    return found
+
+
+def _drives(
+    detector: AnomalyDetector, source: str | Path, topic: str | None, progress: bool
+) -> dict[str, np.ndarray]:
+    """Return (n, 3) int64 by drive: stamp, whether above the threshold, whether in alarm."""
+    opened = open_source(source, topic=topic)
+    rows: dict[str, list[tuple[int, bool, bool]]] = {}
+    hide = None if progress else True
+    for frame in tqdm(opened, f"check {opened.name}", opened.count, unit="frame", disable=hide):
+        refuse_indexed(detector.index, frame)
+        drive = "/".join(part for part in (opened.name, opened.drive_of(frame)) if part)
+        if drive not in rows:
+            detector.reset()
+        result = detector.detect(frame)
+        exceeds = result.threshold is not None and result.score > result.threshold
+        alarm = result.decision is Decision.ANOMALY
+        rows.setdefault(drive, []).append((frame.stamp_ns, exceeds, alarm))
+    return {drive: np.array(found, np.int64) for drive, found in rows.items()}
+
+
+def _stretches(rows: np.ndarray, episode_s: float) -> list[bool]:
+    """Return for every stretch of a drive whether it holds an alarm."""
+    number = ((rows[:, 0] - rows[0, 0]) / (episode_s * 1e9)).astype(int)
+    return [bool(rows[number == n, 2].any()) for n in np.unique(number)]
