@@ -45,6 +45,10 @@ def test_replay_writes_what_the_detector_states(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "out/overlays").iterdir()) == [
         f"{n:05d}.jpg" for n in begins
     ]
+    again = replay(source, detector, tmp_path / "again", every=1, progress=False)
+    assert again["data_sha256"] == summary["data_sha256"] and len(summary["data_sha256"]) == 64
+    other = replay(open_source(f"{root}[0:9]"), detector, tmp_path / "other", progress=False)
+    assert other["data_sha256"] != summary["data_sha256"]
     assert summary["frames"] == 10 and summary["latency_ms"]["total"]["p95"] > 0
     assert (tmp_path / "out/score_curve.png").read_bytes()[:4] == PNG
 

@@ -29,7 +29,7 @@ from semantic_anomaly.evaluation.metrics import SCORE_RESOLUTION, frame_rates, s
 from semantic_anomaly.evaluation.published import Dataset
 from semantic_anomaly.evaluation.reports import write_json
 from semantic_anomaly.regions import ImageRegion
-from semantic_anomaly.storage import canonical_json, sha256_bytes
+from semantic_anomaly.storage import sha256_bytes
 from semantic_anomaly.structures import AnomalyResult, Decision, Frame
 
 if TYPE_CHECKING:
@@ -109,9 +109,7 @@ def evaluate(
         components = component_measures(maps, limits, thresholds)
         rows = journal.rows
         results = {**named, **_results(dataset, detector, rows, pixels, components), **made}
-        results["data_sha256"] = sha256_bytes(
-            canonical_json([(row["name"], row.pop("sha256")) for row in rows]).encode()
-        )
+        results["data_sha256"] = provenance.rows_digest(rows)
         results["frames"] = rows
         if not save_maps:
             shutil.rmtree(folder / MAPS)

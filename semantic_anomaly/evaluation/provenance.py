@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,11 @@ def files_state(path: Path) -> str:
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     states = [(str(f.relative_to(path)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     return sha256_bytes(canonical_json(states).encode())
+
+
+def rows_digest(rows: Sequence[dict[str, Any]]) -> str:
+    """Return one digest of names and contents of all frames, taking `sha256` out of their rows."""
+    return sha256_bytes(canonical_json([(row["name"], row.pop("sha256")) for row in rows]).encode())
 
 
 def versions() -> dict[str, str]:

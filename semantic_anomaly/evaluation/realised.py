@@ -69,9 +69,7 @@ def realised_rates(
     above = np.concatenate([rows[:, 1] for _, rows in drives]).astype(bool)
     alarms = np.concatenate([rows[:, 2] for _, rows in drives]).astype(bool)
     stretches = [hit for _, rows in drives for hit in _stretches(rows, episode_s)]
-    metrics = [
-        drive_metrics(rows[:, 0].tolist(), rows[:, 2].astype(bool), []) for _, rows in drives
-    ]
+    metrics = [drive_metrics(rows[:, 0].tolist(), rows[:, 2].tolist(), []) for _, rows in drives]
     hours = sum(one.nominal_s for one in metrics) / 3600.0
     episodes = sum(one.false_episodes for one in metrics)
     found: dict[str, Any] = {

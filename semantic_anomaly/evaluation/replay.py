@@ -14,6 +14,7 @@ from semantic_anomaly.evaluation.drives import SUMMARY, WRITTEN, write_drive
 from semantic_anomaly.evaluation.events import Event
 from semantic_anomaly.evaluation.journal import resumable_report
 from semantic_anomaly.sources import FrameSource
+from semantic_anomaly.storage import sha256_bytes
 from semantic_anomaly.structures import AnomalyResult, Decision, Frame
 
 if TYPE_CHECKING:
@@ -86,8 +87,9 @@ def replay(
             )
             journal.record(_row(frame, result))
         album.finish()
+        details = {**made, "data_sha256": provenance.rows_digest(journal.rows)}
         summary = write_drive(
-            journal.folder, source.name, journal.rows, detector.threshold, events, made
+            journal.folder, source.name, journal.rows, detector.threshold, events, details
         )
     return summary
 
@@ -106,4 +108,5 @@ def _row(frame: Frame, result: AnomalyResult) -> dict[str, Any]:
         "alarm": _is_alarm(result),
         "boxes": [list(place.box_xyxy) for place in result.localizations],
         "ms": dict(result.stage_ms),
+        "sha256": sha256_bytes(frame.image.tobytes()),
     }
