@@ -22,6 +22,7 @@ from semantic_anomaly.network import (
     fold_normalisations,
     load_network,
 )
+from semantic_anomaly.placed_features import PLACE_DIM, with_places
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import PatchGrid
 
@@ -65,6 +66,7 @@ class PatchEmbedder:
         input_size: int = 640,
         device: str = "auto",
         dtype: str = "auto",
+        place_weight: float = 0.0,
     ) -> None:
         self._device = choose_device(device)
         self._precision = choose_precision(dtype, self._device)
@@ -100,7 +102,8 @@ class PatchEmbedder:
             layers=self._layers,
             input_size=int(input_size),
             patch_px=min(self._strides),
-            dim=dim,
+            dim=dim + (PLACE_DIM if place_weight else 0),
+            place_weight=float(place_weight),
             dtype=str(self._precision).removeprefix("torch."),
         )
         self._self_test()
@@ -110,13 +113,8 @@ class PatchEmbedder:
     @classmethod
     def from_settings(cls, settings: Settings) -> PatchEmbedder:
         """Make the embedder that settings describe; raises as the class does."""
-        return cls(
-            settings.backbone,
-            layers=settings.layers,
-            input_size=settings.input_size,
-            device=settings.device,
-            dtype=settings.dtype,
-        )
+        names = "layers", "input_size", "device", "dtype", "place_weight"
+        return cls(settings.backbone, **{name: getattr(settings, name) for name in names})
 
     def embed(self, images: Sequence[np.ndarray]) -> list[PatchGrid]:
         """Return one grid an image, in order; images of one size run as one batch.
@@ -139,6 +137,7 @@ class PatchEmbedder:
             batch = np.stack([images[p] for p in positions])
             features, globals_ = self._run(batch)
             for position, patches, whole in zip(positions, features, globals_, strict=True):
+                patches = with_places(patches, self.identity.place_weight)
                 grids[position] = PatchGrid(patches, whole, (shape[0], shape[1]))
         return [grid for grid in grids if grid is not None]
 

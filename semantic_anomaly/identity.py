@@ -13,6 +13,7 @@ from semantic_anomaly.errors import IndexFormatError
 from semantic_anomaly.structures import PatchGrid
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_PLACE = "place_weight"
 _NOT_COMPARED = ("model_id", "revision", "dtype")
 
 
@@ -31,6 +32,7 @@ class EmbedderIdentity:
         patch_px: side of a grid place in pixels of the resized image.
         dim: length of an embedding.
         dtype: precision that the backbone computed in.
+        place_weight: of the place in the image in the distance, in [0, 1).
 
     Raises:
         IndexFormatError: a field of the wrong type or out of range.
@@ -46,6 +48,7 @@ class EmbedderIdentity:
     patch_px: int
     dim: int
     dtype: str
+    place_weight: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("model_id", "architecture", "dtype", "revision"):
@@ -60,12 +63,16 @@ class EmbedderIdentity:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise _wrong(name, "a positive integer", value)
+        if type(self.place_weight) is not float or not 0.0 <= self.place_weight < 1.0:
+            raise _wrong("place_weight", "a number in [0, 1)", self.place_weight)
         if not isinstance(self.layers, tuple) or any(type(i) is not int for i in self.layers):
             raise _wrong("layers", "integers", self.layers)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
-        return {**asdict(self), "layers": list(self.layers)}
+        values = {**asdict(self), "layers": list(self.layers)}
+        # Left out where there is none, as indexes of earlier versions do.
+        return values if self.place_weight else {k: values[k] for k in values if k != _PLACE}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EmbedderIdentity:
@@ -77,6 +84,7 @@ class EmbedderIdentity:
         if not isinstance(values, Mapping):
             raise _wrong("it", "a mapping", values)
         names = {f.name for f in fields(cls)}
+        values = {_PLACE: 0.0, **values}
         if set(values) != names:
             odd = ", ".join(sorted(map(str, names.symmetric_difference(values))))
             raise IndexFormatError(f"embedder identity: missing or unknown fields: {odd}")

@@ -64,6 +64,13 @@ class Settings:
         minimum=0.001,
         maximum=100.0,
     )
+    place_weight: float = setting(
+        0.0,
+        "Weight of the place in the image in the distance of two embeddings; 0: none. Indexes "
+        "grow with it.",
+        minimum=0.0,
+        maximum=0.99,
+    )
     place_normalisation: bool = setting(
         True, "Distances are relative to what calibration found usual at their place in the image."
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -34,6 +35,7 @@ OTHER: dict[str, Any] = {
     "patch_px": 16,
     "dim": 32,
     "dtype": "bfloat16",
+    "place_weight": 0.5,
 }
 
 
@@ -87,3 +89,13 @@ def test_missing_and_unknown_fields_are_named() -> None:
         EmbedderIdentity.from_dict(values)
     with pytest.raises(IndexFormatError, match="mapping"):
         EmbedderIdentity.from_dict([])  # type: ignore[arg-type]
+
+
+def test_the_weight_of_the_place_is_part_of_the_space() -> None:
+    placed = replace(IDENTITY, place_weight=0.2)
+    assert IDENTITY.difference(placed) == ("place_weight", 0.0, 0.2)
+    assert "place_weight" not in IDENTITY.to_dict()
+    assert EmbedderIdentity.from_dict(placed.to_dict()) == placed
+    for weight in (1.0, -0.1, float("nan"), 1):
+        with pytest.raises(IndexFormatError, match="place_weight"):
+            replace(IDENTITY, place_weight=weight)
