@@ -41,7 +41,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _PLAIN_FILE = re.compile(r"[\w.-]+\.safetensors")
 _WEIGHTS = "model.safetensors"
 _SHARDS = "model.safetensors.index.json"
-_PREPROCESSOR = "preprocessor_config.json"
+PREPROCESSOR = "preprocessor_config.json"
 
 # Parts that take no part in patch features: poolers, heads, and what only training needs.
 _APART = re.compile(
@@ -78,7 +78,7 @@ class BackboneFolder:
     @property
     def config_sha256(self) -> str:
         """Return the digest of config.json and preprocessor_config.json together."""
-        names = ("config.json", _PREPROCESSOR)
+        names = ("config.json", PREPROCESSOR)
         return sha256_bytes(canonical_json({n: sha256_file(self.path / n) for n in names}).encode())
 
     @property
@@ -95,7 +95,7 @@ class BackboneFolder:
                 f"backbone '{self.model_id}': expected weights in {_WEIGHTS} (safetensors only), "
                 f"found {_listing(self.path)}"
             )
-        mapping = _read_json(self.path / _SHARDS, self.model_id).get("weight_map")
+        mapping = read_json(self.path / _SHARDS, self.model_id).get("weight_map")
         names = set(mapping.values()) if isinstance(mapping, dict) else set()
         if not names or not all(isinstance(n, str) and _PLAIN_FILE.fullmatch(n) for n in names):
             raise BackboneError(
@@ -140,8 +140,8 @@ def open_backbone(name: str) -> BackboneFolder:
     Raises:
         BackboneError: not there, incomplete, or of a family that is not supported.
     """
-    path, model_id, revision = _locate(name)
-    config = _read_json(path / "config.json", model_id)
+    path, model_id, revision = locate(name)
+    config = read_json(path / "config.json", model_id)
     architecture = config.get("model_type")
     supported = TOKEN_FAMILIES | GRID_FAMILIES
     if architecture not in supported:
@@ -160,7 +160,7 @@ def open_backbone(name: str) -> BackboneFolder:
         raise BackboneError(
             f"backbone '{model_id}': config.json: out_indices: expected integers, found {layers!r}"
         )
-    mean, std, rescale = _normalisation(_read_json(path / _PREPROCESSOR, model_id), model_id)
+    mean, std, rescale = normalisation(read_json(path / PREPROCESSOR, model_id), model_id)
     return BackboneFolder(
         path, model_id, revision, config, architecture, tuple(layers), mean, std, rescale
     )
@@ -171,7 +171,12 @@ def shipped_backbones() -> list[str]:
     return sorted(p.parent.name for p in SHIPPED.glob("*/config.json"))
 
 
-def _locate(name: str) -> tuple[Path, str, str]:
+def locate(name: str) -> tuple[Path, str, str]:
+    """Return folder, name for people and hub revision of a shipped name, folder or hub id.
+
+    Raises:
+        BackboneError: nothing of the name on this machine.
+    """
     if name in shipped_backbones():
         return SHIPPED / name, name, ""
     path = Path(name).expanduser()
@@ -201,7 +206,12 @@ def _locate_in_hub_cache(name: str) -> tuple[Path, str, str]:
     return snapshot, name, snapshot.name
 
 
-def _read_json(path: Path, model_id: str) -> dict[str, Any]:
+def read_json(path: Path, model_id: str) -> dict[str, Any]:
+    """Return the object in a JSON file of a model's folder.
+
+    Raises:
+        BackboneError: it cannot be read, or is no object.
+    """
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
@@ -215,9 +225,14 @@ def _read_json(path: Path, model_id: str) -> dict[str, Any]:
     return content
 
 
-def _normalisation(
+def normalisation(
     preprocessor: dict[str, Any], model_id: str
 ) -> tuple[tuple[float, ...], tuple[float, ...], float]:
+    """Return mean, deviation and rescaling factor of a preprocessor's configuration.
+
+    Raises:
+        BackboneError: numbers that are none, or out of range.
+    """
     rescale = preprocessor.get("rescale_factor", 1 / 255)
     rescale = rescale if preprocessor.get("do_rescale", True) else 1.0
     mean: Any = preprocessor.get("image_mean")
@@ -225,8 +240,8 @@ def _normalisation(
     if not preprocessor.get("do_normalize", True):
         mean, std = (0.0,) * 3, (1.0,) * 3
     for key, value, low in (("image_mean", mean, -1e9), ("image_std", std, 1e-9)):
-        _check_numbers(value, low, f"backbone '{model_id}': {_PREPROCESSOR}: {key}", 3)
-    _check_numbers([rescale], 1e-9, f"backbone '{model_id}': {_PREPROCESSOR}: rescale_factor", 1)
+        _check_numbers(value, low, f"backbone '{model_id}': {PREPROCESSOR}: {key}", 3)
+    _check_numbers([rescale], 1e-9, f"backbone '{model_id}': {PREPROCESSOR}: rescale_factor", 1)
     return tuple(map(float, mean)), tuple(map(float, std)), float(rescale)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -35,10 +37,28 @@ def load_network(folder: BackboneFolder) -> nn.Module:
         BackboneError: damaged, incomplete, of another configuration, or with weights that are
             not finite.
     """
+    what = f"backbone '{folder.model_id}'"
+    model, info = load_pretrained(transformers.AutoModel, folder.path, what)
+    folder.check_loading(info)
+    refuse_not_finite(model, what)
+    return model.eval().requires_grad_(False)
+
+
+def load_pretrained(kind: Any, path: Path, what: str) -> tuple[Any, dict[str, Any]]:
+    """Return the network of a folder in float32 and what transformers says of its loading.
+
+    Args:
+        kind: class of transformers with `from_pretrained`.
+        path: the folder; nothing else is looked for.
+        what: names it in errors.
+
+    Raises:
+        BackboneError: damaged, or of another configuration.
+    """
     try:
-        with _quiet_transformers():
-            model, info = transformers.AutoModel.from_pretrained(
-                folder.path,
+        with quiet_transformers():
+            model, info = kind.from_pretrained(
+                path,
                 dtype=torch.float32,
                 local_files_only=True,
                 output_loading_info=True,
@@ -47,16 +67,20 @@ def load_network(folder: BackboneFolder) -> nn.Module:
             )
     # Damaged folders raise nearly anything: OSError, SafetensorError, KeyError, TypeError.
     except Exception as error:
-        raise BackboneError(f"backbone '{folder.model_id}': {first_line(error)}") from error
-    folder.check_loading(info)
+        raise BackboneError(f"{what}: {first_line(error)}") from error
+    return model, info
+
+
+def refuse_not_finite(model: torch.nn.Module, what: str) -> None:
+    """Raise BackboneError where a parameter or buffer is not finite."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise BackboneError(f"backbone '{folder.model_id}': weights of '{name}' are not finite")
-    return model.eval().requires_grad_(False)
+            raise BackboneError(f"{what}: weights of '{name}' are not finite")
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
+    """Silence bars and reports of transformers while the block lasts."""
     # Its bars and reports would repeat, or contradict, what is raised here.
     log = transformers.utils.logging
     verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()

@@ -8,15 +8,14 @@ import torch
 import transformers
 
 from semantic_anomaly.backbone_folder import (
-    _PREPROCESSOR,
+    PREPROCESSOR,
     BackboneFolder,
-    _locate,
-    _normalisation,
-    _read_json,
+    locate,
+    normalisation,
+    read_json,
 )
 from semantic_anomaly.errors import BackboneError
-from semantic_anomaly.network import _quiet_transformers as quiet_transformers
-from semantic_anomaly.network import first_line
+from semantic_anomaly.network import load_pretrained, refuse_not_finite
 
 _UNIVERSAL = "AutoModelForUniversalSegmentation"
 # Architectures of each family, and the classes of transformers that they are loaded by.
@@ -37,8 +36,8 @@ def open_segmenter(family: str, model: str) -> BackboneFolder:
     Raises:
         BackboneError: not there, incomplete, or of another family.
     """
-    path, model_id, revision = _locate(model)
-    config = _read_json(path / "config.json", model_id)
+    path, model_id, revision = locate(model)
+    config = read_json(path / "config.json", model_id)
     architecture = config.get("model_type")
     if architecture not in _CLASSES[family]:
         raise BackboneError(
@@ -48,14 +47,14 @@ def open_segmenter(family: str, model: str) -> BackboneFolder:
     for odd in ("transformers_weights", "quantization_config", "use_pretrained_backbone"):
         if config.get(odd):
             raise BackboneError(f"segmenter '{model_id}': config.json: '{odd}' is not supported")
-    content = _read_json(path / _PREPROCESSOR, model_id)
-    normalisation = _normalisation(content, model_id)
-    return BackboneFolder(path, model_id, revision, config, architecture, (), *normalisation)
+    content = read_json(path / PREPROCESSOR, model_id)
+    values = normalisation(content, model_id)
+    return BackboneFolder(path, model_id, revision, config, architecture, (), *values)
 
 
 def read_size(folder: BackboneFolder) -> Any:
     """Return what preprocessor_config.json says of the size that images are resized to."""
-    return _read_json(folder.path / _PREPROCESSOR, folder.model_id).get("size")
+    return read_json(folder.path / PREPROCESSOR, folder.model_id).get("size")
 
 
 def load_segmentation_network(family: str, folder: BackboneFolder) -> torch.nn.Module:
@@ -76,24 +75,10 @@ def load_segmentation_network(family: str, folder: BackboneFolder) -> torch.nn.M
     kind = getattr(transformers, name, None)
     if kind is None:
         raise BackboneError(f"{what}: transformers {transformers.__version__} has no {name}")
-    try:
-        with quiet_transformers():
-            model, info = kind.from_pretrained(
-                folder.path,
-                dtype=torch.float32,
-                local_files_only=True,
-                output_loading_info=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-            )
-    # Damaged folders raise nearly anything: OSError, SafetensorError, KeyError, TypeError.
-    except Exception as error:
-        raise BackboneError(f"{what}: {first_line(error)}") from error
+    model, info = load_pretrained(kind, folder.path, what)
     for sort in ("missing", "mismatched", "unexpected"):
         if info[f"{sort}_keys"]:
             shown = ", ".join(sorted(map(str, info[f"{sort}_keys"]))[:3])
             raise BackboneError(f"{what}: expected exactly its weights, found {sort}: {shown}")
-    for key, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise BackboneError(f"{what}: weights of '{key}' are not finite")
+    refuse_not_finite(model, what)
     return model.eval().requires_grad_(False)

@@ -12,12 +12,11 @@ from torch.nn import functional
 
 from semantic_anomaly.backbone_folder import BackboneFolder
 from semantic_anomaly.errors import BackboneError, ModelOutputError, SemanticAnomalyError
-from semantic_anomaly.network import choose_device, choose_precision, first_line
+from semantic_anomaly.network import choose_device, choose_precision, first_line, quiet_transformers
 from semantic_anomaly.segmentation import InstanceMasks, InstanceSegmenter, SegmenterIdentity
 from semantic_anomaly.segmentation_loading import (
     load_segmentation_network,
     open_segmenter,
-    quiet_transformers,
     read_size,
 )
 from semantic_anomaly.storage import canonical_json, sha256_bytes

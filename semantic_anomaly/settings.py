@@ -66,8 +66,7 @@ class Settings:
     )
     place_weight: float = setting(
         0.0,
-        "Weight of the place in the image in the distance of two embeddings; 0: none. Indexes "
-        "grow with it.",
+        "Weight of the place in the image in the distance of two embeddings; 0: none.",
         minimum=0.0,
         maximum=0.99,
     )
