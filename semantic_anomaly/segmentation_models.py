@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +51,14 @@ def load_network_segmenter(family: str, model: str, device: str, dtype: str) -> 
         BackboneError: the model cannot be had whole, its architecture is not of the family, or
             the device is absent.
     """
+    makers: dict[str, Callable[..., InstanceSegmenter]]
     makers = {"universal": _Universal, "promptless": _Promptless, "detector": _Detector}
     where = choose_device(device)
-    return makers[family](
-        family, open_segmenter(family, model), where, choose_precision(dtype, where)
-    )
+    folder, precision = open_segmenter(family, model), choose_precision(dtype, where)
+    return makers[family](family, folder, where, precision)
 
 
-class _NetworkSegmenter:
+class _NetworkSegmenter(ABC):
     """What the families share: loading, the image as a tensor, and errors."""
 
     def __init__(
@@ -114,8 +116,9 @@ class _NetworkSegmenter:
         self._size = read_size(self._folder)
         self._input_hw((480, 640))
 
+    @abstractmethod
     def _instances(self, image: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        raise NotImplementedError
+        """Return (n, h, w) bool masks and (n,) scores of a (height, width, 3) uint8 image."""
 
     def _input_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
         size = self._size if isinstance(self._size, dict) else {}

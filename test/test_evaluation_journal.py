@@ -13,6 +13,7 @@ from labelled_drive import make_dataset
 
 from semantic_anomaly.detector import AnomalyDetector
 from semantic_anomaly.errors import ArtefactError, InputError
+from semantic_anomaly.evaluation import html
 from semantic_anomaly.evaluation.datasets import LabelledFolder
 from semantic_anomaly.evaluation.journal import FILE, resumable_report
 from semantic_anomaly.evaluation.labelled import evaluate
@@ -98,6 +99,40 @@ def test_a_stopped_run_goes_on(
     assert untimed(found) == untimed(whole)
     assert files(tmp_path / "out") == files(tmp_path / "whole")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["drive", "out", "whole"]
+
+
+@pytest.mark.parametrize("how", [by_evaluate, by_replay])
+def test_a_run_stopped_while_its_report_is_written_goes_on(
+    tmp_path: Path, how: Callable[[Path], Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = how(make_dataset(tmp_path / "drive", DRIVE))
+    whole = run(tmp_path / "whole", make_detector(threshold=0.1))
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        for writer in ("write_html", "write_drive_html"):
+            patched.setattr(html, writer, stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "out", make_detector(threshold=0.1))
+    going_on = make_detector(threshold=0.1)
+    seen = stop_after(going_on, 0, AssertionError)
+    assert untimed(run(tmp_path / "out", going_on)) == untimed(whole)
+    assert seen == []
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_a_report_among_the_data_goes_on(tmp_path: Path) -> None:
+    run = by_evaluate(make_dataset(tmp_path / "drive", DRIVE))
+    stopped = make_detector()
+    stop_after(stopped, 5, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "drive/report", stopped)
+    detector = make_detector()
+    seen = stop_after(detector, 99, KeyboardInterrupt)
+    run(tmp_path / "drive/report", detector)
+    assert len(set(seen)) == len(DRIVE) - 4
 
 
 def test_protocols_go_on(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from semantic_anomaly.errors import InputError
+from semantic_anomaly.errors import InputError, UnknownNameError
 
 if TYPE_CHECKING:
     from semantic_anomaly.calibration import Calibration
@@ -30,6 +30,24 @@ def numbers(option: str, text: str) -> list[int]:
             raise InputError(f"{option}: expected numbers as in 12,15-20, found '{text}'")
         found.extend(range(first, last + 1))
     return found
+
+
+def part_of(index: NominalIndex, name: str | None) -> NominalIndex:
+    """Return the part of an index that `--part` names, the index itself for None.
+
+    Raises:
+        UnknownNameError: the index has no such part.
+    """
+    if name is None:
+        return index
+    if name not in index.parts:
+        raise UnknownNameError("part", name, index.parts)
+    return index.parts[name]
+
+
+def with_part(index: NominalIndex, name: str | None, edited: NominalIndex) -> NominalIndex:
+    """Return the index with the part that `part_of` gave replaced by an edited one."""
+    return edited if name is None else index.with_parts({**index.parts, name: edited})
 
 
 def after_rows(edited: NominalIndex, calibration: Calibration | None) -> list[tuple[str, str]]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from semantic_anomaly.cli.edits import after_rows, numbers
+from semantic_anomaly.cli.edits import after_rows, numbers, part_of, with_part
 from semantic_anomaly.cli.options import count
 from semantic_anomaly.cli.tables import table
-from semantic_anomaly.errors import InputError, UnknownNameError
+from semantic_anomaly.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,23 +37,18 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--near and --within: expected both or neither")
     if args.entries is None and args.frame is None and args.near is None:
         raise InputError("retract: expected --entries, --frame or --near, found none of them")
-    index = NominalIndex.load(args.index)
-    whole = index
-    if args.part is not None:
-        if args.part not in whole.parts:
-            raise UnknownNameError("part", args.part, whole.parts)
-        index = whole.parts[args.part]
+    whole = NominalIndex.load(args.index)
+    index = part_of(whole, args.part)
     named = numbers("--entries", args.entries) if args.entries is not None else []
     if args.frame is not None:
         named += entry_numbers.of_frame(index, args.frame)
     if args.near is not None:
         named += entry_numbers.near(index, args.near, args.within)
     edited = index_edits.retract(index, named, note=args.note)
-    after = edited
-    if args.part is not None:
-        after = whole.with_parts({**whole.parts, args.part: edited})
+    after = with_part(whole, args.part, edited)
     calibration = index_edits.save_edited(args.index, whole, after)
     last = edited.edits[-1]
     print(table([("edit", f"{last.number}: {last.what}"), *after_rows(after, calibration)]))
-    print(f"take it back with: semantic-anomaly undo-edit {args.index} {last.number}")
+    part = f" --part {args.part}" if args.part else ""
+    print(f"take it back with: semantic-anomaly undo-edit {args.index} {last.number}{part}")
     return 0

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from semantic_anomaly.cli.edits import after_rows
+from semantic_anomaly.cli.edits import after_rows, part_of, with_part
 from semantic_anomaly.cli.options import positive
 from semantic_anomaly.cli.tables import table
-from semantic_anomaly.errors import UnknownNameError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,13 +25,8 @@ def run(args: argparse.Namespace) -> int:
     from semantic_anomaly.index import NominalIndex
 
     whole = NominalIndex.load(args.index)
-    if args.part is None:
-        after, edit = index_edits.undo(whole, args.number)
-    elif args.part not in whole.parts:
-        raise UnknownNameError("part", args.part, whole.parts)
-    else:
-        part, edit = index_edits.undo(whole.parts[args.part], args.number)
-        after = whole.with_parts({**whole.parts, args.part: part})
+    edited, edit = index_edits.undo(part_of(whole, args.part), args.number)
+    after = with_part(whole, args.part, edited)
     calibration = index_edits.save_edited(args.index, whole, after)
     print(table([("undone", f"{edit.number}: {edit.what}"), *after_rows(after, calibration)]))
     return 0

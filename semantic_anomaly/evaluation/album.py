@@ -153,7 +153,9 @@ class Album:
         for group, kept in self._worst.items():
             for place, (_, number, stem) in enumerate(sorted(kept, reverse=True), start=1):
                 file = self._folder / _kept(group, number)
-                file.rename(file.with_name(f"{group}_{place}_{stem}.jpg"))
+                # An earlier run may have been stopped after this.
+                if file.exists():
+                    file.rename(file.with_name(f"{group}_{place}_{stem}.jpg"))
         thumbnails = [read_image(file) for file in sorted((self._folder / _SHEET).glob("*.png"))]
         if thumbnails:
             sheet = contact_sheet(thumbnails, SHEET_COLUMNS)

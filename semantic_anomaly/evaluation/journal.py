@@ -31,6 +31,7 @@ class Journal:
 
     def __init__(self, folder: Path, key: str) -> None:
         self.folder, self._path = folder, folder / FILE
+        self._scratch: set[Path] = set()
         self.rows: list[dict[str, Any]] = []
         kept = self._read(key)
         if not kept:
@@ -44,6 +45,27 @@ class Journal:
         self._file.write(canonical_json(row).encode() + b"\n")
         self._file.flush()
         self.rows.append(dict(row))
+
+    def scratch(self, name: str) -> Path:
+        """Return a folder that is needed until the report is whole, and then removed."""
+        path = self.folder / name
+        path.mkdir(exist_ok=True)
+        self._scratch.add(path)
+        return path
+
+    def keep(self, name: str) -> None:
+        """Make a scratch folder part of the report."""
+        self._scratch.discard(self.folder / name)
+
+    def finish(self) -> None:
+        """Remove the journal and, after it, what the report does not hold.
+
+        In this order: rows without their scratch could not be gone on with.
+        """
+        self.close()
+        self._path.unlink()
+        for path in self._scratch:
+            shutil.rmtree(path)
 
     def close(self) -> None:
         """Write nothing more."""
@@ -101,8 +123,7 @@ def resumable_report(
             _log.info("goes on after the %d frames of an earlier run", len(journal.rows))
         try:
             yield journal
-            journal.close()
-            (folder / FILE).unlink()
+            journal.finish()
             publish_folder(folder, out, replace=True)
         except SemanticAnomalyError:
             shutil.rmtree(folder, ignore_errors=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -111,8 +110,8 @@ def evaluate(
         results = {**named, **_results(dataset, detector, rows, pixels, components), **made}
         results["data_sha256"] = provenance.rows_digest(rows)
         results["frames"] = rows
-        if not save_maps:
-            shutil.rmtree(folder / MAPS)
+        if save_maps:
+            journal.keep(MAPS)
         write_json(folder / RESULTS, results)
         pictures.draw(folder, detector, results, pixels.all())
         html.write_html(folder, results)
@@ -131,8 +130,7 @@ def _assess(
     done = len(journal.rows)
     for number, (row, truth) in enumerate(zip(journal.rows, dataset.truths, strict=False)):
         album.passed(number, truth.stem, _ranks(row))
-    maps = journal.folder / MAPS
-    maps.mkdir(exist_ok=True)
+    maps = journal.scratch(MAPS)
     groups = [protocol.group_of(truth) if protocol else 0 for truth in dataset.truths]
     hide = None if progress else True
     bar = tqdm(dataset, "evaluate", len(dataset), unit="frame", disable=hide)

@@ -34,10 +34,17 @@ def describe(detector: AnomalyDetector) -> dict[str, Any]:
 
 
 def files_state(path: Path) -> str:
-    """Return a digest of the names, sizes and times of change of a file or of all in a folder."""
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    states = [(str(f.relative_to(path)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    return sha256_bytes(canonical_json(states).encode())
+    """Return a digest of the names, sizes and times of change of a file or of all in a folder.
+
+    Hidden files are left out: a report that is being written may lie among them.
+    """
+    names = ["."]
+    if path.is_dir():
+        found = (file.relative_to(path) for file in path.rglob("*") if file.is_file())
+        names = sorted(str(n) for n in found if not any(p.startswith(".") for p in n.parts))
+    states = [(path / name).stat() for name in names]
+    told = [(n, s.st_size, s.st_mtime_ns) for n, s in zip(names, states, strict=True)]
+    return sha256_bytes(canonical_json(told).encode())
 
 
 def rows_digest(rows: Sequence[dict[str, Any]]) -> str:

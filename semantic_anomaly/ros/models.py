@@ -169,5 +169,6 @@ def load_detectors(settings: Settings, embedder: PatchEmbedder) -> dict[str, Ano
 def renewal_of(detector: AnomalyDetector) -> str | None:
     """Return why a detector's calibration is due for renewal, None if it is not."""
     calibration = detector.calibration
-    due = calibration is not None and calibration.renewal
-    return "; ".join(calibration.warnings) if calibration is not None and due else None
+    if calibration is None or not calibration.renewal:
+        return None
+    return "; ".join(calibration.warnings)
