@@ -43,6 +43,8 @@ ORIENTATIONS = 8
 class HandMade:
     """Mean and deviation of the LAB colours and a histogram of gradient directions, a place."""
 
+    segmenter = None
+
     def __init__(self) -> None:
         digest = hashlib.sha256(b"LAB moments and gradient orientations").hexdigest()
         dim = 6 + ORIENTATIONS
@@ -159,7 +161,7 @@ def measure(
     for frame in tqdm(calibration, desc="usual distances", disable=None):
         distances = plain.score(embedder.embed([frame.image])[0])[1]
         sums.add(distances, np.ones(distances.shape, bool))
-    relative = AnomalyDetector(embedder, index, None, settings, region, sums.usual())
+    relative = AnomalyDetector(embedder, index, None, settings, region, {"grid": sums.usual()})
     detectors = {"": relative, ", plain distances": plain}
     found = {end: Scores(entries=index.count, dim=index.dim) for end in detectors}
     for scores in found.values():

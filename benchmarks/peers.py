@@ -29,8 +29,8 @@ import yaml
 from tqdm import tqdm
 
 from semantic_anomaly.cli import main as command
-from semantic_anomaly.embedding import PatchEmbedder
 from semantic_anomaly.evaluation.datasets import LabelledFolder
+from semantic_anomaly.instance_embedding import RunningEmbedder
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.sources import open_source
 
@@ -40,7 +40,7 @@ _OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
 class SharedFeatures(torch.nn.Module):
     """Stands in a peer's model where its own network was; takes images of 0 to 255."""
 
-    def __init__(self, embedder: PatchEmbedder, tokens: bool) -> None:
+    def __init__(self, embedder: RunningEmbedder, tokens: bool) -> None:
         super().__init__()
         self._embedder, self._tokens = embedder, tokens
 
@@ -52,7 +52,9 @@ class SharedFeatures(torch.nn.Module):
         return {"features": features.flatten(1, 2) if self._tokens else features.movedim(3, 1)}
 
 
-def patchcore(embedder: PatchEmbedder, ratio: float) -> tuple[torch.nn.Module, Callable[[], None]]:
+def patchcore(
+    embedder: RunningEmbedder, ratio: float
+) -> tuple[torch.nn.Module, Callable[[], None]]:
     """Return PatchCore (Roth et al. 2022) on shared features, and what ends its training."""
     from anomalib.models.image.patchcore.torch_model import PatchcoreModel
 
@@ -64,7 +66,7 @@ def patchcore(embedder: PatchEmbedder, ratio: float) -> tuple[torch.nn.Module, C
 
 
 def anomaly_dino(
-    embedder: PatchEmbedder, hw: tuple[int, int]
+    embedder: RunningEmbedder, hw: tuple[int, int]
 ) -> tuple[torch.nn.Module, Callable[[], None]]:
     """Return AnomalyDINO (Damm et al. 2025) on shared features, and what ends its training.
 
@@ -205,7 +207,7 @@ def main() -> None:
     path.write_text(yaml.safe_dump({"/**": {"ros__parameters": parameters}}))
     options = ["--components", args.components]
     rows = {"semantic_anomaly": measure_ours(args, path, options)}
-    embedder = PatchEmbedder.from_settings(Settings.from_yaml(path))
+    embedder = RunningEmbedder.from_settings(Settings.from_yaml(path))
     nominal = [frame.image for source in args.nominal for frame in open_source(source)]
     hw = (nominal[0].shape[0], nominal[0].shape[1])
     makers = {

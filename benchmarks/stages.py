@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from semantic_anomaly.calibration import Calibration
 from semantic_anomaly.detector import AnomalyDetector
-from semantic_anomaly.embedding import PatchEmbedder
 from semantic_anomaly.index import NominalIndex
+from semantic_anomaly.instance_embedding import RunningEmbedder
 from semantic_anomaly.places import PlaceSums
 from semantic_anomaly.regions import ImageRegion
 from semantic_anomaly.settings import Settings
@@ -26,7 +26,7 @@ from semantic_anomaly.synthetic import StreetDrive
 
 def make_detector(settings: Settings, drives: int, frames: int) -> AnomalyDetector:
     """Return a calibrated detector of synthetic nominal drives."""
-    embedder = PatchEmbedder.from_settings(settings)
+    embedder = RunningEmbedder.from_settings(settings)
     region = ImageRegion()
 
     def embedded(seeds: range):  # type: ignore[no-untyped-def]
@@ -46,7 +46,7 @@ def make_detector(settings: Settings, drives: int, frames: int) -> AnomalyDetect
     for _, grid in nominal:
         inside = region.patch_mask(grid.grid_hw, grid.image_hw)
         sums.add(detector.score(grid)[1], inside)
-    detector = AnomalyDetector(embedder, index, None, settings, region, sums.usual())
+    detector = AnomalyDetector(embedder, index, None, settings, region, {"grid": sums.usual()})
     for frame, grid in nominal:
         score, distances = detector.score(grid)
         scored.setdefault(frame.name.rpartition("_")[0], []).append(score)
@@ -58,7 +58,7 @@ def make_detector(settings: Settings, drives: int, frames: int) -> AnomalyDetect
         settings=settings.replace(target_false_alarm_rate=0.1),
         region=region,
         camera="camera",
-        usual=sums.usual(),
+        usual={"grid": sums.usual()},
     )
     return AnomalyDetector(
         embedder, index, calibration, settings.replace(target_false_alarm_rate=0.1), region

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,7 +49,9 @@ class Calibration:
             shows as typical. Not the median over all patches, which would need all of them.
         index_fingerprint: the index that gave the distances.
         neighbours, tail_percent, region: the settings that shape a score.
-        usual: what distances are usual where, to which the scores are relative; None: to nothing.
+        usual: what distances are usual where, by branch, to which the scores are relative; empty:
+            to nothing.
+        scoring: the settings of more than patches that shape a score; empty for patches alone.
         camera: name of the camera, for people.
         dtype: precision of the backbone that ran; empty where it is not known.
         renewal: edits of the index since the scores were measured, which make a new calibration
@@ -68,7 +70,8 @@ class Calibration:
     neighbours: int
     tail_percent: float
     region: Mapping[str, Any]
-    usual: UsualDistances | None = None
+    usual: Mapping[str, UsualDistances] = field(default_factory=dict)
+    scoring: Mapping[str, Any] = field(default_factory=dict)
     camera: str = "camera"
     dtype: str = ""
     renewal: tuple[renewals.Change, ...] = ()
@@ -112,7 +115,7 @@ class Calibration:
         region: ImageRegion,
         camera: str,
         dtype: str = "",
-        usual: UsualDistances | None = None,
+        usual: Mapping[str, UsualDistances] | None = None,
     ) -> Calibration:
         """Make a calibration from the frame scores of nominal drives.
 
@@ -143,7 +146,8 @@ class Calibration:
             neighbours=settings.neighbours,
             tail_percent=settings.tail_percent,
             region=region.describe(),
-            usual=usual,
+            usual=dict(usual or {}),
+            scoring=settings.scoring,
             camera=camera,
             dtype=dtype,
         )
@@ -235,9 +239,10 @@ class Calibration:
             "setting 'neighbours'": (self.neighbours, settings.neighbours),
             "setting 'tail_percent'": (self.tail_percent, settings.tail_percent),
             "setting 'place_normalisation'": (
-                self.usual is not None,
+                bool(self.usual),
                 settings.place_normalisation,
             ),
+            "settings of the score": (dict(self.scoring), settings.scoring),
             "region of interest": (dict(self.region), region.describe()),
         }
         for name, (expected, found) in pairs.items():
@@ -271,7 +276,7 @@ class Calibration:
             raise CalibrationError(f"calibration of index '{index_folder}': {error}") from error
 
     def _values(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
 
 def scores_needed(rate: float) -> int:

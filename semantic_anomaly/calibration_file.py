@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from semantic_anomaly import renewal
+from semantic_anomaly.embedding_settings import GRID
 from semantic_anomaly.errors import CalibrationError
 from semantic_anomaly.places import UsualDistances
 from semantic_anomaly.storage import atomic_write_bytes, canonical_json, sha256_bytes
@@ -20,6 +21,9 @@ FILE_NAME = "calibration.json"
 FORMAT = 2
 # Only a calibration that is due for renewal says so: the others keep format and digest.
 FORMAT_WITH_RENEWAL = 3
+# Only scores of more than patches need the newest format.
+FORMAT_WITH_BRANCHES = 4
+_OPTIONAL: dict[str, type] = {"renewal": list, "scoring": dict}
 
 _TYPES: dict[str, type] = {
     "scores": list,
@@ -79,16 +83,22 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def _body(values: Mapping[str, Any]) -> dict[str, Any]:
-    due = {"renewal": renewal.describe(values["renewal"])} if values["renewal"] else {}
+    told: dict[str, Any] = {}
+    usual = {name: found.describe() for name, found in values["usual"].items()}
+    number = FORMAT
+    if values["renewal"]:
+        told["renewal"], number = renewal.describe(values["renewal"]), FORMAT_WITH_RENEWAL
+    if values["scoring"]:
+        told["scoring"], number = dict(values["scoring"]), FORMAT_WITH_BRANCHES
     return {
-        **{key: value for key, value in values.items() if key != "renewal"},
-        **due,
-        "format": FORMAT_WITH_RENEWAL if due else FORMAT,
+        **{key: value for key, value in values.items() if key not in _OPTIONAL},
+        **told,
+        "format": number,
         "scores": values["scores"].tolist(),
         "drives": [{"name": name, "frames": count} for name, count in values["drives"]],
         "region": dict(values["region"]),
         # Empty for scores that are relative to nothing.
-        "usual": values["usual"].describe() if values["usual"] else {},
+        "usual": usual if values["scoring"] else usual.get(GRID, {}),
     }
 
 
@@ -104,19 +114,24 @@ def _finite(text: str) -> float:
 
 def _checked(body: Any) -> dict[str, Any]:
     """Return the constructor's arguments from a parsed file, everything in it checked."""
-    known = FORMAT, FORMAT_WITH_RENEWAL
+    known = FORMAT, FORMAT_WITH_RENEWAL, FORMAT_WITH_BRANCHES
     found = body.get("format") if isinstance(body, dict) else type(body).__name__
     if type(found) is not int or found not in known:
-        raise CalibrationError(f"expected format {known[0]} or {known[1]}, found {short(found)}")
-    expected = {"format", "sha256", *_TYPES, *["renewal"] * (found == FORMAT_WITH_RENEWAL)}
+        raise CalibrationError(f"expected format {known[0]} to {known[-1]}, found {short(found)}")
+    expected = {"format", "sha256", *_TYPES}
+    if found == FORMAT_WITH_RENEWAL:
+        expected |= {"renewal"}
+    if found == FORMAT_WITH_BRANCHES:
+        expected |= {"scoring"} | ({"renewal"} & set(body))
     if set(body) != expected:
         differing = ", ".join(sorted(set(body) ^ expected))
         raise CalibrationError(f"expected keys of format {found}, differing in: {differing:.200}")
     if body.pop("sha256") != _digest(body):
         raise CalibrationError("its sha256 does not agree: it was altered or damaged")
     body.pop("format")
-    body["renewal"] = renewal.from_description(body.get("renewal", []))
-    for key, kind in _TYPES.items():
+    body = {**{key: kind() for key, kind in _OPTIONAL.items()}, **body}
+    body["renewal"] = renewal.from_description(body["renewal"])
+    for key, kind in {**_TYPES, "scoring": dict}.items():
         if type(body[key]) is not kind:
             raise CalibrationError(f"'{key}' is of type {type(body[key]).__name__}")
     if not all(type(score) is float for score in body["scores"]):
@@ -132,6 +147,8 @@ def _checked(body: Any) -> dict[str, Any]:
         drives.append((drive["name"], drive["frames"]))
     body["drives"] = tuple(drives)
     usual = body["usual"]
-    body["usual"] = UsualDistances.from_description(usual) if usual else None
+    if usual and not body["scoring"]:
+        usual = {GRID: usual}
+    body["usual"] = {name: UsualDistances.from_description(told) for name, told in usual.items()}
     body["scores"] = np.array(body["scores"], np.float64)
     return body

@@ -24,8 +24,8 @@ import yaml
 from tqdm import tqdm
 
 from semantic_anomaly import offline
-from semantic_anomaly.embedding import PatchEmbedder
 from semantic_anomaly.errors import SemanticAnomalyError
+from semantic_anomaly.instance_embedding import RunningEmbedder
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.storage import atomic_write_bytes
 from semantic_anomaly.synthetic import KINDS, StreetDrive, family
@@ -90,7 +90,7 @@ def run_demo(out: Path, plan: DemoPlan, overrides: dict[str, Any]) -> dict[str, 
     parameters = {k: v for k, v in settings.to_parameters().items() if v != []}
     document = {"/**": {"ros__parameters": parameters}}
     atomic_write_bytes(out / "settings.yaml", yaml.safe_dump(document).encode())
-    embedder = PatchEmbedder.from_settings(settings)
+    embedder = RunningEmbedder.from_settings(settings)
     index = offline.build_index(settings, "camera", index_sources, embedder=embedder)
     index.save(out / "index")
     calibration = offline.calibrate(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from semantic_anomaly.branches import Branches, DistanceMap, FrameScore
 from semantic_anomaly.calibration import Calibration
 from semantic_anomaly.calibration_file import FILE_NAME
 from semantic_anomaly.confirmation import decide, follow, reject
@@ -21,10 +22,10 @@ from semantic_anomaly.errors import (
     SettingsError,
     UnknownNameError,
 )
+from semantic_anomaly.index_parts import PartPlan
 from semantic_anomaly.localization import heatmap, localize
 from semantic_anomaly.places import UsualDistances
-from semantic_anomaly.regions import ImageRegion, patch_regions
-from semantic_anomaly.scoring import tail_count, tail_mean
+from semantic_anomaly.regions import ImageRegion
 from semantic_anomaly.setting_spec import refuse_fixed
 from semantic_anomaly.settings import Settings, camera_setting_specs, setting_specs
 from semantic_anomaly.structures import (
@@ -63,7 +64,7 @@ class AnomalyDetector:
     Args:
         embedder, index, settings, region: that belong together.
         calibration: None makes decisions `unknown`, unless a threshold is set by hand.
-        usual: what distances are relative to; a calibration brings its own.
+        usual: what distances of each branch are relative to; a calibration brings its own.
 
     Raises:
         IndexMismatchError: the index was made by another backbone or for another region.
@@ -78,10 +79,14 @@ class AnomalyDetector:
         calibration: Calibration | None,
         settings: Settings,
         region: ImageRegion,
-        usual: UsualDistances | None = None,
+        usual: Mapping[str, UsualDistances] | None = None,
     ) -> None:
         index.check_embedder(embedder.identity)
         index.check_region(region)
+        segmenter = embedder.segmenter if settings.segments else None
+        if settings.segments and segmenter is None:
+            raise SettingsError(f"variant '{settings.variant}': needs a segmenter, found none")
+        index.plan.check(PartPlan.of_settings(settings, segmenter))
         if settings.neighbours > index.count:
             raise IndexMismatchError(
                 "setting 'neighbours'", f"at most the index's {index.count}", settings.neighbours
@@ -96,8 +101,9 @@ class AnomalyDetector:
         self.embedder = embedder
         self.index = index
         self.calibration = calibration
-        self.usual = calibration.usual if calibration is not None else usual
+        self.usual = calibration.usual if calibration is not None else dict(usual or {})
         self.region = region
+        self._branches = Branches(index, settings, region)
         self._lock = threading.Lock()
         self._live = self._prepared(settings)
 
@@ -140,9 +146,9 @@ class AnomalyDetector:
         if need_calibration or (folder / FILE_NAME).exists():
             calibration = Calibration.load(folder)
         if embedder is None:
-            from semantic_anomaly.embedding import PatchEmbedder
+            from semantic_anomaly.instance_embedding import RunningEmbedder
 
-            embedder = PatchEmbedder.from_settings(settings)
+            embedder = RunningEmbedder.from_settings(settings)
         return cls(embedder, index, calibration, settings, region)
 
     @property
@@ -174,7 +180,12 @@ class AnomalyDetector:
             ModelOutputError: a distance is not finite.
             SettingsError: no patch of so small a grid takes part.
         """
-        return self._score(grid, self._live)
+        found = self._score(grid, self._live)
+        return found.score, found.distances
+
+    def plain_distances(self, grid: PatchGrid) -> dict[str, DistanceMap]:
+        """Return the distances of every branch, relative to nothing; raises as `score`."""
+        return self._branches.maps(grid)
 
     def assess(
         self, frame: Frame, grid: PatchGrid, stage_ms: Mapping[str, float] | None = None
@@ -200,7 +211,8 @@ class AnomalyDetector:
                 f"frame '{frame.name}': expected embeddings of an image of {frame.image_hw}, "
                 f"found {grid.image_hw}"
             )
-        score, distance_map = self._score(grid, live)
+        found = self._score(grid, live)
+        score, distance_map = found.score, found.distances
         searched = time.perf_counter()
         heat = heatmap(distance_map, self.region, frame.image_hw)
         labels, places = self._places(score, distance_map, heat, grid, live)
@@ -223,6 +235,8 @@ class AnomalyDetector:
             localizations=places,
             stage_ms=stages,
             reason=_UNCALIBRATED if live.threshold is None else "",
+            parts=found.parts,
+            note=found.note,
         )
 
     def reset(self) -> None:
@@ -262,22 +276,8 @@ class AnomalyDetector:
             tracker = ComponentTracker(*given)
         return _Live(settings, threshold, scale, tracker)
 
-    def _score(self, grid: PatchGrid, live: _Live) -> tuple[float, np.ndarray]:
-        regions = patch_regions(grid, self.region)
-        percent = live.settings.tail_percent
-        relation = self.usual.relation(regions.label_map >= 0) if self.usual else None
-        # With the tail exact the score is exact, whatever the search: no false alarms by its error.
-        distances = self.index.distances(
-            regions.embeddings,
-            live.settings.neighbours,
-            exact_above=live.threshold,
-            exact_top=tail_count(len(regions.embeddings), percent),
-            relation=relation,
-        )
-        if relation is not None:
-            # Clipped, so that scores and heatmaps keep the range of distances.
-            distances = np.clip(relation[0] * distances + relation[1], 0.0, 2.0)
-        return tail_mean(distances, percent), regions.paint(distances)
+    def _score(self, grid: PatchGrid, live: _Live) -> FrameScore:
+        return self._branches.score(grid, self.usual, live.threshold)
 
     def _places(
         self,

@@ -58,6 +58,8 @@ class PatchEmbedder:
             there, or the self-test fails.
     """
 
+    segmenter = None
+
     def __init__(
         self,
         backbone: str,
@@ -162,7 +164,7 @@ class PatchEmbedder:
 
     def warm_up(self, image_hw: tuple[int, int]) -> None:
         """Run once at an image size, so that the first frame is not the slow one."""
-        self.embed([_test_images(image_hw)[0]])
+        self.embed(_test_images(image_hw)[:1])
 
     def close(self) -> None:
         """Free the network and the device's memory; the embedder cannot be used afterwards."""

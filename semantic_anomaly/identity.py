@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from semantic_anomaly.errors import IndexFormatError
+from semantic_anomaly.segmentation import SegmenterIdentity
 from semantic_anomaly.structures import PatchGrid
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -118,6 +119,10 @@ class Embedder(Protocol):
     @property
     def identity(self) -> EmbedderIdentity:
         """Return what the embeddings depend on."""
+
+    @property
+    def segmenter(self) -> SegmenterIdentity | None:
+        """Return what the instances of the grids depend on, None where they have none."""
 
     def grid_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
         """Return (rows, cols) of the grid that an image of (height, width) gives."""

@@ -12,8 +12,9 @@ import numpy as np
 
 from semantic_anomaly.errors import ArtefactError, IndexFormatError
 from semantic_anomaly.exact_search import nearest_entries
+from semantic_anomaly.growing_graph import GrowingGraph
 from semantic_anomaly.identity import EmbedderIdentity
-from semantic_anomaly.index_build import GRAPH_SEED, NominalFrame, Selection, suited
+from semantic_anomaly.index_build import NominalFrame, Selection, suited
 from semantic_anomaly.index_content import IndexContent, check_part
 from semantic_anomaly.index_description import DescribedIndex
 from semantic_anomaly.index_format import (
@@ -23,13 +24,13 @@ from semantic_anomaly.index_format import (
     refuse_other_folder,
     write_content,
 )
+from semantic_anomaly.index_parts import PartPlan, PartSelections
 from semantic_anomaly.neighbour_search import NeighbourSearch
 from semantic_anomaly.regions import ImageRegion
+from semantic_anomaly.segmentation import SegmenterIdentity
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.storage import atomic_folder
 from semantic_anomaly.structures import NominalExample
-
-_BUILD_EF = 64
 
 
 class NominalIndex(DescribedIndex):
@@ -66,8 +67,11 @@ class NominalIndex(DescribedIndex):
         settings: Settings,
         source: Sequence[str] = (),
         camera: str = "camera",
+        segmenter: SegmenterIdentity | None = None,
     ) -> NominalIndex:
         """Build an index in one pass; memory grows with what is stored, not with what is seen.
+
+        Parts for instances, their surroundings and scenes are made as the settings need them.
 
         Args:
             frames: nominal frames and grids, and (rows, cols) bool where not all is nominal.
@@ -75,18 +79,35 @@ class NominalIndex(DescribedIndex):
             region: patches outside take no part.
             settings: `dedup_distance`, `max_entries`, and the graph's.
             source, camera: names of the sources and the camera, for the manifest.
+            segmenter: that gave the grids their instances; None: they have none.
 
         Raises:
             IndexMismatchError: a grid of another dimension than the identity's.
             ArtefactError: there is no nominal patch.
+            ModelOutputError: there is a segmenter, and a grid without instances.
         """
-        frames, settings = suited(frames, settings)
-        graph = GrowingGraph(identity.dim, settings.graph_m, settings.graph_ef_construction)
+
+        def new_graph(dim: int) -> GrowingGraph:
+            return GrowingGraph(dim, settings.graph_m, settings.graph_ef_construction)
+
+        plan = PartPlan.of_settings(settings, segmenter)
+        beside = PartSelections(plan, settings, region, new_graph)
+        frames, settings = suited(beside.watch(frames), settings)
+        graph = new_graph(identity.dim)
         selection = Selection(graph, identity.dim, settings.dedup_distance, settings.max_entries)
         selection.extend(frames, region)
         selection.finish()
-        content = IndexContent.of_selection(selection, identity, region, settings, source, camera)
-        return cls(content, content.manifest(), graph.finished(), None)
+        told = region, settings, source, camera
+        content = IndexContent.of_selection(selection, identity, *told)
+        index = cls(content, content.manifest(), graph.finished(), None)
+        beside.finish()
+        parts = {}
+        for name, chosen in beside.selections.items():
+            own = replace(identity, dim=chosen.embeddings.shape[1])
+            told = region, beside.settings[name], source, camera
+            content = IndexContent.of_selection(chosen, own, *told, made=plan.made[name])
+            parts[name] = cls(content, content.manifest(), None, None)
+        return index.with_parts(parts) if parts else index
 
     @classmethod
     def load(cls, folder: Path) -> NominalIndex:
@@ -141,6 +162,11 @@ class NominalIndex(DescribedIndex):
     def parts(self) -> Mapping[str, NominalIndex]:
         """Return the parts by name: indexes of their own, of other embeddings of the frames."""
         return dict(self._parts)
+
+    @property
+    def plan(self) -> PartPlan:
+        """Return which parts there are, and what they are made with."""
+        return PartPlan.of_made({name: part.content.made for name, part in self._parts.items()})
 
     def with_parts(self, parts: Mapping[str, NominalIndex]) -> NominalIndex:
         """Return this index with these parts and no others; their fingerprints enter its own.
@@ -264,36 +290,3 @@ class NominalIndex(DescribedIndex):
                 raise IndexFormatError(f"{self._name}: {GRAPH}: {error}") from error
             self._graph = graph
         return self._graph
-
-
-class GrowingGraph:
-    """A graph in space 'ip' that takes unit vectors in order; one thread, so always the same.
-
-    Args:
-        dim: length of a vector.
-        m, ef_construction: links an entry, and breadth of the search while it grows.
-    """
-
-    def __init__(self, dim: int, m: int, ef_construction: int) -> None:
-        self.index = hnswlib.Index("ip", dim)
-        self.index.init_index(0, M=m, ef_construction=ef_construction, random_seed=GRAPH_SEED)
-        self.index.set_ef(_BUILD_EF)
-
-    def add(self, embeddings: np.ndarray) -> None:
-        """Add (n, dim) float32 under the next labels."""
-        count = self.index.get_current_count()
-        labels = np.arange(count, count + len(embeddings))
-        if count + len(embeddings) > self.index.get_max_elements():
-            self.index.resize_index(max(count + len(embeddings), 2 * count))
-        self.index.add_items(embeddings, labels, num_threads=1)
-
-    def similarities(self, embeddings: np.ndarray) -> np.ndarray:
-        """Return (n,) float32: inner product with the nearest that the graph finds."""
-        _, distances = self.index.knn_query(embeddings, 1)
-        return np.asarray(1.0 - distances[:, 0])
-
-    def finished(self) -> hnswlib.Index:
-        """Return the graph without room for more."""
-        # A saved file says how many entries there is room for, and readers insist on none more.
-        self.index.resize_index(self.index.get_current_count())
-        return self.index

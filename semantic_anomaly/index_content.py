@@ -91,6 +91,7 @@ class IndexContent:
         edits: made since the build and not undone, by number.
         retracted: what they took out; None: nothing.
         parts: fingerprints of the parts, by name.
+        made: what the embeddings are made with, besides the embedder; empty for patches.
     """
 
     identity: EmbedderIdentity
@@ -107,6 +108,7 @@ class IndexContent:
     edits: tuple[Edit, ...] = ()
     retracted: Retracted | None = None
     parts: Mapping[str, str] = field(default_factory=dict)
+    made: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of_selection(
@@ -117,6 +119,7 @@ class IndexContent:
         settings: Settings,
         source: Sequence[str],
         camera: str,
+        made: Mapping[str, Any] | None = None,
     ) -> IndexContent:
         """Return what a finished selection holds, without the room that it grew into."""
         return cls(
@@ -138,6 +141,7 @@ class IndexContent:
                 "dedup_distance": settings.dedup_distance,
                 "max_entries": settings.max_entries,
             },
+            made=dict(made or {}),
         )
 
     @property
@@ -163,6 +167,8 @@ class IndexContent:
             }
         if self.parts:
             optional["parts"] = dict(self.parts)
+        if self.made:
+            optional["made"] = dict(self.made)
         return {
             **optional,
             "identity": self.identity.to_dict(),

@@ -6,6 +6,7 @@ addition moves the numbers of what was added after it.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -18,7 +19,8 @@ from semantic_anomaly.calibration import Calibration
 from semantic_anomaly.calibration_file import FILE_NAME
 from semantic_anomaly.entry_numbers import rows_of
 from semantic_anomaly.errors import InputError, MismatchError
-from semantic_anomaly.index import GrowingGraph, NominalIndex
+from semantic_anomaly.growing_graph import GrowingGraph
+from semantic_anomaly.index import NominalIndex
 from semantic_anomaly.index_build import BuildReport, FrameRecord, Selection
 from semantic_anomaly.index_content import ADD, RETRACT, Edit, IndexContent, Retracted
 from semantic_anomaly.index_format import fingerprint_of
@@ -45,6 +47,7 @@ def add_nominal(
 ) -> tuple[NominalIndex, BuildReport]:
     """Return the index with nominal frames added as one edit, and what became of their patches.
 
+    Its parts take what the frames have for them, by edits of their own that are undone with it.
     Near-duplicates of what the index holds are left out, as when it was built.
 
     Args:
@@ -57,8 +60,39 @@ def add_nominal(
     Raises:
         IndexMismatchError: another region, or a grid of another dimension.
         InputError: the index is full, or has everything already.
+        ModelOutputError: the index has instances, and the frames were not segmented.
     """
     index.check_region(region)
+    plan, beside = index.plan, defaultdict[str, list[NominalFrame]](list)
+
+    def watched() -> Iterator[NominalFrame]:
+        for given in frames:
+            for name, places in plan.places(given, region).items():
+                beside[name].append(places)
+            yield given
+
+    edit = _edit(index.content, ADD, 0, note, 0, source)
+    grown, report, graph = _grown(index, watched(), region, edit)
+    if grown is None:
+        raise InputError(
+            f"index: expected new patches, found all {report.seen} of {report.frames} frames "
+            f"nearer than {index.content.limits['dedup_distance']:g} to entries of the index"
+        )
+    made = index.with_content(grown, graph)
+    parts = dict(index.parts)
+    for name, given in beside.items():
+        own = replace(edit, number=_edit(parts[name].content, ADD, 0, note).number)
+        content, _, graph = _grown(parts[name], given, region, own)
+        if content is not None:
+            parts[name] = parts[name].with_content(content, graph)
+    made = made.with_parts(parts) if parts else made
+    return made, replace(report, stored=made.count - index.count)
+
+
+def _grown(
+    index: NominalIndex, frames: Iterable[NominalFrame], region: ImageRegion, edit: Edit
+) -> tuple[IndexContent | None, BuildReport, GrowingGraph]:
+    """Return what an index or a part holds after an addition, None if nothing was new."""
     content = index.content
     dedup, most = content.limits["dedup_distance"], int(content.limits["max_entries"])
     if index.count >= most:
@@ -70,20 +104,16 @@ def add_nominal(
     report = selection.finish()
     added = report.stored - index.count
     if not added:
-        raise InputError(
-            f"index: expected new patches, found all {report.seen} of {report.frames} frames "
-            f"nearer than {dedup:g} to entries of the index"
-        )
+        return None, report, graph
     brought = len(selection.frames) - len(content.frames)
-    edit = _edit(content, ADD, added, note, brought, source)
     changed = replace(
         content,
         embeddings=selection.embeddings.copy(),
         entries=selection.entries.copy(),
         frames=tuple(selection.frames),
-        edits=(*content.edits, edit),
+        edits=(*content.edits, replace(edit, entries=added, frames=brought)),
     )
-    return index.with_content(changed, graph), replace(report, stored=added)
+    return changed, report, graph
 
 
 def retract(index: NominalIndex, numbers: Sequence[int], *, note: str = "") -> NominalIndex:
@@ -112,6 +142,8 @@ def retract(index: NominalIndex, numbers: Sequence[int], *, note: str = "") -> N
 def undo(index: NominalIndex, number: int | None = None) -> tuple[NominalIndex, Edit]:
     """Return the index without an edit, and the edit: what it took out is back, what it added gone.
 
+    What an addition gave to the parts of the index goes with it.
+
     Args:
         index: to be edited; stays as it is.
         number: of the edit; None: the last one.
@@ -139,7 +171,17 @@ def undo(index: NominalIndex, number: int | None = None) -> tuple[NominalIndex, 
         ledger.edits[ledger.edits == edit.number] = 0
     else:
         ledger, frames = _without_addition(content, ledger, edit)
-    return index.with_content(_content(content, ledger, others, frames)), edit
+    undone = index.with_content(_content(content, ledger, others, frames))
+    parts = {name: _undone_with(part, edit) for name, part in index.parts.items()}
+    return (undone.with_parts(parts) if parts else undone), edit
+
+
+def _undone_with(part: NominalIndex, edit: Edit) -> NominalIndex:
+    """Return a part without what an addition to its index gave to it."""
+    for own in part.edits:
+        if edit.kind == own.kind == ADD and (own.when, own.source) == (edit.when, edit.source):
+            return undo(part, own.number)[0]
+    return part
 
 
 def save_edited(folder: Path, before: NominalIndex, edited: NominalIndex) -> Calibration | None:

@@ -206,6 +206,7 @@ def _read_content(folder: Path, manifest: Mapping[str, Any]) -> IndexContent:
         edits=_read_edits(folder, manifest),
         retracted=_read_retracted(folder, described, dim),
         parts={str(name): str(value) for name, value in described.get("parts", {}).items()},
+        made=described.get("made", {}),
     )
     if min(content.search_ef, content.graph["m"]) < 1:
         raise _wrong(folder, "search_ef and m of at least 1", "less")

@@ -24,8 +24,8 @@ from semantic_anomaly.sources import FrameSource, open_source
 from semantic_anomaly.structures import Frame, PatchGrid
 
 if TYPE_CHECKING:
-    from semantic_anomaly.embedding import PatchEmbedder
     from semantic_anomaly.index import NominalIndex
+    from semantic_anomaly.instance_embedding import RunningEmbedder
 
 # Larger batches gain a few percent on a CPU and cost memory with every image.
 BATCH_FRAMES = 4
@@ -77,6 +77,7 @@ def build_index(
             settings=settings,
             source=list(opened),
             camera=camera,
+            segmenter=embedder.segmenter if settings.segments else None,
         )
     finally:
         if own:
@@ -124,16 +125,16 @@ def calibrate(
         fresh = Fresh(index)
         fresh.foresee(opened, scores_needed(settings.target_false_alarm_rate))
         drives = _drives(opened)
-        folds: dict[int, PlaceSums] = defaultdict(PlaceSums)
+        folds: dict[int, dict[str, PlaceSums]] = defaultdict(lambda: defaultdict(PlaceSums))
         if settings.place_normalisation:
             detector = AnomalyDetector(embedder, index, None, settings, region)
             for number, (drive, (frame, grid)) in enumerate(
                 _embedded(opened, embedder, "usual distances", 1, progress)
             ):
                 fresh.check(drives[drive], frame)
-                inside = region.patch_mask(grid.grid_hw, grid.image_hw)
                 fold = _fold(list(drives), drive, number)
-                folds[fold].add(detector.score(grid)[1], inside)
+                for branch, found in detector.plain_distances(grid).items():
+                    folds[fold][branch].add(found.values, found.inside)
         detectors: dict[int, AnomalyDetector] = {}
         scores: dict[str, list[float]] = {}
         medians: list[float] = []
@@ -175,15 +176,19 @@ def _fold(drives: Sequence[str], drive: str, number: int) -> int:
     return number // STRETCH_FRAMES % FOLDS
 
 
-def _usual_of_others(folds: Mapping[int, PlaceSums], left_out: int | None) -> UsualDistances | None:
-    """Return what is usual in all folds but one, so that no frame is its own measure.
+def _usual_of_others(
+    folds: Mapping[int, Mapping[str, PlaceSums]], left_out: int | None
+) -> dict[str, UsualDistances]:
+    """Return what is usual in all folds but one, by branch, so that no frame is its own measure.
 
     Where a single fold has frames, they are: a calibration so small promises little in any case.
     """
-    if not folds:
-        return None
-    others = [sums for fold, sums in folds.items() if fold != left_out]
-    return sum(others or folds.values(), PlaceSums()).usual()
+    usual = {}
+    for branch in sorted({name for sums in folds.values() for name in sums}):
+        held = {fold: sums[branch] for fold, sums in folds.items() if branch in sums}
+        others = [sums for fold, sums in held.items() if fold != left_out]
+        usual[branch] = sum(others or held.values(), PlaceSums()).usual()
+    return usual
 
 
 def _region(settings: Settings, camera: str) -> ImageRegion:
@@ -192,13 +197,15 @@ def _region(settings: Settings, camera: str) -> ImageRegion:
     return ImageRegion.from_settings(settings.camera_settings[camera])
 
 
-def _embedder(settings: Settings, given: Embedder | None) -> tuple[Embedder, PatchEmbedder | None]:
+def _embedder(
+    settings: Settings, given: Embedder | None
+) -> tuple[Embedder, RunningEmbedder | None]:
     """Return the embedder to use, and once more if it was made here and is to be closed here."""
     if given is not None:
         return given, None
-    from semantic_anomaly.embedding import PatchEmbedder
+    from semantic_anomaly.instance_embedding import RunningEmbedder
 
-    made = PatchEmbedder.from_settings(settings)
+    made = RunningEmbedder.from_settings(settings)
     return made, made
 
 

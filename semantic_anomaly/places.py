@@ -122,6 +122,11 @@ class UsualDistances:
         factor, offset = self._relations[grid_hw]
         return factor[inside], offset[inside]
 
+    @property
+    def typical(self) -> tuple[float, float]:
+        """Return mean and deviation at a typical place: those of relative distances."""
+        return float(self.mean.mean()), float(self.deviation.mean())
+
     def describe(self) -> dict[str, list[list[float]]]:
         """Return plain values for JSON."""
         # Nine digits are a float32, no more and no less; the rest would be noise to digest.

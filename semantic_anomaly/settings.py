@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from semantic_anomaly.camera_settings import CameraSettings
+from semantic_anomaly.embedding_settings import COMBINED, EmbeddingSettings
 from semantic_anomaly.errors import SettingsError, UnknownNameError
 from semantic_anomaly.setting_spec import (
     SettingSpec,
@@ -24,36 +25,13 @@ from semantic_anomaly.setting_spec import (
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(EmbeddingSettings):
     """All settings of the detector and the node; checked when made.
 
     Raises:
         SettingsError: a value of the wrong type or out of bounds.
     """
 
-    backbone: str = setting(
-        "street_small",
-        "Vision backbone: a shipped name, a local Hugging Face folder, or a hub id "
-        "already downloaded.",
-    )
-    layers: tuple[int, ...] = setting(
-        (),
-        "Hidden states used as patch features, concatenated on the finest grid; empty: "
-        "the backbone's own choice.",
-    )
-    input_size: int = setting(
-        640,
-        "Long side in pixels to which images are resized; both sides are rounded to the "
-        "patch multiple.",
-        minimum=32,
-        maximum=8192,
-    )
-    device: str = setting("auto", "auto, cpu, cuda or cuda:N.")
-    dtype: str = setting(
-        "auto",
-        "Precision of the backbone; auto: bfloat16 or float16 on a GPU, float32 on a CPU.",
-        choices=("auto", "float32", "bfloat16", "float16"),
-    )
     index: str = setting("", "Folder of the nominal index.")
     neighbours: int = setting(
         1, "Nearest nominal embeddings averaged into a patch distance.", minimum=1, maximum=100
@@ -63,12 +41,6 @@ class Settings:
         "Share of the patches, largest distances first, whose mean is the frame score, in percent.",
         minimum=0.001,
         maximum=100.0,
-    )
-    place_weight: float = setting(
-        0.0,
-        "Weight of the place in the image in the distance of two embeddings; 0: none.",
-        minimum=0.0,
-        maximum=0.99,
     )
     place_normalisation: bool = setting(
         True, "Distances are relative to what calibration found usual at their place in the image."
@@ -200,6 +172,20 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if not self.segments:
+            for name in ("surroundings_weight", "min_agreement"):
+                if getattr(self, name):
+                    raise SettingsError(
+                        f"setting '{name}': expected 0 with variant '{self.variant}', "
+                        f"found {getattr(self, name):g}"
+                    )
+        elif not self.place_normalisation and (
+            self.scoring.keys() - {"scene_frames", "variant"} or self.variant == COMBINED
+        ):
+            raise SettingsError(
+                "setting 'place_normalisation': expected true, for branches are compared by what "
+                "is usual; found false"
+            )
         if not self.cameras or len(set(self.cameras)) != len(self.cameras):
             raise SettingsError(
                 f"setting 'cameras': expected distinct names, found {list(self.cameras)}"

@@ -75,14 +75,18 @@ class PatchGrid:
         features: (rows, cols, dim) float32, unit norm.
         global_feature: (dim,) float32, unit norm: class token, or mean of the patches.
         image_hw: (height, width) in pixels of the image before any resize.
+        instances: (n, rows, cols) float32 in [0, 1], the share of each patch that each instance
+            covers; None where nothing was segmented.
 
     Raises:
-        ModelOutputError: wrong shape or dtype, not finite, or not of unit norm.
+        ModelOutputError: wrong shape or dtype, not finite, not of unit norm, or an instance that
+            covers nothing.
     """
 
     features: np.ndarray
     global_feature: np.ndarray
     image_hw: tuple[int, int]
+    instances: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         shape, dtype = self.features.shape, self.features.dtype
@@ -104,6 +108,15 @@ class PatchGrid:
             )
         if min(self.image_hw) < 1:
             raise ModelOutputError(f"image size: expected positive, found {self.image_hw}")
+        shares = self.instances
+        if shares is not None:
+            if shares.ndim != 3 or shares.shape[1:] != shape[:2] or shares.dtype != np.float32:
+                raise ModelOutputError(
+                    f"instances: expected (n, {shape[0]}, {shape[1]}) float32, "
+                    f"found shape {shares.shape}, {shares.dtype}"
+                )
+            if not (np.all((shares >= 0.0) & (shares <= 1.0)) and shares.any(axis=(1, 2)).all()):
+                raise ModelOutputError("instances: expected shares in [0, 1], some in each")
 
     @property
     def grid_hw(self) -> tuple[int, int]:
@@ -245,6 +258,8 @@ class AnomalyResult:
             is confirmed makes the decision `anomaly`.
         stage_ms: milliseconds by stage.
         reason: why the decision is `unknown`, empty otherwise.
+        parts: score of each branch, in deviations from what is usual; empty where there is one.
+        note: what else is to be said, such as that there were no instances; may be empty.
 
     Raises:
         ModelOutputError: a score that is not finite, or a decision without a threshold.
@@ -260,6 +275,8 @@ class AnomalyResult:
     localizations: tuple[Localization, ...] = ()
     stage_ms: Mapping[str, float] = field(default_factory=dict)
     reason: str = ""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    note: str = ""
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.score):

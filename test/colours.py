@@ -28,6 +28,8 @@ PLAIN = {"place_normalisation": False}
 class ColourEmbedder:
     """Embeds each patch of 8 pixels by its mean colour, as a unit vector of four numbers."""
 
+    segmenter = None
+
     def __init__(self, *, dtype: str = "float32", weights: str = "0" * 64) -> None:
         self.identity = EmbedderIdentity(
             model_id="colours",

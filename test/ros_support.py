@@ -27,8 +27,8 @@ from visualization_msgs.msg import MarkerArray
 
 from semantic_anomaly import offline
 from semantic_anomaly.detector import AnomalyDetector
-from semantic_anomaly.embedding import PatchEmbedder
 from semantic_anomaly.images import write_image
+from semantic_anomaly.instance_embedding import RunningEmbedder
 from semantic_anomaly.ros.messages import image_message
 from semantic_anomaly.ros.node import AnomalyNode
 from semantic_anomaly.settings import Settings
@@ -99,7 +99,7 @@ def parameters(index: Path, backbone: Path, **changes: Any) -> dict[str, Any]:
 def offline_detector(values: dict[str, Any], camera: str = "camera") -> AnomalyDetector:
     """Return the detector that the commands would make of the same parameters."""
     settings = Settings.from_parameters(values)
-    return AnomalyDetector.load(settings, camera, embedder=PatchEmbedder.from_settings(settings))
+    return AnomalyDetector.load(settings, camera, embedder=RunningEmbedder.from_settings(settings))
 
 
 class Bench:

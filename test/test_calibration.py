@@ -36,7 +36,7 @@ def fitted(
         region=region or ImageRegion(),
         camera="camera",
         dtype="float32",
-        usual=usual(),
+        usual={"grid": usual()},
     )
 
 

@@ -38,7 +38,7 @@ def fitted(scores: np.ndarray, drives: int = 1) -> Calibration:
         region=REGION,
         camera="camera",
         dtype="float32",
-        usual=usual(),
+        usual={"grid": usual()},
     )
 
 
@@ -56,9 +56,10 @@ def test_round_trip_keeps_every_bit(tmp_path: Path) -> None:
     assert read.scores.dtype == np.float64
     for name in ("drives", "target_false_alarm_rate", "heatmap_low", "index_fingerprint"):
         assert getattr(read, name) == getattr(written, name)
-    assert read.usual is not None and written.usual is not None
-    np.testing.assert_array_equal(read.usual.mean, written.usual.mean)
-    np.testing.assert_array_equal(read.usual.deviation, written.usual.deviation)
+    assert set(read.usual) == set(written.usual) == {"grid"}
+    both = read.usual["grid"], written.usual["grid"]
+    np.testing.assert_array_equal(both[0].mean, both[1].mean)
+    np.testing.assert_array_equal(both[0].deviation, both[1].deviation)
     assert read.threshold == written.threshold and read.dtype == "float32"
     read.check("f" * 64, Settings(), REGION)
     assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME], "nothing is left beside it"
@@ -100,14 +101,14 @@ def edited(pattern: bytes, replacement: bytes) -> Callable[[bytes], bytes]:
         (lambda content: b"\x80" + content, "not JSON"),
         (lambda content: content + b"{}", "not JSON"),
         (lambda content: b"[" * 100000, "not JSON"),
-        (lambda content: b"[]", "expected format 2 or 3, found 'list'"),
-        (lambda content: b"{}", "expected format 2 or 3, found None"),
+        (lambda content: b"[]", "expected format 2 to 4, found 'list'"),
+        (lambda content: b"{}", "expected format 2 to 4, found None"),
         (edited(rb"0\.012", b"0.013"), "altered or damaged"),
         (edited(rb"0\.012", b"NaN"), "NaN is no number"),
         (edited(rb"0\.012", b"Infinity"), "no number"),
         (edited(rb"0\.012", b"1e999"), "no number"),
         (edited(rb'"sha256":"', b'"sha256":"0'), "altered or damaged"),
-        (resealed(lambda b: b.update(format=1)), "expected format 2 or 3, found 1"),
+        (resealed(lambda b: b.update(format=1)), "expected format 2 to 4, found 1"),
         (resealed(lambda b: b.pop("camera")), "differing in: camera"),
         (resealed(lambda b: b.update(extra=1)), "differing in: extra"),
         (resealed(lambda b: b.update(neighbours="1")), "'neighbours' is of type str"),

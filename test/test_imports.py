@@ -20,7 +20,7 @@ ROOMS = {
     # The search multiplies with the backbone's threads: a second library's would stand in its way.
     "torch": ("embedding.py", "network.py", *SEGMENTATION, "exact_search.py"),
     "transformers": ("embedding.py", "network.py", *SEGMENTATION[:2]),
-    "hnswlib": ("index.py",),
+    "hnswlib": ("index.py", "growing_graph.py"),
     "rosbags": ("bags.py", "synthetic/export.py"),
     "rclpy": ("ros/",),
     "launch": (),

@@ -135,7 +135,7 @@ def test_calibration_scores_frames_as_the_detector_does(index: NominalIndex, dri
         plain, "camera", index, [drives / "a", drives / "b"], embedder=ColourEmbedder()
     )
     assert made.drives == (("a", 7), ("b", 6)) and made.dtype == "float32"
-    assert made.usual is None
+    assert not made.usual
     detector = AnomalyDetector(ColourEmbedder(), index, None, plain, ImageRegion())
     frames: list[Frame] = [*open_source(drives / "a"), *open_source(drives / "b")]
     results = [detector.detect(frame) for frame in frames]
@@ -164,12 +164,12 @@ def test_scores_are_relative_to_what_is_usual_in_other_drives(
     scores = []
     for name, other in (("a", "b"), ("b", "a")):
         relative = AnomalyDetector(
-            ColourEmbedder(), index, None, SETTINGS, ImageRegion(), sums[other].usual()
+            ColourEmbedder(), index, None, SETTINGS, ImageRegion(), {"grid": sums[other].usual()}
         )
         scores += [relative.score(grid)[0] for grid in embedded[name]]
     np.testing.assert_array_equal(made.scores, sorted(scores))
-    assert made.usual is not None
-    np.testing.assert_array_equal(made.usual.mean, (sums["a"] + sums["b"]).usual().mean)
+    assert set(made.usual) == {"grid"}
+    np.testing.assert_array_equal(made.usual["grid"].mean, (sums["a"] + sums["b"]).usual().mean)
 
 
 def test_a_single_drive_is_parted_into_stretches(index: NominalIndex, drives: Path) -> None:
@@ -182,7 +182,7 @@ def test_a_single_drive_is_parted_into_stretches(index: NominalIndex, drives: Pa
         [drives / "a"],
         embedder=ColourEmbedder(),
     )
-    assert made.usual is not None and made.count == 7
+    assert made.usual and made.count == 7
 
 
 def test_a_folder_has_the_drives_that_its_labels_name(

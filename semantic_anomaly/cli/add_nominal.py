@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Embed the frames and add them as one edit."""
     from semantic_anomaly import index_edits
-    from semantic_anomaly.embedding import PatchEmbedder
     from semantic_anomaly.index import NominalIndex
+    from semantic_anomaly.instance_embedding import RunningEmbedder
     from semantic_anomaly.regions import ImageRegion
 
     settings, camera = settings_of(args, args.index)
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     index = NominalIndex.load(args.index)
     index.check_region(region)
     chosen = list(_chosen(args, index))
-    embedder = PatchEmbedder.from_settings(settings)
+    embedder = RunningEmbedder.from_settings(settings)
     try:
         index.check_embedder(embedder.identity)
         frames = ((frame, embedder.embed([frame.image])[0]) for frame in chosen)

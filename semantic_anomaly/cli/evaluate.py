@@ -103,10 +103,10 @@ def run(args: argparse.Namespace) -> int:
 def _protocol(
     args: argparse.Namespace, settings: Settings, camera: str, dataset: Dataset
 ) -> Reference | SelfNominal:
-    from semantic_anomaly.embedding import PatchEmbedder
     from semantic_anomaly.evaluation.protocols import Reference, SelfNominal
+    from semantic_anomaly.instance_embedding import RunningEmbedder
 
-    embedder = PatchEmbedder.from_settings(settings)
+    embedder = RunningEmbedder.from_settings(settings)
     if args.protocol == "self-nominal":
         return SelfNominal(settings, camera, dataset, embedder)
     made = Reference(settings, camera, args.reference, dataset, embedder)

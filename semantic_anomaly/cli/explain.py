@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         for e in listed
     ]
     print(table(rows, ("entry", "frame", "row", "col", "distance", "patches explained")))
-    relation = detector.usual.relation(inside) if detector.usual else (1.0, 0.0)
+    relation = detector.usual["grid"].relation(inside) if detector.usual else (1.0, 0.0)
     told = [("as it is", index)]
     if len(listed) < index.count:
         rest = index_edits.retract(index, [each.number for each in listed])

@@ -124,6 +124,7 @@ class SelfNominal:
                 settings=self._settings,
                 source=[self._dataset.name],
                 camera=self._camera,
+                segmenter=self._embedder.segmenter,
             )
             detector = _uncalibrated(self._settings, self._camera, index, self._embedder)
             self._ready = fold, detector

@@ -22,8 +22,8 @@ from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import Frame, PatchGrid
 
 if TYPE_CHECKING:
-    from semantic_anomaly.embedding import PatchEmbedder
     from semantic_anomaly.index import NominalIndex
+    from semantic_anomaly.instance_embedding import RunningEmbedder
 
 # The real size is unknown before the first image; this one is common and not small.
 WARM_UP_HW = (720, 1280)
@@ -39,7 +39,7 @@ class Models:
         probe: a synthetic frame and its embeddings, to try detectors with.
     """
 
-    embedder: PatchEmbedder
+    embedder: RunningEmbedder
     detectors: Mapping[str, AnomalyDetector]
     probe: tuple[Frame, PatchGrid]
 
@@ -50,9 +50,9 @@ class Models:
         Raises:
             SemanticAnomalyError: something is missing, damaged or does not agree.
         """
-        from semantic_anomaly.embedding import PatchEmbedder
+        from semantic_anomaly.instance_embedding import RunningEmbedder
 
-        embedder = PatchEmbedder.from_settings(settings)
+        embedder = RunningEmbedder.from_settings(settings)
         try:
             detectors = load_detectors(settings, embedder)
             embedder.warm_up(WARM_UP_HW)
@@ -142,7 +142,7 @@ class Models:
         self.embedder.close()
 
 
-def load_detectors(settings: Settings, embedder: PatchEmbedder) -> dict[str, AnomalyDetector]:
+def load_detectors(settings: Settings, embedder: RunningEmbedder) -> dict[str, AnomalyDetector]:
     """Load a detector for each camera; cameras with the same index folder share the index.
 
     Raises:

@@ -95,11 +95,14 @@ class CameraOutputs:
             "p_value": result.p_value,
             "threshold": result.threshold,
             "reason": result.reason,
+            "note": result.note or None,
+            **{f"{branch}_deviation": value for branch, value in result.parts.items()},
             **values,
             **{f"{stage}_ms": ms for stage, ms in result.stage_ms.items()},
             "localizations": messages.localizations_json(result.localizations),
         }
         text = result.reason or f"{result.decision.value}, score {result.score:.4f}"
+        text += f"; {result.note}" if result.note else ""
         self._publish_status(header, _LEVELS[result.decision], text, said)
         if self._detections is not None:
             self._detections.publish(detections_message(header, result.localizations))

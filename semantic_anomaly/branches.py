@@ -1,0 +1,243 @@
+"""From the embeddings of a frame to its map of distances, by patches, instances and surroundings.
+
+Each branch gives a distance to every place: a patch its own, an instance its own to all patches
+that it covers, overlapping ones by what they cover. The distance of a pair is taken relative to
+what its surroundings alone would give, for surroundings are new by themselves. Branches are
+standardised by what is usual at each place in nominal calibration frames (`places.py`) and
+averaged, in the unit of the first one. Where there is no instance, the grid alone counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from semantic_anomaly.embedding_settings import GRID, INSTANCE
+from semantic_anomaly.exact_search import mean_distances
+from semantic_anomaly.index import NominalIndex
+from semantic_anomaly.index_parts import INSTANCES, PAIRS
+from semantic_anomaly.instances import Instances, Pairs, instances_of, pairs_of
+from semantic_anomaly.places import UsualDistances
+from semantic_anomaly.region_filters import patch_agreement
+from semantic_anomaly.regions import ImageRegion, patch_regions
+from semantic_anomaly.scenes import SceneSearch
+from semantic_anomaly.scoring import tail_count, tail_mean
+from semantic_anomaly.settings import Settings
+from semantic_anomaly.structures import PatchGrid
+
+NO_INSTANCES = "no instances: scored by patches alone"
+# Deviations above what is usual from which a patch, or a pair, is unusual by itself.
+_UNUSUAL = 2.0
+
+
+@dataclass(frozen=True, eq=False)
+class DistanceMap:
+    """The distances of one branch.
+
+    Attributes:
+        values: (rows, cols) float32 in [0, 2], 0 where nothing takes part.
+        inside: (rows, cols) bool, places that have a distance.
+    """
+
+    values: np.ndarray
+    inside: np.ndarray
+
+    def relative(self, usual: UsualDistances | None) -> np.ndarray:
+        """Return (rows, cols) float32, deviations from what is usual; plain ones for None."""
+        if usual is None:
+            return self.values
+        factor, offset = usual.relation(self.inside)
+        mean, deviation = usual.typical
+        found = np.zeros(self.values.shape, np.float32)
+        found[self.inside] = (factor * self.values[self.inside] + offset - mean) / deviation
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class FrameScore:
+    """The score of a frame.
+
+    Attributes:
+        score: in [0, 2].
+        distances: (rows, cols) float32 in [0, 2], the map that the score is made of.
+        parts: score of each branch by itself, where there are several.
+        note: what is to be said of it, may be empty.
+    """
+
+    score: float
+    distances: np.ndarray
+    parts: Mapping[str, float] = field(default_factory=dict)
+    note: str = ""
+
+
+class Branches:
+    """Scores frames by the branches that the settings ask for.
+
+    Args:
+        index: has the parts that they need.
+        settings: `variant` and what shapes a distance; live ones are given with each frame.
+        region: what takes part.
+    """
+
+    def __init__(self, index: NominalIndex, settings: Settings, region: ImageRegion) -> None:
+        self._index, self._settings, self._region = index, settings, region
+        self._parts = index.parts
+        for part in self._parts.values():
+            part.configure_search(settings.search, settings.search_ef)
+        self._scenes = SceneSearch(index, settings.scene_frames) if settings.scene_frames else None
+        self._surroundings: np.ndarray | None = None
+        if settings.surroundings_weight:
+            pairs = self._parts[PAIRS].content.embeddings
+            around = pairs[:, pairs.shape[1] // 2 :]
+            lengths = np.linalg.norm(around, axis=1, keepdims=True)
+            self._surroundings = np.ascontiguousarray(around / lengths)
+
+    def maps(self, grid: PatchGrid) -> dict[str, DistanceMap]:
+        """Return the plain distances of every branch, for calibration.
+
+        Raises:
+            ModelOutputError: a distance is not finite, or there are no instances to look at.
+        """
+        regions = patch_regions(grid, self._region)
+        distances = self._patch_distances(grid, regions.embeddings, None, None)
+        maps = {GRID: DistanceMap(regions.paint(distances), regions.label_map >= 0)}
+        return {**maps, **self._instance_maps(grid)[0]}
+
+    def score(
+        self, grid: PatchGrid, usual: Mapping[str, UsualDistances], threshold: float | None
+    ) -> FrameScore:
+        """Return the score of a frame, exact above the threshold whatever the search.
+
+        Args:
+            grid: of the frame.
+            usual: by branch; empty: distances are relative to nothing.
+            threshold: of the frame score; None: there is none.
+
+        Raises:
+            ModelOutputError: a distance is not finite, or there are no instances to look at.
+            SettingsError: no patch takes part.
+        """
+        regions = patch_regions(grid, self._region)
+        inside, percent = regions.label_map >= 0, self._settings.tail_percent
+        relation = usual[GRID].relation(inside) if usual else None
+        alone = self._settings.variant == GRID
+        # With the tail exact the score is exact, whatever the search: no false alarms by its error.
+        distances = self._patch_distances(
+            grid, regions.embeddings, relation, threshold if alone else None
+        )
+        if not alone:
+            patches = DistanceMap(regions.paint(distances), inside)
+            return self._combined(grid, patches, usual)
+        if relation is not None:
+            # Clipped, so that scores and heatmaps keep the range of distances.
+            distances = np.clip(relation[0] * distances + relation[1], 0.0, 2.0)
+        return FrameScore(tail_mean(distances, percent), regions.paint(distances))
+
+    def _patch_distances(
+        self,
+        grid: PatchGrid,
+        embeddings: np.ndarray,
+        relation: tuple[np.ndarray, np.ndarray] | None,
+        threshold: float | None,
+    ) -> np.ndarray:
+        k = self._settings.neighbours
+        if self._scenes is not None:
+            return self._scenes.distances(grid, embeddings, k)
+        top = tail_count(len(embeddings), self._settings.tail_percent)
+        return self._index.distances(
+            embeddings, k, exact_above=threshold, exact_top=top, relation=relation
+        )
+
+    def _instance_maps(
+        self, grid: PatchGrid
+    ) -> tuple[dict[str, DistanceMap], Instances | None, dict[str, np.ndarray]]:
+        if self._settings.variant == GRID:
+            return {}, None, {}
+        instances = instances_of(grid, self._region)
+        if not len(instances.embeddings):
+            return {}, instances, {}
+        part = self._parts[INSTANCES]
+        values = {
+            INSTANCES: part.distances(
+                instances.embeddings, min(self._settings.neighbours, part.count)
+            )
+        }
+        weight = self._settings.surroundings_weight
+        if weight:
+            pairs = pairs_of(grid, instances, self._region, weight)
+            values[PAIRS] = self._pair_distances(pairs, weight)
+        covered = instances.covered
+        maps = {n: DistanceMap(instances.paint(v) * covered, covered) for n, v in values.items()}
+        return maps, instances, values
+
+    def _pair_distances(self, pairs: Pairs, weight: float) -> np.ndarray:
+        """Return (n,) float32: how much farther the pair is than its surroundings explain."""
+        assert self._surroundings is not None
+        part = self._parts[PAIRS]
+        k = min(self._settings.neighbours, part.count)
+        around = mean_distances(pairs.surroundings, self._surroundings, k)
+        excess = part.distances(pairs.embeddings, k) - np.float32(weight) * around
+        return np.asarray(np.clip(excess, 0.0, 2.0), np.float32)
+
+    def _combined(
+        self, grid: PatchGrid, patches: DistanceMap, usual: Mapping[str, UsualDistances]
+    ) -> FrameScore:
+        percent, inside = self._settings.tail_percent, patches.inside
+        maps, instances, values = self._instance_maps(grid)
+        # A branch without any calibration frame has no measure.
+        maps = {name: found for name, found in maps.items() if not usual or name in usual}
+        values = {name: values[name] for name in maps}
+        note = ""
+        if instances is None or not maps:
+            note = NO_INSTANCES
+        elif usual and self._settings.min_agreement:
+            kept = self._agreeing(instances, values, maps, patches, usual)
+            instances = Instances(instances.embeddings[kept], instances.shares[kept])
+            covered = instances.covered
+            maps = {
+                name: DistanceMap(instances.paint(v[kept]) * covered, covered)
+                for name, v in values.items()
+            }
+        relative = {GRID: patches.relative(usual.get(GRID))}
+        relative |= {name: found.relative(usual.get(name)) for name, found in maps.items()}
+        counted = [name for name in maps]
+        if self._settings.variant != INSTANCE:
+            counted = [GRID, *counted]
+        mixed = relative[GRID]
+        if maps:
+            covered = next(iter(maps.values())).inside & inside
+            mean = np.mean([relative[name] for name in counted], axis=0, dtype=np.float32)
+            mixed = np.where(covered, mean, mixed)
+        unit = usual[GRID].typical if usual else (0.0, 1.0)
+        distances = np.clip(mixed * np.float32(unit[1]) + np.float32(unit[0]), 0.0, 2.0)
+        distances = np.where(inside, distances, np.float32(0.0)).astype(np.float32)
+        parts = {
+            name: tail_mean(np.where(inside, relative[name], -np.inf)[inside], percent)
+            for name in relative
+        }
+        return FrameScore(tail_mean(distances[inside], percent), distances, parts, note)
+
+    def _agreeing(
+        self,
+        instances: Instances,
+        values: Mapping[str, np.ndarray],
+        maps: Mapping[str, DistanceMap],
+        patches: DistanceMap,
+        usual: Mapping[str, UsualDistances],
+    ) -> np.ndarray:
+        """Return (n,) bool: instances of which enough patches, or the pair, are unusual."""
+        count = len(instances.shares)
+        weights = instances.shares.reshape(count, -1)
+        weights = weights / weights.sum(axis=1, keepdims=True)
+        unusual = patches.relative(usual[GRID]) > _UNUSUAL
+        kept = patch_agreement(weights, unusual.ravel()) >= self._settings.min_agreement
+        if PAIRS in maps:
+            factor = np.zeros((2, *patches.inside.shape), np.float32)
+            factor[:, maps[PAIRS].inside] = usual[PAIRS].relation(maps[PAIRS].inside)
+            own = weights @ factor.reshape(2, -1).T
+            mean, deviation = usual[PAIRS].typical
+            relative = (own[:, 0] * values[PAIRS] + own[:, 1] - mean) / deviation
+            kept |= relative > _UNUSUAL
+        return np.asarray(kept)
