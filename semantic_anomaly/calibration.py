@@ -1,8 +1,6 @@
 """A threshold with a known false-alarm rate, and p-values, from nominal drives alone.
 
-Split conformal prediction (Vovk, Gammerman and Shafer 2005; Laxhammar and Falkman 2010 for
-anomalies): when calibration frames and new nominal frames are exchangeable, a new score exceeds
-the ceil((n + 1)(1 - alpha))-th smallest of n calibration scores with probability at most alpha.
+By split conformal prediction (`conformal.py`), of frames and, where asked for, of stretches.
 Frames of one drive resemble each other, so many short drives are worth more than a long one.
 """
 
@@ -11,18 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from semantic_anomaly import calibration_file
+from semantic_anomaly import calibration_file, conformal
 from semantic_anomaly import renewal as renewals
 from semantic_anomaly.errors import CalibrationError, MismatchError, ModelOutputError
 from semantic_anomaly.places import UsualDistances
 from semantic_anomaly.regions import ImageRegion
 from semantic_anomaly.settings import Settings
+from semantic_anomaly.stretches import Stretches
 from semantic_anomaly.structures import HeatmapScale
 
 FEW_DRIVES = 5
@@ -56,6 +54,7 @@ class Calibration:
         dtype: precision of the backbone that ran; empty where it is not known.
         renewal: edits of the index since the scores were measured, which make a new calibration
             due; empty: none.
+        stretches: nominal scores by stretch of driving; None: not asked for.
 
     Raises:
         CalibrationError: scores are not finite, not sorted, not in [0, 2], not as many as the
@@ -75,6 +74,7 @@ class Calibration:
     camera: str = "camera"
     dtype: str = ""
     renewal: tuple[renewals.Change, ...] = ()
+    stretches: Stretches | None = None
 
     def __post_init__(self) -> None:
         scores = self.scores
@@ -116,6 +116,7 @@ class Calibration:
         camera: str,
         dtype: str = "",
         usual: Mapping[str, UsualDistances] | None = None,
+        stretches: Stretches | None = None,
     ) -> Calibration:
         """Make a calibration from the frame scores of nominal drives.
 
@@ -128,6 +129,7 @@ class Calibration:
             camera: name of the camera.
             dtype: precision of the backbone that ran.
             usual: what the scores are relative to.
+            stretches: of the same drives, where a rate of them is asked for.
 
         Raises:
             CalibrationError: too few scores for the target rate, or scores that cannot be.
@@ -150,6 +152,7 @@ class Calibration:
             scoring=settings.scoring,
             camera=camera,
             dtype=dtype,
+            stretches=stretches,
         )
 
     @property
@@ -168,14 +171,24 @@ class Calibration:
         Raises:
             CalibrationError: too few calibration scores for so low a rate.
         """
-        allowed = _allowed(self.count, rate)
-        if allowed < 1:
+        return conformal.threshold(self.scores, rate, "frames")
+
+    def threshold_of(self, settings: Settings) -> float:
+        """Return the score that keeps both promises: of frames and, if one is asked, of stretches.
+
+        Raises:
+            CalibrationError: too few frames or stretches for the rate, or no stretches at all.
+            MismatchError: stretches of another length or confirmation.
+        """
+        of_frames = self.threshold_for(settings.target_false_alarm_rate)
+        if not settings.target_episode_rate:
+            return of_frames
+        if self.stretches is None:
             raise CalibrationError(
-                f"a false-alarm rate of {rate:g} needs at least {scores_needed(rate)} nominal "
-                f"calibration frames, found {self.count}"
+                "setting 'target_episode_rate': expected a calibration by stretches, found one by "
+                "frames alone; calibrate again with it"
             )
-        # The (n + 1 - allowed)-th smallest is the ceil((n + 1)(1 - alpha))-th.
-        return float(self.scores[self.count - allowed])
+        return max(of_frames, self.stretches.threshold(settings))
 
     def p_value(self, score: float) -> float:
         """Return how often nominal frames score at least so high, in (0, 1].
@@ -211,12 +224,12 @@ class Calibration:
                 f"calibration frames come from {len(self.drives)} drives only; "
                 f"{FEW_DRIVES} or more make the false-alarm rate hold on drives not seen"
             )
-        allowed = _allowed(self.count, self.target_false_alarm_rate)
+        allowed = conformal.allowed(self.count, self.target_false_alarm_rate)
+        needed = conformal.scores_needed(self.target_false_alarm_rate)
         if allowed < 3:
             found.append(
                 f"{self.count} calibration frames are near the least that a rate of "
-                f"{self.target_false_alarm_rate:g} needs "
-                f"({scores_needed(self.target_false_alarm_rate)}): the threshold rests on the "
+                f"{self.target_false_alarm_rate:g} needs ({needed}): the threshold rests on the "
                 f"{'largest score' if allowed == 1 else 'two largest scores'}"
             )
         if self.renewal:
@@ -277,18 +290,3 @@ class Calibration:
 
     def _values(self) -> dict[str, Any]:
         return {each.name: getattr(self, each.name) for each in fields(self)}
-
-
-def scores_needed(rate: float) -> int:
-    """Return how many nominal scores a false-alarm rate needs at least: 1/rate - 1, rounded up."""
-    return math.ceil(1 / _exact(rate)) - 1
-
-
-def _allowed(count: int, rate: float) -> int:
-    """Return how many of count + 1 exchangeable scores may exceed the threshold."""
-    return min(count, math.floor((count + 1) * _exact(rate)))
-
-
-def _exact(rate: float) -> Fraction:
-    # 0.07 means seven hundredths: the nearest double below would cost a rank at (n + 1) = 100.
-    return Fraction(repr(float(rate)))

@@ -16,14 +16,15 @@ from semantic_anomaly.embedding_settings import GRID
 from semantic_anomaly.errors import CalibrationError
 from semantic_anomaly.places import UsualDistances
 from semantic_anomaly.storage import atomic_write_bytes, canonical_json, sha256_bytes
+from semantic_anomaly.stretches import Stretches
 
 FILE_NAME = "calibration.json"
 FORMAT = 2
 # Only a calibration that is due for renewal says so: the others keep format and digest.
 FORMAT_WITH_RENEWAL = 3
-# Only scores of more than patches need the newest format.
+# Only scores of more than patches, or of stretches, need the newest format.
 FORMAT_WITH_BRANCHES = 4
-_OPTIONAL: dict[str, type] = {"renewal": list, "scoring": dict}
+_OPTIONAL: dict[str, type] = {"renewal": list, "scoring": dict, "stretches": dict}
 
 _TYPES: dict[str, type] = {
     "scores": list,
@@ -90,6 +91,8 @@ def _body(values: Mapping[str, Any]) -> dict[str, Any]:
         told["renewal"], number = renewal.describe(values["renewal"]), FORMAT_WITH_RENEWAL
     if values["scoring"]:
         told["scoring"], number = dict(values["scoring"]), FORMAT_WITH_BRANCHES
+    if values["stretches"]:
+        told["stretches"], number = values["stretches"].describe(), FORMAT_WITH_BRANCHES
     return {
         **{key: value for key, value in values.items() if key not in _OPTIONAL},
         **told,
@@ -122,7 +125,7 @@ def _checked(body: Any) -> dict[str, Any]:
     if found == FORMAT_WITH_RENEWAL:
         expected |= {"renewal"}
     if found == FORMAT_WITH_BRANCHES:
-        expected |= {"scoring"} | ({"renewal"} & set(body))
+        expected |= set(_OPTIONAL) & set(body)
     if set(body) != expected:
         differing = ", ".join(sorted(set(body) ^ expected))
         raise CalibrationError(f"expected keys of format {found}, differing in: {differing:.200}")
@@ -131,7 +134,7 @@ def _checked(body: Any) -> dict[str, Any]:
     body.pop("format")
     body = {**{key: kind() for key, kind in _OPTIONAL.items()}, **body}
     body["renewal"] = renewal.from_description(body["renewal"])
-    for key, kind in {**_TYPES, "scoring": dict}.items():
+    for key, kind in {**_TYPES, "scoring": dict, "stretches": dict}.items():
         if type(body[key]) is not kind:
             raise CalibrationError(f"'{key}' is of type {type(body[key]).__name__}")
     if not all(type(score) is float for score in body["scores"]):
@@ -150,5 +153,7 @@ def _checked(body: Any) -> dict[str, Any]:
     if usual and not body["scoring"]:
         usual = {GRID: usual}
     body["usual"] = {name: UsualDistances.from_description(told) for name, told in usual.items()}
+    stretches = body["stretches"]
+    body["stretches"] = Stretches.from_description(stretches) if stretches else None
     body["scores"] = np.array(body["scores"], np.float64)
     return body

@@ -267,7 +267,7 @@ class AnomalyDetector:
             threshold = settings.threshold
             scale = HeatmapScale(0.0, threshold)
         elif self.calibration is not None:
-            threshold = self.calibration.threshold_for(settings.target_false_alarm_rate)
+            threshold = self.calibration.threshold_of(settings)
         if self.calibration is not None and threshold is not None:
             scale = self.calibration.scale(threshold)
         given = settings.confirm_count, settings.confirm_s, settings.silence_s

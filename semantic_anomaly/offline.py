@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from semantic_anomaly.calibration import Calibration, scores_needed
+from semantic_anomaly.calibration import Calibration
+from semantic_anomaly.conformal import scores_needed
 from semantic_anomaly.detector import AnomalyDetector
 from semantic_anomaly.errors import SourceError, UnknownNameError
 from semantic_anomaly.freshness import Fresh
 from semantic_anomaly.identity import Embedder
-from semantic_anomaly.places import PlaceSums, UsualDistances
+from semantic_anomaly.places import PlaceSums, usual_of_others
 from semantic_anomaly.regions import ImageRegion
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.sources import FrameSource, open_source
+from semantic_anomaly.stretches import Stretches
 from semantic_anomaly.structures import Frame, PatchGrid
 
 if TYPE_CHECKING:
@@ -137,6 +139,7 @@ def calibrate(
                     folds[fold][branch].add(found.values, found.inside)
         detectors: dict[int, AnomalyDetector] = {}
         scores: dict[str, list[float]] = {}
+        stamps: dict[str, list[int]] = {}
         medians: list[float] = []
         for number, (drive, (frame, grid)) in enumerate(
             _embedded(opened, embedder, "calibrate", 1, progress)
@@ -145,10 +148,11 @@ def calibrate(
                 fresh.check(drives[drive], frame)
             fold = _fold(list(drives), drive, number)
             if fold not in detectors:
-                usual = _usual_of_others(folds, fold)
+                usual = usual_of_others(folds, fold)
                 detectors[fold] = AnomalyDetector(embedder, index, None, settings, region, usual)
             score, distances = detectors[fold].score(grid)
             scores.setdefault(drive, []).append(score)
+            stamps.setdefault(drive, []).append(frame.stamp_ns)
             inside = region.patch_mask(grid.grid_hw, grid.image_hw)
             medians.append(float(np.median(distances[inside])))
         calibration = Calibration.fit(
@@ -159,7 +163,10 @@ def calibrate(
             region=region,
             camera=camera,
             dtype=embedder.identity.dtype,
-            usual=_usual_of_others(folds, None),
+            usual=usual_of_others(folds, None),
+            stretches=Stretches.of_drives(scores, stamps, settings)
+            if settings.target_episode_rate
+            else None,
         )
     finally:
         if own:
@@ -174,21 +181,6 @@ def _fold(drives: Sequence[str], drive: str, number: int) -> int:
     if len(drives) > 1:
         return drives.index(drive) % FOLDS
     return number // STRETCH_FRAMES % FOLDS
-
-
-def _usual_of_others(
-    folds: Mapping[int, Mapping[str, PlaceSums]], left_out: int | None
-) -> dict[str, UsualDistances]:
-    """Return what is usual in all folds but one, by branch, so that no frame is its own measure.
-
-    Where a single fold has frames, they are: a calibration so small promises little in any case.
-    """
-    usual = {}
-    for branch in sorted({name for sums in folds.values() for name in sums}):
-        held = {fold: sums[branch] for fold, sums in folds.items() if branch in sums}
-        others = [sums for fold, sums in held.items() if fold != left_out]
-        usual[branch] = sum(others or held.values(), PlaceSums()).usual()
-    return usual
 
 
 def _region(settings: Settings, camera: str) -> ImageRegion:

@@ -151,6 +151,21 @@ class UsualDistances:
         return cls(**made)
 
 
+def usual_of_others(
+    folds: Mapping[int, Mapping[str, PlaceSums]], left_out: int | None
+) -> dict[str, UsualDistances]:
+    """Return what is usual in all folds but one, by branch, so that no frame is its own measure.
+
+    Where a single fold has frames, they are: a calibration so small promises little in any case.
+    """
+    usual = {}
+    for branch in sorted({name for sums in folds.values() for name in sums}):
+        held = {fold: sums[branch] for fold, sums in folds.items() if branch in sums}
+        others = [sums for fold, sums in held.items() if fold != left_out]
+        usual[branch] = sum(others or held.values(), PlaceSums()).usual()
+    return usual
+
+
 @lru_cache(maxsize=8)
 def _cell_of(grid_hw: tuple[int, int]) -> np.ndarray:
     rows, cols = (

@@ -77,6 +77,17 @@ class Settings(EmbeddingSettings):
         maximum=0.5,
         live=True,
     )
+    target_episode_rate: float = setting(
+        0.0,
+        "Share of nominal stretches of episode_s that may raise an alarm, promised besides the "
+        "rate of frames; 0: no such promise.",
+        minimum=0.0,
+        maximum=0.5,
+        live=True,
+    )
+    episode_s: float = setting(
+        10.0, "Length of a stretch of driving, in seconds.", minimum=0.1, maximum=86400.0
+    )
     threshold: float = setting(
         0.0,
         "Score threshold that replaces the calibrated one; 0: the calibrated one.",

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from semantic_anomaly.calibration import Calibration, scores_needed
+from semantic_anomaly.calibration import Calibration
+from semantic_anomaly.conformal import scores_needed
 from semantic_anomaly.errors import CalibrationError, MismatchError, ModelOutputError
 from semantic_anomaly.places import CELLS_HW, UsualDistances
 from semantic_anomaly.regions import ImageRegion

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from semantic_anomaly.cli.options import (
     add_detector_options,
@@ -14,6 +14,10 @@ from semantic_anomaly.cli.options import (
 )
 from semantic_anomaly.cli.tables import figure, table
 from semantic_anomaly.errors import InputError
+
+if TYPE_CHECKING:
+    from semantic_anomaly.calibration import Calibration
+    from semantic_anomaly.settings import Settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="share of nominal frames that may be called anomalous (default 0.01)",
     )
     parser.add_argument(
+        "--target-episode-rate",
+        type=float,
+        metavar="RATE",
+        help="share of nominal stretches of --episode-s that may raise an alarm, promised besides "
+        "(default: no such promise); needs every frame of the drives",
+    )
+    parser.add_argument(
         "--check",
         action="store_true",
         help="write nothing, but say what the present calibration's promise comes to on the "
@@ -40,9 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--episode-s",
         type=float,
-        default=10.0,
         metavar="S",
-        help="with --check: length of a stretch of driving (default: %(default)g)",
+        help="length of a stretch of driving (default: the setting, 10)",
     )
     add_topic_option(parser)
     add_detector_options(parser)
@@ -56,14 +66,19 @@ def run(args: argparse.Namespace) -> int:
     from semantic_anomaly.index import NominalIndex
 
     settings, camera = settings_of(
-        args, args.index, target_false_alarm_rate=args.target_false_alarm_rate
+        args,
+        args.index,
+        target_false_alarm_rate=args.target_false_alarm_rate,
+        target_episode_rate=args.target_episode_rate,
+        episode_s=args.episode_s,
     )
     index = NominalIndex.load(args.index)
     calibration = offline.calibrate(settings, camera, index, args.sources, topic=args.topic)
     path = calibration.save(args.index)
     rows = [
-        ("threshold", f"{calibration.threshold:.4f}"),
+        ("threshold", f"{calibration.threshold_of(settings):.4f}"),
         ("target false-alarm rate", f"{calibration.target_false_alarm_rate:g}"),
+        *_stretches(calibration, settings),
         ("nominal frames", f"{calibration.count}"),
         ("drives", ", ".join(f"{name} ({count})" for name, count in calibration.drives)),
         (
@@ -77,6 +92,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _stretches(calibration: Calibration, settings: Settings) -> list[tuple[str, str]]:
+    if calibration.stretches is None:
+        return []
+    found = calibration.stretches
+    told = f"{settings.target_episode_rate:g} of stretches of {found.episode_s:g} s"
+    return [("target of stretches", told), ("nominal stretches", f"{len(found.scores)}")]
+
+
 def _check(args: argparse.Namespace) -> int:
     from semantic_anomaly.evaluation.realised import realised_rates
 
@@ -84,8 +107,9 @@ def _check(args: argparse.Namespace) -> int:
         raise InputError("--check: the target rate is the calibration's own, found another given")
     settings, camera = settings_of(args, args.index)
     detector = load_detector(args, settings, camera)
-    found = realised_rates(detector, args.sources, topic=args.topic, episode_s=args.episode_s)
-    stretch = f"of {found['stretches']} stretches of {args.episode_s:g} s with an alarm"
+    length = detector.settings.episode_s if args.episode_s is None else args.episode_s
+    found = realised_rates(detector, args.sources, topic=args.topic, episode_s=length)
+    stretch = f"of {found['stretches']} stretches of {length:g} s with an alarm"
     hour = found["episodes_per_hour"]
     rows = [
         _rate(found, "frame", f"of {found['frames']} frames above the threshold; target "

@@ -142,9 +142,16 @@ def load_detector(args: argparse.Namespace, settings: Settings, camera: str) -> 
 
     folder = Path(settings.index_of(camera)).expanduser()
     if "target_false_alarm_rate" not in _parameters(args) and (folder / FILE_NAME).exists():
-        # A default is not a wish: 'calibrate' was told which rate is wanted.
-        rate = Calibration.load(folder).target_false_alarm_rate
-        settings = settings.replace(target_false_alarm_rate=rate)
+        # A default is not a wish: 'calibrate' was told which rates are wanted.
+        calibration = Calibration.load(folder)
+        settings = settings.replace(target_false_alarm_rate=calibration.target_false_alarm_rate)
+        stretches = calibration.stretches
+        if stretches is not None and "target_episode_rate" not in _parameters(args):
+            wanted = "target_episode_rate", "episode_s", "confirm_count", "confirm_s"
+            told = {name: getattr(stretches, name) for name in wanted}
+            settings = settings.replace(
+                **{k: v for k, v in told.items() if k not in _parameters(args)}
+            )
     return AnomalyDetector.load(settings, camera)
 
 
