@@ -24,10 +24,10 @@ from transformers import AutoConfig, AutoModel
 
 from semantic_anomaly.backbone_folder import SHIPPED
 from semantic_anomaly.detector import AnomalyDetector
-from semantic_anomaly.embedding import PatchEmbedder
 from semantic_anomaly.evaluation.metrics import PixelScores, frame_auroc
 from semantic_anomaly.identity import Embedder, EmbedderIdentity
 from semantic_anomaly.index import NominalIndex
+from semantic_anomaly.instance_embedding import RunningEmbedder
 from semantic_anomaly.localization import heatmap
 from semantic_anomaly.places import PlaceSums
 from semantic_anomaly.regions import ImageRegion
@@ -220,6 +220,11 @@ def by_kind(scores: Scores, tests: Sequence[StreetFrame]) -> dict[str, float]:
     return found
 
 
+def _backbone(folder: str | Path, layers: Sequence[int] = ()) -> Embedder:
+    settings = Settings(backbone=str(folder), layers=tuple(layers))
+    return RunningEmbedder.from_settings(settings)
+
+
 def main() -> None:
     """Print the table, and the AUROC by kind as JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -252,16 +257,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         shipped = SHIPPED / args.backbone
         folder = shipped if shipped.is_dir() else Path(args.backbone)
-        embedders: list[tuple[str, Embedder]] = [(folder.name, PatchEmbedder(str(folder)))]
+        embedders: list[tuple[str, Embedder]] = [(folder.name, _backbone(folder))]
         if not args.only:
             random = untrained(folder, Path(temporary) / "untrained")
-            embedders.append((f"{folder.name}, untrained", PatchEmbedder(str(random))))
+            embedders.append((f"{folder.name}, untrained", _backbone(random)))
             embedders.append(("LAB and gradient orientations", HandMade()))
         for other in args.also:
             path, _, layers = other.partition(":")
             chosen = [int(layer) for layer in layers.split(",") if layer]
             name = Path(path).name + (f", layers {layers}" if layers else "")
-            embedders.append((name, PatchEmbedder(path, layers=chosen)))
+            embedders.append((name, _backbone(path, chosen)))
         # No near-duplicate is left out: features of low contrast would lose most.
         settings = Settings(
             tail_percent=args.tail_percent, neighbours=args.neighbours, dedup_distance=0.0

@@ -58,8 +58,6 @@ class PatchEmbedder:
             there, or the self-test fails.
     """
 
-    segmenter = None
-
     def __init__(
         self,
         backbone: str,
