@@ -263,7 +263,7 @@ class Calibration:
                 raise MismatchError(f"calibration: {name}", expected, found, "calibrate again")
 
     def save(self, index_folder: Path) -> Path:
-        """Write calibration.json into the folder of its index, whole or not at all.
+        """Write the camera's file into the folder of its index, whole or not at all.
 
         Raises:
             ArtefactError: the file cannot be written.
@@ -276,17 +276,22 @@ class Calibration:
         return calibration_file.digest(self._values())
 
     @classmethod
-    def load(cls, index_folder: Path) -> Calibration:
-        """Read calibration.json from the folder of its index.
+    def load(cls, index_folder: Path, camera: str = "") -> Calibration:
+        """Read the calibration of a camera, else that of all, from the folder of its index.
 
         Raises:
             CalibrationError: missing, damaged, altered or of another format.
         """
-        values = calibration_file.read(index_folder)
+        return cls.of_file(calibration_file.file_of(index_folder, camera))
+
+    @classmethod
+    def of_file(cls, path: Path) -> Calibration:
+        """Read a file of a calibration; raises as `load`."""
+        values = calibration_file.read(path)
         try:
             return cls(**values)
         except CalibrationError as error:
-            raise CalibrationError(f"calibration of index '{index_folder}': {error}") from error
+            raise CalibrationError(f"calibration of index '{path.parent}': {error}") from error
 
     def _values(self) -> dict[str, Any]:
         return {each.name: getattr(self, each.name) for each in fields(self)}

@@ -1,9 +1,14 @@
-"""The file of a calibration, calibration.json: written whole, and checked before it is believed."""
+"""The files of calibrations: written whole, and checked before they are believed.
+
+calibration.json is the first camera's, and holds for all that have none of their own; that of
+another camera with the same index is calibration.<camera>.json.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from reprlib import repr as short
@@ -26,6 +31,7 @@ FORMAT_WITH_RENEWAL = 3
 FORMAT_WITH_BRANCHES = 4
 _OPTIONAL: dict[str, type] = {"renewal": list, "scoring": dict, "stretches": dict}
 
+_NAMES = re.compile(r"calibration(\.[A-Za-z_][A-Za-z0-9_]*)?\.json")
 _TYPES: dict[str, type] = {
     "scores": list,
     "drives": list,
@@ -41,6 +47,24 @@ _TYPES: dict[str, type] = {
 }
 
 
+def files(folder: Path) -> list[Path]:
+    """Return the calibrations in the folder of an index, calibration.json first."""
+    first = Path(folder) / FILE_NAME
+    others = sorted(p for p in Path(folder).glob("calibration.*.json") if is_calibration(p.name))
+    return [path for path in (first, *others) if path.exists()]
+
+
+def file_of(folder: Path, camera: str) -> Path:
+    """Return the calibration that holds for a camera; it need not exist."""
+    own = Path(folder) / f"calibration.{camera}.json"
+    return own if own.exists() else Path(folder) / FILE_NAME
+
+
+def is_calibration(name: str) -> bool:
+    """Return whether a file's name is that of a calibration."""
+    return _NAMES.fullmatch(name) is not None
+
+
 def write(folder: Path, values: Mapping[str, Any]) -> Path:
     """Write the fields of a calibration into the folder of its index and return the file.
 
@@ -49,6 +73,13 @@ def write(folder: Path, values: Mapping[str, Any]) -> Path:
     """
     body = _body(values)
     path = Path(folder) / FILE_NAME
+    try:
+        of_another = path.exists() and read(path)["camera"] != values["camera"]
+    except CalibrationError:
+        # A damaged one is worth nothing to any camera.
+        of_another = False
+    if of_another:
+        path = path.with_name(f"calibration.{values['camera']}.json")
     atomic_write_bytes(path, canonical_json({**body, "sha256": _digest(body)}).encode())
     return path
 
@@ -58,13 +89,12 @@ def digest(values: Mapping[str, Any]) -> str:
     return _digest(_body(values))
 
 
-def read(folder: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
     """Return the fields of a calibration, digest, structure and types checked.
 
     Raises:
         CalibrationError: missing, damaged, altered or of another format.
     """
-    path = Path(folder) / FILE_NAME
     try:
         content = path.read_bytes()
     except FileNotFoundError:

@@ -14,7 +14,7 @@ import numpy as np
 
 from semantic_anomaly.branches import Branches, DistanceMap, FrameScore
 from semantic_anomaly.calibration import Calibration
-from semantic_anomaly.calibration_file import FILE_NAME
+from semantic_anomaly.calibration_file import file_of
 from semantic_anomaly.confirmation import decide, follow, reject
 from semantic_anomaly.errors import (
     IndexMismatchError,
@@ -143,8 +143,10 @@ class AnomalyDetector:
             index = NominalIndex.load(folder)
         index.configure_search(settings.search, settings.search_ef)
         calibration = None
-        if need_calibration or (folder / FILE_NAME).exists():
-            calibration = Calibration.load(folder)
+        if need_calibration or file_of(folder, camera).exists():
+            calibration = Calibration.load(folder, camera)
+            if len(settings.cameras) > 1 and calibration.camera != camera:
+                _log.warning("camera '%s': calibrated for '%s'", camera, calibration.camera)
         if embedder is None:
             from semantic_anomaly.instance_embedding import RunningEmbedder
 
@@ -261,13 +263,10 @@ class AnomalyDetector:
             self._live = self._prepared(settings, self._live)
 
     def _prepared(self, settings: Settings, before: _Live | None = None) -> _Live:
-        threshold: float | None = None
-        scale = HeatmapScale(0.0, 1.0)
-        if settings.threshold > 0.0:
-            threshold = settings.threshold
-            scale = HeatmapScale(0.0, threshold)
-        elif self.calibration is not None:
+        threshold = settings.threshold or None
+        if threshold is None and self.calibration is not None:
             threshold = self.calibration.threshold_of(settings)
+        scale = HeatmapScale(0.0, threshold or 1.0)
         if self.calibration is not None and threshold is not None:
             scale = self.calibration.scale(threshold)
         given = settings.confirm_count, settings.confirm_s, settings.silence_s

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from semantic_anomaly import calibration_file
 from semantic_anomaly.calibration import Calibration
-from semantic_anomaly.calibration_file import FILE_NAME
 from semantic_anomaly.entry_numbers import rows_of
 from semantic_anomaly.errors import InputError, MismatchError
 from semantic_anomaly.growing_graph import GrowingGraph
@@ -185,10 +185,10 @@ def _undone_with(part: NominalIndex, edit: Edit) -> NominalIndex:
 
 
 def save_edited(folder: Path, before: NominalIndex, edited: NominalIndex) -> Calibration | None:
-    """Put an edited index in the place of what it was made from, its calibration carried over.
+    """Put an edited index in the place of what it was made from, its calibrations carried over.
 
     Returns:
-        the calibration, due for renewal until all edits since are undone; None: there is none.
+        the first calibration, due for renewal until all edits since are undone; None: none is.
 
     Raises:
         ArtefactError: the folder has changed since, or cannot be written.
@@ -200,9 +200,9 @@ def save_edited(folder: Path, before: NominalIndex, edited: NominalIndex) -> Cal
         raise MismatchError(
             f"index '{folder}': fingerprint", before.fingerprint, found, "edited meanwhile; again"
         )
-    calibration = None
-    if (folder / FILE_NAME).exists():
-        calibration = Calibration.load(folder)
+    carried = []
+    for path in calibration_file.files(folder):
+        calibration = Calibration.of_file(path)
         if calibration.index_fingerprint != before.fingerprint:
             raise MismatchError(
                 f"calibration of '{folder}': index fingerprint",
@@ -210,9 +210,9 @@ def save_edited(folder: Path, before: NominalIndex, edited: NominalIndex) -> Cal
                 calibration.index_fingerprint,
                 "calibrate again",
             )
-        calibration = calibration.carried(edited, _changes(before, edited))
-    edited.save(folder, calibration.save if calibration else None)
-    return calibration
+        carried.append(calibration.carried(edited, _changes(before, edited)))
+    edited.save(folder, lambda beside: [each.save(beside) for each in carried])
+    return carried[0] if carried else None
 
 
 def _changes(before: NominalIndex, edited: NominalIndex) -> Iterator[Change]:

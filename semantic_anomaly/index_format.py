@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from semantic_anomaly.calibration_file import is_calibration
 from semantic_anomaly.errors import ArtefactError, IndexFormatError
 from semantic_anomaly.graph_file import check_graph_file
 from semantic_anomaly.identity import EmbedderIdentity
@@ -31,11 +32,10 @@ GRAPH = "graph.hnsw"
 EMBEDDINGS = "embeddings.npy"
 ENTRIES = "entries.npy"
 FRAMES = "frames"
-CALIBRATION = "calibration.json"
 RETRACTED = ("retracted_embeddings.npy", "retracted_entries.npy")
 # Version 1 is version 2 without edits and parts.
 _READABLE = (1, FORMAT_VERSION)
-_OWN_NAMES = frozenset({MANIFEST, GRAPH, EMBEDDINGS, ENTRIES, FRAMES, CALIBRATION, *RETRACTED})
+_OWN_NAMES = frozenset({MANIFEST, GRAPH, EMBEDDINGS, ENTRIES, FRAMES, *RETRACTED})
 _FRAME_FILE = re.compile(rf"{FRAMES}/\d{{6,}}\.jpg")
 _KEYS = {"format", "format_version", "fingerprint", "content", "written", "files", "sha256"}
 _PIECE = 65536
@@ -111,7 +111,7 @@ def refuse_other_folder(folder: Path) -> None:
     """Raise ArtefactError where a folder holds anything besides an index."""
     inside = list(folder.iterdir()) if folder.is_dir() else []
     names = {p.name for p in inside if not _is_index(p)}
-    foreign = sorted(n for n in names - _OWN_NAMES if not n.startswith("."))
+    foreign = sorted(n for n in _not_own(names) if not n.startswith("."))
     if foreign or (names and MANIFEST not in names):
         found = ", ".join(foreign[:3]) or "no manifest.json"
         raise ArtefactError(
@@ -123,7 +123,11 @@ def _is_index(folder: Path) -> bool:
     if not folder.is_dir() or folder.is_symlink():
         return False
     names = {p.name for p in folder.iterdir()}
-    return MANIFEST in names and names <= _OWN_NAMES
+    return MANIFEST in names and not _not_own(names)
+
+
+def _not_own(names: Iterable[str]) -> set[str]:
+    return {name for name in names if name not in _OWN_NAMES and not is_calibration(name)}
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -164,7 +168,9 @@ def _check_files(folder: Path, files: Any, described: Mapping[str, Any]) -> None
     present = {p.as_posix() for p in relative if p.parts[0] not in parts}
     # Hidden names are what an interrupted write of a calibration may leave.
     extra = sorted(
-        n for n in present - set(files) - {MANIFEST, CALIBRATION, FRAMES} if not n.startswith(".")
+        n
+        for n in present - set(files) - {MANIFEST, FRAMES}
+        if not (n.startswith(".") or is_calibration(n))
     )
     if extra:
         raise _wrong(folder, "only files of the manifest", extra[0])

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check everything that an index folder holds and print a summary."""
     from semantic_anomaly.calibration import Calibration
-    from semantic_anomaly.calibration_file import FILE_NAME
+    from semantic_anomaly.calibration_file import files
     from semantic_anomaly.errors import MismatchError
     from semantic_anomaly.index import NominalIndex
 
@@ -41,21 +41,24 @@ def run(args: argparse.Namespace) -> int:
     index = NominalIndex.load(folder)
     # The graph is read and checked only when it is used.
     index.configure_search("graph", index.manifest["content"]["search_ef"])
-    calibration = Calibration.load(folder) if (folder / FILE_NAME).exists() else None
-    if calibration and calibration.index_fingerprint != index.fingerprint:
-        raise MismatchError(
-            f"calibration of '{folder}': index fingerprint",
-            index.fingerprint,
-            calibration.index_fingerprint,
-            "it is of another index; calibrate again",
-        )
+    calibrations = [Calibration.of_file(path) for path in files(folder)]
+    for calibration in calibrations:
+        if calibration.index_fingerprint != index.fingerprint:
+            raise MismatchError(
+                f"calibration of '{folder}': index fingerprint",
+                index.fingerprint,
+                calibration.index_fingerprint,
+                "it is of another index; calibrate again",
+            )
     print(table(_index_rows(folder, index)))
     for name, each in {"": index, **index.parts}.items():
         if each.edits:
             print(f"\nedits of part '{name}'" if name else "\nedits")
             print(table(_edit_rows(each), _EDIT_COLUMNS))
-    print()
-    print(table(_calibration_rows(calibration)))
+    if not calibrations:
+        print("\n" + table([("calibration", "none; decisions will be 'unknown'")]))
+    for calibration in calibrations:
+        print("\n" + table(_calibration_rows(calibration)))
     if args.recall:
         found = index.recall(_RECALL_QUERIES, args.neighbours)
         rows = [(name.replace("_", " "), f"{value:.6g}") for name, value in found.items()]
@@ -106,11 +109,10 @@ def _edit_rows(index: NominalIndex) -> list[tuple[str, ...]]:
     ]
 
 
-def _calibration_rows(calibration: Calibration | None) -> list[tuple[str, str]]:
-    if calibration is None:
-        return [("calibration", "none; decisions will be 'unknown'")]
+def _calibration_rows(calibration: Calibration) -> list[tuple[str, str]]:
     drives = _listed([f"{name} ({count})" for name, count in calibration.drives])
     return [
+        ("calibration of camera", calibration.camera),
         ("threshold", f"{calibration.threshold:.4f}"),
         ("target rate", f"{calibration.target_false_alarm_rate:g}"),
         ("nominal frames", f"{calibration.count}"),
@@ -119,8 +121,18 @@ def _calibration_rows(calibration: Calibration | None) -> list[tuple[str, str]]:
             "score settings",
             f"neighbours {calibration.neighbours}, tail {calibration.tail_percent:g} %",
         ),
+        *((name, f"{value}") for name, value in calibration.scoring.items()),
+        *_stretch_rows(calibration),
         *(("warning", sentence) for sentence in calibration.warnings),
     ]
+
+
+def _stretch_rows(calibration: Calibration) -> list[tuple[str, str]]:
+    made = calibration.stretches
+    if made is None:
+        return []
+    told = f"{len(made.scores)} of {made.episode_s:g} s, target {made.target_episode_rate:g}"
+    return [("nominal stretches", told)]
 
 
 def _listed(names: list[str]) -> str:

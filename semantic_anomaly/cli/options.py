@@ -137,13 +137,13 @@ def load_detector(args: argparse.Namespace, settings: Settings, camera: str) -> 
         SemanticAnomalyError: as `AnomalyDetector.load`.
     """
     from semantic_anomaly.calibration import Calibration
-    from semantic_anomaly.calibration_file import FILE_NAME
+    from semantic_anomaly.calibration_file import file_of
     from semantic_anomaly.detector import AnomalyDetector
 
     folder = Path(settings.index_of(camera)).expanduser()
-    if "target_false_alarm_rate" not in _parameters(args) and (folder / FILE_NAME).exists():
+    if "target_false_alarm_rate" not in _parameters(args) and file_of(folder, camera).exists():
         # A default is not a wish: 'calibrate' was told which rates are wanted.
-        calibration = Calibration.load(folder)
+        calibration = Calibration.load(folder, camera)
         settings = settings.replace(target_false_alarm_rate=calibration.target_false_alarm_rate)
         stretches = calibration.stretches
         if stretches is not None and "target_episode_rate" not in _parameters(args):

@@ -123,7 +123,7 @@ class Album:
             caption: one line.
             mask: ground truth.
             ranks: group and how extreme it is there; the `WORST` of each group are kept.
-            nearest: makes the fourth picture of a frame that is kept so.
+            nearest: makes the fourth picture, of a frame that is kept so or written always.
             always: write this frame whatever its number.
         """
         regular = always or (self._every > 0 and number % self._every == 0)
@@ -138,12 +138,15 @@ class Album:
         if not (regular or extreme):
             return
         heat = draw_heatmap(result, self._region)
+        like = nearest() if extreme or always else None
         if regular:
-            panel = side_by_side(frame.image, heat, overlay, mask, caption)
+            panel = side_by_side(
+                frame.image, heat, overlay, mask, caption, like if always else None
+            )
             self._write(f"overlays/{stem}.jpg", encode_jpeg(overlay))
             self._write(f"panels/{stem}.jpg", encode_jpeg(panel, 88))
         if extreme:
-            panel = side_by_side(frame.image, heat, overlay, mask, caption, nearest())
+            panel = side_by_side(frame.image, heat, overlay, mask, caption, like)
             content = encode_jpeg(panel, 88)
             for group in extreme:
                 self._write(_kept(group, number), content)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from semantic_anomaly.evaluation import extras, html, provenance
-from semantic_anomaly.evaluation.album import Album
+from semantic_anomaly.evaluation.album import Album, nearest_nominal
 from semantic_anomaly.evaluation.drives import SUMMARY, WRITTEN, write_drive
 from semantic_anomaly.evaluation.events import Event
 from semantic_anomaly.evaluation.journal import resumable_report
@@ -83,6 +84,7 @@ def replay(
                 result,
                 stem=html.frame_stem(frame.name),
                 caption=f"{frame.name}   {result.decision.value}   score {result.score:.3f}",
+                nearest=partial(nearest_nominal, detector, frame),
                 always=begins,
             )
             journal.record(_row(frame, result))
