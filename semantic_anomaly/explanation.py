@@ -13,6 +13,7 @@ from semantic_anomaly.errors import InputError
 from semantic_anomaly.exact_search import inner_products
 from semantic_anomaly.images import decode_compressed
 from semantic_anomaly.index import NominalIndex
+from semantic_anomaly.instances import instances_of, pairs_of
 from semantic_anomaly.regions import ImageRegion
 from semantic_anomaly.rendering import contact_sheet
 from semantic_anomaly.structures import PatchGrid
@@ -82,6 +83,35 @@ def patches_of_box(
     if not mask.any():
         raise InputError("box: expected patches of the region of interest, found none inside it")
     return mask
+
+
+def instances_of_box(
+    part: NominalIndex, grid: PatchGrid, region: ImageRegion, inside: np.ndarray
+) -> np.ndarray:
+    """Return (n, dim) float32: instances at least half inside a box, as a part embeds them.
+
+    Args:
+        part: of instances or of pairs.
+        grid: the patches, segmented.
+        region: what takes part.
+        inside: (rows, cols) bool, patches of the box.
+
+    Raises:
+        InputError: no instance lies there, or the part holds something else.
+        ModelOutputError: the image was not segmented.
+    """
+    made = part.content.made
+    if "segmenter" not in made:
+        raise InputError("explain: expected a part of instances or pairs, found another")
+    found = instances_of(grid, region)
+    shares = found.shares.sum(axis=(1, 2))
+    there = found.shares[:, inside].sum(axis=1) >= 0.5 * shares
+    if not there.any():
+        raise InputError("box: expected an instance at least half inside it, found none")
+    weight = made.get("surroundings_weight")
+    if weight is None:
+        return found.embeddings[there]
+    return pairs_of(grid, found, region, weight).embeddings[there]
 
 
 def explain(index: NominalIndex, embeddings: np.ndarray, nearest: int) -> list[Explaining]:

@@ -84,16 +84,23 @@ class PartPlan:
         if wanted.segmenter is not None:
             if self.segmenter is None:
                 raise IndexMismatchError("index: instances", "a part of them", "none", advice)
-            if not self.segmenter.matches(wanted.segmenter):
-                one, other = (
-                    f"{s.family} {s.digest[:12]}" for s in (self.segmenter, wanted.segmenter)
-                )
-                raise IndexMismatchError("index: segmenter", one, other, advice)
+            self.check_segmenter(wanted.segmenter)
         weights = self.surroundings_weight, wanted.surroundings_weight
         if wanted.surroundings_weight and weights[0] != weights[1]:
             raise IndexMismatchError("index: surroundings_weight", *weights, advice)
         if wanted.scenes and not self.scenes:
             raise IndexMismatchError("index: scenes", "a part of them", "none", advice)
+
+    def check_segmenter(self, running: SegmenterIdentity | None) -> None:
+        """Raise IndexMismatchError where the parts' instances are another segmenter's."""
+        if self.segmenter is not None and not (running and self.segmenter.matches(running)):
+            found = f"{running.family} {running.digest[:12]}" if running else "none"
+            raise IndexMismatchError(
+                "index: segmenter",
+                f"{self.segmenter.family} {self.segmenter.digest[:12]}",
+                found,
+                "set 'variant', 'segmenter' and 'segmenter_model' as it was built, or build again",
+            )
 
     def places(self, given: NominalFrame, region: ImageRegion) -> dict[str, NominalPlaces]:
         """Return what a nominal frame gives to each part; nothing of frames without grids.

@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     embedder = RunningEmbedder.from_settings(settings)
     try:
         index.check_embedder(embedder.identity)
+        index.plan.check_segmenter(embedder.segmenter)
         frames = ((frame, embedder.embed([frame.image])[0]) for frame in chosen)
         edited, report = index_edits.add_nominal(
             index, frames, region=region, source=args.source, note=args.note

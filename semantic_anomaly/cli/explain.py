@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from semantic_anomaly.cli.edits import part_of
 from semantic_anomaly.cli.options import (
     add_detector_options,
     add_topic_option,
@@ -43,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help=f"entries looked at for every patch (default {_NEAREST})",
     )
+    parser.add_argument(
+        "--part",
+        metavar="NAME",
+        help="instances or pairs: what explains the instances of the box; default: its patches",
+    )
     add_topic_option(parser)
     add_detector_options(parser)
 
@@ -55,18 +61,23 @@ def run(args: argparse.Namespace) -> int:
     settings, camera = settings_of(args, args.index)
     image = _image(args)
     detector = load_detector(args, settings, camera)
-    index, grid = detector.index, detector.embedder.embed([image])[0]
+    grid = detector.embedder.embed([image])[0]
+    index = part_of(detector.index, args.part)
     box = tuple(args.box)
     inside = explanation.patches_of_box(grid, detector.region, box)
-    embeddings = grid.features[inside]
+    relation: Any = (1.0, 0.0)
+    if args.part:
+        embeddings = explanation.instances_of_box(index, grid, detector.region, inside)
+    else:
+        embeddings = grid.features[inside]
+        relation = detector.usual["grid"].relation(inside) if detector.usual else relation
     found = explanation.explain(index, embeddings, args.nearest)
     listed = found[: args.count]
     rows = [
         (f"{e.number}", e.frame, f"{e.row}", f"{e.col}", f"{e.distance:.4f}", f"{e.patches}")
         for e in listed
     ]
-    print(table(rows, ("entry", "frame", "row", "col", "distance", "patches explained")))
-    relation = detector.usual["grid"].relation(inside) if detector.usual else (1.0, 0.0)
+    print(table(rows, ("entry", "frame", "row", "col", "distance", "explains")))
     told = [("as it is", index)]
     if len(listed) < index.count:
         rest = index_edits.retract(index, [each.number for each in listed])
@@ -76,11 +87,14 @@ def run(args: argparse.Namespace) -> int:
         k = min(settings.neighbours, version.count)
         distances = relation[0] * version.exact_distances(embeddings, k) + relation[1]
         summary.append((name, f"{max(distances.mean(), 0):.4f}", f"{max(distances.max(), 0):.4f}"))
-    threshold = "-" if detector.threshold is None else f"{detector.threshold:.4f}"
-    summary.append(("threshold of the frame score", threshold, ""))
-    print(f"\ndistances of the {len(embeddings)} patches of the box")
+    if not args.part:
+        threshold = "-" if detector.threshold is None else f"{detector.threshold:.4f}"
+        summary.append(("threshold of the frame score", threshold, ""))
+    what = "instances" if args.part else "patches"
+    print(f"\ndistances of the {len(embeddings)} {what} of the box")
     print(table(summary, ("", "mean", "largest")))
-    print(f"\nnumbers are those of index {index.fingerprint[:16]}")
+    of_part = f" of part '{args.part}'" if args.part else ""
+    print(f"\nnumbers{of_part} are those of index {index.fingerprint[:16]}")
     if args.out is not None:
         write_image(args.out, explanation.picture(image, box, index, listed))
         print(f"wrote {args.out}")
