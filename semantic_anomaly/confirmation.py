@@ -40,9 +40,6 @@ def reject(
         np.array([place.box_xyxy for place in places], np.float64),
         np.array([place.area_px for place in places], np.float64),
         shares,
-        # Made of patches that exceed the threshold, all of them agree.
-        np.ones(len(places)),
-        np.zeros(len(places), bool),
     )
     kept = tuple(place for place, keep in zip(places, judged.keep, strict=True) if keep)
     return np.where(np.isin(labels, [place.label for place in kept]), labels, 0), kept

@@ -1,6 +1,9 @@
-"""Which regions of an image are no anomaly by their size, their shape or their evidence.
+"""Which regions of an image are no anomaly by their evidence, their size or their shape.
 
-The filters are applied in this order, and the first one that rejects a region is named:
+`agreement` is judged before there is a score: an embedding pooled over an instance may be far from
+everything nominal although hardly any patch of it is; it counts when the patches agree, or when
+the instance is anomalous together with its surroundings. The other filters judge the components
+above the threshold, in this order, and the first one that rejects a component is named:
 
 1. `size`: of few pixels, or of nearly all. Cut regions are judged too: few pixels are little
    evidence wherever they lie, and what enters the image grows.
@@ -8,9 +11,6 @@ The filters are applied in this order, and the first one that rejects a region i
    the visible part of an animal that enters the image is a sliver as well.
 3. `border`: rejects nothing, but says which regions are cut. Where an object meets the border of
    the image is where it enters the road.
-4. `agreement`: an embedding pooled over an instance may be far from everything nominal although
-   hardly any patch of it is; it counts when the patches agree, or when the instance is
-   anomalous together with its surroundings.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 
 from semantic_anomaly.errors import ModelOutputError, SettingsError
 
-SIZE, ASPECT, AGREEMENT = "size", "aspect", "agreement"
+SIZE, ASPECT = "size", "aspect"
 _SUM_TOLERANCE = 1e-3
 
 
@@ -33,7 +33,6 @@ class RegionFilters:
         min_area, max_area: shares of the image's pixels, 0 <= min_area <= max_area <= 1.
         max_aspect: longer to shorter side of the box, >= 1.
         max_border_share: share of its outline in [0, 1] above which a region is cut.
-        min_agreement: share of its patches in [0, 1] that must exceed the patch threshold.
 
     Raises:
         SettingsError: a limit out of its bounds.
@@ -43,10 +42,9 @@ class RegionFilters:
     max_area: float = 1.0
     max_aspect: float = float("inf")
     max_border_share: float = 1.0
-    min_agreement: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("min_area", "max_area", "max_border_share", "min_agreement"):
+        for name in ("min_area", "max_area", "max_border_share"):
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:
                 raise SettingsError(
@@ -84,8 +82,6 @@ def apply(
     boxes_xyxy: np.ndarray,
     areas_px: np.ndarray,
     border_shares: np.ndarray,
-    agreement_shares: np.ndarray,
-    pair_exceeds: np.ndarray,
 ) -> FilteredRegions:
     """Judge regions by all filters; every limit is itself still allowed.
 
@@ -95,10 +91,6 @@ def apply(
         boxes_xyxy: (n, 4) pixels, not empty.
         areas_px: (n,) pixels, from 0 to all of the image.
         border_shares: (n,) in [0, 1], of `border_share`.
-        agreement_shares: (n,) in [0, 1], of `patch_agreement`; 1 for regions made of patches
-            that exceed the threshold.
-        pair_exceeds: (n,) bool, the distance of the instance together with its surroundings
-            exceeds its own threshold.
 
     Raises:
         ModelOutputError: arrays of other shapes, or values out of their ranges.
@@ -108,12 +100,6 @@ def apply(
     count, pixels = len(boxes_xyxy), image_hw[0] * image_hw[1]
     _check("region areas", areas_px, count, float(pixels))
     _check("border shares", border_shares, count, 1.0)
-    _check("agreement shares", agreement_shares, count, 1.0)
-    if pair_exceeds.shape != (count,) or pair_exceeds.dtype != np.bool_:
-        raise ModelOutputError(
-            f"pair flags: expected ({count},) bool, "
-            f"found shape {pair_exceeds.shape}, {pair_exceeds.dtype}"
-        )
     sides = np.asarray(boxes_xyxy[:, 2:] - boxes_xyxy[:, :2], np.float64)
     # NaN and infinity fail.
     if not np.all((sides > 0.0) & (sides < np.inf)):
@@ -124,7 +110,6 @@ def apply(
     rejections = (
         (SIZE, (shares < filters.min_area) | (shares > filters.max_area)),
         (ASPECT, slender & ~cut),
-        (AGREEMENT, (agreement_shares < filters.min_agreement) & ~pair_exceeds),
     )
     named = tuple(
         next((name for name, rejected in rejections if rejected[row]), "") for row in range(count)

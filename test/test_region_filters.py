@@ -22,17 +22,14 @@ def judge(
     side: tuple[float, float] = (10.0, 10.0),
     area: float = 100.0,
     border: float = 0.0,
-    agreement: float = 1.0,
-    pair: bool = False,
 ) -> FilteredRegions:
     """Judge a single region of some (width, height)."""
     boxes = np.array([[0.0, 0.0, *side]])
-    values = (np.array([area]), np.array([border]), np.array([agreement]), np.array([pair]))
-    return apply(filters, IMAGE_HW, boxes, *values)
+    return apply(filters, IMAGE_HW, boxes, np.array([area]), np.array([border]))
 
 
 def test_defaults_reject_nothing() -> None:
-    worst = judge(RegionFilters(), (200.0, 1.0), 0.0, 1.0, 0.0)
+    worst = judge(RegionFilters(), (200.0, 1.0), 0.0, 1.0)
     assert worst.keep.tolist() == [True] and worst.rejected_by == ("",)
     assert judge(RegionFilters(), area=20000).keep.all()
     assert not worst.cut.any()
@@ -63,17 +60,8 @@ def test_cut_regions_are_flagged_and_their_shape_is_not_judged() -> None:
     assert judge(filters, (2, 60), 19, border=0.4).rejected_by == ("size",), "little evidence"
 
 
-@pytest.mark.parametrize(
-    ("agreement", "pair", "kept"),
-    [(0.5, False, True), (0.49, False, False), (0.0, True, True), (0.9, True, True)],
-)
-def test_agreement_of_patches_or_surroundings(agreement: float, pair: bool, kept: bool) -> None:
-    result = judge(RegionFilters(min_agreement=0.5), agreement=agreement, pair=pair)
-    assert result.rejected_by == ("" if kept else "agreement",)
-
-
 def test_the_first_filter_that_rejects_is_named() -> None:
-    filters = RegionFilters(0.01, 1.0, 4.0, 0.5, 0.5)
+    filters = RegionFilters(0.01, 1.0, 4.0, 0.5)
     boxes = np.array([[0, 0, 50, 10]] * 3 + [[0, 0, 20, 20]], np.float64)
     result = apply(
         filters,
@@ -81,17 +69,15 @@ def test_the_first_filter_that_rejects_is_named() -> None:
         boxes,
         np.array([100.0, 400, 400, 400]),
         np.array([0.0, 0, 0.6, 0]),
-        np.array([0.1, 0.1, 0.1, 0.8]),
-        np.zeros(4, bool),
     )
-    assert result.rejected_by == ("size", "aspect", "agreement", "")
-    assert result.keep.tolist() == [False, False, False, True]
+    assert result.rejected_by == ("size", "aspect", "", "")
+    assert result.keep.tolist() == [False, False, True, True]
     assert result.cut.tolist() == [False, False, True, False]
 
 
 def test_no_regions() -> None:
     none = np.zeros(0)
-    result = apply(RegionFilters(), IMAGE_HW, np.zeros((0, 4)), none, none, none, np.zeros(0, bool))
+    result = apply(RegionFilters(), IMAGE_HW, np.zeros((0, 4)), none, none)
     assert result.keep.shape == (0,) and result.keep.dtype == bool and result.rejected_by == ()
 
 
@@ -104,7 +90,6 @@ def test_no_regions() -> None:
         ({"max_aspect": 0.9}, "at least 1, found 0.9"),
         ({"max_aspect": float("nan")}, "at least 1"),
         ({"max_border_share": float("nan")}, "'max_border_share'"),
-        ({"min_agreement": 2.0}, "'min_agreement'"),
     ],
 )
 def test_refuses_limits(limits: dict[str, float], match: str) -> None:
@@ -120,8 +105,6 @@ def test_refuses_limits(limits: dict[str, float], match: str) -> None:
         ({"area": 20001.0}, "region areas"),
         ({"area": np.nan}, "region areas"),
         ({"border": 1.1}, "border shares"),
-        ({"agreement": -0.1}, "agreement shares"),
-        ({"pair": 1}, "pair flags"),
     ],
 )
 def test_refuses_regions(region: dict[str, object], match: str) -> None:
@@ -132,9 +115,9 @@ def test_refuses_regions(region: dict[str, object], match: str) -> None:
 def test_refuses_arrays_of_other_lengths() -> None:
     one, two = np.zeros(1), np.zeros(2)
     with pytest.raises(ModelOutputError, match=r"border shares: expected \(1,\)"):
-        apply(RegionFilters(), IMAGE_HW, np.array([[0, 0, 1, 1]]), one, two, one, one > 0)
+        apply(RegionFilters(), IMAGE_HW, np.array([[0, 0, 1, 1]]), one, two)
     with pytest.raises(ModelOutputError, match=r"boxes: expected \(n, 4\)"):
-        apply(RegionFilters(), IMAGE_HW, two, one, one, one, one > 0)
+        apply(RegionFilters(), IMAGE_HW, two, one, one)
 
 
 def labelled(text: str) -> np.ndarray:
