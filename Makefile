@@ -10,7 +10,7 @@ export FASTDDS_BUILTIN_TRANSPORTS ?= LARGE_DATA
 export HNSWLIB_NO_NATIVE := 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench ablation clean
 
 demo: $(STAMP)  ## Drive through a synthetic street with the real node; pictures in demo_output/.
 	$(BIN)/semantic-anomaly demo --out demo_output
@@ -30,6 +30,9 @@ format: $(STAMP)
 bench: $(STAMP)  ## Stage times and the search, side by side.
 	$(BIN)/python benchmarks/stages.py
 	$(BIN)/python benchmarks/search.py
+
+ablation: $(STAMP)  ## What each part of the method earns on held-out streets; about an hour.
+	$(BIN)/python benchmarks/ablation.py --times
 
 $(STAMP): setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -9,51 +9,79 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import carla_composites
 import numpy as np
 from tqdm import tqdm
 
 from semantic_anomaly import offline
+from semantic_anomaly.calibration import Calibration
 from semantic_anomaly.cli import main as command
+from semantic_anomaly.conformal import scores_needed
 from semantic_anomaly.detector import AnomalyDetector
 from semantic_anomaly.evaluation.components import OBSTACLE_TRACK
 from semantic_anomaly.evaluation.labelled import evaluate
 from semantic_anomaly.evaluation.measures import frame_measures
-from semantic_anomaly.evaluation.published import open_dataset
+from semantic_anomaly.evaluation.metrics import frame_auroc
+from semantic_anomaly.evaluation.protocols import SelfNominal
+from semantic_anomaly.evaluation.published import Dataset, open_dataset
 from semantic_anomaly.identity import EmbedderIdentity
 from semantic_anomaly.index import NominalIndex
+from semantic_anomaly.index_parts import INSTANCES, PAIRS
 from semantic_anomaly.instance_embedding import RunningEmbedder
+from semantic_anomaly.places import CELLS_HW, UsualDistances
 from semantic_anomaly.regions import ImageRegion
 from semantic_anomaly.segmentation import SegmenterIdentity
 from semantic_anomaly.settings import Settings
-from semantic_anomaly.structures import Frame, PatchGrid
+from semantic_anomaly.sources import open_source
+from semantic_anomaly.structures import PatchGrid
 from semantic_anomaly.synthetic import KINDS, family
 
 RATES = (0.01, 0.05)
 INDEX_DRIVES, CALIBRATION_DRIVES = 80, 60
 TEST_DRIVES_A_KIND = 10
-INSTANCES = {"variant": "instance"}
-AGREEMENT = {**INSTANCES, "min_agreement": 0.25}
+TIMED_FRAMES = 40
+CARLA_INDEX, CARLA_CALIBRATION, CARLA_TEST = "[0:56]", "[65:88]", "[89:140]"
+COMMON: dict[str, Any] = {"tail_percent": 0.2}
+INSTANCE: dict[str, Any] = {"variant": "instance"}
+AGREEMENT = {**INSTANCE, "min_agreement": 0.25}
 SURROUNDED = {**AGREEMENT, "surroundings_weight": 0.3}
 PLACED = {**SURROUNDED, "place_weight": 0.5}
 ROWS: dict[str, dict[str, Any]] = {
     "grid": {"place_normalisation": False},
     "grid + filters": {},
-    "instances": {**INSTANCES, "place_normalisation": False},
+    "grid + filters + place": {"place_weight": 0.5},
+    "instances": {**INSTANCE, "place_normalisation": False},
     "instances + filters": AGREEMENT,
     "instances + filters + surroundings": SURROUNDED,
     "instances + filters + surroundings + place": PLACED,
     "instances + filters + surroundings + place + scene": {**PLACED, "scene_frames": 80},
-    "grid + filters + place": {"place_weight": 0.5},
     "grid and instances + filters + place": {"variant": "combined", "place_weight": 0.5},
-    "all": {**PLACED, "variant": "combined"},
+    "grid, instances and pairs + filters + place": {**PLACED, "variant": "combined"},
 }
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Where index, calibration and tests come from; without an index, the test sets' own pixels.
+
+    Attributes:
+        index, calibration: sources.
+        tests: labelled sources by name.
+    """
+
+    index: list[str]
+    calibration: list[str]
+    tests: dict[str, str]
 
 
 class Remembered:
@@ -108,45 +136,129 @@ def synthesise(folder: Path, first_seed: int) -> dict[str, Path]:
     return {name: folder / name for name in plans}
 
 
+def street_trial(folder: Path, first_seed: int) -> Trial:
+    """Return the trial of the street world, writing its drives where they are not yet."""
+    sets = synthesise(folder, first_seed)
+    tests = {n: str(p) for n, p in sets.items() if n not in ("index", "calibration")}
+    return Trial([str(sets["index"])], [str(sets["calibration"])], tests)
+
+
+def real_trials(data: Path, scratch: Path) -> list[Trial]:
+    """Return the trials of the real and rendered sets that are there."""
+    trials = []
+    drive = data / "carla_drives/spawn_props"
+    if drive.is_dir():
+        tests = {"CARLA drive, box on the road": f"{drive}{CARLA_TEST}"}
+        trials.append(Trial([f"{drive}{CARLA_INDEX}"], [f"{drive}{CARLA_CALIBRATION}"], tests))
+    frames = data / "carla_frames"
+    if frames.is_dir():
+        made = scratch / "composites"
+        carla_composites.write_composites(frames, made, 0)
+        index, calibration = (
+            carla_composites.slices(frames, towns)
+            for towns in (carla_composites.INDEX, carla_composites.CALIBRATION)
+        )
+        tests = {"CARLA composites, lights and signs on vehicles": str(made)}
+        trials.append(Trial(index, calibration, tests))
+    for name, title in (("road_anomaly", "Road Anomaly"), ("road_obstacle21", "RoadObstacle21")):
+        if (data / name).is_dir():
+            trials.append(Trial([], [], {f"{title}, self-nominal": str(data / name)}))
+    return trials
+
+
 def measure(
-    settings: Settings, embedder: Remembered, sets: dict[str, Path], out: Path, indexes: dict
-) -> dict[str, Any]:
-    """Build, calibrate and evaluate one row; return its figures by family."""
-    made_of = settings.segments, settings.surroundings_weight, settings.place_weight
-    key = (*made_of, settings.scene_frames > 0)
-    if key not in indexes:
-        indexes[key] = offline.build_index(settings, "camera", [sets["index"]], embedder=embedder)
-    index: NominalIndex = indexes[key]
-    calibration = offline.calibrate(
-        settings, "camera", index, [sets["calibration"]], embedder=embedder
-    )
-    detector = AnomalyDetector(embedder, index, calibration, settings, ImageRegion())
-    found: dict[str, Any] = {"entries": index.count}
-    found["parts"] = {name: part.count for name, part in index.parts.items()}
-    for name in [name for name in sets if name not in ("index", "calibration")]:
-        dataset = open_dataset(sets[name], "")
-        results = evaluate(dataset, detector, out / name, every=0, limits=OBSTACLE_TRACK)
+    trial: Trial,
+    settings: Settings,
+    embedder: Remembered,
+    out: Path,
+    indexes: dict[Any, NominalIndex],
+) -> dict[str, dict[str, Any]]:
+    """Build, calibrate and evaluate one row; return its figures by test set."""
+    protocol, calibration = None, None
+    if trial.index:
+        key = _made_of(trial, settings)
+        if key not in indexes:
+            indexes[key] = offline.build_index(settings, "camera", trial.index, embedder=embedder)
+        calibration = offline.calibrate(
+            settings, "camera", indexes[key], trial.calibration, embedder=embedder
+        )
+        detector = AnomalyDetector(embedder, indexes[key], calibration, settings, ImageRegion())
+    found: dict[str, dict[str, Any]] = {}
+    for name, source in trial.tests.items():
+        dataset = open_dataset(source, "")
+        if not trial.index:
+            protocol = SelfNominal(settings, "camera", dataset, embedder)
+            detector = protocol.detector_of(dataset.truths[0])
+        results = evaluate(
+            dataset, detector, out / name, every=0, limits=OBSTACLE_TRACK, protocol=protocol
+        )
         counted = [row for row in results["frames"] if not row["ignored"]]
-        rates = {r: frame_measures(counted, calibration.threshold_for(r)) for r in RATES}
+        rates = {}
+        for rate in RATES if calibration else ():
+            if calibration is not None and calibration.count >= scores_needed(rate):
+                m = frame_measures(counted, calibration.threshold_for(rate))
+                rates[str(rate)] = {k: m[k] for k in ("tpr", "fpr", "fpr_interval")}
         keys = "pixel_ap", "pixel_fpr95", "component_f1_calibrated", "component_f1_oracle"
         found[name] = {
             **{key: results[key] for key in (*keys, "frames_counted", "frames_anomalous")},
             "auroc": results["frame_auroc"],
             "auroc_interval": results["frame_auroc_interval"],
-            "rates": {
-                str(rate): {k: m[k] for k in ("tpr", "fpr", "fpr_interval")}
-                for rate, m in rates.items()
-            },
+            "rates": rates,
             "kinds": {kind: m["auroc"] for kind, m in results["by_kind"].items()},
+            "sizes": by_size(dataset, counted),
+            "drives": drives_found(counted, calibration),
+            "entries": detector.index.count,
+            "parts": {part: each.count for part, each in detector.index.parts.items()},
         }
     return found
 
 
-def milliseconds(settings: Settings, found: NominalIndex, frames: Sequence[Frame]) -> float:
+def _made_of(trial: Trial, settings: Settings) -> tuple[Any, ...]:
+    """Return what an index depends on that rows differ in."""
+    made_of = settings.segments, settings.surroundings_weight, settings.place_weight
+    return (*trial.index, *made_of, settings.scene_frames > 0)
+
+
+def by_size(dataset: Dataset, rows: list[dict[str, Any]]) -> list[tuple[float, float | None]]:
+    """Return the largest share of the image, and the frame AUROC, by thirds of the anomalies."""
+    shares = {t.file: float((m == 1).mean()) for _, t, m in dataset if t.anomaly and t.has_pixels}
+    nominal = [row["score"] for row in rows if not row["anomaly"]]
+    odd = sorted((shares[row["name"]], row["score"]) for row in rows if row["name"] in shares)
+    if not nominal or len(odd) < 3:
+        return []
+    found: list[tuple[float, float | None]] = []
+    for part in np.array_split(np.array(odd), 3):
+        truth = np.repeat([True, False], [len(part), len(nominal)])
+        found.append((float(part[-1, 0]), frame_auroc(np.append(part[:, 1], nominal), truth)))
+    return found
+
+
+def drives_found(
+    rows: list[dict[str, Any]], calibration: Calibration | None
+) -> dict[str, tuple[int, int]]:
+    """Return by rate how many drives with an anomaly have a frame of it above, and of how many."""
+    if calibration is None:
+        return {}
+    found = {}
+    for rate in RATES:
+        if calibration.count < scores_needed(rate):
+            continue
+        limit = calibration.threshold_for(rate)
+        drives = {row["sequence"] for row in rows if row["anomaly"]}
+        hit = {row["sequence"] for row in rows if row["anomaly"] and row["score"] > limit}
+        found[str(rate)] = len(hit), len(drives)
+    return found
+
+
+def milliseconds(settings: Settings, index: NominalIndex, folder: str) -> float:
     """Return the median milliseconds of a frame, embedding and segmentation included."""
+    frames = list(itertools.islice(open_source(folder), TIMED_FRAMES))
+    usual = (
+        dict.fromkeys(("grid", INSTANCES, PAIRS), _flat()) if settings.place_normalisation else {}
+    )
     embedder = RunningEmbedder.from_settings(settings)
     try:
-        detector = AnomalyDetector(embedder, found, None, settings, ImageRegion())
+        detector = AnomalyDetector(embedder, index, None, settings, ImageRegion(), usual)
         taken = []
         for frame in frames:
             begin = time.perf_counter()
@@ -157,29 +269,44 @@ def milliseconds(settings: Settings, found: NominalIndex, frames: Sequence[Frame
     return float(np.median(taken[len(taken) // 4 :]))
 
 
-def table(rows: dict[str, dict[str, Any]], name: str) -> str:
-    """Return the Markdown table of a family."""
-    lines = [
-        "| row | frame AUROC | TPR, FPR at 1 % | TPR, FPR at 5 % | pixel AP | FPR95 | F1 | ms |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+def _flat() -> UsualDistances:
+    return UsualDistances(np.full(CELLS_HW, 0.1, np.float32), np.full(CELLS_HW, 0.05, np.float32))
+
+
+def table(rows: dict[str, dict[str, dict[str, Any]]], name: str) -> str:
+    """Return the Markdown table of a test set."""
+    heads = ["row", "frame AUROC", *(f"TPR, FPR at {100 * rate:g} %" for rate in RATES)]
+    heads += ["drives found at 5 %", "AUROC small, middle, large", "pixel AP", "FPR95", "F1", "ms"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row, found in rows.items():
+        if name not in found:
+            continue
         m = found[name]
-        low, high = m["auroc_interval"] or (float("nan"),) * 2
-        cells = [f"{m['auroc']:.3f} [{low:.3f}, {high:.3f}]"]
+        cells = [_number(m["auroc"]) + _interval(m["auroc_interval"])]
         for rate in RATES:
-            r = m["rates"][str(rate)]
-            ends = r["fpr_interval"] or (float("nan"),) * 2
-            cells.append(f"{r['tpr']:.3f}, {r['fpr']:.3f} [{ends[0]:.3f}, {ends[1]:.3f}]")
-        cells += [f"{m[k]:.3f}" for k in ("pixel_ap", "pixel_fpr95", "component_f1_oracle")]
-        cells.append(f"{found['ms']:.0f}" if found.get("ms") else "-")
+            r = m["rates"].get(str(rate))
+            told = f"{r['tpr']:.3f}, {r['fpr']:.3f}{_interval(r['fpr_interval'])}" if r else "-"
+            cells.append(told)
+        hit = m["drives"].get(str(RATES[-1]))
+        cells.append(f"{hit[0]} of {hit[1]}" if hit else "-")
+        cells.append(", ".join(_number(auroc) for _, auroc in m["sizes"]) or "-")
+        cells += [_number(m[k]) for k in ("pixel_ap", "pixel_fpr95", "component_f1_oracle")]
+        cells.append(_number(found.get("ms", {}).get("median"), 0))
         lines.append(f"| {row} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+def _number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _interval(ends: tuple[float, float] | None) -> str:
+    return f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else ""
+
+
 def main() -> None:
-    """Print the tables of both families, and write all figures."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    """Print the tables of all test sets, and write all figures."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--backbone", default="street_small", help="shipped name or folder")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="given")
     parser.add_argument("--first-seed", type=int, default=40000, help="first of the drives")
@@ -188,41 +315,48 @@ def main() -> None:
         "--try", action="append", default=[], dest="tried", metavar="JSON", help="a row of settings"
     )
     parser.add_argument("--drives", type=Path, help="keep the drives here, or take those there")
+    parser.add_argument("--data", type=Path, help="folder with carla_drives/, road_anomaly/, ...")
+    parser.add_argument("--no-street", action="store_true", help="the sets of --data alone")
+    parser.add_argument(
+        "--times", action="store_true", help="measure milliseconds, on an idle machine"
+    )
     parser.add_argument("--out", type=Path, help="JSON of all figures")
-    parser.add_argument("--no-times", action="store_true")
     args = parser.parse_args()
-    common = {
-        "tail_percent": 0.2,
-        **{k: json.loads(v) for k, v in (g.split("=") for g in args.given)},
-    }
+    given = {key: json.loads(value) for key, value in (g.split("=", 1) for g in args.given)}
+    common = {"backbone": args.backbone, "target_false_alarm_rate": 0.05, **COMMON, **given}
     chosen = {name: ROWS[name] for name in args.row} if args.row else {} if args.tried else ROWS
     chosen = {**chosen, **{text: json.loads(text) for text in args.tried}}
     embedders: dict[float, Remembered] = {}
     rows: dict[str, dict[str, Any]] = {}
     indexes: dict[Any, NominalIndex] = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        sets = synthesise(args.drives or Path(scratch) / "drives", args.first_seed)
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = Path(temporary)
+        trials = real_trials(args.data, scratch) if args.data else []
+        if not args.no_street:
+            trials.insert(0, street_trial(args.drives or scratch / "drives", args.first_seed))
         for number, (name, changes) in enumerate(tqdm(chosen.items(), "rows", disable=None)):
-            settings = Settings.from_parameters(
-                {"backbone": args.backbone, "target_false_alarm_rate": 0.05, **common, **changes}
-            )
+            settings = Settings.from_parameters({**common, **changes})
             weight = settings.place_weight
             if weight not in embedders:
                 segmenting = settings.replace(variant="instance", place_normalisation=True)
                 embedders[weight] = Remembered(RunningEmbedder.from_settings(segmenting))
-            rows[name] = measure(
-                settings, embedders[weight], sets, Path(scratch) / str(number), indexes
-            )
-            for family_name in sets:
-                if family_name in rows[name]:
-                    m = rows[name][family_name]
-                    print(f"{name}: {family_name}: AUROC {m['auroc']:.3f}, AP {m['pixel_ap']:.3f}",
-                          m["rates"], m["kinds"], flush=True)  # fmt: skip
+            rows[name] = {}
+            for trial in trials:
+                out = scratch / f"report_{number}"
+                rows[name] |= measure(trial, settings, embedders[weight], out, indexes)
+                shutil.rmtree(out)
+            if args.times and trials[0].index:
+                index = indexes[_made_of(trials[0], settings)]
+                first = next(iter(trials[0].tests.values()))
+                rows[name]["ms"] = {"median": milliseconds(settings, index, first)}
+            for test, m in rows[name].items():
+                if test != "ms":
+                    shown = (m[k] for k in ("auroc", "pixel_ap", "rates", "sizes", "kinds"))
+                    print(name, test, *shown, sep=" | ", flush=True)
             if args.out:
-                args.out.write_text(json.dumps(rows, indent=1) + "\n")
-    families = [n for n in sets if n not in ("index", "calibration")]
-    for name in families:
-        print(f"\n{name}\n\n{table(rows, name)}")
+                args.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    for test in dict.fromkeys(test for found in rows.values() for test in found if test != "ms"):
+        print(f"\n### {test}\n\n{table(rows, test)}")
 
 
 if __name__ == "__main__":

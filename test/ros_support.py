@@ -63,7 +63,7 @@ def odd_image(seed: int = 0, hw: tuple[int, int] = HW) -> np.ndarray:
     return image
 
 
-def build_monitor(folder: Path, backbone: Path, *, calibrated: bool = True) -> Path:
+def build_monitor(folder: Path, backbone: Path, *, calibrated: bool = True, **changes: Any) -> Path:
     """Build an index, and a calibration at 10 %, from drives written into the folder."""
     drives = []
     for drive, seeds in enumerate((range(0, 4), range(10, 16), range(20, 26))):
@@ -71,7 +71,7 @@ def build_monitor(folder: Path, backbone: Path, *, calibrated: bool = True) -> P
         drives[-1].mkdir(parents=True)
         for seed in seeds:
             write_image(drives[-1] / f"{seed:03d}.png", nominal_image(seed))
-    settings = Settings.from_parameters(parameters(folder / "index", backbone))
+    settings = Settings.from_parameters(parameters(folder / "index", backbone, **changes))
     index = offline.build_index(settings, "camera", drives[:1], progress=False)
     index.save(folder / "index")
     if calibrated:

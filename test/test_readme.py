@@ -50,6 +50,9 @@ def test_commands_run_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert again["component_limits"] == {"predicted_px": 50, "truth_px": 10}
     replayed = json.loads((tmp_path / "work/replayed/summary.json").read_text())
     assert [event["kind"] for event in replayed["against_events"]["events"]] == ["cow"]
+    run("instances")
+    parts = json.loads((tmp_path / "work/parts_report/results.json").read_text())
+    assert parts["settings"]["variant"] == "combined" and parts["frame_auroc"] is not None
     run("cure")
     assert (tmp_path / "work/why.jpg").is_file()
 
