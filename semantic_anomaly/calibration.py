@@ -20,10 +20,11 @@ from semantic_anomaly.errors import CalibrationError, MismatchError, ModelOutput
 from semantic_anomaly.places import UsualDistances
 from semantic_anomaly.regions import ImageRegion
 from semantic_anomaly.settings import Settings
-from semantic_anomaly.stretches import Stretches
+from semantic_anomaly.stretches import Stretches, stricter
 from semantic_anomaly.structures import HeatmapScale
 
 FEW_DRIVES = 5
+_MOST = 2.0
 
 
 class CalibratedIndex(Protocol):
@@ -96,6 +97,11 @@ class Calibration:
             raise CalibrationError(
                 f"calibration drives: expected frames of every drive, {len(scores)} in all as "
                 f"there are scores, found {counts}"
+            )
+        if self.threshold >= _MOST:
+            raise CalibrationError(
+                "calibration scores reach 2 at the threshold, the most there is, which nothing "
+                "could exceed: calibrate with more frames, or of drives like those of the index"
             )
         if self.threshold <= 0.0:
             raise CalibrationError(
@@ -181,14 +187,7 @@ class Calibration:
             MismatchError: stretches of another length or confirmation.
         """
         of_frames = self.threshold_for(settings.target_false_alarm_rate)
-        if not settings.target_episode_rate:
-            return of_frames
-        if self.stretches is None:
-            raise CalibrationError(
-                "setting 'target_episode_rate': expected a calibration by stretches, found one by "
-                "frames alone; calibrate again with it"
-            )
-        return max(of_frames, self.stretches.threshold(settings))
+        return stricter(of_frames, self.stretches, settings)
 
     def p_value(self, score: float) -> float:
         """Return how often nominal frames score at least so high, in (0, 1].

@@ -256,6 +256,7 @@ class AnomalyDetector:
         Raises:
             SettingsError: a setting differs that is read only at the start.
             CalibrationError: the calibration is too small for the new target rate.
+            MismatchError: it has a rate of stretches by another confirmation.
         """
         with self._lock:
             specs = {**setting_specs(), **camera_setting_specs()}

@@ -1,13 +1,15 @@
 """Nominal scores by stretch of driving, for a promise in stretches rather than in frames.
 
 What alarms in a stretch is its largest confirmed score. A component is confirmed by `confirm_count`
-frames within `confirm_s` seconds, so the confirmed score of a frame is the `confirm_count`-th
-largest within that time, its own at most: no less than what its components were confirmed at, for
-they must also be the same thing. The promise errs on the side of fewer alarms.
+frames within `confirm_s` seconds and stays so while it is found again within `silence_s`, so the
+confirmed score of a frame is the `confirm_count`-th largest within that time, or what an earlier
+one has kept since, its own at most: no less than what its components were confirmed at, for they
+must also be the same thing. The promise errs on the side of fewer alarms.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,6 +20,10 @@ from semantic_anomaly import conformal
 from semantic_anomaly.errors import CalibrationError, MismatchError
 from semantic_anomaly.settings import Settings
 
+_log = logging.getLogger(__name__)
+# Share of a stretch that must be covered.
+_WHOLE = 0.9
+
 
 @dataclass(frozen=True, eq=False)
 class Stretches:
@@ -26,7 +32,7 @@ class Stretches:
     Attributes:
         scores: (n,) float64, ascending, in [0, 2].
         episode_s: length of a stretch in seconds.
-        confirm_count, confirm_s: the confirmation that they hold for.
+        confirm_count, confirm_s, silence_s: the confirmation that they hold for.
         target_episode_rate: share of nominal stretches that may raise an alarm.
 
     Raises:
@@ -38,6 +44,7 @@ class Stretches:
     episode_s: float
     confirm_count: int
     confirm_s: float
+    silence_s: float
     target_episode_rate: float
 
     def __post_init__(self) -> None:
@@ -46,7 +53,8 @@ class Stretches:
         inside = scores.ndim == 1 and len(scores) and np.all((scores >= 0.0) & (scores <= 2.0))
         if not inside or np.any(np.diff(scores) < 0):
             raise CalibrationError("stretches: expected ascending scores in [0, 2]")
-        if not (0 < self.episode_s < np.inf and 0 < self.confirm_s < np.inf):
+        lengths = self.episode_s, self.confirm_s, self.silence_s
+        if not all(0 < length < np.inf for length in lengths):
             raise CalibrationError("stretches: expected lengths above 0 s")
         if self.confirm_count < 1:
             raise CalibrationError(f"stretches: expected a count, found {self.confirm_count}")
@@ -61,28 +69,41 @@ class Stretches:
         stamps_by_drive: Mapping[str, Sequence[int]],
         settings: Settings,
     ) -> Stretches:
-        """Return the stretches of nominal drives; what is left over at their ends counts as one.
+        """Return the whole stretches of nominal drives; what is left over at their ends is not one.
 
         Args:
             scores_by_drive: frame scores in the order of time.
             stamps_by_drive: nanoseconds of each.
-            settings: `episode_s`, `confirm_count`, `confirm_s` and `target_episode_rate`.
+            settings: `episode_s`, `target_episode_rate` and those of the confirmation.
 
         Raises:
-            CalibrationError: stamps of a drive that do not rise, or too few stretches for the rate.
+            CalibrationError: stamps of a drive that do not rise, frames too far apart to be
+                confirmed, or too few stretches for the rate.
         """
         found: list[float] = []
         for drive, scores in scores_by_drive.items():
             stamps_s = np.array(stamps_by_drive[drive], np.int64) / 1e9
             if np.any(np.diff(stamps_s) <= 0):
                 raise CalibrationError(f"stretches: drive '{drive}': expected stamps that rise")
-            confirmed = _confirmed(
-                np.array(scores, np.float64), stamps_s, settings.confirm_count, settings.confirm_s
+            confirmed = _confirmed(np.array(scores, np.float64), stamps_s, settings, drive)
+            stretches = whole_stretches(stamps_s, settings.episode_s)
+            found += [float(confirmed[frames].max()) for frames in stretches]
+        needed = conformal.scores_needed(settings.target_episode_rate)
+        if len(found) < needed:
+            raise CalibrationError(
+                f"a rate of {settings.target_episode_rate:g} of stretches of "
+                f"{settings.episode_s:g} s needs at least {needed} nominal calibration stretches, "
+                f"found {len(found)} whole ones"
             )
-            numbers = ((stamps_s - stamps_s[0]) / settings.episode_s).astype(int)
-            found += [float(confirmed[numbers == n].max()) for n in np.unique(numbers)]
-        given = settings.episode_s, settings.confirm_count, settings.confirm_s
-        return cls(np.sort(np.array(found)), *given, settings.target_episode_rate)
+        given = settings.confirm_count, settings.confirm_s, settings.silence_s
+        return cls(
+            np.sort(np.array(found)), settings.episode_s, *given, settings.target_episode_rate
+        )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that it promises by."""
+        return {k: v for k, v in asdict(self).items() if k != "scores"}
 
     def threshold(self, settings: Settings) -> float:
         """Return the score that nominal stretches exceed at most at `target_episode_rate`.
@@ -91,7 +112,7 @@ class Stretches:
             MismatchError: another length or confirmation than was calibrated.
             CalibrationError: too few stretches for the rate.
         """
-        for name in ("episode_s", "confirm_count", "confirm_s"):
+        for name in ("episode_s", "confirm_count", "confirm_s", "silence_s"):
             expected, found = getattr(self, name), getattr(settings, name)
             if expected != found:
                 raise MismatchError(
@@ -112,7 +133,7 @@ class Stretches:
         """
         kinds = {
             **{"scores": list, "episode_s": float, "confirm_count": int, "confirm_s": float},
-            "target_episode_rate": float,
+            **{"silence_s": float, "target_episode_rate": float},
         }
         if {key: type(value) for key, value in values.items()} != kinds:
             raise CalibrationError(f"stretches: expected {', '.join(kinds)}")
@@ -121,17 +142,76 @@ class Stretches:
         return cls(**{**values, "scores": np.array(values["scores"], np.float64)})
 
 
-def _confirmed(scores: np.ndarray, stamps_s: np.ndarray, count: int, window_s: float) -> np.ndarray:
-    """Return (n,) the count-th largest score of the window up to each frame, its own at most."""
-    found = np.zeros(len(scores))
-    first = 0
-    for last in range(len(scores)):
+def stricter(of_frames: float, stretches: Stretches | None, settings: Settings) -> float:
+    """Return the threshold that keeps the promise in frames and, if one is asked, in stretches.
+
+    Raises:
+        CalibrationError: a rate of stretches is asked for, and none were calibrated.
+        MismatchError: as `Stretches.threshold`.
+    """
+    if settings.target_episode_rate:
+        if stretches is None:
+            raise CalibrationError(
+                "setting 'target_episode_rate': expected a calibration by stretches, found one by "
+                "frames alone; calibrate again with it"
+            )
+        return max(of_frames, stretches.threshold(settings))
+    if stretches is not None:
+        _log.warning(
+            "calibrated for %g of stretches of %g s too, but target_episode_rate is 0: the "
+            "threshold is that of frames alone",
+            *(stretches.target_episode_rate, stretches.episode_s),
+        )
+    return of_frames
+
+
+def whole_stretches(stamps_s: np.ndarray, episode_s: float) -> list[np.ndarray]:
+    """Return the frames of every whole stretch of a drive, as (n,) positions.
+
+    A frame stands for the time up to the next one; a stretch is whole when nine tenths of it are
+    covered.
+
+    Args:
+        stamps_s: (n,) seconds, rising.
+        episode_s: length of a stretch.
+    """
+    period = float(np.median(np.diff(stamps_s))) if len(stamps_s) > 1 else 0.0
+    covered = stamps_s[-1] - stamps_s[0] + period
+    # Stamps of a tenth of a second are none in binary.
+    numbers = ((stamps_s - stamps_s[0]) / episode_s + 1e-9).astype(int)
+    return [
+        np.flatnonzero(numbers == n)
+        for n in np.unique(numbers)
+        if covered >= (n + _WHOLE) * episode_s - 1e-9
+    ]
+
+
+def _confirmed(
+    scores: np.ndarray, stamps_s: np.ndarray, settings: Settings, drive: str
+) -> np.ndarray:
+    """Return (n,) the scores up to which each frame is confirmed, 0 where none is."""
+    count, found = settings.confirm_count, np.zeros(len(scores))
+    # Confirmed scores, falling, and when each was last reached.
+    kept: list[tuple[float, float]] = []
+    first = wide_enough = 0
+    for last, (score, now_s) in enumerate(zip(scores, stamps_s, strict=True)):
         # A little room, for a window of a second holds the frame of a second ago.
-        while stamps_s[last] - stamps_s[first] > window_s + 1e-6:
+        while now_s - stamps_s[first] > settings.confirm_s + 1e-6:
             first += 1
         window = scores[first : last + 1]
+        wide_enough += len(window) >= count
         if len(window) >= count:
             # What is not found now raises no alarm now, however often it was.
-            kth = np.partition(window, len(window) - count)[len(window) - count]
-            found[last] = min(kth, scores[last])
+            found[last] = min(np.partition(window, len(window) - count)[-count], score)
+        kept = [each for each in kept if now_s - each[1] <= settings.silence_s + 1e-6]
+        found[last] = max([found[last], *(min(level, score) for level, _ in kept)])
+        kept = [each for each in kept if each[0] > found[last]]
+        if found[last] > 0.0:
+            kept.append((float(found[last]), float(now_s)))
+    if 2 * wide_enough < len(scores) and len(scores) >= count:
+        raise CalibrationError(
+            f"stretches: drive '{drive}': expected frames close enough that {count} lie within "
+            f"{settings.confirm_s:g} s, found {wide_enough} of {len(scores)} such; calibrate with "
+            "every frame"
+        )
     return found

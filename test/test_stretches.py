@@ -19,7 +19,8 @@ from semantic_anomaly.images import write_image
 from semantic_anomaly.regions import ImageRegion
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.stretches import Stretches
-from semantic_anomaly.structures import Decision
+from semantic_anomaly.structures import ComponentState, Decision
+from semantic_anomaly.tracking import ComponentTracker
 
 TENTH = 100_000_000
 
@@ -34,8 +35,12 @@ def stretches(scores: list[float], **changes: Any) -> Stretches:
 
 
 def test_a_stretch_has_its_largest_score() -> None:
-    scores = [0.1] * 9 + [0.3] + [0.2] * 10 + [0.4] + [0.1] * 9 + [0.15, 0.12]
-    assert stretches(scores).scores.tolist() == [0.15, 0.2, 0.3, 0.4]
+    # What is left over at the end is no whole stretch, nor is a drive of less.
+    scores = [0.1] * 9 + [0.3] + [0.2] * 10 + [0.4] + [0.1] * 9 + [0.9] * 8
+    assert stretches(scores).scores.tolist() == [0.2, 0.3, 0.4]
+    assert len(stretches([*scores, 0.9]).scores) == 4, "nine tenths are a whole one"
+    with pytest.raises(CalibrationError, match=r"needs at least 3 nominal .* found 0 whole ones"):
+        stretches([0.1] * 8)
 
 
 def test_a_confirmed_score_is_what_enough_frames_reach() -> None:
@@ -47,12 +52,35 @@ def test_a_confirmed_score_is_what_enough_frames_reach() -> None:
 
 
 def test_frames_with_gaps_are_judged_by_their_stamps() -> None:
-    stamps = [0, 1 * TENTH, 20 * TENTH, 21 * TENTH, 40 * TENTH, 80 * TENTH]
-    scores = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+    stamps = [n * TENTH for n in (0, 1, 20, 21, 22, 40, 41, 58, 59)]
+    scores = [0.1, 0.2, 0.3, 0.4, 0.1, 0.5, 0.2, 0.1, 0.6]
     made = Stretches.of_drives({"a": scores}, {"a": stamps}, settings())
     assert made.scores.tolist() == [0.2, 0.4, 0.5, 0.6]
     two = Stretches.of_drives({"a": scores}, {"a": stamps}, settings(confirm_count=2))
-    assert two.scores.tolist() == [0.0, 0.0, 0.1, 0.3]
+    assert two.scores.tolist() == [0.1, 0.1, 0.2, 0.3]
+
+
+def test_what_was_confirmed_stays_so_while_it_is_found_again() -> None:
+    # Found three times, then once a second: confirmed throughout, as the tracker has it.
+    scores = [0.1] * 60
+    for number in (10, 11, 12, 22, 32, 42):
+        scores[number] = 0.9
+    three = {"confirm_count": 3, "confirm_s": 1.0, "episode_s": 1.0}
+    assert stretches(scores, silence_s=1.0, **three).scores.tolist() == [0.1, 0.1, *[0.9] * 4]
+    assert stretches(scores, silence_s=0.5, **three).scores.tolist() == [*[0.1] * 5, 0.9]
+    tracker = ComponentTracker(3, 1.0, 1.0)
+    box = np.array([[0.0, 0.0, 9.0, 9.0]])
+    for number, score in enumerate(scores):
+        tracks = tracker.update(number * TENTH, box if score > 0.5 else box[:0])
+        confirmed = any(track.state is ComponentState.CONFIRMED for track in tracks)
+        assert confirmed == (number in (12, 22, 32, 42)), number
+
+
+def test_frames_too_far_apart_to_be_confirmed_are_refused() -> None:
+    stamps = [n * 10 * TENTH for n in range(40)]
+    sparse = settings(confirm_count=3, confirm_s=1.0, episode_s=4.0)
+    with pytest.raises(CalibrationError, match="drive 'a': expected frames close enough that 3"):
+        Stretches.of_drives({"a": [0.1] * 40}, {"a": stamps}, sparse)
 
 
 def test_the_threshold_is_the_conformal_one_and_the_stricter_of_both() -> None:
@@ -75,6 +103,8 @@ def test_the_threshold_is_the_conformal_one_and_the_stricter_of_both() -> None:
     assert calibration.threshold_of(asked.replace(target_false_alarm_rate=0.02)) > 0.8
     with pytest.raises(MismatchError, match="confirm_count"):
         calibration.threshold_of(asked.replace(confirm_count=2))
+    with pytest.raises(MismatchError, match="silence_s"):
+        calibration.threshold_of(asked.replace(silence_s=2.0))
     with pytest.raises(MismatchError, match="episode_s"):
         calibration.threshold_of(asked.replace(episode_s=2.0))
     with pytest.raises(CalibrationError, match="needs at least 99 nominal calibration stretches"):
@@ -100,6 +130,7 @@ def test_the_rate_holds_on_new_stretches() -> None:
         ({"scores": np.array([0.1, np.nan])}, "ascending"),
         ({"episode_s": 0.0}, "lengths"),
         ({"confirm_s": float("nan")}, "lengths"),
+        ({"silence_s": float("inf")}, "lengths"),
         ({"confirm_count": 0}, "a count"),
         ({"target_episode_rate": 0.0}, "a rate"),
         ({"target_episode_rate": 0.01}, "needs at least 99"),
@@ -108,7 +139,7 @@ def test_the_rate_holds_on_new_stretches() -> None:
 def test_what_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:
     values = {
         **{"scores": np.linspace(0, 1, 20), "episode_s": 10.0, "confirm_count": 1},
-        **{"confirm_s": 1.0, "target_episode_rate": 0.1, **changes},
+        **{"confirm_s": 1.0, "silence_s": 1.0, "target_episode_rate": 0.1, **changes},
     }
     with pytest.raises(CalibrationError, match=message):
         Stretches(**values)
@@ -167,7 +198,10 @@ def test_the_command_promises_stretches_and_the_others_keep_to_it(
     assert kept is not None and len(kept.scores) == 12
     assert (Path(index) / FILE_NAME).is_file()
     assert main(["calibrate", index, str(tmp_path / "c"), "--check", *size]) == 0
-    assert "3 stretches of 1 s" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "3 whole stretches of 1 s" in told and "target 0.2" in told
+    assert main(["calibrate", index, drives[0], "--check", *asked[2:4], *size]) == 2
+    assert "the target rates are the calibration's own" in capsys.readouterr().err
     assert main(["calibrate", index, *drives, *asked[:3], "0.01", *size]) == 2
     assert "needs at least 99 nominal calibration stretches" in capsys.readouterr().err
 
@@ -175,7 +209,7 @@ def test_the_command_promises_stretches_and_the_others_keep_to_it(
 def test_what_is_confirmed_in_a_stretch_is_what_the_detector_confirms() -> None:
     # Spikes of one frame raise no alarm where two are needed, whatever their scores.
     found = make_detector(confirm_count=2, confirm_s=0.15)
-    frames = [street(seed, odd=seed in (3, 7, 8)) for seed in range(12)]
+    frames = [street(seed, odd=seed in (3, 7, 8)) for seed in range(15)]
     results = [found.detect(frame) for frame in frames]
     alarms = [n for n, result in enumerate(results) if result.decision is Decision.ANOMALY]
     made = Stretches.of_drives(

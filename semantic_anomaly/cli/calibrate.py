@@ -103,13 +103,15 @@ def _stretches(calibration: Calibration, settings: Settings) -> list[tuple[str, 
 def _check(args: argparse.Namespace) -> int:
     from semantic_anomaly.evaluation.realised import realised_rates
 
-    if args.target_false_alarm_rate is not None:
-        raise InputError("--check: the target rate is the calibration's own, found another given")
+    if args.target_false_alarm_rate is not None or args.target_episode_rate is not None:
+        raise InputError("--check: the target rates are the calibration's own, found others given")
     settings, camera = settings_of(args, args.index)
     detector = load_detector(args, settings, camera)
     length = detector.settings.episode_s if args.episode_s is None else args.episode_s
     found = realised_rates(detector, args.sources, topic=args.topic, episode_s=length)
-    stretch = f"of {found['stretches']} stretches of {length:g} s with an alarm"
+    stretch = f"of {found['stretches']} whole stretches of {length:g} s with an alarm"
+    if promised := detector.settings.target_episode_rate:
+        stretch += f"; target {promised:g}"
     hour = found["episodes_per_hour"]
     rows = [
         _rate(found, "frame", f"of {found['frames']} frames above the threshold; target "
@@ -126,5 +128,5 @@ def _check(args: argparse.Namespace) -> int:
 
 def _rate(found: dict[str, Any], name: str, remark: str) -> tuple[str, ...]:
     interval = found[f"{name}_rate_interval"]
-    low_high = " to ".join(figure(end) for end in interval)
+    low_high = " to ".join(figure(end) for end in interval or ())
     return name, figure(found[f"{name}_rate"]), low_high, remark

@@ -40,7 +40,8 @@ def run(args: argparse.Namespace) -> int:
     folder = args.index.expanduser()
     index = NominalIndex.load(folder)
     # The graph is read and checked only when it is used.
-    index.configure_search("graph", index.manifest["content"]["search_ef"])
+    for each in (index, *index.parts.values()):
+        each.configure_search("graph", each.manifest["content"]["search_ef"])
     calibrations = [Calibration.of_file(path) for path in files(folder)]
     for calibration in calibrations:
         if calibration.index_fingerprint != index.fingerprint:
@@ -113,7 +114,7 @@ def _calibration_rows(calibration: Calibration) -> list[tuple[str, str]]:
     drives = _listed([f"{name} ({count})" for name, count in calibration.drives])
     return [
         ("calibration of camera", calibration.camera),
-        ("threshold", f"{calibration.threshold:.4f}"),
+        ("threshold of frames", f"{calibration.threshold:.4f}"),
         ("target rate", f"{calibration.target_false_alarm_rate:g}"),
         ("nominal frames", f"{calibration.count}"),
         ("drives", drives),
@@ -128,11 +129,14 @@ def _calibration_rows(calibration: Calibration) -> list[tuple[str, str]]:
 
 
 def _stretch_rows(calibration: Calibration) -> list[tuple[str, str]]:
+    from semantic_anomaly import conformal
+
     made = calibration.stretches
     if made is None:
         return []
     told = f"{len(made.scores)} of {made.episode_s:g} s, target {made.target_episode_rate:g}"
-    return [("nominal stretches", told)]
+    limit = conformal.threshold(made.scores, made.target_episode_rate, "stretches")
+    return [("threshold of stretches", f"{limit:.4f}"), ("nominal stretches", told)]
 
 
 def _listed(names: list[str]) -> str:

@@ -141,17 +141,13 @@ def load_detector(args: argparse.Namespace, settings: Settings, camera: str) -> 
     from semantic_anomaly.detector import AnomalyDetector
 
     folder = Path(settings.index_of(camera)).expanduser()
-    if "target_false_alarm_rate" not in _parameters(args) and file_of(folder, camera).exists():
+    if file_of(folder, camera).exists():
         # A default is not a wish: 'calibrate' was told which rates are wanted.
-        calibration = Calibration.load(folder, camera)
-        settings = settings.replace(target_false_alarm_rate=calibration.target_false_alarm_rate)
-        stretches = calibration.stretches
-        if stretches is not None and "target_episode_rate" not in _parameters(args):
-            wanted = "target_episode_rate", "episode_s", "confirm_count", "confirm_s"
-            told = {name: getattr(stretches, name) for name in wanted}
-            settings = settings.replace(
-                **{k: v for k, v in told.items() if k not in _parameters(args)}
-            )
+        calibration, given = Calibration.load(folder, camera), _parameters(args)
+        promised = {"target_false_alarm_rate": calibration.target_false_alarm_rate}
+        if calibration.stretches is not None:
+            promised |= calibration.stretches.settings
+        settings = settings.replace(**{k: v for k, v in promised.items() if k not in given})
     return AnomalyDetector.load(settings, camera)
 
 

@@ -16,6 +16,7 @@ from semantic_anomaly.evaluation.events import drive_metrics
 from semantic_anomaly.evaluation.metrics import rate_interval
 from semantic_anomaly.freshness import refuse_indexed
 from semantic_anomaly.sources import open_source
+from semantic_anomaly.stretches import whole_stretches
 from semantic_anomaly.structures import Decision
 
 if TYPE_CHECKING:
@@ -44,8 +45,8 @@ def realised_rates(
     Returns:
         `frames`, `drives`, `stretches`, `hours`; `frame_rate` of scores above the threshold,
         `alarm_rate` of frames in confirmed alarm and `stretch_rate` of stretches with one, each
-        with its `_interval`; `episodes_per_hour`, `target`; `kept`, whether the target lies above
-        the lower end of the frame rate's interval.
+        with its `_interval`, None without a whole one; `episodes_per_hour`, `target`; `kept`,
+        whether the targets of frames and of stretches lie above the lower ends of their intervals.
 
     Raises:
         CalibrationError: there is no calibration, or the index has seen a frame.
@@ -68,7 +69,11 @@ def realised_rates(
         _log.warning("check: drive '%s' has the name of one of the calibration's", name)
     above = np.concatenate([rows[:, 1] for _, rows in drives]).astype(bool)
     alarms = np.concatenate([rows[:, 2] for _, rows in drives]).astype(bool)
-    stretches = [hit for _, rows in drives for hit in _stretches(rows, episode_s)]
+    stretches = [
+        bool(rows[frames, 2].any())
+        for _, rows in drives
+        for frames in whole_stretches(rows[:, 0] / 1e9, episode_s)
+    ]
     metrics = [drive_metrics(rows[:, 0].tolist(), rows[:, 2].tolist(), []) for _, rows in drives]
     hours = sum(one.nominal_s for one in metrics) / 3600.0
     episodes = sum(one.false_episodes for one in metrics)
@@ -82,10 +87,15 @@ def realised_rates(
         "target": detector.settings.target_false_alarm_rate,
     }
     for name, flags in (("frame", above), ("alarm", alarms), ("stretch", np.array(stretches))):
-        rate = float(np.mean(flags))
+        rate = float(np.mean(flags)) if len(flags) else None
         found[f"{name}_rate"] = rate
         found[f"{name}_rate_interval"] = rate_interval(rate, len(drives))
-    found["kept"] = found["frame_rate_interval"][0] <= found["target"]
+    targets = {"frame": found["target"], "stretch": detector.settings.target_episode_rate}
+    found["kept"] = all(
+        interval[0] <= target
+        for name, target in targets.items()
+        if target and (interval := found[f"{name}_rate_interval"])
+    )
     return found
 
 
@@ -106,9 +116,3 @@ def _drives(
         alarm = result.decision is Decision.ANOMALY
         rows.setdefault(drive, []).append((frame.stamp_ns, exceeds, alarm))
     return {drive: np.array(found, np.int64) for drive, found in rows.items()}
-
-
-def _stretches(rows: np.ndarray, episode_s: float) -> list[bool]:
-    """Return for every stretch of a drive whether it holds an alarm."""
-    number = ((rows[:, 0] - rows[0, 0]) / (episode_s * 1e9)).astype(int)
-    return [bool(rows[number == n, 2].any()) for n in np.unique(number)]
