@@ -214,9 +214,16 @@ def measure(
 
 
 def _made_of(trial: Trial, settings: Settings) -> tuple[Any, ...]:
-    """Return what an index depends on that rows differ in."""
-    made_of = settings.segments, settings.surroundings_weight, settings.place_weight
-    return (*trial.index, *made_of, settings.scene_frames > 0)
+    """Return what an index depends on that rows may differ in."""
+    made_of = settings.segments, settings.surroundings_weight, settings.scene_frames > 0
+    limits = settings.dedup_distance, settings.max_entries
+    return (*trial.index, *_embedded_by(settings), *made_of, *limits)
+
+
+def _embedded_by(settings: Settings) -> tuple[Any, ...]:
+    """Return what embeddings and instances depend on that rows may differ in."""
+    names = "place_weight", "segmenter", "segmenter_model", "backbone", "layers", "input_size"
+    return tuple(getattr(settings, name) for name in names)
 
 
 def by_size(dataset: Dataset, rows: list[dict[str, Any]]) -> list[tuple[float, float | None]]:
@@ -326,7 +333,7 @@ def main() -> None:
     common = {"backbone": args.backbone, "target_false_alarm_rate": 0.05, **COMMON, **given}
     chosen = {name: ROWS[name] for name in args.row} if args.row else {} if args.tried else ROWS
     chosen = {**chosen, **{text: json.loads(text) for text in args.tried}}
-    embedders: dict[float, Remembered] = {}
+    embedders: dict[Any, Remembered] = {}
     rows: dict[str, dict[str, Any]] = {}
     indexes: dict[Any, NominalIndex] = {}
     with tempfile.TemporaryDirectory() as temporary:
@@ -336,14 +343,14 @@ def main() -> None:
             trials.insert(0, street_trial(args.drives or scratch / "drives", args.first_seed))
         for number, (name, changes) in enumerate(tqdm(chosen.items(), "rows", disable=None)):
             settings = Settings.from_parameters({**common, **changes})
-            weight = settings.place_weight
-            if weight not in embedders:
+            embedded_by = _embedded_by(settings)
+            if embedded_by not in embedders:
                 segmenting = settings.replace(variant="instance", place_normalisation=True)
-                embedders[weight] = Remembered(RunningEmbedder.from_settings(segmenting))
+                embedders[embedded_by] = Remembered(RunningEmbedder.from_settings(segmenting))
             rows[name] = {}
             for trial in trials:
                 out = scratch / f"report_{number}"
-                rows[name] |= measure(trial, settings, embedders[weight], out, indexes)
+                rows[name] |= measure(trial, settings, embedders[embedded_by], out, indexes)
                 shutil.rmtree(out)
             if args.times and trials[0].index:
                 index = indexes[_made_of(trials[0], settings)]

@@ -28,6 +28,9 @@ from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import PatchGrid
 
 NO_INSTANCES = "no instances: scored by patches alone"
+NOTHING_USUAL = "instances of which calibration knows nothing usual: scored by patches alone"
+# Of the patches where the grid is one branch of several: the largest tenth is exact.
+_EXACT_SHARE = 10
 # Deviations above what is usual from which a patch, or a pair, is unusual by itself.
 _UNUSUAL = 2.0
 
@@ -62,7 +65,7 @@ class FrameScore:
     Attributes:
         score: in [0, 2].
         distances: (rows, cols) float32 in [0, 2], the map that the score is made of.
-        parts: score of each branch by itself, where there are several.
+        parts: deviations of each branch by itself, where there are several and a calibration.
         note: what is to be said of it, may be empty.
     """
 
@@ -84,8 +87,6 @@ class Branches:
     def __init__(self, index: NominalIndex, settings: Settings, region: ImageRegion) -> None:
         self._index, self._settings, self._region = index, settings, region
         self._parts = index.parts
-        for part in self._parts.values():
-            part.configure_search(settings.search, settings.search_ef)
         self._scenes = SceneSearch(index, settings.scene_frames) if settings.scene_frames else None
         self._surroundings: np.ndarray | None = None
         if settings.surroundings_weight:
@@ -108,7 +109,10 @@ class Branches:
     def score(
         self, grid: PatchGrid, usual: Mapping[str, UsualDistances], threshold: float | None
     ) -> FrameScore:
-        """Return the score of a frame, exact above the threshold whatever the search.
+        """Return the score of a frame.
+
+        Patches alone are exact above the threshold and in the tail, whatever the search; beside
+        instances, which are always exact, the largest tenth of them.
 
         Args:
             grid: of the frame.
@@ -146,6 +150,8 @@ class Branches:
         if self._scenes is not None:
             return self._scenes.distances(grid, embeddings, k)
         top = tail_count(len(embeddings), self._settings.tail_percent)
+        if self._settings.variant != GRID:
+            top = max(top, len(embeddings) // _EXACT_SHARE)
         return self._index.distances(
             embeddings, k, exact_above=threshold, exact_top=top, relation=relation
         )
@@ -160,7 +166,7 @@ class Branches:
             return {}, instances, {}
         part = self._parts[INSTANCES]
         values = {
-            INSTANCES: part.distances(
+            INSTANCES: part.exact_distances(
                 instances.embeddings, min(self._settings.neighbours, part.count)
             )
         }
@@ -178,7 +184,7 @@ class Branches:
         part = self._parts[PAIRS]
         k = min(self._settings.neighbours, part.count)
         around = mean_distances(pairs.surroundings, self._surroundings, k)
-        excess = part.distances(pairs.embeddings, k) - np.float32(weight) * around
+        excess = part.exact_distances(pairs.embeddings, k) - np.float32(weight) * around
         return np.asarray(np.clip(excess, 0.0, 2.0), np.float32)
 
     def _combined(
@@ -186,13 +192,10 @@ class Branches:
     ) -> FrameScore:
         percent, inside = self._settings.tail_percent, patches.inside
         maps, instances, values = self._instance_maps(grid)
-        # A branch without any calibration frame has no measure.
-        maps = {name: found for name, found in maps.items() if not usual or name in usual}
-        values = {name: values[name] for name in maps}
-        note = ""
-        if instances is None or not maps:
-            note = NO_INSTANCES
-        elif usual and self._settings.min_agreement:
+        note = "" if maps else NO_INSTANCES
+        if usual and maps and not all(name in usual for name in maps):
+            maps, note = {}, NOTHING_USUAL
+        if maps and instances is not None and usual and self._settings.min_agreement:
             kept = self._agreeing(instances, values, maps, patches, usual)
             instances = Instances(instances.embeddings[kept], instances.shares[kept])
             covered = instances.covered
@@ -213,10 +216,9 @@ class Branches:
         unit = usual[GRID].typical if usual else (0.0, 1.0)
         distances = np.clip(mixed * np.float32(unit[1]) + np.float32(unit[0]), 0.0, 2.0)
         distances = np.where(inside, distances, np.float32(0.0)).astype(np.float32)
-        parts = {
-            name: tail_mean(np.where(inside, relative[name], -np.inf)[inside], percent)
-            for name in relative
-        }
+        # Plain distances are no deviations.
+        named = relative if usual else {}
+        parts = {name: tail_mean(each[inside], percent) for name, each in named.items()}
         return FrameScore(tail_mean(distances[inside], percent), distances, parts, note)
 
     def _agreeing(
@@ -234,9 +236,8 @@ class Branches:
         unusual = patches.relative(usual[GRID]) > _UNUSUAL
         kept = patch_agreement(weights, unusual.ravel()) >= self._settings.min_agreement
         if PAIRS in maps:
-            factor = np.zeros((2, *patches.inside.shape), np.float32)
-            factor[:, maps[PAIRS].inside] = usual[PAIRS].relation(maps[PAIRS].inside)
-            own = weights @ factor.reshape(2, -1).T
+            everywhere = np.ones(patches.inside.shape, bool)
+            own = weights @ np.stack(usual[PAIRS].relation(everywhere), axis=1)
             mean, deviation = usual[PAIRS].typical
             relative = (own[:, 0] * values[PAIRS] + own[:, 1] - mean) / deviation
             kept |= relative > _UNUSUAL

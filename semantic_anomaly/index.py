@@ -15,7 +15,7 @@ from semantic_anomaly.exact_search import nearest_entries
 from semantic_anomaly.growing_graph import GrowingGraph
 from semantic_anomaly.identity import EmbedderIdentity
 from semantic_anomaly.index_build import NominalFrame, Selection, suited
-from semantic_anomaly.index_content import IndexContent, check_part
+from semantic_anomaly.index_content import IndexContent, check_part, check_part_name
 from semantic_anomaly.index_description import DescribedIndex
 from semantic_anomaly.index_format import (
     GRAPH,
@@ -106,7 +106,8 @@ class NominalIndex(DescribedIndex):
             own = replace(identity, dim=chosen.embeddings.shape[1])
             told = region, beside.settings[name], source, camera
             content = IndexContent.of_selection(chosen, own, *told, made=plan.made[name])
-            parts[name] = cls(content, content.manifest(), None, None)
+            grown = beside.graphs[name].finished()
+            parts[name] = cls(content, content.manifest(), grown, None)
         return index.with_parts(parts) if parts else index
 
     @classmethod
@@ -118,6 +119,8 @@ class NominalIndex(DescribedIndex):
         """
         folder = Path(folder).expanduser()
         content, manifest = read_content(folder)
+        for name in content.parts:
+            check_part_name(name)
         parts = {name: cls.load(folder / name) for name in content.parts}
         for name, part in parts.items():
             expected = content.parts[name]
@@ -127,7 +130,9 @@ class NominalIndex(DescribedIndex):
                     f"found {part.fingerprint}"
                 )
             check_part(content, name, part.content)
-        return cls(content, manifest, None, folder, parts)
+        loaded = cls(content, manifest, None, folder, parts)
+        loaded.plan  # noqa: B018 Reading it checks it.
+        return loaded
 
     def save(self, folder: Path, beside: Callable[[Path], object] | None = None) -> None:
         """Write the index as a whole, read it back, and only then put it in place.

@@ -253,12 +253,7 @@ def check_part(content: IndexContent, name: str, part: IndexContent) -> None:
             with parts.
         IndexMismatchError: another embedder, its dimension aside, or another region.
     """
-    # 'frames' is the folder of the pictures.
-    if not _PART_NAME.fullmatch(name) or name == "frames":
-        raise ArtefactError(
-            f"part of an index: expected a name of lower-case letters, digits and underscores "
-            f"other than 'frames', found '{name}'"
-        )
+    check_part_name(name)
     if part.parts:
         raise ArtefactError(f"part '{name}' of an index: expected no parts, found {[*part.parts]}")
     alike = replace(content.identity, dim=part.identity.dim)
@@ -268,6 +263,16 @@ def check_part(content: IndexContent, name: str, part: IndexContent) -> None:
     if canonical_json(dict(part.region)) != canonical_json(dict(content.region)):
         raise IndexMismatchError(
             f"part '{name}' of an index: region", dict(content.region), dict(part.region)
+        )
+
+
+def check_part_name(name: str) -> None:
+    """Raise ArtefactError for a name that no part can have: it is that of a folder."""
+    # 'frames' is the folder of the pictures.
+    if not _PART_NAME.fullmatch(name) or name == "frames":
+        raise ArtefactError(
+            f"part of an index: expected a name of lower-case letters, digits and underscores "
+            f"other than 'frames', found '{name}'"
         )
 
 

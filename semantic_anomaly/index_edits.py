@@ -10,23 +10,19 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from semantic_anomaly import calibration_file
-from semantic_anomaly.calibration import Calibration
 from semantic_anomaly.entry_numbers import rows_of
-from semantic_anomaly.errors import InputError, MismatchError
+from semantic_anomaly.errors import InputError
 from semantic_anomaly.growing_graph import GrowingGraph
 from semantic_anomaly.index import NominalIndex
 from semantic_anomaly.index_build import BuildReport, FrameRecord, Selection
 from semantic_anomaly.index_content import ADD, RETRACT, Edit, IndexContent, Retracted
-from semantic_anomaly.index_format import fingerprint_of
+from semantic_anomaly.index_parts import SCENES
 from semantic_anomaly.nominal_frames import NominalFrame
 from semantic_anomaly.regions import ImageRegion
-from semantic_anomaly.renewal import Change
 
 
 class _Ledger(NamedTuple):
@@ -47,8 +43,9 @@ def add_nominal(
 ) -> tuple[NominalIndex, BuildReport]:
     """Return the index with nominal frames added as one edit, and what became of their patches.
 
-    Its parts take what the frames have for them, by edits of their own that are undone with it.
-    Near-duplicates of what the index holds are left out, as when it was built.
+    Its parts take what the frames have for them, by edits of their own that are undone with it;
+    where nothing of the patches is new, they alone have edits. Near-duplicates of what there is
+    are left out, as when it was built.
 
     Args:
         index: to be edited; stays as it is.
@@ -72,31 +69,30 @@ def add_nominal(
             yield given
 
     edit = _edit(index.content, ADD, 0, note, 0, source)
-    grown, report, graph = _grown(index, watched(), region, edit)
-    if grown is None:
+    made, report = _grown("index", index, watched(), region, edit)
+    parts = dict(index.parts)
+    for name, given in beside.items():
+        own = replace(edit, number=_edit(parts[name].content, ADD, 0, note).number)
+        parts[name], _ = _grown(f"part '{name}' of the index", parts[name], given, region, own)
+    # A scene is taken in whatever it resembles, so that it is no sign of anything new.
+    grown = [n for n, part in index.parts.items() if n != SCENES and parts[n] is not part]
+    if made is index and not grown:
         raise InputError(
             f"index: expected new patches, found all {report.seen} of {report.frames} frames "
             f"nearer than {index.content.limits['dedup_distance']:g} to entries of the index"
         )
-    made = index.with_content(grown, graph)
-    parts = dict(index.parts)
-    for name, given in beside.items():
-        own = replace(edit, number=_edit(parts[name].content, ADD, 0, note).number)
-        content, _, graph = _grown(parts[name], given, region, own)
-        if content is not None:
-            parts[name] = parts[name].with_content(content, graph)
     made = made.with_parts(parts) if parts else made
     return made, replace(report, stored=made.count - index.count)
 
 
 def _grown(
-    index: NominalIndex, frames: Iterable[NominalFrame], region: ImageRegion, edit: Edit
-) -> tuple[IndexContent | None, BuildReport, GrowingGraph]:
-    """Return what an index or a part holds after an addition, None if nothing was new."""
+    what: str, index: NominalIndex, frames: Iterable[NominalFrame], region: ImageRegion, edit: Edit
+) -> tuple[NominalIndex, BuildReport]:
+    """Return an index or a part after an addition, the same one if nothing was new."""
     content = index.content
     dedup, most = content.limits["dedup_distance"], int(content.limits["max_entries"])
     if index.count >= most:
-        raise InputError(f"index: expected room for more than {most} entries, found none")
+        raise InputError(f"{what}: expected room for more than {most} entries, found none")
     graph = GrowingGraph(index.dim, content.graph["m"], content.graph["ef_construction"])
     selection = Selection(graph, index.dim, dedup, most)
     selection.resume(content.embeddings, content.entries, content.frames)
@@ -104,7 +100,7 @@ def _grown(
     report = selection.finish()
     added = report.stored - index.count
     if not added:
-        return None, report, graph
+        return index, report
     brought = len(selection.frames) - len(content.frames)
     changed = replace(
         content,
@@ -113,7 +109,7 @@ def _grown(
         frames=tuple(selection.frames),
         edits=(*content.edits, replace(edit, entries=added, frames=brought)),
     )
-    return changed, report, graph
+    return index.with_content(changed, graph), report
 
 
 def retract(index: NominalIndex, numbers: Sequence[int], *, note: str = "") -> NominalIndex:
@@ -172,68 +168,26 @@ def undo(index: NominalIndex, number: int | None = None) -> tuple[NominalIndex, 
     else:
         ledger, frames = _without_addition(content, ledger, edit)
     undone = index.with_content(_content(content, ledger, others, frames))
-    parts = {name: _undone_with(part, edit) for name, part in index.parts.items()}
+    parts = {name: _undone_with(name, part, edit) for name, part in index.parts.items()}
     return (undone.with_parts(parts) if parts else undone), edit
 
 
-def _undone_with(part: NominalIndex, edit: Edit) -> NominalIndex:
+def _undone_with(name: str, part: NominalIndex, edit: Edit) -> NominalIndex:
     """Return a part without what an addition to its index gave to it."""
     for own in part.edits:
         if edit.kind == own.kind == ADD and (own.when, own.source) == (edit.when, edit.source):
-            return undo(part, own.number)[0]
+            try:
+                return undo(part, own.number)[0]
+            except InputError as error:
+                raise InputError(f"part '{name}': {error}") from error
     return part
-
-
-def save_edited(folder: Path, before: NominalIndex, edited: NominalIndex) -> Calibration | None:
-    """Put an edited index in the place of what it was made from, its calibrations carried over.
-
-    Returns:
-        the first calibration, due for renewal until all edits since are undone; None: none is.
-
-    Raises:
-        ArtefactError: the folder has changed since, or cannot be written.
-        MismatchError: the calibration is of another index.
-    """
-    folder = Path(folder).expanduser()
-    found = fingerprint_of(folder)
-    if found != before.fingerprint:
-        raise MismatchError(
-            f"index '{folder}': fingerprint", before.fingerprint, found, "edited meanwhile; again"
-        )
-    carried = []
-    for path in calibration_file.files(folder):
-        calibration = Calibration.of_file(path)
-        if calibration.index_fingerprint != before.fingerprint:
-            raise MismatchError(
-                f"calibration of '{folder}': index fingerprint",
-                before.fingerprint,
-                calibration.index_fingerprint,
-                "calibrate again",
-            )
-        carried.append(calibration.carried(edited, _changes(before, edited)))
-    edited.save(folder, lambda beside: [each.save(beside) for each in carried])
-    return carried[0] if carried else None
-
-
-def _changes(before: NominalIndex, edited: NominalIndex) -> Iterator[Change]:
-    pairs = {"": (before.edits, edited.edits)}
-    for name, part in edited.parts.items():
-        if name in before.parts:
-            pairs[name] = (before.parts[name].edits, part.edits)
-    for name, (old, new) in pairs.items():
-        for edit in old:
-            if edit not in new:
-                yield Change(name, edit.number, edit.what, True, edit.kind == ADD)
-        for edit in new:
-            if edit not in old:
-                yield Change(name, edit.number, edit.what, False, edit.kind == RETRACT)
 
 
 def _edit(
     content: IndexContent, kind: str, entries: int, note: str, frames: int = 0, source: str = ""
 ) -> Edit:
     number = 1 + max((edit.number for edit in content.edits), default=0)
-    when = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    when = datetime.now(timezone.utc).isoformat(timespec="microseconds")
     return Edit(number, kind, entries, frames, when, note, source)
 
 

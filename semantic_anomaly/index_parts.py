@@ -7,17 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from semantic_anomaly.errors import IndexMismatchError
+from semantic_anomaly.errors import IndexFormatError, IndexMismatchError
 from semantic_anomaly.index_build import Graph, Selection
 from semantic_anomaly.instances import Instances, instances_of, pairs_of
 from semantic_anomaly.nominal_frames import NominalFrame, NominalPlaces
 from semantic_anomaly.regions import ImageRegion
 from semantic_anomaly.segmentation import SegmenterIdentity
 from semantic_anomaly.settings import Settings
+from semantic_anomaly.storage import canonical_json
 from semantic_anomaly.structures import PatchGrid
 
 INSTANCES, PAIRS, SCENES = "instances", "pairs", "scenes"
@@ -48,15 +49,30 @@ class PartPlan:
 
     @classmethod
     def of_made(cls, made: Mapping[str, Mapping[str, Any]]) -> PartPlan:
-        """Return the plan that parts were made by, from what `made` said of each of them.
+        """Return the plan that parts were made by, from what `made` says of each of them.
+
+        Parts of other names are none of its business.
 
         Raises:
             IndexFormatError: it says nothing of the kind.
         """
-        told = made.get(INSTANCES)
-        segmenter = SegmenterIdentity.from_dict(told["segmenter"]) if told else None
-        weight = float(made[PAIRS]["surroundings_weight"]) if PAIRS in made else 0.0
-        return cls(segmenter, weight, SCENES in made)
+        told = {name: each for name, each in made.items() if name in (INSTANCES, PAIRS, SCENES)}
+        segmenter, weight = None, 0.0
+        try:
+            if INSTANCES in told:
+                segmenter = SegmenterIdentity.from_dict(told[INSTANCES]["segmenter"])
+            if PAIRS in told:
+                weight = told[PAIRS]["surroundings_weight"]
+            plan = cls(segmenter, weight, SCENES in told)
+            sound = not weight or (type(weight) is float and 0.0 < weight < 1.0)
+            agree = sound and canonical_json(plan.made) == canonical_json(told)
+        except (KeyError, TypeError, ValueError) as error:
+            raise IndexFormatError(f"parts of an index: {type(error).__name__}: {error}") from error
+        if not agree:
+            raise IndexFormatError(
+                f"parts of an index: expected what they are made with to agree, found {told!r:.300}"
+            )
+        return plan
 
     @property
     def made(self) -> dict[str, dict[str, Any]]:
@@ -105,29 +121,30 @@ class PartPlan:
     def places(self, given: NominalFrame, region: ImageRegion) -> dict[str, NominalPlaces]:
         """Return what a nominal frame gives to each part; nothing of frames without grids.
 
-        An instance is nominal where all that it covers is.
+        An instance is nominal where all that it covers is, and a scene where all of it is.
 
         Raises:
             ModelOutputError: instances are wanted and the frame was not segmented.
         """
         if isinstance(given, NominalPlaces):
             return {}
-        frame, grid, *nominal = given
+        frame, grid, *masks = given
+        nominal = masks[0] if masks else None
         found: dict[str, NominalPlaces] = {}
-        if self.scenes:
+        if self.scenes and (nominal is None or nominal.all()):
             whole = unit_scene(grid)[None]
             place = np.zeros((1, 2), np.int64)
             found[SCENES] = NominalPlaces(frame, grid.grid_hw, place, whole)
         if self.segmenter is None:
             return found
         instances = instances_of(grid, region)
-        for mask in nominal:
-            kept = ~(instances.shares[:, ~mask] > 0).any(axis=1)
+        if nominal is not None:
+            kept = ~(instances.shares[:, ~nominal] > 0).any(axis=1)
             instances = Instances(instances.embeddings[kept], instances.shares[kept])
         places = instances.places
         found[INSTANCES] = NominalPlaces(frame, grid.grid_hw, places, instances.embeddings)
         if self.surroundings_weight:
-            pairs = pairs_of(grid, instances, region, self.surroundings_weight)
+            pairs = pairs_of(grid, instances, region, self.surroundings_weight, nominal)
             found[PAIRS] = NominalPlaces(frame, grid.grid_hw, places, pairs.embeddings)
         return found
 
@@ -138,7 +155,10 @@ def unit_scene(grid: PatchGrid) -> np.ndarray:
     return np.asarray(whole / max(float(np.linalg.norm(whole)), 1e-12), np.float32)
 
 
-class PartSelections:
+_GraphType = TypeVar("_GraphType", bound=Graph)
+
+
+class PartSelections(Generic[_GraphType]):
     """Chooses the entries of the parts while the frames of an index pass by.
 
     Args:
@@ -153,14 +173,14 @@ class PartSelections:
         plan: PartPlan,
         settings: Settings,
         region: ImageRegion,
-        new_graph: Callable[[int], Graph],
+        new_graph: Callable[[int], _GraphType],
     ) -> None:
         self._plan, self._settings, self._region = plan, settings, region
         self._new_graph = new_graph
         self._waiting: dict[str, list[NominalPlaces]] = {}
         self.settings: dict[str, Settings] = {}
         self.selections: dict[str, Selection] = {}
-        self.graphs: dict[str, Graph] = {}
+        self.graphs: dict[str, _GraphType] = {}
 
     def watch(self, frames: Iterable[NominalFrame]) -> Iterator[NominalFrame]:
         """Yield the frames as they are, having taken what they give to the parts."""
@@ -197,8 +217,8 @@ class PartSelections:
         graph = self._new_graph(dim)
         selection = Selection(graph, dim, settings.dedup_distance, settings.max_entries)
         selection.extend(waiting, self._region)
-        self.settings[name], self.graphs[name] = settings, graph
-        self.selections[name] = selection
+        self.settings[name], self.selections[name] = settings, selection
+        self.graphs[name] = graph
 
 
 def _suitable_distance(frames: Iterable[NominalPlaces]) -> float:

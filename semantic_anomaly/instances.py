@@ -117,7 +117,13 @@ def instances_of(grid: PatchGrid, region: ImageRegion) -> Instances:
     return Instances(_pooled(grid.features, shares), shares)
 
 
-def pairs_of(grid: PatchGrid, instances: Instances, region: ImageRegion, weight: float) -> Pairs:
+def pairs_of(
+    grid: PatchGrid,
+    instances: Instances,
+    region: ImageRegion,
+    weight: float,
+    nominal: np.ndarray | None = None,
+) -> Pairs:
     """Return instances paired with their surroundings.
 
     An instance that leaves nothing around it is its own surroundings.
@@ -127,9 +133,12 @@ def pairs_of(grid: PatchGrid, instances: Instances, region: ImageRegion, weight:
         instances: of the same image.
         region: patches outside surround nothing.
         weight: of the surroundings in the distance of two pairs, in (0, 1).
+        nominal: (rows, cols) bool, patches that may surround; None: all.
     """
     rings = _rings(instances.shares)
     rings *= region.patch_mask(grid.grid_hw, grid.image_hw)
+    if nominal is not None:
+        rings *= nominal
     alone = ~rings.any(axis=(1, 2))
     rings[alone] = instances.shares[alone]
     around = _pooled(grid.features, rings)

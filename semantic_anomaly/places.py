@@ -21,13 +21,17 @@ from semantic_anomaly.errors import CalibrationError
 CELLS_HW = (18, 32)
 # A place where nothing ever changed would make a mountain of a molehill.
 _LEAST_DEVIATION = 0.25
+# Frames that must have shown something at a place before it is believed to be usual there: an
+# instance has one value for all of its patches, and a single one no deviation at all.
+_LEAST_FRAMES = 5
 
 
 class PlaceSums:
     """Collects nominal distances by cell of the image, in memory that does not grow."""
 
     def __init__(self) -> None:
-        self._sums = np.zeros((3, *CELLS_HW), np.float64)
+        # Patches, their sum, their squares' sum, and frames.
+        self._sums = np.zeros((4, *CELLS_HW), np.float64)
 
     def add(self, distances: np.ndarray, inside: np.ndarray) -> None:
         """Take in the distances of a nominal frame.
@@ -39,8 +43,9 @@ class PlaceSums:
         cell = _cell_of(distances.shape)[inside]
         values = distances[inside].astype(np.float64)
         powers = np.ones_like(values), values, values**2
-        for total, weights in zip(self._sums, powers, strict=True):
+        for total, weights in zip(self._sums, powers, strict=False):
             total += np.bincount(cell, weights, minlength=total.size).reshape(total.shape)
+        self._sums[3].flat[np.unique(cell)] += 1
 
     def __add__(self, other: PlaceSums) -> PlaceSums:
         added = PlaceSums()
@@ -53,21 +58,28 @@ class PlaceSums:
         return not self._sums[0].any()
 
     def usual(self) -> UsualDistances:
-        """Return mean and deviation by cell; cells without patches get those of all.
+        """Return mean and deviation by cell; cells of hardly any frame get those of all.
 
         Raises:
             CalibrationError: nothing was taken in, or all distances are the same.
         """
         if self.empty:
             raise CalibrationError("usual distances: expected nominal frames, found none")
-        everywhere = self._sums.sum(axis=(1, 2))
-        count = np.where(self._sums[0] > 0, self._sums[0], 1)
-        mean = np.where(self._sums[0] > 0, self._sums[1] / count, everywhere[1] / everywhere[0])
+        known = self._sums[3] >= _LEAST_FRAMES
+        if not known.any():
+            known = self._sums[0] > 0
+        patches, summed, squares, _ = self._sums.sum(axis=(1, 2))
+        count = np.where(known, self._sums[0], 1)
+        mean = np.where(known, self._sums[1] / count, summed / patches)
         variance = np.maximum(self._sums[2] / count - mean**2, 0)
-        inside = self._sums[0] > 0
-        typical = float(np.sqrt(np.median(variance[inside])))
+        typical = float(np.sqrt(np.median(variance[known])))
+        if typical < 1e-6:
+            # Nearly every place was seen but once: what is usual is the same everywhere.
+            known = np.zeros_like(known)
+            mean = np.full_like(mean, summed / patches)
+            typical = float(np.sqrt(max(squares / patches - (summed / patches) ** 2, 0)))
         least = max(_LEAST_DEVIATION * typical, 1e-6)
-        deviation = np.where(inside, np.maximum(np.sqrt(variance), least), max(typical, least))
+        deviation = np.where(known, np.maximum(np.sqrt(variance), least), max(typical, least))
         return UsualDistances(mean.astype(np.float32), deviation.astype(np.float32))
 
 
@@ -160,7 +172,13 @@ def usual_of_others(
     """
     usual = {}
     for branch in sorted({name for sums in folds.values() for name in sums}):
-        held = {fold: sums[branch] for fold, sums in folds.items() if branch in sums}
+        held = {
+            fold: sums[branch]
+            for fold, sums in folds.items()
+            if branch in sums and not sums[branch].empty
+        }
+        if not held:
+            continue
         others = [sums for fold, sums in held.items() if fold != left_out]
         usual[branch] = sum(others or held.values(), PlaceSums()).usual()
     return usual

@@ -8,7 +8,7 @@ from typing import Any
 
 from semantic_anomaly.errors import CalibrationError
 
-_TYPES = {"part": str, "edit": int, "what": str, "undone": bool, "grows": bool}
+_TYPES = {"part": str, "edit": int, "what": str, "undone": bool, "grows": bool, "mixed": bool}
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Change:
         what: what the edit does, in words: 'retract 14 entries'.
         undone: whether it is the edit's end rather than its begin.
         grows: whether distances can only have grown by it, rather than shrunk.
+        mixed: whether some may have grown and others shrunk, whatever `grows` says.
     """
 
     part: str
@@ -28,6 +29,7 @@ class Change:
     what: str
     undone: bool
     grows: bool
+    mixed: bool = False
 
     @property
     def text(self) -> str:
@@ -53,7 +55,7 @@ def after(renewal: Sequence[Change], changes: Iterable[Change]) -> tuple[Change,
 def warning(renewal: Sequence[Change]) -> str:
     """Return the sentence that a calibration is due for renewal, and what is wrong until then."""
     count = f"{len(renewal)} edit{'s' * (len(renewal) != 1)} of the index since calibration"
-    grows = {change.grows for change in renewal}
+    grows = {None if change.mixed else change.grows for change in renewal}
     if grows == {True}:
         meaning = (
             "distances can only have grown, so what was found still is, "
@@ -85,6 +87,8 @@ def from_description(values: Any) -> tuple[Change, ...]:
         CalibrationError: it describes nothing of the kind.
     """
     for value in values if isinstance(values, list) else [values]:
-        if not isinstance(value, dict) or {k: type(v) for k, v in value.items()} != _TYPES:
+        told = {k: type(v) for k, v in value.items()} if isinstance(value, dict) else {}
+        # Earlier versions knew of no edit that goes either way.
+        if {"mixed": bool, **told} != _TYPES:
             raise CalibrationError(f"'renewal': expected changes with {sorted(_TYPES)}")
     return tuple(Change(**value) for value in values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from semantic_anomaly.errors import IndexMismatchError
 from semantic_anomaly.exact_search import inner_products, mean_distances
 from semantic_anomaly.index import NominalIndex
 from semantic_anomaly.index_parts import SCENES, unit_scene
@@ -19,6 +20,9 @@ class SceneSearch:
     Args:
         index: with a part of scenes.
         frames: how many of the frames that have entries are compared.
+
+    Raises:
+        IndexMismatchError: none of the scenes is of a frame that has entries.
     """
 
     def __init__(self, index: NominalIndex, frames: int) -> None:
@@ -29,13 +33,17 @@ class SceneSearch:
             content.entries[self._order, 0], np.arange(len(content.frames) + 1)
         )
         pieces = np.split(self._order, bounds[1:-1])
-        rows: dict[str, list[np.ndarray]] = {}
-        for frame, piece in zip(content.frames, pieces, strict=True):
-            if len(piece):
-                rows.setdefault(frame.name, []).append(piece)
-        names = [scenes.frames[number].name for number in scenes.entries[:, 0].tolist()]
-        known = [n for n, name in enumerate(names) if name in rows]
-        self._rows = [np.concatenate(rows[names[n]]) for n in known]
+        # Frames of different drives may have the same name, but not the same picture as well.
+        rows = {
+            (frame.name, frame.thumbnail): piece
+            for frame, piece in zip(content.frames, pieces, strict=True)
+            if len(piece)
+        }
+        seen = [scenes.frames[number] for number in scenes.entries[:, 0].tolist()]
+        known = [n for n, frame in enumerate(seen) if (frame.name, frame.thumbnail) in rows]
+        if not known:
+            raise IndexMismatchError("index: scenes", "those of frames with entries", "none")
+        self._rows = [rows[seen[n].name, seen[n].thumbnail] for n in known]
         self._scenes = np.ascontiguousarray(scenes.embeddings[known])
         self._frames = min(frames, len(known))
 

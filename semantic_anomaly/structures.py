@@ -258,7 +258,8 @@ class AnomalyResult:
             is confirmed makes the decision `anomaly`.
         stage_ms: milliseconds by stage.
         reason: why the decision is `unknown`, empty otherwise.
-        parts: score of each branch, in deviations from what is usual; empty where there is one.
+        parts: score of each branch, in deviations from what is usual; empty where there is but
+            one, or no calibration.
         note: what else is to be said, such as that there were no instances; may be empty.
 
     Raises:

@@ -222,3 +222,8 @@ def test_check_names_what_differs(
 def test_scores_cannot_be_written_to() -> None:
     with pytest.raises(ValueError, match="read-only"):
         fitted(steps(20)).scores[0] = 0.0
+
+
+def test_a_threshold_that_nothing_can_exceed_is_refused() -> None:
+    with pytest.raises(CalibrationError, match="which nothing could exceed"):
+        fitted(np.append(np.linspace(0.1, 1.0, 30), [2.0] * 10))

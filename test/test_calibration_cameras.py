@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from colours import ColourEmbedder, make_detector, street
 
-from semantic_anomaly import index_edits
+from semantic_anomaly import edit_saving, index_edits
 from semantic_anomaly.calibration import Calibration
 from semantic_anomaly.calibration_file import files
 from semantic_anomaly.cli import main
@@ -83,7 +83,7 @@ def test_edits_carry_all_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[s
     for camera in ("front", "rear"):
         calibration(camera, 0.1, index.fingerprint).save(folder)
     before = NominalIndex.load(folder)
-    index_edits.save_edited(folder, before, index_edits.retract(before, [0]))
+    edit_saving.save_edited(folder, before, index_edits.retract(before, [0]))
     for path in files(folder):
         carried = Calibration.of_file(path)
         assert carried.renewal and carried.index_fingerprint != index.fingerprint

@@ -12,7 +12,7 @@ import pytest
 from colours import ColourEmbedder, make_detector, street
 from nominal_world import DIM, IDENTITY, build, make_frames, patches, unit
 
-from semantic_anomaly import entry_numbers, explanation, index_edits
+from semantic_anomaly import edit_saving, entry_numbers, explanation, index_edits
 from semantic_anomaly.calibration import Calibration
 from semantic_anomaly.detector import AnomalyDetector
 from semantic_anomaly.errors import (
@@ -231,7 +231,7 @@ def calibrated(tmp_path: Path) -> tuple[Path, AnomalyDetector]:
 def edit(folder: Path, *numbers: int) -> tuple[NominalIndex, Calibration]:
     before = NominalIndex.load(folder)
     edited = index_edits.retract(before, numbers) if numbers else index_edits.undo(before)[0]
-    calibration = index_edits.save_edited(folder, before, edited)
+    calibration = edit_saving.save_edited(folder, before, edited)
     assert calibration is not None
     return edited, calibration
 
@@ -252,7 +252,7 @@ def test_a_calibration_goes_along_and_says_that_it_is_due(
     frame = street(5000, odd=True)
     grid = ColourEmbedder().embed([frame.image])[0]
     more, _ = index_edits.add_nominal(both, [(frame, grid)], region=WHOLE, source="s")
-    index_edits.save_edited(folder, both, more)
+    edit_saving.save_edited(folder, both, more)
     last = Calibration.load(folder).warnings[-1]
     assert (
         "2 edits" in last and "retract 2 entries, add 1 frame;" in last and "others shrunk" in last
@@ -280,7 +280,7 @@ def test_nothing_is_saved_over_another_state(calibrated: tuple[Path, AnomalyDete
     before = NominalIndex.load(folder)
     edit(folder, 3)
     with pytest.raises(MismatchError, match="edited meanwhile"):
-        index_edits.save_edited(folder, before, index_edits.retract(before, [4]))
+        edit_saving.save_edited(folder, before, index_edits.retract(before, [4]))
     strange = dataclasses.replace(Calibration.load(folder), index_fingerprint="0" * 64)
     strange.save(folder)
     with pytest.raises(MismatchError, match="calibrate again"):
@@ -316,36 +316,36 @@ def make_part(dim: int = 5, seed: int = 0) -> NominalIndex:
 
 def test_parts_are_saved_checked_and_edited(index: NominalIndex, tmp_path: Path) -> None:
     folder, part = tmp_path / "index", make_part()
-    whole = index.with_parts({"instances": part})
+    whole = index.with_parts({"halves": part})
     assert whole.fingerprint != index.fingerprint and whole.count == index.count
     whole.save(folder)
     loaded = NominalIndex.load(folder)
-    assert loaded.fingerprint == whole.fingerprint and list(loaded.parts) == ["instances"]
-    found = loaded.parts["instances"]
+    assert loaded.fingerprint == whole.fingerprint and list(loaded.parts) == ["halves"]
+    found = loaded.parts["halves"]
     assert (found.count, found.dim, found.fingerprint) == (12, 5, part.fingerprint)
     found.configure_search("graph", 50)
     assert found.distances(part.content.embeddings, 1).max() < 1e-5
     edited = index_edits.retract(loaded, [0])
-    index_edits.save_edited(folder, loaded, edited)
-    assert NominalIndex.load(folder).parts["instances"].count == 12
-    smaller = edited.with_parts({"instances": index_edits.retract(found, [0, 1])})
-    index_edits.save_edited(folder, edited, smaller)
-    assert NominalIndex.load(folder).parts["instances"].count == 10
+    edit_saving.save_edited(folder, loaded, edited)
+    assert NominalIndex.load(folder).parts["halves"].count == 12
+    smaller = edited.with_parts({"halves": index_edits.retract(found, [0, 1])})
+    edit_saving.save_edited(folder, edited, smaller)
+    assert NominalIndex.load(folder).parts["halves"].count == 10
     index.save(folder)
-    assert not NominalIndex.load(folder).parts and not (folder / "instances").exists()
+    assert not NominalIndex.load(folder).parts and not (folder / "halves").exists()
 
 
 def test_parts_that_do_not_belong_are_refused(index: NominalIndex, tmp_path: Path) -> None:
     folder = tmp_path / "index"
-    index.with_parts({"instances": make_part()}).save(folder)
+    index.with_parts({"halves": make_part()}).save(folder)
     kept = shutil.copytree(folder, tmp_path / "kept")
-    make_part(seed=1).save(folder / "instances")
-    with pytest.raises(IndexFormatError, match="part 'instances': expected fingerprint"):
+    make_part(seed=1).save(folder / "halves")
+    with pytest.raises(IndexFormatError, match="part 'halves': expected fingerprint"):
         NominalIndex.load(folder)
-    shutil.rmtree(folder / "instances")
+    shutil.rmtree(folder / "halves")
     with pytest.raises(IndexFormatError, match="expected an index folder"):
         NominalIndex.load(folder)
-    (folder / "instances").symlink_to(kept / "instances")
+    (folder / "halves").symlink_to(kept / "halves")
     with pytest.raises(IndexFormatError, match="a link"):
         NominalIndex.load(folder)
     make_part().save(kept / "other")

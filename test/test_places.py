@@ -97,6 +97,27 @@ def test_a_place_that_never_changed_does_not_explode(rng: np.random.Generator) -
     assert factor.max() < 20
 
 
+def test_what_hardly_any_frame_showed_is_not_believed(rng: np.random.Generator) -> None:
+    # An instance has one value for all of its patches: alone in a cell, no deviation at all.
+    sums = PlaceSums()
+    for _ in range(60):
+        row, col = rng.integers(0, 33), rng.integers(0, 61)
+        values, inside = np.zeros(GRID, np.float32), np.zeros(GRID, bool)
+        inside[row : row + 3, col : col + 3] = True
+        values[inside] = rng.normal(0.3, 0.05)
+        sums.add(values, inside)
+    usual = sums.usual()
+    assert usual.deviation.min() > 0.005
+    assert np.median(usual.mean) == pytest.approx(0.3, abs=0.05)
+    factor, offset = usual.relation(EVERYWHERE)
+    assert (factor * 0.45 + offset).max() < 1.0
+
+
+def test_a_single_value_everywhere_has_some_deviation() -> None:
+    usual = collected([np.full(GRID, 0.2, np.float32)] * 3).usual()
+    assert (usual.deviation > 0).all()
+
+
 def test_nothing_and_nonsense_are_refused() -> None:
     with pytest.raises(CalibrationError, match="found none"):
         PlaceSums().usual()

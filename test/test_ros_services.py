@@ -21,7 +21,7 @@ from ros_support import (
 )
 from std_srvs.srv import Trigger
 
-from semantic_anomaly import index_edits, offline
+from semantic_anomaly import edit_saving, index_edits, offline
 from semantic_anomaly.images import write_image
 from semantic_anomaly.index import NominalIndex
 from semantic_anomaly.ros import models
@@ -90,7 +90,7 @@ def test_what_was_fine_is_added_and_can_be_undone(
     edited = NominalIndex.load(index)
     assert edited.count > before.count and edited.edits[0].source.startswith("camera/")
     undone, _ = index_edits.undo(edited)
-    index_edits.save_edited(index, edited, undone)
+    edit_saving.save_edited(index, edited, undone)
     assert NominalIndex.load(index).fingerprint == before.fingerprint
 
 

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Embed the frames and add them as one edit."""
-    from semantic_anomaly import index_edits
+    from semantic_anomaly import edit_saving, index_edits
     from semantic_anomaly.index import NominalIndex
     from semantic_anomaly.instance_embedding import RunningEmbedder
     from semantic_anomaly.regions import ImageRegion
@@ -55,9 +55,9 @@ def run(args: argparse.Namespace) -> int:
         )
     finally:
         embedder.close()
-    calibration = index_edits.save_edited(args.index, index, edited)
+    calibration = edit_saving.save_edited(args.index, index, edited)
     rows = [
-        ("edit", f"{edited.edits[-1].number}: {edited.edits[-1].what}"),
+        *_edits(index, edited),
         ("patches seen", f"{report.seen}"),
         ("added", f"{report.stored}"),
         ("suppressed as near-duplicates", f"{report.suppressed}"),
@@ -65,6 +65,16 @@ def run(args: argparse.Namespace) -> int:
     ]
     print(table([*rows, *after_rows(edited, calibration)]))
     return 0
+
+
+def _edits(before: NominalIndex, after: NominalIndex) -> Iterator[tuple[str, str]]:
+    """Yield a row for each edit that is new, of the index and of its parts."""
+    known = {"": before, **before.parts}
+    for name, each in {"": after, **after.parts}.items():
+        for edit in each.edits:
+            if edit not in known[name].edits:
+                told = f"edit of part '{name}'" if name else "edit"
+                yield told, f"{edit.number}: {edit.what}"
 
 
 def _chosen(args: argparse.Namespace, index: NominalIndex) -> Iterator[Frame]:

@@ -114,7 +114,7 @@ def _calibration_rows(calibration: Calibration) -> list[tuple[str, str]]:
     drives = _listed([f"{name} ({count})" for name, count in calibration.drives])
     return [
         ("calibration of camera", calibration.camera),
-        ("threshold of frames", f"{calibration.threshold:.4f}"),
+        ("threshold", f"{calibration.threshold:.4f}"),
         ("target rate", f"{calibration.target_false_alarm_rate:g}"),
         ("nominal frames", f"{calibration.count}"),
         ("drives", drives),

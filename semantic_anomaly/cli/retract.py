@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Take out everything that the options name, as one edit."""
-    from semantic_anomaly import entry_numbers, index_edits
+    from semantic_anomaly import edit_saving, entry_numbers, index_edits
     from semantic_anomaly.index import NominalIndex
 
     if (args.near is None) != (args.within is None):
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         named += entry_numbers.near(index, args.near, args.within)
     edited = index_edits.retract(index, named, note=args.note)
     after = with_part(whole, args.part, edited)
-    calibration = index_edits.save_edited(args.index, whole, after)
+    calibration = edit_saving.save_edited(args.index, whole, after)
     last = edited.edits[-1]
     print(table([("edit", f"{last.number}: {last.what}"), *after_rows(after, calibration)]))
     part = f" --part {args.part}" if args.part else ""

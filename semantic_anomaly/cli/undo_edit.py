@@ -21,12 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Undo one edit: what it took out returns exactly, what it added goes."""
-    from semantic_anomaly import index_edits
+    from semantic_anomaly import edit_saving, index_edits
     from semantic_anomaly.index import NominalIndex
 
     whole = NominalIndex.load(args.index)
     edited, edit = index_edits.undo(part_of(whole, args.part), args.number)
     after = with_part(whole, args.part, edited)
-    calibration = index_edits.save_edited(args.index, whole, after)
+    calibration = edit_saving.save_edited(args.index, whole, after)
     print(table([("undone", f"{edit.number}: {edit.what}"), *after_rows(after, calibration)]))
     return 0

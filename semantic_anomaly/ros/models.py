@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from semantic_anomaly import index_edits
+from semantic_anomaly import edit_saving, index_edits
 from semantic_anomaly.detector import AnomalyDetector
 from semantic_anomaly.errors import ModelOutputError, SemanticAnomalyError
 from semantic_anomaly.freshness import refuse_indexed
@@ -112,7 +112,7 @@ class Models:
             edited[folder] = before, index
             said.append(f"{report.stored} entries of '{frame.name}'")
         for folder, (before, index) in edited.items():
-            index_edits.save_edited(folder, before, index)
+            edit_saving.save_edited(folder, before, index)
         return f"added {', '.join(said)}"
 
     def update(self, settings: Settings) -> None:
