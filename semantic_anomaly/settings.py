@@ -37,7 +37,7 @@ class Settings(EmbeddingSettings):
         1, "Nearest nominal embeddings averaged into a patch distance.", minimum=1, maximum=100
     )
     tail_percent: float = setting(
-        1.0,
+        0.2,
         "Share of the patches, largest distances first, whose mean is the frame score, in percent.",
         minimum=0.001,
         maximum=100.0,

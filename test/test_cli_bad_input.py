@@ -289,7 +289,7 @@ def test_a_calibration_of_another_index(
             r"polygon_xy: expected \[\], found",
         ),
         (["--set", "neighbours=2"], r"setting 'neighbours': expected 1, found 2.*calibrate again"),
-        (["--set", "tail_percent=2"], r"setting 'tail_percent': expected 1"),
+        (["--set", "tail_percent=2"], r"setting 'tail_percent': expected 0.2"),
         (["--set", "target_false_alarm_rate=0.001"], r"0\.001 needs at least 999.*found 20"),
     ],
 )

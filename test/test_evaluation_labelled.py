@@ -128,7 +128,7 @@ def test_the_report_says_how_it_was_made(report: tuple[Path, dict[str, Any]]) ->
     _, results = report
     assert len(results["index"]["fingerprint"]) == 64
     assert results["backbone"]["architecture"] == "colours"
-    assert results["settings"]["tail_percent"] == 1.0
+    assert results["settings"]["tail_percent"] == 0.2
     assert "numpy" in results["versions"]
     assert results["calibration"] == {"frames": 40, "warnings": results["calibration"]["warnings"]}
     assert any("2 drives" in sentence for sentence in results["calibration"]["warnings"])

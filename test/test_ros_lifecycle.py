@@ -189,7 +189,7 @@ def test_what_cannot_be_used_fails_in_one_line_and_a_second_try_works(
             ),
             "camera.ego_mask": rclpy.Parameter("camera.ego_mask", value=""),
             "device": rclpy.Parameter("device", value="cpu"),
-            "tail_percent": rclpy.Parameter("tail_percent", value=1.0),
+            "tail_percent": rclpy.Parameter("tail_percent", value=0.2),
         }
         for name in change:
             wanted = repaired.get(name) or rclpy.Parameter(name, value=values[name])

@@ -239,6 +239,7 @@ def test_live_settings_are_those_that_need_no_new_model_or_topic() -> None:
     live = {name for name, spec in setting_specs().items() if spec.live}
     assert live == {
         "target_false_alarm_rate",
+        "target_episode_rate",
         "threshold",
         "confirm_count",
         "confirm_s",
