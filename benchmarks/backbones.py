@@ -221,7 +221,8 @@ def by_kind(scores: Scores, tests: Sequence[StreetFrame]) -> dict[str, float]:
 
 
 def _backbone(folder: str | Path, layers: Sequence[int] = ()) -> Embedder:
-    settings = Settings(backbone=str(folder), layers=tuple(layers))
+    # The features by themselves: where things are in the image is no merit of a backbone.
+    settings = Settings(backbone=str(folder), layers=tuple(layers), place_weight=0.0)
     return RunningEmbedder.from_settings(settings)
 
 
