@@ -12,15 +12,15 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 from tqdm import tqdm
 
 from semantic_anomaly.evaluation.metrics import frame_auroc
 from semantic_anomaly.exact_search import inner_products
 from semantic_anomaly.instance_embedding import RunningEmbedder
-from semantic_anomaly.instances import instances_of, pairs_of
+from semantic_anomaly.instances import instances_of, pairs_of, patch_shares
 from semantic_anomaly.regions import ImageRegion
+from semantic_anomaly.segmentation import InstanceMasks
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import PatchGrid
 from semantic_anomaly.synthetic import KINDS, StreetDrive, StreetFrame, family
@@ -61,20 +61,16 @@ def seen(embedder: RunningEmbedder, view: StreetFrame) -> Seen | None:
     masks = [mask for mask in masks if mask.sum() >= LEAST_PX]
     if not masks:
         return None
-    shares = np.stack(
-        [
-            cv2.resize(m.astype(np.float32), (cols, rows), interpolation=cv2.INTER_AREA)
-            for m in masks
-        ]
-    )
+    found = InstanceMasks(np.stack(masks), np.ones(len(masks), np.float32), grid.image_hw)
+    shares = patch_shares(found, grid.grid_hw)
     grid = PatchGrid(grid.features, grid.global_feature, grid.image_hw, shares)
-    found = instances_of(grid, WHOLE)
-    around = pairs_of(grid, found, WHOLE, 0.5).surroundings
+    pooled = instances_of(grid, WHOLE)
+    around = pairs_of(grid, pooled, WHOLE, 0.5).surroundings
     lower = [np.flatnonzero(share.any(axis=1))[-1] / rows for share in shares]
     area = np.log(shares.sum(axis=(1, 2)) / (rows * cols))
     odd = np.array([(view.anomaly_mask.astype(bool) & m).sum() > m.sum() / 2 for m in masks])
     place = np.stack([np.array(lower), area], axis=1).astype(np.float32)
-    return Seen(found.embeddings, around, quarters(grid, shares), place, odd, view.kind or "")
+    return Seen(pooled.embeddings, around, quarters(grid, shares), place, odd, view.kind or "")
 
 
 def quarters(grid: PatchGrid, shares: np.ndarray) -> np.ndarray:
