@@ -15,17 +15,15 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import carla_composites
 import numpy as np
+from ablation_trials import Trial, real_trials, street_trial
 from tqdm import tqdm
 
 from semantic_anomaly import offline
 from semantic_anomaly.calibration import Calibration
-from semantic_anomaly.cli import main as command
 from semantic_anomaly.conformal import scores_needed
 from semantic_anomaly.detector import AnomalyDetector
 from semantic_anomaly.evaluation.components import OBSTACLE_TRACK
@@ -44,13 +42,9 @@ from semantic_anomaly.segmentation import SegmenterIdentity
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.sources import open_source
 from semantic_anomaly.structures import PatchGrid
-from semantic_anomaly.synthetic import KINDS, family
 
 RATES = (0.01, 0.05)
-INDEX_DRIVES, CALIBRATION_DRIVES = 80, 60
-TEST_DRIVES_A_KIND = 10
 TIMED_FRAMES = 40
-CARLA_INDEX, CARLA_CALIBRATION, CARLA_TEST = "[0:56]", "[65:88]", "[89:140]"
 COMMON: dict[str, Any] = {"tail_percent": 0.2, "place_weight": 0.0}
 INSTANCE: dict[str, Any] = {"variant": "instance"}
 AGREEMENT = {**INSTANCE, "min_agreement": 0.25}
@@ -68,20 +62,6 @@ ROWS: dict[str, dict[str, Any]] = {
     "grid and instances + filters + place": {"variant": "combined", "place_weight": 0.5},
     "grid, instances and pairs + filters + place": {**PLACED, "variant": "combined"},
 }
-
-
-@dataclass(frozen=True)
-class Trial:
-    """Where index, calibration and tests come from; without an index, the test sets' own pixels.
-
-    Attributes:
-        index, calibration: sources.
-        tests: labelled sources by name.
-    """
-
-    index: list[str]
-    calibration: list[str]
-    tests: dict[str, str]
 
 
 class Remembered:
@@ -108,62 +88,6 @@ class Remembered:
             if key not in self._known:
                 self._known[key] = self._running.embed([image])[0]
         return [self._known[key] for key in keys]
-
-
-def synthesise(folder: Path, first_seed: int) -> dict[str, Path]:
-    """Write the drives of all sets and return their folders by name."""
-    kinds = {name: [k for k in KINDS if family(k) == name] for name in map(family, KINDS)}
-    plans = {
-        "index": (INDEX_DRIVES, 48, 12, first_seed, "none"),
-        "calibration": (CALIBRATION_DRIVES, 96, 24, first_seed + 500, "none"),
-    }
-    for number, (name, listed) in enumerate(kinds.items()):
-        drives = TEST_DRIVES_A_KIND * len(listed)
-        plans[name] = drives, 100, 10, first_seed + 1000 + 500 * number, ",".join(listed)
-    for name, (drives, frames, stride, seed, anomalies) in plans.items():
-        if (folder / name / "labels.json").exists():
-            continue
-        wanted = [] if anomalies == "none" else ["--anomalies", anomalies]
-        numbers = [
-            ("--drives", drives),
-            ("--frames", frames),
-            ("--stride", stride),
-            ("--seed", seed),
-        ]
-        given = [str(part) for pair in numbers for part in pair]
-        if command(["synth", str(folder / name), *given, *wanted]):
-            raise SystemExit(1)
-    return {name: folder / name for name in plans}
-
-
-def street_trial(folder: Path, first_seed: int) -> Trial:
-    """Return the trial of the street world, writing its drives where they are not yet."""
-    sets = synthesise(folder, first_seed)
-    tests = {n: str(p) for n, p in sets.items() if n not in ("index", "calibration")}
-    return Trial([str(sets["index"])], [str(sets["calibration"])], tests)
-
-
-def real_trials(data: Path, scratch: Path) -> list[Trial]:
-    """Return the trials of the real and rendered sets that are there."""
-    trials = []
-    drive = data / "carla_drives/spawn_props"
-    if drive.is_dir():
-        tests = {"CARLA drive, box on the road": f"{drive}{CARLA_TEST}"}
-        trials.append(Trial([f"{drive}{CARLA_INDEX}"], [f"{drive}{CARLA_CALIBRATION}"], tests))
-    frames = data / "carla_frames"
-    if frames.is_dir():
-        made = scratch / "composites"
-        carla_composites.write_composites(frames, made, 0)
-        index, calibration = (
-            carla_composites.slices(frames, towns)
-            for towns in (carla_composites.INDEX, carla_composites.CALIBRATION)
-        )
-        tests = {"CARLA composites, lights and signs on vehicles": str(made)}
-        trials.append(Trial(index, calibration, tests))
-    for name, title in (("road_anomaly", "Road Anomaly"), ("road_obstacle21", "RoadObstacle21")):
-        if (data / name).is_dir():
-            trials.append(Trial([], [], {f"{title}, self-nominal": str(data / name)}))
-    return trials
 
 
 def measure(

@@ -4,7 +4,7 @@ Each branch gives a distance to every place: a patch its own, an instance its ow
 that it covers, overlapping ones by what they cover. The distance of a pair is taken relative to
 what its surroundings alone would give, for surroundings are new by themselves. Branches are
 standardised by what is usual at each place in nominal calibration frames (`places.py`) and
-averaged, in the unit of the first one. Where there is no instance, the grid alone counts.
+averaged, in the unit of the grid. Where there is no instance, the grid alone counts.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Branches:
 
     Args:
         index: has the parts that they need.
-        settings: `variant` and what shapes a distance; live ones are given with each frame.
+        settings: `variant` and what shapes a distance or a score; none of them is live.
         region: what takes part.
     """
 
@@ -104,7 +104,8 @@ class Branches:
         regions = patch_regions(grid, self._region)
         distances = self._patch_distances(grid, regions.embeddings, None, None)
         maps = {GRID: DistanceMap(regions.paint(distances), regions.label_map >= 0)}
-        return {**maps, **self._instance_maps(grid)[0]}
+        instances, values = self._instance_values(grid)
+        return {**maps, **_painted(instances, values)} if instances else maps
 
     def score(
         self, grid: PatchGrid, usual: Mapping[str, UsualDistances], threshold: float | None
@@ -156,14 +157,13 @@ class Branches:
             embeddings, k, exact_above=threshold, exact_top=top, relation=relation
         )
 
-    def _instance_maps(
-        self, grid: PatchGrid
-    ) -> tuple[dict[str, DistanceMap], Instances | None, dict[str, np.ndarray]]:
+    def _instance_values(self, grid: PatchGrid) -> tuple[Instances | None, dict[str, np.ndarray]]:
+        """Return the instances, None without any, and by branch their (n,) plain distances."""
         if self._settings.variant == GRID:
-            return {}, None, {}
+            return None, {}
         instances = instances_of(grid, self._region)
         if not len(instances.embeddings):
-            return {}, instances, {}
+            return None, {}
         part = self._parts[INSTANCES]
         values = {
             INSTANCES: part.exact_distances(
@@ -174,9 +174,7 @@ class Branches:
         if weight:
             pairs = pairs_of(grid, instances, self._region, weight)
             values[PAIRS] = self._pair_distances(pairs, weight)
-        covered = instances.covered
-        maps = {n: DistanceMap(instances.paint(v) * covered, covered) for n, v in values.items()}
-        return maps, instances, values
+        return instances, values
 
     def _pair_distances(self, pairs: Pairs, weight: float) -> np.ndarray:
         """Return (n,) float32: how much farther the pair is than its surroundings explain."""
@@ -191,23 +189,18 @@ class Branches:
         self, grid: PatchGrid, patches: DistanceMap, usual: Mapping[str, UsualDistances]
     ) -> FrameScore:
         percent, inside = self._settings.tail_percent, patches.inside
-        maps, instances, values = self._instance_maps(grid)
-        note = "" if maps else NO_INSTANCES
-        if usual and maps and not all(name in usual for name in maps):
-            maps, note = {}, NOTHING_USUAL
-        if maps and instances is not None and usual and self._settings.min_agreement:
-            kept = self._agreeing(instances, values, maps, patches, usual)
+        instances, values = self._instance_values(grid)
+        note = "" if instances else NO_INSTANCES
+        if usual and not values.keys() <= usual.keys():
+            instances, note = None, NOTHING_USUAL
+        if instances and usual and self._settings.min_agreement:
+            kept = self._agreeing(instances, values, patches, usual)
             instances = Instances(instances.embeddings[kept], instances.shares[kept])
-            covered = instances.covered
-            maps = {
-                name: DistanceMap(instances.paint(v[kept]) * covered, covered)
-                for name, v in values.items()
-            }
+            values = {name: each[kept] for name, each in values.items()}
+        maps = _painted(instances, values) if instances else {}
         relative = {GRID: patches.relative(usual.get(GRID))}
         relative |= {name: found.relative(usual.get(name)) for name, found in maps.items()}
-        counted = [name for name in maps]
-        if self._settings.variant != INSTANCE:
-            counted = [GRID, *counted]
+        counted = list(maps) if self._settings.variant == INSTANCE else [GRID, *maps]
         mixed = relative[GRID]
         if maps:
             covered = next(iter(maps.values())).inside & inside
@@ -225,7 +218,6 @@ class Branches:
         self,
         instances: Instances,
         values: Mapping[str, np.ndarray],
-        maps: Mapping[str, DistanceMap],
         patches: DistanceMap,
         usual: Mapping[str, UsualDistances],
     ) -> np.ndarray:
@@ -235,10 +227,18 @@ class Branches:
         weights = weights / weights.sum(axis=1, keepdims=True)
         unusual = patches.relative(usual[GRID]) > _UNUSUAL
         kept = patch_agreement(weights, unusual.ravel()) >= self._settings.min_agreement
-        if PAIRS in maps:
+        if PAIRS in values:
             everywhere = np.ones(patches.inside.shape, bool)
             own = weights @ np.stack(usual[PAIRS].relation(everywhere), axis=1)
             mean, deviation = usual[PAIRS].typical
             relative = (own[:, 0] * values[PAIRS] + own[:, 1] - mean) / deviation
             kept |= relative > _UNUSUAL
         return np.asarray(kept)
+
+
+def _painted(instances: Instances, values: Mapping[str, np.ndarray]) -> dict[str, DistanceMap]:
+    """Return the maps of branches from the (n,) distances of their instances."""
+    covered = instances.covered
+    return {
+        name: DistanceMap(instances.paint(each) * covered, covered) for name, each in values.items()
+    }

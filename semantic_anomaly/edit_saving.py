@@ -32,19 +32,31 @@ def save_edited(folder: Path, before: NominalIndex, edited: NominalIndex) -> Cal
         raise MismatchError(
             f"index '{folder}': fingerprint", before.fingerprint, found, "edited meanwhile; again"
         )
-    carried = []
-    for path in calibration_file.files(folder):
-        calibration = Calibration.of_file(path)
-        if calibration.index_fingerprint != before.fingerprint:
-            raise MismatchError(
-                f"calibration of '{folder}': index fingerprint",
-                before.fingerprint,
-                calibration.index_fingerprint,
-                "calibrate again",
-            )
-        carried.append(calibration.carried(edited, _changes(before, edited, calibration.scoring)))
+    carried = [
+        each.carried(edited, _changes(before, edited, each.scoring))
+        for each in calibrations_of(folder, before.fingerprint)
+    ]
     edited.save(folder, lambda beside: [each.save(beside) for each in carried])
     return carried[0] if carried else None
+
+
+def calibrations_of(folder: Path, fingerprint: str) -> list[Calibration]:
+    """Return the calibrations of all cameras in an index folder, calibration.json first.
+
+    Raises:
+        CalibrationError: one is damaged or altered.
+        MismatchError: one is of an index with another fingerprint.
+    """
+    found = [Calibration.of_file(path) for path in calibration_file.files(folder)]
+    for calibration in found:
+        if calibration.index_fingerprint != fingerprint:
+            raise MismatchError(
+                f"calibration of '{folder}': index fingerprint",
+                fingerprint,
+                calibration.index_fingerprint,
+                "it is of another index; calibrate again",
+            )
+    return found
 
 
 def _changes(

@@ -12,19 +12,17 @@ import pytest
 from colours import IMAGE_HW, LEFT_HALF, ODD_BOX, PATCH, ColourEmbedder, said, street
 from segmented_streets import ByRule, SegmentedColours, build, every_patch, halves, nothing
 
-from semantic_anomaly import index_edits, offline
+from semantic_anomaly import offline
 from semantic_anomaly.branches import NO_INSTANCES
 from semantic_anomaly.calibration import Calibration
 from semantic_anomaly.detector import AnomalyDetector
 from semantic_anomaly.errors import (
     IndexMismatchError,
-    InputError,
     MismatchError,
     ModelOutputError,
     SettingsError,
 )
 from semantic_anomaly.images import write_image
-from semantic_anomaly.index import NominalIndex
 from semantic_anomaly.index_parts import INSTANCES, PAIRS, SCENES
 from semantic_anomaly.places import CELLS_HW, UsualDistances
 from semantic_anomaly.regions import ImageRegion
@@ -280,28 +278,3 @@ def test_built_calibrated_and_read_back_it_says_the_same(drives: Path, tmp_path:
     assert Calibration.load(tmp_path / "index").sha256 == calibration.sha256
     with pytest.raises(MismatchError, match="settings of the score"):
         AnomalyDetector.load(running.replace(min_agreement=0.4), "camera", embedder=embedder)
-
-
-def test_added_frames_reach_the_parts_and_leave_with_the_edit(tmp_path: Path) -> None:
-    settings = made(variant="combined", surroundings_weight=0.3, scene_frames=3)
-    embedder = SegmentedColours(ByRule(halves))
-    index = build(embedder, settings)
-    odd = embedder.frames([95], odd=True)
-    grown, report = index_edits.add_nominal(index, odd, region=WHOLE, source="odd")
-    assert report.stored == grown.count - index.count > 0
-    for name, part in grown.parts.items():
-        assert part.count > index.parts[name].count, name
-    usual = {"grid": flat(0.01, 0.01), INSTANCES: flat(0.01, 0.01), PAIRS: flat(0.01, 0.01)}
-    scores = [
-        AnomalyDetector(embedder, each, None, settings, WHOLE, usual).score(odd[0][1])[0]
-        for each in (index, grown)
-    ]
-    assert scores[1] < 0.2 * scores[0]
-    grown.save(tmp_path / "index")
-    undone, _ = index_edits.undo(NominalIndex.load(tmp_path / "index"))
-    assert undone.fingerprint == index.fingerprint
-    bare = [(f, PatchGrid(g.features, g.global_feature, g.image_hw)) for f, g in odd]
-    with pytest.raises(ModelOutputError, match="segmented"):
-        index_edits.add_nominal(index, bare, region=WHOLE, source="odd")
-    with pytest.raises(InputError, match="expected new patches"):
-        index_edits.add_nominal(grown, odd, region=WHOLE, source="odd")

@@ -21,10 +21,12 @@ from semantic_anomaly.errors import (
     IndexFormatError,
     IndexMismatchError,
     InputError,
+    ModelOutputError,
     SemanticAnomalyError,
 )
 from semantic_anomaly.index import NominalIndex
 from semantic_anomaly.index_parts import INSTANCES, PAIRS, SCENES, PartPlan
+from semantic_anomaly.places import CELLS_HW, UsualDistances
 from semantic_anomaly.regions import ImageRegion
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.storage import canonical_json, sha256_bytes
@@ -245,3 +247,28 @@ def test_edits_of_pairs_and_scenes_promise_no_direction(tmp_path: Path) -> None:
     assert not any(change.mixed for change in renewal.from_description(told))
     with pytest.raises(ArtefactError):
         index.with_parts({"frames": index.parts[SCENES]})
+
+
+def test_added_frames_reach_the_parts_and_leave_with_the_edit(tmp_path: Path) -> None:
+    embedder = SegmentedColours(ByRule(halves))
+    index = build(embedder, settings())
+    odd = embedder.frames([95], odd=True)
+    grown, report = index_edits.add_nominal(index, odd, region=WHOLE, source="odd")
+    assert report.stored == grown.count - index.count > 0
+    for name, part in grown.parts.items():
+        assert part.count > index.parts[name].count, name
+    tenths = np.full(CELLS_HW, 0.01, np.float32)
+    usual = dict.fromkeys(("grid", INSTANCES, PAIRS), UsualDistances(tenths, tenths))
+    scores = [
+        AnomalyDetector(embedder, each, None, settings(), WHOLE, usual).score(odd[0][1])[0]
+        for each in (index, grown)
+    ]
+    assert scores[1] < 0.2 * scores[0]
+    grown.save(tmp_path / "index")
+    undone, _ = index_edits.undo(NominalIndex.load(tmp_path / "index"))
+    assert undone.fingerprint == index.fingerprint
+    bare = [(f, PatchGrid(g.features, g.global_feature, g.image_hw)) for f, g in odd]
+    with pytest.raises(ModelOutputError, match="segmented"):
+        index_edits.add_nominal(index, bare, region=WHOLE, source="odd")
+    with pytest.raises(InputError, match="expected new patches"):
+        index_edits.add_nominal(grown, odd, region=WHOLE, source="odd")

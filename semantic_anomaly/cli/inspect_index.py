@@ -32,9 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check everything that an index folder holds and print a summary."""
-    from semantic_anomaly.calibration import Calibration
-    from semantic_anomaly.calibration_file import files
-    from semantic_anomaly.errors import MismatchError
+    from semantic_anomaly.edit_saving import calibrations_of
     from semantic_anomaly.index import NominalIndex
 
     folder = args.index.expanduser()
@@ -42,15 +40,7 @@ def run(args: argparse.Namespace) -> int:
     # The graph is read and checked only when it is used.
     for each in (index, *index.parts.values()):
         each.configure_search("graph", each.manifest["content"]["search_ef"])
-    calibrations = [Calibration.of_file(path) for path in files(folder)]
-    for calibration in calibrations:
-        if calibration.index_fingerprint != index.fingerprint:
-            raise MismatchError(
-                f"calibration of '{folder}': index fingerprint",
-                index.fingerprint,
-                calibration.index_fingerprint,
-                "it is of another index; calibrate again",
-            )
+    calibrations = calibrations_of(folder, index.fingerprint)
     print(table(_index_rows(folder, index)))
     for name, each in {"": index, **index.parts}.items():
         if each.edits:
