@@ -153,7 +153,9 @@ def _false_alarms(time_s: np.ndarray, alarm: np.ndarray, inside: np.ndarray) -> 
     episodes = false = 0
     tail_until = last_false = -math.inf
     going_on = before = False
-    for now, on, event in zip(time_s, alarm.tolist(), inside, strict=True):
+    # Of numpy's own numbers, sums would be no integers of Python's, and no JSON.
+    listed = (each.tolist() for each in (time_s, alarm, inside))
+    for now, on, event in zip(*listed, strict=True):
         if event:
             tail_until, going_on, last_false, before = now + TAIL_S, on, -math.inf, False
             continue
