@@ -136,9 +136,6 @@ class Pipeline:
         except Exception as error:
             if _is_out_of_memory(error):
                 self._log.warning("memory", f"out of memory, trying once more: {error}")
-                free = getattr(models.embedder, "free_memory", None)
-                if free is not None:
-                    free()
             elif len(jobs) == 1:
                 self._fail(next(iter(jobs.values())), error)
                 return {}
