@@ -15,7 +15,7 @@ from semantic_anomaly.segmentation import TOKENS, InstanceMasks, SegmenterIdenti
 from semantic_anomaly.storage import canonical_json, sha256_bytes
 from semantic_anomaly.structures import PatchGrid
 
-_PIXELS_A_PATCH = 4
+_PIXELS_A_PATCH = 2
 # Multiples of the image's median distance between neighbours, which differs between backbones.
 _THRESHOLDS = (1.0, 1.4, 2.0, 2.8, 4.0, 5.7, 8.0)
 _FINE = 4
