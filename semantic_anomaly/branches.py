@@ -23,14 +23,16 @@ from semantic_anomaly.places import UsualDistances
 from semantic_anomaly.region_filters import patch_agreement
 from semantic_anomaly.regions import ImageRegion, patch_regions
 from semantic_anomaly.scenes import SceneSearch
+from semantic_anomaly.score_map import ScoreMap, smoothed
 from semantic_anomaly.scoring import tail_count, tail_mean
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import PatchGrid
 
 NO_INSTANCES = "no instances: scored by patches alone"
 NOTHING_USUAL = "instances of which calibration knows nothing usual: scored by patches alone"
-# Of the patches where the grid is one branch of several: the largest tenth is exact.
-_EXACT_SHARE = 10
+# Of the patches where the grid is one branch of several: the largest fiftieth is exact, about as
+# many as lie two deviations above what is usual.
+_EXACT_SHARE = 50
 # Deviations above what is usual from which a patch, or a pair, is unusual by itself.
 _UNUSUAL = 2.0
 
@@ -42,16 +44,18 @@ class DistanceMap:
     Attributes:
         values: (rows, cols) float32 in [0, 2], 0 where nothing takes part.
         inside: (rows, cols) bool, places that have a distance.
+        embeddings: (n, dim) float32, of the patches at those places.
     """
 
     values: np.ndarray
     inside: np.ndarray
+    embeddings: np.ndarray
 
     def relative(self, usual: UsualDistances | None) -> np.ndarray:
         """Return (rows, cols) float32, deviations from what is usual; plain ones for None."""
         if usual is None:
             return self.values
-        factor, offset = usual.relation(self.inside)
+        factor, offset = usual.relation(self.inside, self.embeddings)
         mean, deviation = usual.typical
         found = np.zeros(self.values.shape, np.float32)
         found[self.inside] = (factor * self.values[self.inside] + offset - mean) / deviation
@@ -103,9 +107,10 @@ class Branches:
         """
         regions = patch_regions(grid, self._region)
         distances = self._patch_distances(grid, regions.embeddings, None, None)
-        maps = {GRID: DistanceMap(regions.paint(distances), regions.label_map >= 0)}
+        inside = regions.label_map >= 0
+        maps = {GRID: DistanceMap(regions.paint(distances), inside, regions.embeddings)}
         instances, values = self._instance_values(grid)
-        return {**maps, **_painted(instances, values)} if instances else maps
+        return {**maps, **_painted(grid, instances, values)} if instances else maps
 
     def score(
         self, grid: PatchGrid, usual: Mapping[str, UsualDistances], threshold: float | None
@@ -113,7 +118,7 @@ class Branches:
         """Return the score of a frame.
 
         Patches alone are exact above the threshold and in the tail, whatever the search; beside
-        instances, which are always exact, the largest tenth of them.
+        instances, which are always exact, the largest fiftieth of them.
 
         Args:
             grid: of the frame.
@@ -126,25 +131,24 @@ class Branches:
         """
         regions = patch_regions(grid, self._region)
         inside, percent = regions.label_map >= 0, self._settings.tail_percent
-        relation = usual[GRID].relation(inside) if usual else None
+        relation = usual[GRID].relation(inside, regions.embeddings) if usual else None
+        scored = ScoreMap(inside, relation, self._settings.smoothing)
         alone = self._settings.variant == GRID
         # With the tail exact the score is exact, whatever the search: no false alarms by its error.
         distances = self._patch_distances(
-            grid, regions.embeddings, relation, threshold if alone else None
+            grid, regions.embeddings, scored, threshold if alone else None
         )
         if not alone:
-            patches = DistanceMap(regions.paint(distances), inside)
+            patches = DistanceMap(regions.paint(distances), inside, regions.embeddings)
             return self._combined(grid, patches, usual)
-        if relation is not None:
-            # Clipped, so that scores and heatmaps keep the range of distances.
-            distances = np.clip(relation[0] * distances + relation[1], 0.0, 2.0)
-        return FrameScore(tail_mean(distances, percent), regions.paint(distances))
+        values = scored.values(distances)
+        return FrameScore(tail_mean(values, percent), regions.paint(values))
 
     def _patch_distances(
         self,
         grid: PatchGrid,
         embeddings: np.ndarray,
-        relation: tuple[np.ndarray, np.ndarray] | None,
+        scored: ScoreMap | None,
         threshold: float | None,
     ) -> np.ndarray:
         k = self._settings.neighbours
@@ -154,7 +158,7 @@ class Branches:
         if self._settings.variant != GRID:
             top = max(top, len(embeddings) // _EXACT_SHARE)
         return self._index.distances(
-            embeddings, k, exact_above=threshold, exact_top=top, relation=relation
+            embeddings, k, exact_above=threshold, exact_top=top, ranking=scored
         )
 
     def _instance_values(self, grid: PatchGrid) -> tuple[Instances | None, dict[str, np.ndarray]]:
@@ -194,10 +198,10 @@ class Branches:
         if usual and not values.keys() <= usual.keys():
             instances, note = None, NOTHING_USUAL
         if instances and usual and self._settings.min_agreement:
-            kept = self._agreeing(instances, values, patches, usual)
+            kept = self._agreeing(grid, instances, values, patches, usual)
             instances = Instances(instances.embeddings[kept], instances.shares[kept])
             values = {name: each[kept] for name, each in values.items()}
-        maps = _painted(instances, values) if instances else {}
+        maps = _painted(grid, instances, values) if instances else {}
         relative = {GRID: patches.relative(usual.get(GRID))}
         relative |= {name: found.relative(usual.get(name)) for name, found in maps.items()}
         counted = list(maps) if self._settings.variant == INSTANCE else [GRID, *maps]
@@ -208,14 +212,18 @@ class Branches:
             mixed = np.where(covered, mean, mixed)
         unit = usual[GRID].typical if usual else (0.0, 1.0)
         distances = np.clip(mixed * np.float32(unit[1]) + np.float32(unit[0]), 0.0, 2.0)
-        distances = np.where(inside, distances, np.float32(0.0)).astype(np.float32)
+        smoothing = self._settings.smoothing
+        distances = smoothed(distances.astype(np.float32), inside, smoothing) * inside
         # Plain distances are no deviations.
-        named = relative if usual else {}
-        parts = {name: tail_mean(each[inside], percent) for name, each in named.items()}
+        parts = {
+            name: tail_mean(smoothed(each, inside, smoothing)[inside], percent)
+            for name, each in (relative if usual else {}).items()
+        }
         return FrameScore(tail_mean(distances[inside], percent), distances, parts, note)
 
     def _agreeing(
         self,
+        grid: PatchGrid,
         instances: Instances,
         values: Mapping[str, np.ndarray],
         patches: DistanceMap,
@@ -229,16 +237,21 @@ class Branches:
         kept = patch_agreement(weights, unusual.ravel()) >= self._settings.min_agreement
         if PAIRS in values:
             everywhere = np.ones(patches.inside.shape, bool)
-            own = weights @ np.stack(usual[PAIRS].relation(everywhere), axis=1)
+            relation = usual[PAIRS].relation(everywhere, grid.features.reshape(-1, grid.dim))
+            own = weights @ np.stack(relation, axis=1)
             mean, deviation = usual[PAIRS].typical
             relative = (own[:, 0] * values[PAIRS] + own[:, 1] - mean) / deviation
             kept |= relative > _UNUSUAL
         return np.asarray(kept)
 
 
-def _painted(instances: Instances, values: Mapping[str, np.ndarray]) -> dict[str, DistanceMap]:
+def _painted(
+    grid: PatchGrid, instances: Instances, values: Mapping[str, np.ndarray]
+) -> dict[str, DistanceMap]:
     """Return the maps of branches from the (n,) distances of their instances."""
     covered = instances.covered
+    embeddings = grid.features[covered]
     return {
-        name: DistanceMap(instances.paint(each) * covered, covered) for name, each in values.items()
+        name: DistanceMap(instances.paint(each) * covered, covered, embeddings)
+        for name, each in values.items()
     }

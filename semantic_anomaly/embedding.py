@@ -63,7 +63,7 @@ class PatchEmbedder:
         backbone: str,
         *,
         layers: Sequence[int] = (),
-        input_size: int = 640,
+        input_size: int = 960,
         device: str = "auto",
         dtype: str = "auto",
         place_weight: float = 0.0,

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from semantic_anomaly.segmentation import FAMILIES, TOKENS
 from semantic_anomaly.setting_spec import setting
 
 GRID, INSTANCE, COMBINED = "grid", "instance", "combined"
+# What shapes a score besides plain patch distances, and the values that leave it as it is.
+UNUSED = {
+    "variant": GRID,
+    "surroundings_weight": 0.0,
+    "min_agreement": 0.0,
+    "scene_frames": 0,
+    "usual_kinds": 0,
+    "smoothing": 0.0,
+}
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,7 @@ class EmbeddingSettings:
         "the backbone's own choice.",
     )
     input_size: int = setting(
-        640,
+        960,
         "Long side in pixels to which images are resized; both sides are rounded to the "
         "patch multiple.",
         minimum=32,
@@ -39,7 +47,7 @@ class EmbeddingSettings:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     place_weight: float = setting(
-        0.5,
+        0.0,
         "Weight of the place in the image in the distance of two embeddings; 0: none.",
         minimum=0.0,
         maximum=0.99,
@@ -80,14 +88,20 @@ class EmbeddingSettings:
         minimum=0,
         maximum=1000000,
     )
-
-    @property
-    def scoring(self) -> dict[str, Any]:
-        """Return the settings of more than patches that shape a score, where they are in use."""
-        names = "variant", "surroundings_weight", "min_agreement", "scene_frames"
-        default = EmbeddingSettings()
-        told = {name: getattr(self, name) for name in names}
-        return {name: value for name, value in told.items() if value != getattr(default, name)}
+    usual_kinds: int = setting(
+        256,
+        "Kinds of patches, told apart by their embeddings, for each of which calibration learns "
+        "what distance is usual besides what is usual at its place; 0: one.",
+        minimum=0,
+        maximum=4096,
+    )
+    smoothing: float = setting(
+        0.8,
+        "Deviation of the Gaussian that smooths the map of distances before it is scored, in "
+        "patches; 0: none.",
+        minimum=0.0,
+        maximum=10.0,
+    )
 
     @property
     def segments(self) -> bool:

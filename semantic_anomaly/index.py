@@ -25,7 +25,7 @@ from semantic_anomaly.index_format import (
     write_content,
 )
 from semantic_anomaly.index_parts import PartPlan, PartSelections
-from semantic_anomaly.neighbour_search import NeighbourSearch
+from semantic_anomaly.neighbour_search import NeighbourSearch, Ranking
 from semantic_anomaly.regions import ImageRegion
 from semantic_anomaly.segmentation import SegmenterIdentity
 from semantic_anomaly.settings import Settings
@@ -217,7 +217,7 @@ class NominalIndex(DescribedIndex):
         *,
         exact_above: float | None = None,
         exact_top: int = 0,
-        relation: tuple[np.ndarray, np.ndarray] | None = None,
+        ranking: Ranking | None = None,
     ) -> np.ndarray:
         """Return (n,) float32 mean cosine distances in [0, 2] to the k nearest entries.
 
@@ -229,13 +229,13 @@ class NominalIndex(DescribedIndex):
             k: 1 to count.
             exact_above: distances above are exact.
             exact_top: so many of the largest are exact, hence exactly the largest there are.
-            relation: (n,) factors > 0 and offsets: what is large is factor * d + offset.
+            ranking: what is large, and made of which distances; None: distances themselves.
 
         Raises:
             IndexMismatchError: another dimension, or k out of range.
             ModelOutputError: embeddings that are not finite or not of unit norm.
         """
-        return self._search.distances(embeddings, k, exact_above, exact_top, relation)
+        return self._search.distances(embeddings, k, exact_above, exact_top, ranking)
 
     def exact_distances(self, embeddings: np.ndarray, k: int) -> np.ndarray:
         """Return what `distances` returns, by a product with every entry."""

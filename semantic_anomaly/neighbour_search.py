@@ -27,6 +27,16 @@ class SearchGraph(Protocol):
         """Return labels and distances (n, k)."""
 
 
+class Ranking(Protocol):
+    """What makes distances large or not; it grows where they grow."""
+
+    def values(self, distances: np.ndarray) -> np.ndarray:
+        """Return (n,) float32 values of (n,) distances."""
+
+    def made_of(self, chosen: np.ndarray) -> np.ndarray:
+        """Return (n,) bool: the distances that the (n,) bool chosen values are made of."""
+
+
 class NeighbourSearch:
     """k-nearest-neighbour distances to fixed unit vectors.
 
@@ -64,23 +74,24 @@ class NeighbourSearch:
         k: int,
         exact_above: float | None,
         exact_top: int,
-        relation: tuple[np.ndarray, np.ndarray] | None,
+        ranking: Ranking | None,
     ) -> np.ndarray:
         """Return (n,) float32; as `NominalIndex.distances`."""
         queries = self.checked(embeddings, k)
         if not self._uses_graph:
             return mean_distances(queries, self._entries, k)
-        factor, offset = relation or (np.float32(1), np.float32(0))
         distances = to_distances(self._graph_similarities(queries, k))
         unchecked = np.ones(len(queries), bool)
         top = min(exact_top, len(queries))
         while True:
             large = np.zeros(len(queries), bool)
-            ranked = factor * distances + offset
+            ranked = ranking.values(distances) if ranking else distances
             if top:
                 large[np.argpartition(ranked, len(queries) - top)[-top:]] = True
             if exact_above is not None:
                 large |= ranked > exact_above
+            if ranking:
+                large = ranking.made_of(large)
             large &= unchecked
             if not large.any():
                 return distances

@@ -18,6 +18,7 @@ from semantic_anomaly.detector import AnomalyDetector
 from semantic_anomaly.errors import SourceError, UnknownNameError
 from semantic_anomaly.freshness import Fresh
 from semantic_anomaly.identity import Embedder
+from semantic_anomaly.kinds import anchors_of
 from semantic_anomaly.places import PlaceSums, usual_of_others
 from semantic_anomaly.regions import ImageRegion
 from semantic_anomaly.settings import Settings
@@ -127,7 +128,8 @@ def calibrate(
         fresh = Fresh(index)
         fresh.foresee(opened, scores_needed(settings.target_false_alarm_rate))
         drives = _drives(opened)
-        folds: dict[int, dict[str, PlaceSums]] = defaultdict(lambda: defaultdict(PlaceSums))
+        folds: dict[int, dict[str, PlaceSums]] = defaultdict(dict)
+        anchors = anchors_of(index.content.embeddings, settings.usual_kinds)
         if settings.place_normalisation:
             detector = AnomalyDetector(embedder, index, None, settings, region)
             for number, (drive, (frame, grid)) in enumerate(
@@ -136,7 +138,8 @@ def calibrate(
                 fresh.check(drives[drive], frame)
                 fold = _fold(list(drives), drive, number)
                 for branch, found in detector.plain_distances(grid).items():
-                    folds[fold][branch].add(found.values, found.inside)
+                    sums = folds[fold].setdefault(branch, PlaceSums(anchors))
+                    sums.add(found.values, found.inside, found.embeddings)
         detectors: dict[int, AnomalyDetector] = {}
         scores: dict[str, list[float]] = {}
         stamps: dict[str, list[int]] = {}

@@ -1,55 +1,77 @@
-"""What distance is usual where in the image, and how unusual another one is there.
+"""What distance is usual where in the image and for what, and how unusual another one is there.
 
 Nominal distances differ over the image: houses vary from street to street, the road hardly does.
 Standardised by the mean and deviation of nominal frames at the same place, as PaDiM does with its
 Gaussians (Defard et al. 2021, arXiv 2011.08785), a small thing on the road outweighs a new house.
+They differ by what is seen, too: what is left is standardised once more over patches of a kind,
+those whose embeddings have the same of some index entries as the nearest (`Kinds`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import add
 from typing import Any
 
 import cv2
 import numpy as np
 
 from semantic_anomaly.errors import CalibrationError
+from semantic_anomaly.kinds import Kinds, kind_of
 
 # Cells over the image: coarse enough that a few frames fill them.
 CELLS_HW = (18, 32)
 # A place where nothing ever changed would make a mountain of a molehill.
 _LEAST_DEVIATION = 0.25
+# In deviations of the place.
+_LEAST_OF_KIND = 0.7
 # Frames that must have shown something at a place before it is believed to be usual there: an
 # instance has one value for all of its patches, and a single one no deviation at all.
 _LEAST_FRAMES = 5
+# Patches that a kind is taken to have shown as usual as their place, before any was seen.
+_PRIOR_PATCHES = 50
 
 
 class PlaceSums:
-    """Collects nominal distances by cell of the image, in memory that does not grow."""
+    """Collects nominal distances by kind and cell of the image, in memory that does not grow.
 
-    def __init__(self) -> None:
-        # Patches, their sum, their squares' sum, and frames.
-        self._sums = np.zeros((4, *CELLS_HW), np.float64)
+    Args:
+        anchors: (kinds, dim) float32; None: all patches are of one kind.
+    """
 
-    def add(self, distances: np.ndarray, inside: np.ndarray) -> None:
+    def __init__(self, anchors: np.ndarray | None = None) -> None:
+        self._anchors = anchors
+        kinds = 1 if anchors is None else len(anchors)
+        # Patches, their sum, and their squares' sum.
+        self._sums = np.zeros((3, kinds, *CELLS_HW), np.float64)
+        self._frames = np.zeros(CELLS_HW, np.int64)
+
+    def add(
+        self, distances: np.ndarray, inside: np.ndarray, embeddings: np.ndarray | None = None
+    ) -> None:
         """Take in the distances of a nominal frame.
 
         Args:
             distances: (rows, cols) float32.
-            inside: (rows, cols) bool, patches that take part.
+            inside: (rows, cols) bool, the n patches that take part.
+            embeddings: (n, dim) float32, of those; needed where there are kinds.
         """
         cell = _cell_of(distances.shape)[inside]
+        self._frames.flat[np.unique(cell)] += 1
+        if self._anchors is not None:
+            assert embeddings is not None
+            cell = cell + self._frames.size * kind_of(embeddings, self._anchors)
         values = distances[inside].astype(np.float64)
         powers = np.ones_like(values), values, values**2
-        for total, weights in zip(self._sums, powers, strict=False):
+        for total, weights in zip(self._sums, powers, strict=True):
             total += np.bincount(cell, weights, minlength=total.size).reshape(total.shape)
-        self._sums[3].flat[np.unique(cell)] += 1
 
     def __add__(self, other: PlaceSums) -> PlaceSums:
-        added = PlaceSums()
+        added = PlaceSums(self._anchors)
         added._sums = self._sums + other._sums
+        added._frames = self._frames + other._frames
         return added
 
     @property
@@ -65,13 +87,14 @@ class PlaceSums:
         """
         if self.empty:
             raise CalibrationError("usual distances: expected nominal frames, found none")
-        known = self._sums[3] >= _LEAST_FRAMES
+        by_cell = self._sums.sum(axis=1)
+        known = self._frames >= _LEAST_FRAMES
         if not known.any():
-            known = self._sums[0] > 0
-        patches, summed, squares, _ = self._sums.sum(axis=(1, 2))
-        count = np.where(known, self._sums[0], 1)
-        mean = np.where(known, self._sums[1] / count, summed / patches)
-        variance = np.maximum(self._sums[2] / count - mean**2, 0)
+            known = by_cell[0] > 0
+        patches, summed, squares = by_cell.sum(axis=(1, 2))
+        count = np.where(known, by_cell[0], 1)
+        mean = np.where(known, by_cell[1] / count, summed / patches)
+        variance = np.maximum(by_cell[2] / count - mean**2, 0)
         typical = float(np.sqrt(np.median(variance[known])))
         if typical < 1e-6:
             # Nearly every place was seen but once: what is usual is the same everywhere.
@@ -80,7 +103,20 @@ class PlaceSums:
             typical = float(np.sqrt(max(squares / patches - (summed / patches) ** 2, 0)))
         least = max(_LEAST_DEVIATION * typical, 1e-6)
         deviation = np.where(known, np.maximum(np.sqrt(variance), least), max(typical, least))
-        return UsualDistances(mean.astype(np.float32), deviation.astype(np.float32))
+        kinds = None if self._anchors is None else self._kinds(self._anchors, mean, deviation)
+        return UsualDistances(mean.astype(np.float32), deviation.astype(np.float32), kinds)
+
+    def _kinds(self, anchors: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> Kinds:
+        """Return what is usual for each kind, of the deviations from what is usual by cell."""
+        count, summed, squares = self._sums
+        relative = (summed - mean * count) / deviation
+        relative_squares = (squares - 2 * mean * summed + mean**2 * count) / deviation**2
+        # A kind that was hardly seen is taken to be as usual as its place.
+        seen = count.sum(axis=(1, 2)) + _PRIOR_PATCHES
+        own = relative.sum(axis=(1, 2)) / seen
+        variance = (relative_squares.sum(axis=(1, 2)) + _PRIOR_PATCHES) / seen - own**2
+        spread = np.sqrt(np.maximum(variance, _LEAST_OF_KIND**2))
+        return Kinds(anchors, own.astype(np.float32), spread.astype(np.float32))
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +125,7 @@ class UsualDistances:
 
     Attributes:
         mean, deviation: `CELLS_HW` float32, means in [0, 2], deviations > 0.
+        kinds: what is usual besides, by kind of patch; None: the same for all.
 
     Raises:
         CalibrationError: other shapes, or numbers out of range.
@@ -96,6 +133,7 @@ class UsualDistances:
 
     mean: np.ndarray
     deviation: np.ndarray
+    kinds: Kinds | None = None
     _relations: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = field(
         default_factory=dict, init=False, repr=False
     )
@@ -113,7 +151,9 @@ class UsualDistances:
         if not np.all((self.deviation > 0) & (self.deviation <= 2)):
             raise CalibrationError("usual distances: expected deviations above 0")
 
-    def relation(self, inside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def relation(
+        self, inside: np.ndarray, embeddings: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Return factor and offset, (n,) float32, that make a distance a relative one.
 
         A relative distance is the distance that would be as unusual at a typical place: mean and
@@ -121,6 +161,10 @@ class UsualDistances:
 
         Args:
             inside: (rows, cols) bool, the n patches that take part.
+            embeddings: (n, dim) float32, of those; needed where there are kinds.
+
+        Raises:
+            CalibrationError: embeddings of another dimension than those of the kinds.
         """
         grid_hw = (inside.shape[0], inside.shape[1])
         if grid_hw not in self._relations:
@@ -131,21 +175,27 @@ class UsualDistances:
             factor = np.float32(self.deviation.mean()) / deviation
             offset = np.float32(self.mean.mean()) - factor * mean
             self._relations[grid_hw] = factor, offset
-        factor, offset = self._relations[grid_hw]
-        return factor[inside], offset[inside]
+        factor, offset = (each[inside] for each in self._relations[grid_hw])
+        if self.kinds is None:
+            return factor, offset
+        assert embeddings is not None
+        kind = self.kinds.of(embeddings)
+        mean, deviation = self.typical
+        spread = self.kinds.deviation[kind]
+        beyond = offset - np.float32(mean) - np.float32(deviation) * self.kinds.mean[kind]
+        return factor / spread, np.float32(mean) + beyond / spread
 
     @property
     def typical(self) -> tuple[float, float]:
         """Return mean and deviation at a typical place: those of relative distances."""
         return float(self.mean.mean()), float(self.deviation.mean())
 
-    def describe(self) -> dict[str, list[list[float]]]:
+    def describe(self) -> dict[str, Any]:
         """Return plain values for JSON."""
-        # Nine digits are a float32, no more and no less; the rest would be noise to digest.
-        return {
-            name: [[float(f"{value:.9g}") for value in row] for row in values]
-            for name, values in (("mean", self.mean), ("deviation", self.deviation))
-        }
+        told: dict[str, Any] = {"mean": _told(self.mean), "deviation": _told(self.deviation)}
+        if self.kinds is not None:
+            told["kinds"] = {name: _told(values) for name, values in vars(self.kinds).items()}
+        return told
 
     @classmethod
     def from_description(cls, values: Mapping[str, Any]) -> UsualDistances:
@@ -154,13 +204,27 @@ class UsualDistances:
         Raises:
             CalibrationError: it describes nothing of the kind.
         """
-        if not isinstance(values, Mapping) or set(values) != {"mean", "deviation"}:
-            raise CalibrationError("usual distances: expected mean and deviation")
-        try:
-            made = {name: np.array(rows, np.float32) for name, rows in values.items()}
-        except (TypeError, ValueError) as error:
-            raise CalibrationError(f"usual distances: no table of numbers: {error}") from error
-        return cls(**made)
+        kinds = None
+        if isinstance(values, Mapping) and "kinds" in values:
+            kinds = Kinds(**_read(values["kinds"], {"anchors", "mean", "deviation"}))
+            values = {name: each for name, each in values.items() if name != "kinds"}
+        return cls(**_read(values, {"mean", "deviation"}), kinds=kinds)
+
+
+def _told(values: np.ndarray) -> list[Any]:
+    # Nine digits are a float32, no more and no less; the rest would be noise to digest.
+    if values.ndim > 1:
+        return [_told(row) for row in values]
+    return [float(f"{value:.9g}") for value in values]
+
+
+def _read(values: Any, names: set[str]) -> dict[str, Any]:
+    if not isinstance(values, Mapping) or set(values) != names:
+        raise CalibrationError(f"usual distances: expected {', '.join(sorted(names))}")
+    try:
+        return {name: np.array(rows, np.float32) for name, rows in values.items()}
+    except (TypeError, ValueError) as error:
+        raise CalibrationError(f"usual distances: no table of numbers: {error}") from error
 
 
 def usual_of_others(
@@ -180,7 +244,7 @@ def usual_of_others(
         if not held:
             continue
         others = [sums for fold, sums in held.items() if fold != left_out]
-        usual[branch] = sum(others or held.values(), PlaceSums()).usual()
+        usual[branch] = reduce(add, others or held.values()).usual()
     return usual
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from semantic_anomaly.camera_settings import CameraSettings
-from semantic_anomaly.embedding_settings import COMBINED, EmbeddingSettings
+from semantic_anomaly.embedding_settings import COMBINED, UNUSED, EmbeddingSettings
 from semantic_anomaly.errors import SettingsError, UnknownNameError
 from semantic_anomaly.setting_spec import (
     SettingSpec,
@@ -64,7 +64,7 @@ class Settings(EmbeddingSettings):
         maximum=2.0,
     )
     max_entries: int = setting(
-        200000, "Most embeddings that an index may hold.", minimum=1, maximum=50000000
+        500000, "Most embeddings that an index may hold.", minimum=1, maximum=50000000
     )
     graph_m: int = setting(16, "Links per entry of the hnswlib graph.", minimum=2, maximum=128)
     graph_ef_construction: int = setting(
@@ -191,7 +191,8 @@ class Settings(EmbeddingSettings):
                         f"found {getattr(self, name):g}"
                     )
         elif not self.place_normalisation and (
-            self.scoring.keys() - {"scene_frames", "variant"} or self.variant == COMBINED
+            self.scoring.keys() & {"surroundings_weight", "min_agreement"}
+            or self.variant == COMBINED
         ):
             raise SettingsError(
                 "setting 'place_normalisation': expected true, for branches are compared by what "
@@ -261,6 +262,14 @@ class Settings(EmbeddingSettings):
     def replace(self, **changes: Any) -> Settings:
         """Return a checked copy with some settings changed."""
         return dataclasses.replace(self, **changes)
+
+    @property
+    def scoring(self) -> dict[str, Any]:
+        """Return what shapes a score besides plain patch distances, where it is in use."""
+        told = {name: getattr(self, name) for name in UNUSED}
+        if not self.place_normalisation:
+            told["usual_kinds"] = 0
+        return {name: value for name, value in told.items() if value != UNUSED[name]}
 
     def index_of(self, camera: str) -> str:
         """Return the index folder of a camera: its own, else the common one, else ''."""

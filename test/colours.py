@@ -22,7 +22,7 @@ LEFT_HALF = ImageRegion(((0.0, 0.0), (0.5, 0.0), (0.5, 1.0), (0.0, 1.0)))
 
 
 # Scores of fixed calibrations are relative to nothing.
-PLAIN = {"place_normalisation": False}
+PLAIN = {"place_normalisation": False, "smoothing": 0.0}
 
 
 class ColourEmbedder:

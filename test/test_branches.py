@@ -29,7 +29,7 @@ from semantic_anomaly.regions import ImageRegion
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import Decision, PatchGrid
 
-BASE = {"target_false_alarm_rate": 0.05, "dedup_distance": 0.0005}
+BASE = {"target_false_alarm_rate": 0.05, "dedup_distance": 0.0005, "smoothing": 0.0}
 WHOLE = ImageRegion()
 ODD = (
     slice(ODD_BOX[1] // PATCH, ODD_BOX[3] // PATCH),

@@ -56,7 +56,7 @@ def test_an_index_with_instances_is_evaluated_and_replayed(
         assert name in text, name
     assert Calibration.load(made).scoring == {
         **{"variant": "combined", "surroundings_weight": 0.3},
-        **{"min_agreement": 0.1, "scene_frames": 4},
+        **{"min_agreement": 0.1, "scene_frames": 4, "usual_kinds": 256, "smoothing": 0.8},
     }
 
 

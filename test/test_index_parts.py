@@ -128,7 +128,7 @@ def test_what_is_not_nominal_reaches_no_part() -> None:
 def test_frames_of_one_name_are_scenes_of_their_own() -> None:
     embedder = SegmentedColours()
     given = settings(variant="grid", surroundings_weight=0.0, scene_frames=1, dedup_distance=0.0,
-                     place_normalisation=False)  # fmt: skip
+                     place_normalisation=False, smoothing=0.0)  # fmt: skip
     frames = [(Frame(f.image, name="front/000.png"), g) for f, g in embedder.frames(range(5))]
     index = NominalIndex.build(
         frames, identity=embedder.identity, region=WHOLE, settings=given, segmenter=None

@@ -24,6 +24,7 @@ from semantic_anomaly.errors import (
     UnknownNameError,
 )
 from semantic_anomaly.index import NominalIndex
+from semantic_anomaly.kinds import anchors_of
 from semantic_anomaly.places import PlaceSums
 from semantic_anomaly.regions import ImageRegion
 from semantic_anomaly.settings import Settings
@@ -157,10 +158,13 @@ def test_scores_are_relative_to_what_is_usual_in_other_drives(
         name: [ColourEmbedder().embed([frame.image])[0] for frame in open_source(drives / name)]
         for name in ("a", "b")
     }
-    sums = {name: PlaceSums() for name in embedded}
+    anchors = anchors_of(index.content.embeddings, SETTINGS.usual_kinds)
+    assert anchors is not None
+    sums = {name: PlaceSums(anchors) for name in embedded}
     for name, grids in embedded.items():
         for grid in grids:
-            sums[name].add(plain.score(grid)[1], np.ones(grid.grid_hw, bool))
+            found = plain.plain_distances(grid)["grid"]
+            sums[name].add(found.values, found.inside, found.embeddings)
     scores = []
     for name, other in (("a", "b"), ("b", "a")):
         relative = AnomalyDetector(
@@ -169,7 +173,11 @@ def test_scores_are_relative_to_what_is_usual_in_other_drives(
         scores += [relative.score(grid)[0] for grid in embedded[name]]
     np.testing.assert_array_equal(made.scores, sorted(scores))
     assert set(made.usual) == {"grid"}
-    np.testing.assert_array_equal(made.usual["grid"].mean, (sums["a"] + sums["b"]).usual().mean)
+    whole, of_both = made.usual["grid"], (sums["a"] + sums["b"]).usual()
+    np.testing.assert_array_equal(whole.mean, of_both.mean)
+    assert whole.kinds is not None and of_both.kinds is not None
+    np.testing.assert_array_equal(whole.kinds.mean, of_both.kinds.mean)
+    np.testing.assert_array_equal(whole.kinds.anchors, anchors)
 
 
 def test_a_single_drive_is_parted_into_stretches(index: NominalIndex, drives: Path) -> None:

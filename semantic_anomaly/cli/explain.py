@@ -70,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
         embeddings = explanation.instances_of_box(index, grid, detector.region, inside)
     else:
         embeddings = grid.features[inside]
-        relation = detector.usual["grid"].relation(inside) if detector.usual else relation
+        if detector.usual:
+            relation = detector.usual["grid"].relation(inside, embeddings)
     found = explanation.explain(index, embeddings, args.nearest)
     listed = found[: args.count]
     rows = [
