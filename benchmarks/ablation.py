@@ -36,6 +36,7 @@ from semantic_anomaly.identity import EmbedderIdentity
 from semantic_anomaly.index import NominalIndex
 from semantic_anomaly.index_parts import INSTANCES, PAIRS
 from semantic_anomaly.instance_embedding import RunningEmbedder
+from semantic_anomaly.kinds import Kinds, anchors_of
 from semantic_anomaly.places import CELLS_HW, UsualDistances
 from semantic_anomaly.regions import ImageRegion
 from semantic_anomaly.segmentation import SegmenterIdentity
@@ -45,22 +46,23 @@ from semantic_anomaly.structures import PatchGrid
 
 RATES = (0.01, 0.05)
 TIMED_FRAMES = 40
-COMMON: dict[str, Any] = {"tail_percent": 0.2, "place_weight": 0.0}
+SHOWN = "auroc", "pixel_ap", "rates", "sizes", "kinds"
 INSTANCE: dict[str, Any] = {"variant": "instance"}
 AGREEMENT = {**INSTANCE, "min_agreement": 0.25}
 SURROUNDED = {**AGREEMENT, "surroundings_weight": 0.3}
 PLACED = {**SURROUNDED, "place_weight": 0.5}
+BARE: dict[str, Any] = {"place_normalisation": False, "smoothing": 0.0}
 ROWS: dict[str, dict[str, Any]] = {
-    "grid": {"place_normalisation": False},
+    "grid": BARE,
     "grid + filters": {},
+    "grid + filters without kinds and smoothing": {"usual_kinds": 0, "smoothing": 0.0},
     "grid + filters + place": {"place_weight": 0.5},
-    "instances": {**INSTANCE, "place_normalisation": False},
+    "instances": {**INSTANCE, **BARE},
     "instances + filters": AGREEMENT,
     "instances + filters + surroundings": SURROUNDED,
     "instances + filters + surroundings + place": PLACED,
     "instances + filters + surroundings + place + scene": {**PLACED, "scene_frames": 80},
-    "grid and instances + filters + place": {"variant": "combined", "place_weight": 0.5},
-    "grid, instances and pairs + filters + place": {**PLACED, "variant": "combined"},
+    "grid, instances and pairs + filters": {**SURROUNDED, "variant": "combined"},
 }
 
 
@@ -102,7 +104,9 @@ def measure(
     if trial.index:
         key = _made_of(trial, settings)
         if key not in indexes:
-            indexes[key] = offline.build_index(settings, "camera", trial.index, embedder=embedder)
+            indexes[key] = offline.build_index(
+                _with_all_parts(settings), "camera", trial.index, embedder=embedder
+            )
         calibration = offline.calibrate(
             settings, "camera", indexes[key], trial.calibration, embedder=embedder
         )
@@ -137,11 +141,18 @@ def measure(
     return found
 
 
+def _with_all_parts(settings: Settings) -> Settings:
+    """Return the settings of an index that serves rows of every kind."""
+    weight = settings.surroundings_weight or SURROUNDED["surroundings_weight"]
+    parts = {"variant": "instance", "surroundings_weight": weight, "scene_frames": 1}
+    return settings.replace(place_normalisation=True, **parts)
+
+
 def _made_of(trial: Trial, settings: Settings) -> tuple[Any, ...]:
     """Return what an index depends on that rows may differ in."""
-    made_of = settings.segments, settings.surroundings_weight, settings.scene_frames > 0
     limits = settings.dedup_distance, settings.max_entries
-    return (*trial.index, *_embedded_by(settings), *made_of, *limits)
+    weight = _with_all_parts(settings).surroundings_weight
+    return (*trial.index, *_embedded_by(settings), weight, *limits)
 
 
 def _embedded_by(settings: Settings) -> tuple[Any, ...]:
@@ -184,9 +195,10 @@ def drives_found(
 def milliseconds(settings: Settings, index: NominalIndex, folder: str) -> float:
     """Return the median milliseconds of a frame, embedding and segmentation included."""
     frames = list(itertools.islice(open_source(folder), TIMED_FRAMES))
-    usual = (
-        dict.fromkeys(("grid", INSTANCES, PAIRS), _flat()) if settings.place_normalisation else {}
-    )
+    usual: dict[str, UsualDistances] = {}
+    if settings.place_normalisation:
+        flat = _flat(anchors_of(index.content.embeddings, settings.usual_kinds))
+        usual = dict.fromkeys(("grid", INSTANCES, PAIRS), flat)
     embedder = RunningEmbedder.from_settings(settings)
     try:
         detector = AnomalyDetector(embedder, index, None, settings, ImageRegion(), usual)
@@ -200,8 +212,13 @@ def milliseconds(settings: Settings, index: NominalIndex, folder: str) -> float:
     return float(np.median(taken[len(taken) // 4 :]))
 
 
-def _flat() -> UsualDistances:
-    return UsualDistances(np.full(CELLS_HW, 0.1, np.float32), np.full(CELLS_HW, 0.05, np.float32))
+def _flat(anchors: np.ndarray | None) -> UsualDistances:
+    kinds = None
+    if anchors is not None:
+        even = np.zeros(len(anchors), np.float32), np.ones(len(anchors), np.float32)
+        kinds = Kinds(anchors, *even)
+    cells = np.full(CELLS_HW, 0.1, np.float32), np.full(CELLS_HW, 0.05, np.float32)
+    return UsualDistances(*cells, kinds)
 
 
 def table(rows: dict[str, dict[str, dict[str, Any]]], name: str) -> str:
@@ -254,36 +271,35 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON of all figures")
     args = parser.parse_args()
     given = {key: json.loads(value) for key, value in (g.split("=", 1) for g in args.given)}
-    common = {"backbone": args.backbone, "target_false_alarm_rate": 0.05, **COMMON, **given}
+    common = {"backbone": args.backbone, "target_false_alarm_rate": 0.05, **given}
     chosen = {name: ROWS[name] for name in args.row} if args.row else {} if args.tried else ROWS
     chosen = {**chosen, **{text: json.loads(text) for text in args.tried}}
-    embedders: dict[Any, Remembered] = {}
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, dict[str, Any]] = {name: {} for name in chosen}
     indexes: dict[Any, NominalIndex] = {}
+    made = {name: Settings.from_parameters({**common, **chosen[name]}) for name in chosen}
     with tempfile.TemporaryDirectory() as temporary:
         scratch = Path(temporary)
         trials = real_trials(args.data, scratch) if args.data else []
         if not args.no_street:
             trials.insert(0, street_trial(args.drives or scratch / "drives", args.first_seed))
-        for number, (name, changes) in enumerate(tqdm(chosen.items(), "rows", disable=None)):
-            settings = Settings.from_parameters({**common, **changes})
-            embedded_by = _embedded_by(settings)
-            if embedded_by not in embedders:
-                segmenting = settings.replace(variant="instance", place_normalisation=True)
-                embedders[embedded_by] = Remembered(RunningEmbedder.from_settings(segmenting))
-            rows[name] = {}
-            for trial in trials:
-                out = scratch / f"report_{number}"
-                rows[name] |= measure(trial, settings, embedders[embedded_by], out, indexes)
+        # Grids are large: those of one trial and one way of embedding are kept at a time.
+        groups: dict[Any, list[str]] = {}
+        for name, settings in made.items():
+            groups.setdefault(_embedded_by(settings), []).append(name)
+        for alike, trial in itertools.product(groups.values(), trials):
+            segmenting = made[alike[0]].replace(variant="instance", place_normalisation=True)
+            embedder = Remembered(RunningEmbedder.from_settings(segmenting))
+            for name in tqdm(alike, "rows", disable=None):
+                out = scratch / "report"
+                rows[name] |= measure(trial, made[name], embedder, out, indexes)
                 shutil.rmtree(out)
-            for test, m in rows[name].items():
-                shown = (m[k] for k in ("auroc", "pixel_ap", "rates", "sizes", "kinds"))
-                print(name, test, *shown, sep=" | ", flush=True)
-            if args.out:
-                args.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+                for test in trial.tests:
+                    shown = (rows[name][test][k] for k in SHOWN)
+                    print(name, test, *shown, sep=" | ", flush=True)
+                if args.out:
+                    args.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         # At the end, one row after the other, so that nothing else runs beside it.
-        for name, changes in chosen.items() if args.times and trials[0].index else ():
-            settings = Settings.from_parameters({**common, **changes})
+        for name, settings in made.items() if args.times and trials[0].index else ():
             index = indexes[_made_of(trials[0], settings)]
             first = next(iter(trials[0].tests.values()))
             rows[name]["ms"] = {"median": milliseconds(settings, index, first)}

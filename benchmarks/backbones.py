@@ -36,7 +36,8 @@ from semantic_anomaly.structures import Frame, PatchGrid
 from semantic_anomaly.synthetic import KINDS, StreetDrive, StreetFrame, family
 
 FAMILIES = ("odd object", "odd arrangement")
-PLACE_PX = 10
+# What both learnt and hand-made features are made of.
+INPUT_SIZE, PLACE_PX = 640, 10
 ORIENTATIONS = 8
 
 
@@ -49,7 +50,18 @@ class HandMade:
         digest = hashlib.sha256(b"LAB moments and gradient orientations").hexdigest()
         dim = 6 + ORIENTATIONS
         self.identity = EmbedderIdentity(
-            *("hand-made", "hand-made", "", digest, digest, (), 640, PLACE_PX, dim, "float32")
+            *(
+                "hand-made",
+                "hand-made",
+                "",
+                digest,
+                digest,
+                (),
+                INPUT_SIZE,
+                PLACE_PX,
+                dim,
+                "float32",
+            )
         )
 
     def grid_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
@@ -159,8 +171,8 @@ def measure(
     plain = AnomalyDetector(embedder, index, None, settings, region)
     sums = PlaceSums()
     for frame in tqdm(calibration, desc="usual distances", disable=None):
-        distances = plain.score(embedder.embed([frame.image])[0])[1]
-        sums.add(distances, np.ones(distances.shape, bool))
+        here = plain.plain_distances(embedder.embed([frame.image])[0])["grid"]
+        sums.add(here.values, here.inside)
     relative = AnomalyDetector(embedder, index, None, settings, region, {"grid": sums.usual()})
     detectors = {"": relative, ", plain distances": plain}
     found = {end: Scores(entries=index.count, dim=index.dim) for end in detectors}
@@ -222,8 +234,9 @@ def by_kind(scores: Scores, tests: Sequence[StreetFrame]) -> dict[str, float]:
 
 def _backbone(folder: str | Path, layers: Sequence[int] = ()) -> Embedder:
     # The features by themselves: where things are in the image is no merit of a backbone.
-    settings = Settings(backbone=str(folder), layers=tuple(layers), place_weight=0.0)
-    return RunningEmbedder.from_settings(settings)
+    return RunningEmbedder.from_settings(
+        Settings(backbone=str(folder), layers=tuple(layers), input_size=INPUT_SIZE)
+    )
 
 
 def main() -> None:
@@ -270,7 +283,11 @@ def main() -> None:
             embedders.append((name, _backbone(path, chosen)))
         # No near-duplicate is left out: features of low contrast would lose most.
         settings = Settings(
-            tail_percent=args.tail_percent, neighbours=args.neighbours, dedup_distance=0.0
+            tail_percent=args.tail_percent,
+            neighbours=args.neighbours,
+            dedup_distance=0.0,
+            usual_kinds=0,
+            smoothing=0.0,
         )
         kinds = {}
         for name, embedder in embedders:

@@ -6,6 +6,7 @@ Every figure is a median over frames of one run on one machine: compare rows of 
 from __future__ import annotations
 
 import argparse
+import itertools
 import platform
 import time
 
@@ -17,6 +18,7 @@ from semantic_anomaly.calibration import Calibration
 from semantic_anomaly.detector import AnomalyDetector
 from semantic_anomaly.index import NominalIndex
 from semantic_anomaly.instance_embedding import RunningEmbedder
+from semantic_anomaly.kinds import anchors_of
 from semantic_anomaly.places import PlaceSums
 from semantic_anomaly.regions import ImageRegion
 from semantic_anomaly.settings import Settings
@@ -42,10 +44,10 @@ def make_detector(settings: Settings, drives: int, frames: int) -> AnomalyDetect
     scored: dict[str, list[float]] = {}
     lows = []
     nominal = list(embedded(range(1000, 1000 + max(2, drives // 2))))
-    sums = PlaceSums()
+    sums = PlaceSums(anchors_of(index.content.embeddings, settings.usual_kinds))
     for _, grid in nominal:
-        inside = region.patch_mask(grid.grid_hw, grid.image_hw)
-        sums.add(detector.score(grid)[1], inside)
+        found = detector.plain_distances(grid)["grid"]
+        sums.add(found.values, found.inside, found.embeddings)
     detector = AnomalyDetector(embedder, index, None, settings, region, {"grid": sums.usual()})
     for frame, grid in nominal:
         score, distances = detector.score(grid)
@@ -72,6 +74,7 @@ def main() -> None:
     parser.add_argument("--drives", type=int, default=6)
     parser.add_argument("--frames", type=int, default=30, help="frames a drive")
     parser.add_argument("--measured", type=int, default=60, help="frames measured")
+    parser.add_argument("--input-sizes", nargs="+", type=int, default=[640, Settings().input_size])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     args = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, backbone {args.backbone}, 1280x720 input")
@@ -80,12 +83,12 @@ def main() -> None:
         cv2.resize(view.image, (1280, 720), interpolation=cv2.INTER_LINEAR)
         for view in tqdm(street, desc="render", disable=None)
     ]
-    print("| dtype | search | entries | frames/s | total ms | stages ms | outside the backbone |")
-    print("|---|---|---|---|---|---|---|")
-    for dtype in args.dtypes:
-        base = make_detector(
-            Settings(backbone=args.backbone, dtype=dtype), args.drives, args.frames
-        )
+    heads = "input size", "dtype", "search", "entries", "frames/s", "total ms", "stages ms"
+    print(f"| {' | '.join(heads)} | outside the backbone |")
+    print("|---|---|---|---|---|---|---|---|")
+    for size, dtype in itertools.product(args.input_sizes, args.dtypes):
+        settings = Settings(backbone=args.backbone, dtype=dtype, input_size=size)
+        base = make_detector(settings, args.drives, args.frames)
         for search in ("exact", "graph"):
             base.index.configure_search(search, base.settings.search_ef)
             walls, stages = [], []
@@ -99,8 +102,8 @@ def main() -> None:
             inside = medians.get("forward", medians["embed"])
             text = ", ".join(f"{key} {value:.1f}" for key, value in medians.items())
             print(
-                f"| {dtype} | {search} | {base.index.count} | {1e3 / total:.1f} | {total:.1f} "
-                f"| {text} | {100 * (1 - inside / total):.0f} % |"
+                f"| {size} | {dtype} | {search} | {base.index.count} | {1e3 / total:.1f} "
+                f"| {total:.1f} | {text} | {100 * (1 - inside / total):.0f} % |"
             )
 
 
