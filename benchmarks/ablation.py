@@ -55,7 +55,6 @@ BARE: dict[str, Any] = {"place_normalisation": False, "smoothing": 0.0}
 ROWS: dict[str, dict[str, Any]] = {
     "grid": BARE,
     "grid + filters": {},
-    "grid + filters without kinds and smoothing": {"usual_kinds": 0, "smoothing": 0.0},
     "grid + filters + place": {"place_weight": 0.5},
     "instances": {**INSTANCE, **BARE},
     "instances + filters": AGREEMENT,

@@ -25,7 +25,7 @@ _BLOCK = 2048
 GRAPH_SEED = 100
 # Neighbours of a place resemble it because they see the same.
 _SURROUNDINGS = 4
-_SUITABLE_SHARE, _SUITABLE_QUERIES = 0.5, 512
+_SUITABLE_QUERIES = 512
 _SUITABLE_FRAMES = 8
 
 
@@ -238,9 +238,10 @@ def suited(
 def suitable_distance(grids: Iterable[PatchGrid]) -> float:
     """Return a `dedup_distance` that suits the backbone that made some grids.
 
-    Distances of one backbone are ten times those of another. Half the median distance from a place
-    to the nearest other place of its own image, its surroundings left out, tells how far apart
-    things that are alike lie; it does not depend on how fast the frames of a drive change.
+    Distances of one backbone are ten times those of another. The median distance from a place to
+    the nearest other place of its own image, its surroundings left out, tells how far apart things
+    that are alike lie; it does not depend on how fast the frames of a drive change. Half of it
+    stores four times as much.
 
     Raises:
         ArtefactError: no grid with places far enough apart.
@@ -262,7 +263,7 @@ def suitable_distance(grids: Iterable[PatchGrid]) -> float:
             f"index: dedup_distance -1: expected grids of more than {_SURROUNDINGS} places a side; "
             "set the distance"
         )
-    return float(_SUITABLE_SHARE * np.median(distances))
+    return float(np.median(distances))
 
 
 def _grown(array: np.ndarray, size: int) -> np.ndarray:

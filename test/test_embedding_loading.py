@@ -27,8 +27,9 @@ def embedder(tiny_backbone: Path) -> PatchEmbedder:
 
 
 def test_settings_make_the_same_embedder(tiny_backbone: Path) -> None:
-    settings = Settings(backbone=str(tiny_backbone), layers=(1, 2), input_size=112)
-    direct = PatchEmbedder(str(tiny_backbone), layers=(1, 2), input_size=112, place_weight=0.5)
+    given = {"layers": (1, 2), "input_size": 112, "place_weight": 0.3}
+    settings = Settings(backbone=str(tiny_backbone), **given)
+    direct = PatchEmbedder(str(tiny_backbone), **given)
     assert PatchEmbedder.from_settings(settings).identity == direct.identity
     assert direct.identity.model_id == "tiny_dinov2"
     assert (direct.identity.layers, direct.identity.input_size) == ((1, 2), 112)

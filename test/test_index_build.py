@@ -191,7 +191,7 @@ def test_a_suitable_distance_follows_the_scale_of_the_backbone() -> None:
         rows, cols = np.divmod(np.arange(600), 30)
         far = np.maximum(abs(rows - row), abs(cols - col)) > 4
         nearest.append(1 - (flat[far] @ flat[number]).max())
-    assert suitable_distance([grid]) == pytest.approx(0.5 * np.median(nearest), rel=0.05)
+    assert suitable_distance([grid]) == pytest.approx(np.median(nearest), rel=0.05)
 
 
 def test_the_distance_that_was_chosen_is_in_the_manifest() -> None:
