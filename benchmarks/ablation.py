@@ -47,15 +47,16 @@ from semantic_anomaly.structures import PatchGrid
 RATES = (0.01, 0.05)
 TIMED_FRAMES = 40
 SHOWN = "auroc", "pixel_ap", "rates", "sizes", "kinds"
+COMMON: dict[str, Any] = {"place_weight": 0.0}
 INSTANCE: dict[str, Any] = {"variant": "instance"}
 AGREEMENT = {**INSTANCE, "min_agreement": 0.25}
 SURROUNDED = {**AGREEMENT, "surroundings_weight": 0.3}
-PLACED = {**SURROUNDED, "place_weight": 0.5}
+PLACED = {**SURROUNDED, "place_weight": 0.2}
 BARE: dict[str, Any] = {"place_normalisation": False, "smoothing": 0.0}
 ROWS: dict[str, dict[str, Any]] = {
     "grid": BARE,
     "grid + filters": {},
-    "grid + filters + place": {"place_weight": 0.5},
+    "grid + filters + place": {"place_weight": 0.2},
     "instances": {**INSTANCE, **BARE},
     "instances + filters": AGREEMENT,
     "instances + filters + surroundings": SURROUNDED,
@@ -270,7 +271,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON of all figures")
     args = parser.parse_args()
     given = {key: json.loads(value) for key, value in (g.split("=", 1) for g in args.given)}
-    common = {"backbone": args.backbone, "target_false_alarm_rate": 0.05, **given}
+    common = {"backbone": args.backbone, "target_false_alarm_rate": 0.05, **COMMON, **given}
     chosen = {name: ROWS[name] for name in args.row} if args.row else {} if args.tried else ROWS
     chosen = {**chosen, **{text: json.loads(text) for text in args.tried}}
     rows: dict[str, dict[str, Any]] = {name: {} for name in chosen}

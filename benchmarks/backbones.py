@@ -235,7 +235,12 @@ def by_kind(scores: Scores, tests: Sequence[StreetFrame]) -> dict[str, float]:
 def _backbone(folder: str | Path, layers: Sequence[int] = ()) -> Embedder:
     # The features by themselves: where things are in the image is no merit of a backbone.
     return RunningEmbedder.from_settings(
-        Settings(backbone=str(folder), layers=tuple(layers), input_size=INPUT_SIZE)
+        Settings(
+            backbone=str(folder),
+            layers=tuple(layers),
+            input_size=INPUT_SIZE,
+            place_weight=0.0,
+        )
     )
 
 

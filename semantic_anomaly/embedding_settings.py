@@ -47,7 +47,7 @@ class EmbeddingSettings:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     place_weight: float = setting(
-        0.0,
+        0.2,
         "Weight of the place in the image in the distance of two embeddings; 0: none.",
         minimum=0.0,
         maximum=0.99,

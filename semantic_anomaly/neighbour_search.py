@@ -12,8 +12,8 @@ from semantic_anomaly.exact_search import mean_distances, nearest_similarities, 
 from semantic_anomaly.structures import UNIT_NORM_TOLERANCE
 
 # Entries times dimensions up to which a product with all of them is as quick as the graph with
-# its exact checks (20 000 entries of 160 dimensions): benchmarks/search.py.
-AUTO_EXACT_UP_TO = 3_200_000
+# its exact checks (5200 entries of 192 dimensions): benchmarks/stages.py.
+AUTO_EXACT_UP_TO = 1_000_000
 _SEED = 100
 
 

@@ -30,8 +30,9 @@ _LEAST_OF_KIND = 0.7
 # Frames that must have shown something at a place before it is believed to be usual there: an
 # instance has one value for all of its patches, and a single one no deviation at all.
 _LEAST_FRAMES = 5
-# Patches that a kind is taken to have shown as usual as their place, before any was seen.
-_PRIOR_PATCHES = 50
+# Frames in which a kind is taken to have been as usual as its place, before any was seen: patches
+# of one frame resemble each other, and a few frames say little.
+_PRIOR_FRAMES = 40
 
 
 class PlaceSums:
@@ -47,6 +48,7 @@ class PlaceSums:
         # Patches, their sum, and their squares' sum.
         self._sums = np.zeros((3, kinds, *CELLS_HW), np.float64)
         self._frames = np.zeros(CELLS_HW, np.int64)
+        self._frames_of_kind = np.zeros(kinds, np.int64)
 
     def add(
         self, distances: np.ndarray, inside: np.ndarray, embeddings: np.ndarray | None = None
@@ -62,7 +64,9 @@ class PlaceSums:
         self._frames.flat[np.unique(cell)] += 1
         if self._anchors is not None:
             assert embeddings is not None
-            cell = cell + self._frames.size * kind_of(embeddings, self._anchors)
+            kind = kind_of(embeddings, self._anchors)
+            self._frames_of_kind[np.unique(kind)] += 1
+            cell = cell + self._frames.size * kind
         values = distances[inside].astype(np.float64)
         powers = np.ones_like(values), values, values**2
         for total, weights in zip(self._sums, powers, strict=True):
@@ -72,6 +76,7 @@ class PlaceSums:
         added = PlaceSums(self._anchors)
         added._sums = self._sums + other._sums
         added._frames = self._frames + other._frames
+        added._frames_of_kind = self._frames_of_kind + other._frames_of_kind
         return added
 
     @property
@@ -111,10 +116,11 @@ class PlaceSums:
         count, summed, squares = self._sums
         relative = (summed - mean * count) / deviation
         relative_squares = (squares - 2 * mean * summed + mean**2 * count) / deviation**2
-        # A kind that was hardly seen is taken to be as usual as its place.
-        seen = count.sum(axis=(1, 2)) + _PRIOR_PATCHES
-        own = relative.sum(axis=(1, 2)) / seen
-        variance = (relative_squares.sum(axis=(1, 2)) + _PRIOR_PATCHES) / seen - own**2
+        patches = count.sum(axis=(1, 2))
+        # As many patches in each of those frames as in the ones that showed the kind.
+        prior = _PRIOR_FRAMES * np.maximum(patches, 1) / np.maximum(self._frames_of_kind, 1)
+        own = relative.sum(axis=(1, 2)) / (patches + prior)
+        variance = (relative_squares.sum(axis=(1, 2)) + prior) / (patches + prior) - own**2
         spread = np.sqrt(np.maximum(variance, _LEAST_OF_KIND**2))
         return Kinds(anchors, own.astype(np.float32), spread.astype(np.float32))
 

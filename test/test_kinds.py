@@ -45,7 +45,7 @@ def relative(usual: UsualDistances, distances: np.ndarray, embeddings: np.ndarra
 
 
 def test_distances_are_alike_whatever_the_kind(rng: np.random.Generator) -> None:
-    usual = collected(rng, 60, ANCHORS).usual()
+    usual = collected(rng, 400, ANCHORS).usual()
     distances, embeddings, kind = seen(rng)
     found = relative(usual, distances, embeddings)
     walls, asphalt = found[kind == 0], found[kind == 1]
@@ -58,12 +58,12 @@ def test_distances_are_alike_whatever_the_kind(rng: np.random.Generator) -> None
     row, col = np.argwhere(kind == 1)[100]
     odd[row, col] += 0.4
     assert relative(usual, odd, embeddings).argmax() == row * GRID[1] + col
-    plain = collected(rng, 60, None).usual()
+    plain = collected(rng, 400, None).usual()
     assert relative(plain, odd, embeddings).argmax() != row * GRID[1] + col
 
 
 def test_what_is_usual_for_a_kind_is_what_is_left_of_its_place(rng: np.random.Generator) -> None:
-    frames = [seen(rng) for _ in range(20)]
+    frames = [seen(rng) for _ in range(60)]
     sums = PlaceSums(ANCHORS)
     for distances, embeddings, _ in frames:
         sums.add(distances, EVERYWHERE, embeddings)
@@ -73,9 +73,9 @@ def test_what_is_usual_for_a_kind_is_what_is_left_of_its_place(rng: np.random.Ge
     left = np.stack([(distances - of_cell[0]) / of_cell[1] for distances, *_ in frames])
     for number in range(2):
         own = left[np.stack([kind for *_, kind in frames]) == number]
-        count = len(own) + 50
-        assert usual.kinds.mean[number] == pytest.approx(own.sum() / count, abs=1e-3)
-        square = ((own**2).sum() + 50) / count - (own.sum() / count) ** 2
+        # Forty frames of no surprise, as rich in the kind as the sixty, stand before them.
+        assert usual.kinds.mean[number] == pytest.approx(0.6 * own.mean(), abs=1e-3)
+        square = 0.6 * (own**2).mean() + 0.4 - (0.6 * own.mean()) ** 2
         expected = max(np.sqrt(square), 0.7)
         assert usual.kinds.deviation[number] == pytest.approx(expected, rel=1e-3)
 
