@@ -31,7 +31,7 @@ bench: $(STAMP)  ## Stage times and the search, side by side.
 	$(BIN)/python benchmarks/stages.py
 	$(BIN)/python benchmarks/search.py
 
-ablation: $(STAMP)  ## What each part of the method earns on held-out streets; about an hour.
+ablation: $(STAMP)  ## What each part of the method earns on held-out streets; two hours.
 	$(BIN)/python benchmarks/ablation.py --times
 
 $(STAMP): setup.py constraints.txt
