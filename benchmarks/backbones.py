@@ -49,20 +49,8 @@ class HandMade:
     def __init__(self) -> None:
         digest = hashlib.sha256(b"LAB moments and gradient orientations").hexdigest()
         dim = 6 + ORIENTATIONS
-        self.identity = EmbedderIdentity(
-            *(
-                "hand-made",
-                "hand-made",
-                "",
-                digest,
-                digest,
-                (),
-                INPUT_SIZE,
-                PLACE_PX,
-                dim,
-                "float32",
-            )
-        )
+        named = "hand-made", "hand-made", "", digest, digest
+        self.identity = EmbedderIdentity(*named, (), INPUT_SIZE, PLACE_PX, dim, "float32")
 
     def grid_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
         """Return (rows, cols) of the grid that an image of (height, width) gives."""

@@ -50,7 +50,7 @@ class Calibration:
         neighbours, tail_percent, region: the settings that shape a score.
         usual: what distances are usual where, by branch, to which the scores are relative; empty:
             to nothing.
-        scoring: the settings of more than patches that shape a score; empty for patches alone.
+        scoring: what shapes a score besides plain patch distances; empty: nothing does.
         camera: name of the camera, for people.
         dtype: precision of the backbone that ran; empty where it is not known.
         renewal: edits of the index since the scores were measured, which make a new calibration

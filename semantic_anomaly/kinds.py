@@ -47,17 +47,13 @@ class Kinds:
         if not np.all((self.deviation > 0) & (self.deviation <= _MOST_DEVIATIONS)):
             raise CalibrationError("usual distances: kinds: expected deviations above 0")
 
-    def of(self, embeddings: np.ndarray) -> np.ndarray:
-        """Return (n,) the kind of each of (n, dim) float32 embeddings.
-
-        Raises:
-            CalibrationError: another dimension than that of the anchors.
-        """
-        return kind_of(embeddings, self.anchors)
-
 
 def kind_of(embeddings: np.ndarray, anchors: np.ndarray) -> np.ndarray:
-    """Return (n,) int64: the row of the nearest of the anchors, (kinds, dim) float32.
+    """Return (n,) int64: of (n, dim) float32 embeddings the rows of the nearest anchors.
+
+    Args:
+        embeddings: (n, dim) float32, unit norm.
+        anchors: (kinds, dim) float32, unit norm.
 
     Raises:
         CalibrationError: embeddings and anchors are of different dimensions.

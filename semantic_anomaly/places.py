@@ -185,7 +185,7 @@ class UsualDistances:
         if self.kinds is None:
             return factor, offset
         assert embeddings is not None
-        kind = self.kinds.of(embeddings)
+        kind = kind_of(embeddings, self.kinds.anchors)
         mean, deviation = self.typical
         spread = self.kinds.deviation[kind]
         beyond = offset - np.float32(mean) - np.float32(deviation) * self.kinds.mean[kind]
