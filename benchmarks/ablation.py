@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ablation_tables import RATES, table
 from ablation_trials import Trial, real_trials, street_trial
 from tqdm import tqdm
 
@@ -44,7 +45,6 @@ from semantic_anomaly.settings import Settings
 from semantic_anomaly.sources import open_source
 from semantic_anomaly.structures import PatchGrid
 
-RATES = (0.01, 0.05)
 TIMED_FRAMES = 40
 SHOWN = "auroc", "pixel_ap", "rates", "sizes", "kinds"
 COMMON: dict[str, Any] = {"place_weight": 0.0}
@@ -219,37 +219,6 @@ def _flat(anchors: np.ndarray | None) -> UsualDistances:
         kinds = Kinds(anchors, *even)
     cells = np.full(CELLS_HW, 0.1, np.float32), np.full(CELLS_HW, 0.05, np.float32)
     return UsualDistances(*cells, kinds)
-
-
-def table(rows: dict[str, dict[str, dict[str, Any]]], name: str) -> str:
-    """Return the Markdown table of a test set."""
-    heads = ["row", "frame AUROC", *(f"TPR, FPR at {100 * rate:g} %" for rate in RATES)]
-    heads += ["drives found at 5 %", "AUROC small, middle, large", "pixel AP", "FPR95", "F1", "ms"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for row, found in rows.items():
-        if name not in found:
-            continue
-        m = found[name]
-        cells = [_number(m["auroc"]) + _interval(m["auroc_interval"])]
-        for rate in RATES:
-            r = m["rates"].get(str(rate))
-            told = f"{r['tpr']:.3f}, {r['fpr']:.3f}{_interval(r['fpr_interval'])}" if r else "-"
-            cells.append(told)
-        hit = m["drives"].get(str(RATES[-1]))
-        cells.append(f"{hit[0]} of {hit[1]}" if hit else "-")
-        cells.append(", ".join(_number(auroc) for _, auroc in m["sizes"]) or "-")
-        cells += [_number(m[k]) for k in ("pixel_ap", "pixel_fpr95", "component_f1_oracle")]
-        cells.append(_number(found.get("ms", {}).get("median"), 0))
-        lines.append(f"| {row} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _number(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _interval(ends: tuple[float, float] | None) -> str:
-    return f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else ""
 
 
 def main() -> None:

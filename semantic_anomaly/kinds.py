@@ -48,7 +48,7 @@ class Kinds:
             raise CalibrationError("usual distances: kinds: expected deviations above 0")
 
 
-def kind_of(embeddings: np.ndarray, anchors: np.ndarray) -> np.ndarray:
+def kind_of(embeddings: np.ndarray | None, anchors: np.ndarray) -> np.ndarray:
     """Return (n,) int64: of (n, dim) float32 embeddings the rows of the nearest anchors.
 
     Args:
@@ -56,15 +56,16 @@ def kind_of(embeddings: np.ndarray, anchors: np.ndarray) -> np.ndarray:
         anchors: (kinds, dim) float32, unit norm.
 
     Raises:
-        CalibrationError: embeddings and anchors are of different dimensions.
+        CalibrationError: no embeddings, or of another dimension than the anchors.
     """
     # Calibrations are read where torch need not be.
     from semantic_anomaly.exact_search import inner_products
 
-    if embeddings.shape[-1] != anchors.shape[1]:
+    if embeddings is None or embeddings.shape[-1] != anchors.shape[1]:
+        found = "none" if embeddings is None else embeddings.shape
         raise CalibrationError(
             f"usual distances: expected embeddings (n, {anchors.shape[1]}) as those of their "
-            f"kinds, found {embeddings.shape}"
+            f"kinds, found {found}"
         )
     return inner_products(embeddings, anchors.T).argmax(axis=1)
 

@@ -63,7 +63,6 @@ class PlaceSums:
         cell = _cell_of(distances.shape)[inside]
         self._frames.flat[np.unique(cell)] += 1
         if self._anchors is not None:
-            assert embeddings is not None
             kind = kind_of(embeddings, self._anchors)
             self._frames_of_kind[np.unique(kind)] += 1
             cell = cell + self._frames.size * kind
@@ -184,7 +183,6 @@ class UsualDistances:
         factor, offset = (each[inside] for each in self._relations[grid_hw])
         if self.kinds is None:
             return factor, offset
-        assert embeddings is not None
         kind = kind_of(embeddings, self.kinds.anchors)
         mean, deviation = self.typical
         spread = self.kinds.deviation[kind]

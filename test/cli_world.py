@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,3 +96,14 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
     ]
     assert len(lines) == 1 and lines[0].startswith("semantic-anomaly: error: ")
     return lines[0]
+
+
+def refused(
+    argv: list[str], named: str, capsys: pytest.CaptureFixture[str], *kept: Path, code: int = 2
+) -> None:
+    """Assert that a command refuses with one line, and leaves the folders as they were."""
+    capsys.readouterr()
+    with unchanged(*kept):
+        assert main(argv) == code
+    line = said(capsys)
+    assert re.search(named, line), line

@@ -138,6 +138,14 @@ def test_the_kind_is_that_of_the_nearest_anchor(rng: np.random.Generator) -> Non
         kind_of(np.zeros((3, 5), np.float32), anchors)
 
 
+def test_embeddings_are_needed_where_there_are_kinds(rng: np.random.Generator) -> None:
+    usual = collected(rng, 3, ANCHORS).usual()
+    with pytest.raises(CalibrationError, match="found none"):
+        usual.relation(EVERYWHERE)
+    with pytest.raises(CalibrationError, match="found none"):
+        PlaceSums(ANCHORS).add(np.ones(GRID, np.float32), EVERYWHERE)
+
+
 def test_descriptions_keep_every_bit(rng: np.random.Generator) -> None:
     usual = collected(rng, 3, ANCHORS).usual()
     again = UsualDistances.from_description(usual.describe())
