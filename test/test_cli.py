@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -205,3 +206,15 @@ def test_figures_have_sensible_digits(value: float | None, text: str) -> None:
 @pytest.mark.parametrize(("count", "text"), [(999, "1.0 kB"), (5_000_000, "5.0 MB")])
 def test_sizes(count: int, text: str) -> None:
     assert tables.megabytes(count) == text
+
+
+def test_a_reader_that_leaves_ends_a_command_quietly(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "semantic_anomaly", "synth", str(tmp_path / "drive")]
+    command += ["--drives", "1", "--frames", "1", "--size", "72x128"]
+    try:
+        done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -111,7 +112,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _messages_on_stderr():
         try:
             module = importlib.import_module(f"{__name__}.{VERBS[parsed.verb].module}")
-            return int(module.run(parsed))
+            code = int(module.run(parsed))
+            sys.stdout.flush()
+            return code
         except SemanticAnomalyError as error:
             if parsed.debug:
                 traceback.print_exc()
@@ -121,6 +124,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("semantic-anomaly: interrupted", file=sys.stderr)
             return INTERRUPTED
+        except BrokenPipeError:
+            # The reader has had enough (`| head`), and the interpreter would flush once more.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return FAILED
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
