@@ -8,19 +8,18 @@ Rows differ in settings alone. Frames are embedded once; the times are those of 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
 import json
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ablation_tables import RATES, table
 from ablation_trials import Trial, real_trials, street_trial
+from remembered import Remembered
 from tqdm import tqdm
 
 from semantic_anomaly import offline
@@ -33,17 +32,14 @@ from semantic_anomaly.evaluation.measures import frame_measures
 from semantic_anomaly.evaluation.metrics import frame_auroc
 from semantic_anomaly.evaluation.protocols import SelfNominal
 from semantic_anomaly.evaluation.published import Dataset, open_dataset
-from semantic_anomaly.identity import EmbedderIdentity
 from semantic_anomaly.index import NominalIndex
 from semantic_anomaly.index_parts import INSTANCES, PAIRS
 from semantic_anomaly.instance_embedding import RunningEmbedder
 from semantic_anomaly.kinds import Kinds, anchors_of
 from semantic_anomaly.places import CELLS_HW, UsualDistances
 from semantic_anomaly.regions import ImageRegion
-from semantic_anomaly.segmentation import SegmenterIdentity
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.sources import open_source
-from semantic_anomaly.structures import PatchGrid
 
 TIMED_FRAMES = 40
 SHOWN = "auroc", "pixel_ap", "rates", "sizes", "kinds"
@@ -64,32 +60,6 @@ ROWS: dict[str, dict[str, Any]] = {
     "instances + filters + surroundings + place + scene": {**PLACED, "scene_frames": 80},
     "grid, instances and pairs + filters": {**SURROUNDED, "variant": "combined"},
 }
-
-
-class Remembered:
-    """Embeds each image once.
-
-    Attributes:
-        identity, segmenter: of what it gives.
-    """
-
-    def __init__(self, running: RunningEmbedder) -> None:
-        self._running = running
-        self._known: dict[str, PatchGrid] = {}
-        self.identity: EmbedderIdentity = running.identity
-        self.segmenter: SegmenterIdentity | None = running.segmenter
-
-    def grid_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
-        """Return (rows, cols) of the grid that an image of (height, width) gives."""
-        return self._running.grid_hw(image_hw)
-
-    def embed(self, images: Sequence[np.ndarray]) -> list[PatchGrid]:
-        """Return the patch embeddings of images, in order, with their instances."""
-        keys = [hashlib.sha1(image.tobytes()).hexdigest() for image in images]
-        for key, image in zip(keys, images, strict=True):
-            if key not in self._known:
-                self._known[key] = self._running.embed([image])[0]
-        return [self._known[key] for key in keys]
 
 
 def measure(
