@@ -229,6 +229,8 @@ def main() -> None:
             segmenting = made[alike[0]].replace(variant="instance", place_normalisation=True)
             embedder = Remembered(RunningEmbedder.from_settings(segmenting))
             for name in tqdm(alike, "rows", disable=None):
+                if made[name].scene_frames and not trial.index:
+                    continue  # Of sets where every image shows an anomaly no scene is nominal.
                 out = scratch / "report"
                 rows[name] |= measure(trial, made[name], embedder, out, indexes)
                 shutil.rmtree(out)

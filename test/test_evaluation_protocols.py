@@ -64,6 +64,16 @@ def test_a_reference_that_is_scored_is_refused(tmp_path: Path) -> None:
     )
 
 
+def test_self_nominal_has_scenes_where_whole_images_are_normal(tmp_path: Path) -> None:
+    settings = SETTINGS.replace(scene_frames=2)
+    some = LabelledFolder(make_dataset(tmp_path / "some", "..oo"))
+    protocol = SelfNominal(settings, "camera", some, ColourEmbedder(), folds=2)
+    last = some.truths[-1]
+    assert protocol.detector_of(last).index.parts["scenes"].count == 2
+    with pytest.raises(InputError, match=r"expected scene_frames 0.*found scene_frames 2 and none"):
+        protocol.detector_of(some.truths[0])
+
+
 def test_self_nominal_indexes_other_folds_and_normal_pixels_alone(tmp_path: Path) -> None:
     dataset = LabelledFolder(make_dataset(tmp_path / "set", "oooooo"))
     protocol = SelfNominal(SETTINGS, "camera", dataset, ColourEmbedder(), folds=3)

@@ -20,6 +20,7 @@ from semantic_anomaly.evaluation.published import Dataset
 from semantic_anomaly.freshness import refuse_indexed
 from semantic_anomaly.identity import Embedder
 from semantic_anomaly.index import NominalIndex
+from semantic_anomaly.index_parts import SCENES
 from semantic_anomaly.offline import build_index
 from semantic_anomaly.regions import ImageRegion
 from semantic_anomaly.settings import Settings
@@ -113,7 +114,11 @@ class SelfNominal:
         return self._fold[truth.file]
 
     def detector_of(self, truth: FrameTruth) -> AnomalyDetector:
-        """Return the detector of a frame, whose index has seen nothing of the frame's fold."""
+        """Return the detector of a frame, whose index has seen nothing of the frame's fold.
+
+        Raises:
+            InputError: scenes are wanted, and no image of the other folds is normal throughout.
+        """
         fold = self._fold[truth.file]
         if self._ready is None or self._ready[0] != fold:
             region = ImageRegion.from_settings(self._settings.camera_settings[self._camera])
@@ -126,6 +131,12 @@ class SelfNominal:
                 camera=self._camera,
                 segmenter=self._embedder.segmenter,
             )
+            if self._settings.scene_frames and SCENES not in index.parts:
+                raise InputError(
+                    "self-nominal: expected scene_frames 0, or images that are normal throughout "
+                    f"(a scene is nominal where all of it is), found scene_frames "
+                    f"{self._settings.scene_frames} and none"
+                )
             detector = _uncalibrated(self._settings, self._camera, index, self._embedder)
             self._ready = fold, detector
         return self._ready[1]
