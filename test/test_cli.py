@@ -218,3 +218,9 @@ def test_a_reader_that_leaves_ends_a_command_quietly(tmp_path: Path) -> None:
     finally:
         os.close(write)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_long_lists_of_drives_are_cut() -> None:
+    assert tables.drives_listed([("a", 3), ("b", 4)]) == "a (3), b (4)"
+    many = tables.drives_listed((f"d{n}", n) for n in range(12))
+    assert many.startswith("d0 (0), d1 (1)") and many.endswith("d9 (9) and 2 more")

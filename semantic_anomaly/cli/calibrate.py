@@ -12,7 +12,7 @@ from semantic_anomaly.cli.options import (
     load_detector,
     settings_of,
 )
-from semantic_anomaly.cli.tables import figure, table
+from semantic_anomaly.cli.tables import drives_listed, figure, table
 from semantic_anomaly.errors import InputError
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         ("target false-alarm rate", f"{calibration.target_false_alarm_rate:g}"),
         *_stretches(calibration, settings),
         ("nominal frames", f"{calibration.count}"),
-        ("drives", ", ".join(f"{name} ({count})" for name, count in calibration.drives)),
+        ("drives", drives_listed(calibration.drives)),
         (
             "scores, least/median/most",
             f"{calibration.scores[0]:.4f} / {calibration.scores[calibration.count // 2]:.4f} / "

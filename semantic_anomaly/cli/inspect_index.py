@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from semantic_anomaly.cli.options import positive
-from semantic_anomaly.cli.tables import megabytes, table
+from semantic_anomaly.cli.tables import drives_listed, listed, megabytes, table
 
 if TYPE_CHECKING:
     from semantic_anomaly.calibration import Calibration
     from semantic_anomaly.index import NominalIndex
 
-_LISTED_DRIVES = 10
 _RECALL_QUERIES = 2000
 _EDIT_COLUMNS = ("edit", "kind", "when (UTC)", "entries", "frames", "source", "note")
 
@@ -82,9 +81,9 @@ def _index_rows(folder: Path, index: NominalIndex) -> list[tuple[str, str]]:
         ("region", whole or ", ".join(
             [*[f"polygon of {len(polygon)} corners"] * bool(polygon), *["ego mask"] * bool(mask)]
         )),
-        ("sources", _listed(written["source"])),
+        ("sources", listed(written["source"])),
         ("frames", f"{report.frames} read, {len(index.frame_names)} contributed: "
-         + _listed([f"{drive} ({count})" for drive, count in drives.items()])),
+         + drives_listed(drives.items())),
         ("patches", f"{report.seen} seen, {report.suppressed} suppressed as nearer than "
          f"{limits['dedup_distance']:g}, {report.dropped} dropped at {limits['max_entries']} "
          "entries"),
@@ -101,7 +100,7 @@ def _edit_rows(index: NominalIndex) -> list[tuple[str, ...]]:
 
 
 def _calibration_rows(calibration: Calibration) -> list[tuple[str, str]]:
-    drives = _listed([f"{name} ({count})" for name, count in calibration.drives])
+    drives = drives_listed(calibration.drives)
     return [
         ("calibration of camera", calibration.camera),
         ("threshold", f"{calibration.threshold:.4f}"),
@@ -127,8 +126,3 @@ def _stretch_rows(calibration: Calibration) -> list[tuple[str, str]]:
     told = f"{len(made.scores)} of {made.episode_s:g} s, target {made.target_episode_rate:g}"
     limit = conformal.threshold(made.scores, made.target_episode_rate, "stretches")
     return [("threshold of stretches", f"{limit:.4f}"), ("nominal stretches", told)]
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _LISTED_DRIVES} more" if len(names) > _LISTED_DRIVES else ""
-    return ", ".join(names[:_LISTED_DRIVES]) + more

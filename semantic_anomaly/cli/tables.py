@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+_LISTED = 10
 _NUMBER = re.compile(r"[-+]?[\d.,]+([eE][-+]?\d+)?( ?%)?|-")
 
 
@@ -42,3 +43,14 @@ def figure(value: float | None, digits: int = 3) -> str:
 def megabytes(count: int) -> str:
     """Return a number of bytes in MB or kB."""
     return f"{count / 1e6:.1f} MB" if count >= 1_000_000 else f"{count / 1e3:.1f} kB"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first of some names, and how many more there are."""
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def drives_listed(drives: Iterable[tuple[str, int]]) -> str:
+    """Return the first of some drives, each with the number of its frames."""
+    return listed([f"{name} ({count})" for name, count in drives])
