@@ -18,7 +18,9 @@ from semantic_anomaly.structures import PatchGrid
 _PIXELS_A_PATCH = 2
 # Multiples of the image's median distance between neighbours, which differs between backbones.
 _THRESHOLDS = (1.0, 1.4, 2.0, 2.8, 4.0, 5.7, 8.0)
-_FINE = 4
+# Where each level stops: at this threshold, or before its regions are of more patches than that on
+# average. Distances of some backbones hardly differ, and all would be one region soon.
+_LEVELS = ((4, 64), (6, 256))
 # Uniform images have distances of rounding alone.
 _LEAST_MEDIAN = 1e-6
 # Summed difference of three channels that weighs as much as the side of a patch.
@@ -39,9 +41,9 @@ class TokenSegmenter:
 
     def __init__(self) -> None:
         parameters = {
-            "version": 1,
+            "version": 2,
             "thresholds": list(_THRESHOLDS),
-            "fine": _FINE,
+            "levels": _LEVELS,
             "colour": _COLOUR_A_PATCH,
             "pixels": _PIXELS_A_PATCH,
         }
@@ -99,8 +101,8 @@ def token_regions(features: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     labels = np.arange(rows * cols)
     sums = np.ascontiguousarray(features).reshape(-1, dim)
     sizes = np.ones(rows * cols, np.float32)
-    levels = []
-    for number, threshold in enumerate(_THRESHOLDS):
+    found = []
+    for threshold in _THRESHOLDS:
         new = _join_nearest(one, other, distances, len(sizes), threshold * unit)
         if new.max() + 1 < len(sizes):
             # NumPy's own sums over groups of rows take ten times as long.
@@ -115,9 +117,12 @@ def token_regions(features: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
             # The mean cosine of all pairs of two regions is the product of their mean vectors.
             means = sums / sizes[:, None]
             distances = 1.0 - np.einsum("ed,ed->e", means[one], means[other])
-        if number in (_FINE, len(_THRESHOLDS) - 1):
-            lengths = np.sqrt(np.einsum("nd,nd->n", sums, sums)) / sizes
-            levels.append((labels, lengths.astype(np.float32)))
+        lengths = np.sqrt(np.einsum("nd,nd->n", sums, sums)) / sizes
+        found.append((labels, lengths.astype(np.float32)))
+    levels = []
+    for last, patches in _LEVELS:
+        enough = [n for n in range(last + 1) if patches * len(found[n][1]) >= rows * cols]
+        levels.append(found[max(enough, default=0)])
     return levels
 
 

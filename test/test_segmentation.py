@@ -54,7 +54,7 @@ def test_borders_follow_colours_inside_patches() -> None:
     # The red thing reaches half a patch into those on its right.
     image[70:130, 150:155] = (200, 30, 30)
     found = load_segmenter("tokens").segment(image, grid)
-    thing = max(found.masks, key=lambda mask: overlap(mask, mask & (_red(image))))
+    thing = max(found.masks, key=lambda mask: overlap(mask, _red(image)))
     assert thing[16:24, 30].all() and not thing[16:24, 31:].any()
 
 
@@ -75,6 +75,18 @@ def test_regions_are_connected_and_coarse_ones_join_fine_ones() -> None:
         lengths = np.linalg.norm(features.reshape(-1, 8)[fine == label].mean(0))
         assert fine_scores[label] == pytest.approx(lengths, abs=1e-5)
         assert _connected((fine == label).reshape(12, 20))
+
+
+def test_distances_that_hardly_differ_do_not_end_in_one_region() -> None:
+    import cv2
+
+    noise = np.random.default_rng(2).standard_normal((40, 60, 16)).astype(np.float32)
+    features = np.dstack([cv2.GaussianBlur(noise[..., n], (0, 0), 1) for n in range(16)])
+    features[..., 0] += 2 * features.std()
+    features /= np.linalg.norm(features, axis=2, keepdims=True)
+    (fine, _), (coarse, _) = token_regions(features)
+    assert 40 * 60 / 64 <= fine.max() + 1 <= 40 * 60 / 8
+    assert 40 * 60 / 256 <= coarse.max() + 1 < fine.max() + 1
 
 
 def _connected(mask: np.ndarray) -> bool:
