@@ -196,7 +196,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--backbone", default="street_small", help="shipped name or folder")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="given")
-    parser.add_argument("--first-seed", type=int, default=40000, help="first of the drives")
+    parser.add_argument("--first-seed", type=int, default=70000, help="first of the drives")
     parser.add_argument("--row", action="append", help="only this one; may be repeated")
     parser.add_argument(
         "--try", action="append", default=[], dest="tried", metavar="JSON", help="a row of settings"
