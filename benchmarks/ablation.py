@@ -47,12 +47,13 @@ COMMON: dict[str, Any] = {"place_weight": 0.0}
 INSTANCE: dict[str, Any] = {"variant": "instance"}
 AGREEMENT = {**INSTANCE, "min_agreement": 0.25}
 SURROUNDED = {**AGREEMENT, "surroundings_weight": 0.3}
-PLACED = {**SURROUNDED, "place_weight": 0.2}
+PLACE: dict[str, Any] = {"place_weight": 0.2}
+PLACED = {**SURROUNDED, **PLACE}
 BARE: dict[str, Any] = {"place_normalisation": False, "smoothing": 0.0}
 ROWS: dict[str, dict[str, Any]] = {
     "grid": BARE,
     "grid + filters": {},
-    "grid + filters + place": {"place_weight": 0.2},
+    "grid + filters + place": PLACE,
     "instances": {**INSTANCE, **BARE},
     "instances + filters": AGREEMENT,
     "instances + filters + surroundings": SURROUNDED,

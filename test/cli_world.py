@@ -40,17 +40,7 @@ class World:
         return to
 
 
-_MADE: dict[Path, World] = {}
-
-
-def shared_world(factory: pytest.TempPathFactory, backbone: Path) -> World:
-    """Return the one world of a test run."""
-    if backbone not in _MADE:
-        _MADE[backbone] = _make_world(factory.mktemp("world"), backbone)
-    return _MADE[backbone]
-
-
-def _make_world(root: Path, backbone: Path) -> World:
+def make_world(root: Path, backbone: Path) -> World:
     """Write drives and a bag, build an index and calibrate it."""
     world = World(root, backbone)
     quiet = {"progress": False}

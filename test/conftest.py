@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+
+if TYPE_CHECKING:
+    from cli_world import World
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Field assignments of messages are unchecked by default, and wrong scalars arrive as zero.
@@ -51,6 +55,15 @@ def save_backbone(folder: Path, model_class: str = "Dinov2Model", **config: obje
 def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a tiny random DINOv2: 32-d, 3 layers, patch 14."""
     return save_backbone(tmp_path_factory.mktemp("backbone") / "tiny_dinov2")
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> World:
+    """Return what the commands are tried on; tests read it and write elsewhere."""
+    # What it imports reads the environment that is set above.
+    from cli_world import make_world
+
+    return make_world(tmp_path_factory.mktemp("world"), tiny_backbone)
 
 
 @pytest.fixture

@@ -7,14 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cli_world import World, refused, shared_world
+from cli_world import World, refused
 
 from semantic_anomaly.cli import main
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> World:
-    return shared_world(tmp_path_factory, tiny_backbone)
 
 
 def missing(index: Path) -> None:
@@ -64,6 +59,16 @@ DAMAGES = [
 ]
 
 
+def reading(verb: str, index: Path, world: World, folder: Path) -> list[str]:
+    """Return a command that reads an index, and writes into a folder if at all."""
+    out = ["--index", str(index), "--out", str(folder / "out"), *world.detector]
+    return {
+        "evaluate": ["evaluate", world.at("labelled"), *out],
+        "replay": ["replay", world.at("bag"), *out],
+        "inspect-index": ["inspect-index", str(index)],
+    }[verb]
+
+
 @pytest.mark.parametrize(("damage", "named"), DAMAGES)
 @pytest.mark.parametrize("verb", ["evaluate", "replay", "inspect-index"])
 def test_damaged_indexes(
@@ -76,13 +81,7 @@ def test_damaged_indexes(
 ) -> None:
     index = world.copy("index", tmp_path / "index")
     damage(index)
-    out = ["--index", str(index), "--out", str(tmp_path / "out"), *world.detector]
-    argv = {
-        "evaluate": ["evaluate", world.at("labelled"), *out],
-        "replay": ["replay", world.at("bag"), *out],
-        "inspect-index": ["inspect-index", str(index)],
-    }[verb]
-    refused(argv, named, capsys, tmp_path)
+    refused(reading(verb, index, world, tmp_path), named, capsys, tmp_path)
 
 
 @pytest.mark.parametrize(("damage", "named"), DAMAGES[:5])
@@ -121,13 +120,12 @@ def test_a_calibration_of_another_index(
 ) -> None:
     index = world.copy("index", tmp_path / "index")
     shutil.copy(other_index / "calibration.json", index)
-    out = ["--index", str(index), "--out", str(tmp_path / "out"), *world.detector]
-    argv = {
-        "evaluate": ["evaluate", world.at("labelled"), *out],
-        "replay": ["replay", world.at("bag"), *out],
-        "inspect-index": ["inspect-index", str(index)],
-    }[verb]
-    refused(argv, r"index fingerprint: expected [0-9a-f]+, found [0-9a-f]+", capsys, tmp_path)
+    refused(
+        reading(verb, index, world, tmp_path),
+        r"index fingerprint: expected [0-9a-f]+, found [0-9a-f]+",
+        capsys,
+        tmp_path,
+    )
 
 
 @pytest.mark.parametrize(

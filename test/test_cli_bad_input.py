@@ -9,17 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_world import World, contents, refused, shared_world
+from cli_world import World, contents, refused
 
 from semantic_anomaly.images import encode_png, write_image
 
 RATE = ["--target-false-alarm-rate", "0.1"]
 PICTURE = np.full((72, 128, 3), 90, np.uint8)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> World:
-    return shared_world(tmp_path_factory, tiny_backbone)
 
 
 def no_images(folder: Path) -> None:

@@ -6,17 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
-from cli_world import World, said, shared_world, unchanged
+from cli_world import World, said, unchanged
 
 from semantic_anomaly.calibration import Calibration
 from semantic_anomaly.cli import main
 from semantic_anomaly.images import read_image
 from semantic_anomaly.index import NominalIndex
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> World:
-    return shared_world(tmp_path_factory, tiny_backbone)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from cli_world import World, said, shared_world
+from cli_world import World, said
 
 from semantic_anomaly.calibration import Calibration
 from semantic_anomaly.cli import main
@@ -17,11 +17,6 @@ from semantic_anomaly.index import NominalIndex
 
 WANTED = ["variant=combined", "surroundings_weight=0.3", "min_agreement=0.1", "scene_frames=4"]
 OPTIONS = [part for wanted in WANTED for part in ("--set", wanted)]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> World:
-    return shared_world(tmp_path_factory, tiny_backbone)
 
 
 @pytest.fixture(scope="module")

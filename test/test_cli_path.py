@@ -8,16 +8,11 @@ import re
 from pathlib import Path
 
 import pytest
-from cli_world import World, shared_world
+from cli_world import World
 
 from semantic_anomaly.calibration import Calibration
 from semantic_anomaly.cli import main
 from semantic_anomaly.index import NominalIndex
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> World:
-    return shared_world(tmp_path_factory, tiny_backbone)
 
 
 def row(text: str, name: str) -> str:

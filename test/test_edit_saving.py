@@ -12,10 +12,7 @@ from colours import ColourEmbedder, make_detector, street
 from semantic_anomaly import edit_saving, index_edits
 from semantic_anomaly.calibration import Calibration
 from semantic_anomaly.detector import AnomalyDetector
-from semantic_anomaly.errors import (
-    CalibrationError,
-    MismatchError,
-)
+from semantic_anomaly.errors import CalibrationError, MismatchError
 from semantic_anomaly.index import NominalIndex
 from semantic_anomaly.regions import ImageRegion
 from semantic_anomaly.storage import canonical_json, sha256_bytes

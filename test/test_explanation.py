@@ -7,9 +7,7 @@ import pytest
 from colours import ColourEmbedder, make_detector, street
 
 from semantic_anomaly import explanation
-from semantic_anomaly.errors import (
-    InputError,
-)
+from semantic_anomaly.errors import InputError
 from semantic_anomaly.regions import ImageRegion
 
 WHOLE = ImageRegion()

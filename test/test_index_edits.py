@@ -10,11 +10,7 @@ import pytest
 from nominal_world import build, make_frames, patches
 
 from semantic_anomaly import entry_numbers, index_edits
-from semantic_anomaly.errors import (
-    IndexFormatError,
-    IndexMismatchError,
-    InputError,
-)
+from semantic_anomaly.errors import IndexFormatError, IndexMismatchError, InputError
 from semantic_anomaly.index import NominalIndex
 from semantic_anomaly.regions import ImageRegion
 from semantic_anomaly.storage import canonical_json, sha256_bytes

@@ -11,11 +11,7 @@ import pytest
 from nominal_world import DIM, IDENTITY, build, make_frames, unit
 
 from semantic_anomaly import edit_saving, index_edits
-from semantic_anomaly.errors import (
-    ArtefactError,
-    IndexFormatError,
-    IndexMismatchError,
-)
+from semantic_anomaly.errors import ArtefactError, IndexFormatError, IndexMismatchError
 from semantic_anomaly.index import NominalIndex
 from semantic_anomaly.nominal_frames import NominalPlaces
 from semantic_anomaly.regions import ImageRegion

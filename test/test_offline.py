@@ -14,12 +14,7 @@ from nominal_drives import SETTINGS, Countdown, calibrated, write_drives
 
 from semantic_anomaly import offline
 from semantic_anomaly.detector import AnomalyDetector
-from semantic_anomaly.errors import (
-    IndexMismatchError,
-    MismatchError,
-    SourceError,
-    UnknownNameError,
-)
+from semantic_anomaly.errors import IndexMismatchError, MismatchError, SourceError, UnknownNameError
 from semantic_anomaly.index import NominalIndex
 from semantic_anomaly.kinds import anchors_of
 from semantic_anomaly.places import PlaceSums

@@ -12,9 +12,7 @@ from colours import ColourEmbedder, street
 from nominal_drives import SETTINGS, Countdown, calibrated, write_drives
 
 from semantic_anomaly import offline
-from semantic_anomaly.errors import (
-    CalibrationError,
-)
+from semantic_anomaly.errors import CalibrationError
 from semantic_anomaly.index import NominalIndex
 
 
