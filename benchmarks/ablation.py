@@ -22,24 +22,24 @@ from ablation_trials import Trial, real_trials, street_trial
 from remembered import Remembered
 from tqdm import tqdm
 
-from semantic_anomaly import offline
-from semantic_anomaly.calibration import Calibration
-from semantic_anomaly.conformal import scores_needed
-from semantic_anomaly.detector import AnomalyDetector
+from semantic_anomaly.calibration.calibration import Calibration
+from semantic_anomaly.calibration.conformal import scores_needed
+from semantic_anomaly.detection.detector import AnomalyDetector
 from semantic_anomaly.evaluation.components import OBSTACLE_TRACK
 from semantic_anomaly.evaluation.labelled import evaluate
 from semantic_anomaly.evaluation.measures import frame_measures
 from semantic_anomaly.evaluation.metrics import frame_auroc
 from semantic_anomaly.evaluation.protocols import SelfNominal
 from semantic_anomaly.evaluation.published import Dataset, open_dataset
-from semantic_anomaly.index import NominalIndex
-from semantic_anomaly.index_parts import INSTANCES, PAIRS
-from semantic_anomaly.instance_embedding import RunningEmbedder
-from semantic_anomaly.kinds import Kinds, anchors_of
-from semantic_anomaly.places import CELLS_HW, UsualDistances
-from semantic_anomaly.regions import ImageRegion
+from semantic_anomaly.index.build import INSTANCES, PAIRS
+from semantic_anomaly.index.nominal_index import NominalIndex
+from semantic_anomaly.io.open import open_source
+from semantic_anomaly.offline.build_index import build_index
+from semantic_anomaly.offline.calibrate import calibrate
+from semantic_anomaly.roi import ImageRegion
+from semantic_anomaly.scoring.normalisation import CELLS_HW, Kinds, UsualDistances, anchors_of
+from semantic_anomaly.segmentation.embedder import RunningEmbedder
 from semantic_anomaly.settings import Settings
-from semantic_anomaly.sources import open_source
 
 TIMED_FRAMES = 40
 SHOWN = "auroc", "pixel_ap", "rates", "sizes", "kinds"
@@ -75,10 +75,10 @@ def measure(
     if trial.index:
         key = _made_of(trial, settings)
         if key not in indexes:
-            indexes[key] = offline.build_index(
+            indexes[key] = build_index(
                 _with_all_parts(settings), "camera", trial.index, embedder=embedder
             )
-        calibration = offline.calibrate(
+        calibration = calibrate(
             settings, "camera", indexes[key], trial.calibration, embedder=embedder
         )
         detector = AnomalyDetector(embedder, indexes[key], calibration, settings, ImageRegion())

@@ -22,15 +22,15 @@ import torch
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel
 
-from semantic_anomaly.backbone_folder import SHIPPED
-from semantic_anomaly.detector import AnomalyDetector
+from semantic_anomaly.detection.detector import AnomalyDetector
+from semantic_anomaly.detection.localization import heatmap
+from semantic_anomaly.embedding.identity import Embedder, EmbedderIdentity
+from semantic_anomaly.embedding.pretrained import SHIPPED
 from semantic_anomaly.evaluation.metrics import PixelScores, frame_auroc
-from semantic_anomaly.identity import Embedder, EmbedderIdentity
-from semantic_anomaly.index import NominalIndex
-from semantic_anomaly.instance_embedding import RunningEmbedder
-from semantic_anomaly.localization import heatmap
-from semantic_anomaly.places import PlaceSums
-from semantic_anomaly.regions import ImageRegion
+from semantic_anomaly.index.nominal_index import NominalIndex
+from semantic_anomaly.roi import ImageRegion
+from semantic_anomaly.scoring.normalisation import PlaceSums
+from semantic_anomaly.segmentation.embedder import RunningEmbedder
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import Frame, PatchGrid
 from semantic_anomaly.synthetic import KINDS, StreetDrive, StreetFrame, family

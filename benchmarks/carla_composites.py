@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 
 from semantic_anomaly.cli import main as command
-from semantic_anomaly.images import encode_png, read_image
+from semantic_anomaly.io.images import encode_png, read_image
 
 INDEX, CALIBRATION, TEST = ("Town01", "Town04"), ("Town03",), ("Town02",)
 RATES = (0.01, 0.05)

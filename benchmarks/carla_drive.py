@@ -18,7 +18,7 @@ import numpy as np
 import yaml
 
 from semantic_anomaly.cli import main as command
-from semantic_anomaly.images import encode_png
+from semantic_anomaly.io.images import encode_png
 
 ROAD = [0.44, 0.565, 0.56, 0.565, 0.85, 1.0, 0.08, 1.0]
 INDEX, CALIBRATION, TEST = "[0:56]", "[65:88]", "[89:140]"

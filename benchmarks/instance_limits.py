@@ -16,11 +16,10 @@ import numpy as np
 from tqdm import tqdm
 
 from semantic_anomaly.evaluation.metrics import frame_auroc
-from semantic_anomaly.exact_search import inner_products
-from semantic_anomaly.instance_embedding import RunningEmbedder
-from semantic_anomaly.instances import instances_of, pairs_of, patch_shares
-from semantic_anomaly.regions import ImageRegion
-from semantic_anomaly.segmentation import InstanceMasks
+from semantic_anomaly.linalg import inner_products
+from semantic_anomaly.roi import ImageRegion
+from semantic_anomaly.segmentation.embedder import RunningEmbedder
+from semantic_anomaly.segmentation.masks import InstanceMasks, instances_of, pairs_of, patch_shares
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import PatchGrid
 from semantic_anomaly.synthetic import KINDS, StreetDrive, StreetFrame, family

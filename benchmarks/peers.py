@@ -30,9 +30,9 @@ from tqdm import tqdm
 
 from semantic_anomaly.cli import main as command
 from semantic_anomaly.evaluation.datasets import LabelledFolder
-from semantic_anomaly.instance_embedding import RunningEmbedder
+from semantic_anomaly.io.open import open_source
+from semantic_anomaly.segmentation.embedder import RunningEmbedder
 from semantic_anomaly.settings import Settings
-from semantic_anomaly.sources import open_source
 
 _OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
 

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from semantic_anomaly.identity import EmbedderIdentity
-from semantic_anomaly.instance_embedding import RunningEmbedder
-from semantic_anomaly.segmentation import SegmenterIdentity
+from semantic_anomaly.embedding.identity import EmbedderIdentity, SegmenterIdentity
+from semantic_anomaly.segmentation.embedder import RunningEmbedder
 from semantic_anomaly.structures import PatchGrid
 
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from semantic_anomaly.identity import EmbedderIdentity
-from semantic_anomaly.index import NominalIndex
-from semantic_anomaly.regions import ImageRegion
+from semantic_anomaly.embedding.identity import EmbedderIdentity
+from semantic_anomaly.index.nominal_index import NominalIndex
+from semantic_anomaly.roi import ImageRegion
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import Frame, PatchGrid
 

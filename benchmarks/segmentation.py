@@ -13,9 +13,9 @@ import cv2
 import numpy as np
 import torch
 
-from semantic_anomaly.embedding import PatchEmbedder
-from semantic_anomaly.segmentation import load_segmenter
-from semantic_anomaly.segmentation_tokens import token_regions
+from semantic_anomaly.embedding.backbone import PatchEmbedder
+from semantic_anomaly.segmentation.embedder import load_segmenter
+from semantic_anomaly.segmentation.tokens import token_regions
 from semantic_anomaly.synthetic import StreetDrive
 
 

@@ -14,13 +14,12 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from semantic_anomaly.calibration import Calibration
-from semantic_anomaly.detector import AnomalyDetector
-from semantic_anomaly.index import NominalIndex
-from semantic_anomaly.instance_embedding import RunningEmbedder
-from semantic_anomaly.kinds import anchors_of
-from semantic_anomaly.places import PlaceSums
-from semantic_anomaly.regions import ImageRegion
+from semantic_anomaly.calibration.calibration import Calibration
+from semantic_anomaly.detection.detector import AnomalyDetector
+from semantic_anomaly.index.nominal_index import NominalIndex
+from semantic_anomaly.roi import ImageRegion
+from semantic_anomaly.scoring.normalisation import PlaceSums, anchors_of
+from semantic_anomaly.segmentation.embedder import RunningEmbedder
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import Frame
 from semantic_anomaly.synthetic import StreetDrive

@@ -1,4 +1,8 @@
-"""Every setting once: type, default, description, bounds, and whether it may change while running.
+"""The settings of what is embedded: backbone, instances, their surroundings and place.
+
+The settings of one camera.
+
+Every setting once: type, default, description, bounds, and whether it may change while running.
 
 The node declares its ROS parameters from this table, the commands read the node's own YAML
 through it, and a test compares README and shipped YAML with it.
@@ -12,16 +16,168 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from semantic_anomaly.camera_settings import CameraSettings
-from semantic_anomaly.embedding_settings import COMBINED, UNUSED, EmbeddingSettings
-from semantic_anomaly.errors import SettingsError, UnknownNameError
-from semantic_anomaly.setting_spec import (
+from semantic_anomaly.errors import (
+    SettingsError,
+    UnknownNameError,
+)
+from semantic_anomaly.settings_schema import (
     SettingSpec,
     check_fields,
     read_parameters_yaml,
     setting,
     specs_of,
 )
+
+GRID, INSTANCE, COMBINED = "grid", "instance", "combined"
+TOKENS = "tokens"
+SEGMENTER_FAMILIES = ("detector", "promptless", TOKENS, "universal")
+# What shapes a score besides plain patch distances, and the values that leave it as it is.
+UNUSED = {
+    "variant": GRID,
+    "surroundings_weight": 0.0,
+    "min_agreement": 0.0,
+    "scene_frames": 0,
+    "usual_kinds": 0,
+    "smoothing": 0.0,
+}
+
+
+@dataclass(frozen=True)
+class EmbeddingSettings:
+    """What is embedded and compared; the other settings build on it."""
+
+    backbone: str = setting(
+        "street_small",
+        "Vision backbone: a shipped name, a local Hugging Face folder, or a hub id "
+        "already downloaded.",
+    )
+    layers: tuple[int, ...] = setting(
+        (),
+        "Hidden states used as patch features, concatenated on the finest grid; empty: "
+        "the backbone's own choice.",
+    )
+    input_size: int = setting(
+        960,
+        "Long side in pixels to which images are resized; both sides are rounded to the "
+        "patch multiple.",
+        minimum=32,
+        maximum=8192,
+    )
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N.")
+    dtype: str = setting(
+        "auto",
+        "Precision of the backbone; auto: bfloat16 or float16 on a GPU, float32 on a CPU.",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    place_weight: float = setting(
+        0.2,
+        "Weight of the place in the image in the distance of two embeddings; 0: none.",
+        minimum=0.0,
+        maximum=0.99,
+    )
+    variant: str = setting(
+        GRID,
+        "What is compared with the index: grid, the patches; instance, instances pooled over "
+        "masks, and patches where there are none; combined, the mean of both.",
+        choices=(GRID, INSTANCE, COMBINED),
+    )
+    segmenter: str = setting(
+        TOKENS,
+        "What finds the instances: tokens groups the patches; universal, promptless and detector "
+        "are networks of their own.",
+        choices=SEGMENTER_FAMILIES,
+    )
+    segmenter_model: str = setting(
+        "",
+        "Network of the segmenter: a local Hugging Face folder, or a hub id already downloaded; "
+        "empty for tokens.",
+    )
+    surroundings_weight: float = setting(
+        0.0,
+        "Weight of an instance's surroundings in the distance of two; 0: instances alone.",
+        minimum=0.0,
+        maximum=0.99,
+    )
+    min_agreement: float = setting(
+        0.0,
+        "Share of its patches that must be unusual themselves before an instance counts, unless "
+        "it is unusual together with its surroundings; 0: none.",
+        minimum=0.0,
+        maximum=1.0,
+    )
+    scene_frames: int = setting(
+        0,
+        "Nominal frames whose patches are compared, those that resemble the image most; 0: all.",
+        minimum=0,
+        maximum=1000000,
+    )
+    usual_kinds: int = setting(
+        256,
+        "Kinds of patches, told apart by their embeddings, for each of which calibration learns "
+        "what distance is usual besides what is usual at its place; 0: one.",
+        minimum=0,
+        maximum=4096,
+    )
+    smoothing: float = setting(
+        0.8,
+        "Deviation of the Gaussian that smooths the map of distances before it is scored, in "
+        "patches; 0: none.",
+        minimum=0.0,
+        maximum=10.0,
+    )
+
+    @property
+    def segments(self) -> bool:
+        """Return whether instances are needed."""
+        return self.variant != GRID
+
+
+@dataclass(frozen=True)
+class CameraSettings:
+    """The settings of one camera; in YAML under the camera's name."""
+
+    image_topic: str = setting(
+        "/camera/image_raw",
+        "Image topic; compressed topics end in the transport's name, e.g. .../compressed.",
+    )
+    transport: str = setting(
+        "raw",
+        "How images arrive: sensor_msgs/Image or sensor_msgs/CompressedImage.",
+        choices=("raw", "compressed"),
+    )
+    camera_info_topic: str = setting(
+        "", "CameraInfo topic; empty: markers are drawn with an assumed 90 degree lens."
+    )
+    depth_topic: str = setting(
+        "",
+        "Depth image topic (32FC1 metres or 16UC1 millimetres) aligned with the image; "
+        "empty: none.",
+    )
+    camera_height_m: float = setting(
+        0.0,
+        "Height of the camera above a flat ground, for marker ranges without depth; 0: unknown.",
+        minimum=0.0,
+        maximum=100.0,
+    )
+    index: str = setting("", "Index folder of this camera; empty: the common 'index'.")
+    region_of_interest: tuple[float, ...] = setting(
+        (),
+        "Polygon x0, y0, x1, y1, ... in relative image coordinates [0, 1]; empty: the whole image.",
+        minimum=0.0,
+        maximum=1.0,
+    )
+    ego_mask: str = setting(
+        "", "PNG whose non-zero pixels show the vehicle itself and take no part; empty: none."
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        # A polygon needs three corners of two coordinates each.
+        if len(self.region_of_interest) % 2 or 0 < len(self.region_of_interest) < 6:
+            raise SettingsError(
+                "setting 'region_of_interest': expected at least 3 pairs x, y, "
+                f"found {len(self.region_of_interest)} numbers"
+            )
 
 
 @dataclass(frozen=True)
@@ -288,3 +444,5 @@ def camera_setting_specs() -> dict[str, SettingSpec]:
 
 _SPECS = specs_of(Settings)
 _CAMERA_SPECS = specs_of(CameraSettings)
+FAMILIES = ("detector", "promptless", "tokens", "universal")
+TOKENS = "tokens"

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from semantic_anomaly.camera_settings import CameraSettings
 from semantic_anomaly.errors import InputError, SettingsError, UnknownNameError
 from semantic_anomaly.settings import (
+    CameraSettings,
     Settings,
     camera_setting_specs,
     read_parameters_yaml,

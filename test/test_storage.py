@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from worlds.files import file_size_limit
 
 from semantic_anomaly import storage
 from semantic_anomaly.errors import ArtefactError
@@ -23,16 +21,6 @@ from semantic_anomaly.storage import (
     sha256_bytes,
     sha256_file,
 )
-
-
-@contextmanager
-def file_size_limit(size: int) -> Iterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def names(folder: Path) -> list[str]:

@@ -10,7 +10,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 from transformers import AutoModel
 
-from semantic_anomaly.network import fold_normalisations
+from semantic_anomaly.embedding.pretrained import fold_normalisations
 
 TEMPERATURE = 0.15
 PLACES = 48

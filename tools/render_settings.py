@@ -16,8 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from semantic_anomaly.setting_spec import SettingSpec  # noqa: E402
 from semantic_anomaly.settings import Settings, camera_setting_specs, setting_specs  # noqa: E402
+from semantic_anomaly.settings_schema import SettingSpec  # noqa: E402
 
 CONFIG = ROOT / "config" / "semantic_anomaly.yaml"
 README = ROOT / "README.md"

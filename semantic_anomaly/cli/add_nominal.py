@@ -17,7 +17,7 @@ from semantic_anomaly.cli.tables import table
 from semantic_anomaly.errors import CalibrationError, InputError, SourceError
 
 if TYPE_CHECKING:
-    from semantic_anomaly.index import NominalIndex
+    from semantic_anomaly.index.nominal_index import NominalIndex
     from semantic_anomaly.structures import Frame
 
 
@@ -35,10 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Embed the frames and add them as one edit."""
-    from semantic_anomaly import edit_saving, index_edits
-    from semantic_anomaly.index import NominalIndex
-    from semantic_anomaly.instance_embedding import RunningEmbedder
-    from semantic_anomaly.regions import ImageRegion
+    from semantic_anomaly.index import edits as index_edits
+    from semantic_anomaly.index.nominal_index import NominalIndex
+    from semantic_anomaly.offline import edit_index as edit_saving
+    from semantic_anomaly.roi import ImageRegion
+    from semantic_anomaly.segmentation.embedder import RunningEmbedder
 
     settings, camera = settings_of(args, args.index)
     region = ImageRegion.from_settings(settings.camera_settings[camera])
@@ -78,8 +79,8 @@ def _edits(before: NominalIndex, after: NominalIndex) -> Iterator[tuple[str, str
 
 
 def _chosen(args: argparse.Namespace, index: NominalIndex) -> Iterator[Frame]:
-    from semantic_anomaly.freshness import refuse_indexed
-    from semantic_anomaly.sources import open_source, split_selection
+    from semantic_anomaly.calibration.leakage import refuse_indexed
+    from semantic_anomaly.io.open import open_source, split_selection
 
     wanted = None if args.frames is None else set(numbers("--frames", args.frames))
     path, selection = split_selection(args.source)

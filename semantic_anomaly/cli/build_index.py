@@ -34,15 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Build, save and describe an index."""
-    from semantic_anomaly import offline
-    from semantic_anomaly.index_format import refuse_other_folder
+    from semantic_anomaly.index.format import refuse_other_folder
+    from semantic_anomaly.offline.build_index import build_index
 
     # Before the work rather than after it.
     refuse_other_folder(args.out)
     settings, camera = settings_of(args)
-    index = offline.build_index(
-        settings, camera, args.sources, topic=args.topic, stride=args.stride
-    )
+    index = build_index(settings, camera, args.sources, topic=args.topic, stride=args.stride)
     index.save(args.out)
     size = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())
     report = index.report

@@ -16,7 +16,7 @@ from semantic_anomaly.cli.tables import drives_listed, figure, table
 from semantic_anomaly.errors import InputError
 
 if TYPE_CHECKING:
-    from semantic_anomaly.calibration import Calibration
+    from semantic_anomaly.calibration.calibration import Calibration
     from semantic_anomaly.settings import Settings
 
 
@@ -62,8 +62,8 @@ def run(args: argparse.Namespace) -> int:
     """Calibrate an index, store the calibration in its folder and describe it."""
     if args.check:
         return _check(args)
-    from semantic_anomaly import offline
-    from semantic_anomaly.index import NominalIndex
+    from semantic_anomaly.index.nominal_index import NominalIndex
+    from semantic_anomaly.offline.calibrate import calibrate
 
     settings, camera = settings_of(
         args,
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         episode_s=args.episode_s,
     )
     index = NominalIndex.load(args.index)
-    calibration = offline.calibrate(settings, camera, index, args.sources, topic=args.topic)
+    calibration = calibrate(settings, camera, index, args.sources, topic=args.topic)
     path = calibration.save(args.index)
     rows = [
         ("threshold", f"{calibration.threshold_of(settings):.4f}"),

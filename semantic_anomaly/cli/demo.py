@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo and print its table."""
-    from semantic_anomaly.demo import DemoPlan, run_demo
+    from semantic_anomaly.demo.demo import DemoPlan, run_demo
     from semantic_anomaly.errors import UnknownNameError
     from semantic_anomaly.synthetic import KINDS
 

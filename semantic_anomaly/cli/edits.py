@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from semantic_anomaly.errors import InputError, UnknownNameError
 
 if TYPE_CHECKING:
-    from semantic_anomaly.calibration import Calibration
-    from semantic_anomaly.index import NominalIndex
+    from semantic_anomaly.calibration.calibration import Calibration
+    from semantic_anomaly.index.nominal_index import NominalIndex
 
 
 def numbers(option: str, text: str) -> list[int]:

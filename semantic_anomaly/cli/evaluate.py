@@ -104,7 +104,7 @@ def _protocol(
     args: argparse.Namespace, settings: Settings, camera: str, dataset: Dataset
 ) -> Reference | SelfNominal:
     from semantic_anomaly.evaluation.protocols import Reference, SelfNominal
-    from semantic_anomaly.instance_embedding import RunningEmbedder
+    from semantic_anomaly.segmentation.embedder import RunningEmbedder
 
     embedder = RunningEmbedder.from_settings(settings)
     if args.protocol == "self-nominal":

@@ -55,8 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """List the entries nearest to the patches of a box, and draw them."""
-    from semantic_anomaly import explanation, index_edits
-    from semantic_anomaly.images import write_image
+    from semantic_anomaly.detection import explain as explanation
+    from semantic_anomaly.index import edits as index_edits
+    from semantic_anomaly.io.images import write_image
 
     settings, camera = settings_of(args, args.index)
     image = _image(args)
@@ -103,9 +104,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _image(args: argparse.Namespace) -> np.ndarray:
-    from semantic_anomaly.image_folder import IMAGE_SUFFIXES
-    from semantic_anomaly.images import read_image
-    from semantic_anomaly.sources import open_source
+    from semantic_anomaly.io.images import read_image
+    from semantic_anomaly.io.open import open_source
+    from semantic_anomaly.io.sources import IMAGE_SUFFIXES
 
     path = Path(args.image).expanduser()
     if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir():

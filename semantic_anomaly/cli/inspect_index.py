@@ -11,8 +11,8 @@ from semantic_anomaly.cli.options import positive
 from semantic_anomaly.cli.tables import drives_listed, listed, megabytes, table
 
 if TYPE_CHECKING:
-    from semantic_anomaly.calibration import Calibration
-    from semantic_anomaly.index import NominalIndex
+    from semantic_anomaly.calibration.calibration import Calibration
+    from semantic_anomaly.index.nominal_index import NominalIndex
 
 _RECALL_QUERIES = 2000
 _EDIT_COLUMNS = ("edit", "kind", "when (UTC)", "entries", "frames", "source", "note")
@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check everything that an index folder holds and print a summary."""
-    from semantic_anomaly.edit_saving import calibrations_of
-    from semantic_anomaly.index import NominalIndex
+    from semantic_anomaly.index.nominal_index import NominalIndex
+    from semantic_anomaly.offline.edit_index import calibrations_of
 
     folder = args.index.expanduser()
     index = NominalIndex.load(folder)
@@ -118,7 +118,7 @@ def _calibration_rows(calibration: Calibration) -> list[tuple[str, str]]:
 
 
 def _stretch_rows(calibration: Calibration) -> list[tuple[str, str]]:
-    from semantic_anomaly import conformal
+    from semantic_anomaly.calibration import conformal
 
     made = calibration.stretches
     if made is None:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from semantic_anomaly.errors import InputError, SettingsError, UnknownNameError
-from semantic_anomaly.setting_spec import read_parameters_yaml
 from semantic_anomaly.settings import Settings
+from semantic_anomaly.settings_schema import read_parameters_yaml
 
 if TYPE_CHECKING:
-    from semantic_anomaly.detector import AnomalyDetector
+    from semantic_anomaly.detection.detector import AnomalyDetector
     from semantic_anomaly.evaluation.components import SizeLimits
 
 # YAML 1.1 takes 1e-3 for a string, for it has no point.
@@ -136,9 +136,9 @@ def load_detector(args: argparse.Namespace, settings: Settings, camera: str) -> 
     Raises:
         SemanticAnomalyError: as `AnomalyDetector.load`.
     """
-    from semantic_anomaly.calibration import Calibration
-    from semantic_anomaly.calibration_file import file_of
-    from semantic_anomaly.detector import AnomalyDetector
+    from semantic_anomaly.calibration.calibration import Calibration
+    from semantic_anomaly.calibration.format import file_of
+    from semantic_anomaly.detection.detector import AnomalyDetector
 
     folder = Path(settings.index_of(camera)).expanduser()
     if file_of(folder, camera).exists():

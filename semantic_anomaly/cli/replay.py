@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from semantic_anomaly.evaluation.events import read_events
     from semantic_anomaly.evaluation.replay import replay
     from semantic_anomaly.evaluation.reports import refuse_other_content
-    from semantic_anomaly.sources import open_source
+    from semantic_anomaly.io.open import open_source
 
     extras.require("matplotlib.figure", "jinja2")
     settings, camera = settings_of(args, args.index)

@@ -30,8 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Take out everything that the options name, as one edit."""
-    from semantic_anomaly import edit_saving, entry_numbers, index_edits
-    from semantic_anomaly.index import NominalIndex
+    from semantic_anomaly.index import edits as entry_numbers
+    from semantic_anomaly.index import edits as index_edits
+    from semantic_anomaly.index.nominal_index import NominalIndex
+    from semantic_anomaly.offline import edit_index as edit_saving
 
     if (args.near is None) != (args.within is None):
         raise InputError("--near and --within: expected both or neither")

@@ -21,8 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Undo one edit: what it took out returns exactly, what it added goes."""
-    from semantic_anomaly import edit_saving, index_edits
-    from semantic_anomaly.index import NominalIndex
+    from semantic_anomaly.index import edits as index_edits
+    from semantic_anomaly.index.nominal_index import NominalIndex
+    from semantic_anomaly.offline import edit_index as edit_saving
 
     whole = NominalIndex.load(args.index)
     edited, edit = index_edits.undo(part_of(whole, args.part), args.number)

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
-from semantic_anomaly.explanation import mark_place
-from semantic_anomaly.images import encode_jpeg, encode_png, read_image
-from semantic_anomaly.regions import ImageRegion
-from semantic_anomaly.rendering import contact_sheet, draw_heatmap, draw_overlay
+from semantic_anomaly.detection.explain import mark_place
+from semantic_anomaly.detection.rendering import contact_sheet, draw_heatmap, draw_overlay
+from semantic_anomaly.io.images import encode_jpeg, encode_png, read_image
+from semantic_anomaly.roi import ImageRegion
 from semantic_anomaly.structures import AnomalyResult, Frame
 
 if TYPE_CHECKING:
-    from semantic_anomaly.detector import AnomalyDetector
+    from semantic_anomaly.detection.detector import AnomalyDetector
 
 PANEL_WIDTH_PX = 640
 SHEET_WIDTH_PX = 480

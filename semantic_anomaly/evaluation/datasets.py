@@ -13,9 +13,9 @@ import cv2
 import numpy as np
 
 from semantic_anomaly.errors import ImageError, InputError
-from semantic_anomaly.image_folder import IMAGE_SUFFIXES, ImageFolder
-from semantic_anomaly.image_headers import inspect_image
-from semantic_anomaly.sources import split_selection
+from semantic_anomaly.io.images import inspect_image
+from semantic_anomaly.io.open import split_selection
+from semantic_anomaly.io.sources import IMAGE_SUFFIXES, ImageFolder
 from semantic_anomaly.structures import Frame
 
 NORMAL, ANOMALY, IGNORE = 0, 1, 255

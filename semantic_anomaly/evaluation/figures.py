@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from semantic_anomaly.detection.rendering import contact_sheet
 from semantic_anomaly.evaluation import extras
 from semantic_anomaly.evaluation.album import at_width, evenly
-from semantic_anomaly.images import read_image, write_image
-from semantic_anomaly.rendering import contact_sheet
+from semantic_anomaly.io.images import read_image, write_image
 
 # Okabe and Ito's palette, told apart with any colour vision.
 _SCORE, _ALARM, _THRESHOLD, _NOMINAL = "#0072B2", "#D55E00", "#000000", "#56B4E9"

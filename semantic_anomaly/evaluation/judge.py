@@ -29,7 +29,7 @@ from semantic_anomaly.evaluation.measures import frame_measures, latencies, trut
 from semantic_anomaly.evaluation.published import Dataset
 from semantic_anomaly.evaluation.reports import report_folder, write_json
 from semantic_anomaly.evaluation.verdicts import PROMPT, parse_verdict
-from semantic_anomaly.images import encode_jpeg
+from semantic_anomaly.io.images import encode_jpeg
 from semantic_anomaly.storage import atomic_write_bytes
 
 RESULTS = "results.json"

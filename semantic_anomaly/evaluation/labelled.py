@@ -27,12 +27,12 @@ from semantic_anomaly.evaluation.measures import (
 from semantic_anomaly.evaluation.metrics import SCORE_RESOLUTION, frame_rates, share
 from semantic_anomaly.evaluation.published import Dataset
 from semantic_anomaly.evaluation.reports import write_json
-from semantic_anomaly.regions import ImageRegion
+from semantic_anomaly.roi import ImageRegion
 from semantic_anomaly.storage import sha256_bytes
 from semantic_anomaly.structures import AnomalyResult, Decision, Frame
 
 if TYPE_CHECKING:
-    from semantic_anomaly.detector import AnomalyDetector
+    from semantic_anomaly.detection.detector import AnomalyDetector
     from semantic_anomaly.evaluation.protocols import Reference, SelfNominal
 
 RESULTS, MAPS = "results.json", "maps"

@@ -26,7 +26,7 @@ from semantic_anomaly.evaluation.measures import (
 )
 from semantic_anomaly.evaluation.published import Dataset
 from semantic_anomaly.evaluation.reports import report_folder, write_json
-from semantic_anomaly.scoring import tail_mean
+from semantic_anomaly.scoring.anomaly_map import tail_mean
 
 RESULTS = "results.json"
 WRITTEN = frozenset({RESULTS})

@@ -13,7 +13,7 @@ from semantic_anomaly.evaluation.metrics import PixelScores, frame_rates, rate_i
 from semantic_anomaly.structures import Decision
 
 if TYPE_CHECKING:
-    from semantic_anomaly.detector import AnomalyDetector
+    from semantic_anomaly.detection.detector import AnomalyDetector
 
 FIGURES = ("score_curve.png", "score_histogram.png", "curves.png", "calibration.png")
 _TARGETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2)

@@ -13,16 +13,16 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from semantic_anomaly.detector import AnomalyDetector
+from semantic_anomaly.calibration.leakage import refuse_indexed
+from semantic_anomaly.detection.detector import AnomalyDetector
+from semantic_anomaly.embedding.identity import Embedder
 from semantic_anomaly.errors import InputError
 from semantic_anomaly.evaluation.datasets import NORMAL, FrameTruth
 from semantic_anomaly.evaluation.published import Dataset
-from semantic_anomaly.freshness import refuse_indexed
-from semantic_anomaly.identity import Embedder
-from semantic_anomaly.index import NominalIndex
-from semantic_anomaly.index_parts import SCENES
-from semantic_anomaly.offline import build_index
-from semantic_anomaly.regions import ImageRegion
+from semantic_anomaly.index.build import SCENES
+from semantic_anomaly.index.nominal_index import NominalIndex
+from semantic_anomaly.offline.build_index import build_index
+from semantic_anomaly.roi import ImageRegion
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import Frame, PatchGrid
 

@@ -13,7 +13,7 @@ from semantic_anomaly import __version__
 from semantic_anomaly.storage import canonical_json, sha256_bytes
 
 if TYPE_CHECKING:
-    from semantic_anomaly.detector import AnomalyDetector
+    from semantic_anomaly.detection.detector import AnomalyDetector
 
 _DISTRIBUTIONS = ("numpy", "torch", "transformers", "hnswlib", "scikit-learn", "matplotlib")
 _OPENCV = ("opencv-python-headless", "opencv-python", "opencv-contrib-python")

@@ -20,9 +20,8 @@ from semantic_anomaly.evaluation.datasets import (
 )
 from semantic_anomaly.evaluation.layouts import LAYOUTS, Layout, read_layout
 from semantic_anomaly.evaluation.recorded import RecordedDataset
-from semantic_anomaly.image_folder import natural
-from semantic_anomaly.images import read_image
-from semantic_anomaly.sources import is_bag
+from semantic_anomaly.io.images import read_image
+from semantic_anomaly.io.sources import is_bag, natural
 from semantic_anomaly.structures import Frame
 
 

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from semantic_anomaly.calibration.conformal import whole_stretches
+from semantic_anomaly.calibration.leakage import refuse_indexed
 from semantic_anomaly.errors import CalibrationError, InputError
 from semantic_anomaly.evaluation import extras
 from semantic_anomaly.evaluation.events import drive_metrics
 from semantic_anomaly.evaluation.metrics import rate_interval
-from semantic_anomaly.freshness import refuse_indexed
-from semantic_anomaly.sources import open_source
-from semantic_anomaly.stretches import whole_stretches
+from semantic_anomaly.io.open import open_source
 from semantic_anomaly.structures import Decision
 
 if TYPE_CHECKING:
-    from semantic_anomaly.detector import AnomalyDetector
+    from semantic_anomaly.detection.detector import AnomalyDetector
 
 _log = logging.getLogger(__name__)
 

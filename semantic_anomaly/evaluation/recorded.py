@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from semantic_anomaly.bags import BagSource
 from semantic_anomaly.errors import InputError
 from semantic_anomaly.evaluation.datasets import ANOMALY, IGNORE, FrameTruth, check_size
 from semantic_anomaly.evaluation.layouts import Layout
+from semantic_anomaly.io.bags import BagSource
 from semantic_anomaly.structures import Frame
 
 

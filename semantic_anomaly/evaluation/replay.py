@@ -14,12 +14,12 @@ from semantic_anomaly.evaluation.album import Album, nearest_nominal
 from semantic_anomaly.evaluation.drives import SUMMARY, WRITTEN, write_drive
 from semantic_anomaly.evaluation.events import Event
 from semantic_anomaly.evaluation.journal import resumable_report
-from semantic_anomaly.sources import FrameSource
+from semantic_anomaly.io.sources import FrameSource
 from semantic_anomaly.storage import sha256_bytes
 from semantic_anomaly.structures import AnomalyResult, Decision, Frame
 
 if TYPE_CHECKING:
-    from semantic_anomaly.detector import AnomalyDetector
+    from semantic_anomaly.detection.detector import AnomalyDetector
 
 PICTURES = 40
 _EVERY_UNKNOWN = 10

@@ -21,8 +21,8 @@ try:
 except ImportError:  # Humble
     from rclpy.qos_event import SubscriptionEventCallbacks
 
+from semantic_anomaly.detection.geometry import Intrinsics
 from semantic_anomaly.errors import ImageError
-from semantic_anomaly.geometry import Intrinsics
 from semantic_anomaly.ros import messages
 from semantic_anomaly.ros.logs import ThrottledLog
 from semantic_anomaly.settings import Settings

@@ -12,7 +12,7 @@ from geometry_msgs.msg import Point, Pose, Quaternion, Vector3
 from std_msgs.msg import ColorRGBA, Header
 from visualization_msgs.msg import Marker, MarkerArray
 
-from semantic_anomaly.geometry import ASSUMED, PlacedBox
+from semantic_anomaly.detection.geometry import ASSUMED, PlacedBox
 from semantic_anomaly.structures import ComponentState, Localization
 
 # Okabe and Ito's vermilion and yellow: told apart with any colour vision.

@@ -16,9 +16,9 @@ from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from std_msgs.msg import Float32, Header
 
+from semantic_anomaly.detection.geometry import Intrinsics
 from semantic_anomaly.errors import ImageError
-from semantic_anomaly.geometry import Intrinsics
-from semantic_anomaly.images import (
+from semantic_anomaly.io.images import (
     UnsupportedEncodingError,
     decode_compressed,
     decode_depth,

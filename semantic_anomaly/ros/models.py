@@ -14,16 +14,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from semantic_anomaly import edit_saving, index_edits
-from semantic_anomaly.detector import AnomalyDetector
+from semantic_anomaly.calibration.leakage import refuse_indexed
+from semantic_anomaly.detection.detector import AnomalyDetector
 from semantic_anomaly.errors import ModelOutputError, SemanticAnomalyError
-from semantic_anomaly.freshness import refuse_indexed
+from semantic_anomaly.index import edits as index_edits
+from semantic_anomaly.offline import edit_index as edit_saving
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import Frame, PatchGrid
 
 if TYPE_CHECKING:
-    from semantic_anomaly.index import NominalIndex
-    from semantic_anomaly.instance_embedding import RunningEmbedder
+    from semantic_anomaly.index.nominal_index import NominalIndex
+    from semantic_anomaly.segmentation.embedder import RunningEmbedder
 
 # The real size is unknown before the first image; this one is common and not small.
 WARM_UP_HW = (720, 1280)
@@ -50,7 +51,7 @@ class Models:
         Raises:
             SemanticAnomalyError: something is missing, damaged or does not agree.
         """
-        from semantic_anomaly.instance_embedding import RunningEmbedder
+        from semantic_anomaly.segmentation.embedder import RunningEmbedder
 
         embedder = RunningEmbedder.from_settings(settings)
         try:

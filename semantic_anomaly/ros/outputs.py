@@ -17,8 +17,8 @@ from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import Float32, Header
 from visualization_msgs.msg import MarkerArray
 
-from semantic_anomaly.regions import ImageRegion
-from semantic_anomaly.rendering import draw_overlay
+from semantic_anomaly.detection.rendering import draw_overlay
+from semantic_anomaly.roi import ImageRegion
 from semantic_anomaly.ros import messages
 from semantic_anomaly.ros.detections import detection_array_type, detections_message
 from semantic_anomaly.ros.markers import marker_array

@@ -21,8 +21,8 @@ from rclpy.parameter import Parameter
 from rclpy.validate_topic_name import validate_topic_name
 
 from semantic_anomaly.errors import SemanticAnomalyError, SettingsError, UnknownNameError
-from semantic_anomaly.setting_spec import SettingSpec
 from semantic_anomaly.settings import Settings, camera_setting_specs, setting_specs
+from semantic_anomaly.settings_schema import SettingSpec
 
 # Parameters that rclpy itself declares or understands.
 _FOREIGN = ("use_sim_time", "start_type_description_service")

@@ -15,8 +15,8 @@ from diagnostic_msgs.msg import DiagnosticStatus
 from rclpy.clock import Clock
 from std_msgs.msg import Header
 
+from semantic_anomaly.detection.geometry import place_box
 from semantic_anomaly.errors import ImageError, SemanticAnomalyError
-from semantic_anomaly.geometry import place_box
 from semantic_anomaly.ros import messages
 from semantic_anomaly.ros.camera import Camera
 from semantic_anomaly.ros.logs import ThrottledLog

@@ -26,9 +26,9 @@ from std_msgs.msg import Float32
 from tqdm import tqdm
 
 from semantic_anomaly.errors import InputError, SemanticAnomalyError
-from semantic_anomaly.images import encode_jpeg
+from semantic_anomaly.io.images import encode_jpeg
+from semantic_anomaly.io.open import open_source
 from semantic_anomaly.ros.messages import image_message
-from semantic_anomaly.sources import open_source
 from semantic_anomaly.storage import atomic_write_bytes
 from semantic_anomaly.structures import Frame
 

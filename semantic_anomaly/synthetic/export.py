@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from semantic_anomaly.errors import InputError
-from semantic_anomaly.images import encode_jpeg, encode_png
+from semantic_anomaly.io.images import encode_jpeg, encode_png
 from semantic_anomaly.storage import atomic_folder
 from semantic_anomaly.synthetic.drive import StreetDrive, StreetFrame, family
 

@@ -1,0 +1,216 @@
+"""The whole path in one run: a synthetic street, an index, a calibration, the real node over DDS.
+
+The node and the process that feeds it are started as a vehicle would start them; nothing here
+computes a score. No ROS is imported in this module.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from tqdm import tqdm
+
+from semantic_anomaly.errors import SemanticAnomalyError
+from semantic_anomaly.offline.build_index import build_index
+from semantic_anomaly.offline.calibrate import calibrate
+from semantic_anomaly.segmentation.embedder import RunningEmbedder
+from semantic_anomaly.settings import Settings
+from semantic_anomaly.storage import atomic_write_bytes
+from semantic_anomaly.synthetic import KINDS, StreetDrive, family
+from semantic_anomaly.synthetic.export import write_folder
+
+NODE_STOP_S = 30.0
+# The lane ahead, x and y in turn: houses and adverts are novel on every street, and no danger.
+ROAD = (0.0, 1.0, 0.0, 0.9, 0.45, 0.46, 0.54, 0.46, 0.56, 0.5, 0.87, 1.0)
+# Half of the default's work: two cores without a GPU keep up with the camera.
+INPUT_SIZE = 640
+
+
+class DemoError(SemanticAnomalyError):
+    """A process of the demo failed; the message says where its log lies."""
+
+
+@dataclass(frozen=True)
+class DemoPlan:
+    """How much is driven.
+
+    Attributes:
+        index_drives, calibration_drives: numbers of nominal drives.
+        nominal_frames: frames of each nominal drive.
+        frames: frames of the drive that is played to the node.
+        kinds: anomalies met on that drive, in this order.
+        seed: first seed; the drives take seeds from here on.
+        rate_hz: frames a second played to the node.
+        target_false_alarm_rate: of the calibration.
+    """
+
+    index_drives: int = 12
+    calibration_drives: int = 6
+    nominal_frames: int = 20
+    frames: int = 300
+    kinds: tuple[str, ...] = KINDS[:3]
+    seed: int = 4000
+    rate_hz: float = 10.0
+    target_false_alarm_rate: float = 0.01
+
+
+def run_demo(out: Path, plan: DemoPlan, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Run everything and return the summary that was written to `out`/summary.json.
+
+    Args:
+        out: folder for drives, index, settings, pictures and summary; files there are replaced.
+        plan: how much is driven.
+        overrides: settings that differ from their defaults.
+
+    Raises:
+        DemoError: a process failed.
+        SemanticAnomalyError: a stage refused its input.
+    """
+    index_sources, calibration_sources, drive = _synthesise(out / "drives", plan)
+    settings = Settings.from_parameters(
+        {
+            "input_size": INPUT_SIZE,
+            **overrides,
+            "index": str(out / "index"),
+            "target_false_alarm_rate": plan.target_false_alarm_rate,
+            "camera.image_topic": "/camera/image_raw",
+            "camera.region_of_interest": ROAD,
+            "max_age_s": 1.0,
+        }
+    )
+    parameters = {k: v for k, v in settings.to_parameters().items() if v != []}
+    document = {"/**": {"ros__parameters": parameters}}
+    atomic_write_bytes(out / "settings.yaml", yaml.safe_dump(document).encode())
+    embedder = RunningEmbedder.from_settings(settings)
+    index = build_index(settings, "camera", index_sources, embedder=embedder)
+    index.save(out / "index")
+    calibration = calibrate(settings, "camera", index, calibration_sources, embedder=embedder)
+    calibration.save(out / "index")
+    embedder.close()
+    live = play_to_node(out, drive, plan.rate_hz)
+    labels = json.loads((drive / "labels.json").read_text(encoding="utf-8"))
+    rows = [_row(record, labels) for record in live["frames"]]
+    summary = _summarise(rows, live, calibration.threshold, plan)
+    summary["index_entries"] = index.count
+    atomic_write_bytes(out / "summary.json", json.dumps(summary, indent=1).encode())
+    from semantic_anomaly.evaluation import figures
+
+    figures.demo_pictures(out, rows, calibration.threshold)
+    return summary
+
+
+def _write_drive(seed: int, frames: int, kinds: Sequence[str], stride: int, out: Path) -> None:
+    if not (out / "labels.json").is_file():
+        drive = StreetDrive(seed, frames=frames, anomalies=kinds)
+        write_folder([drive], out, progress=False, stride=stride)
+
+
+def _synthesise(folder: Path, plan: DemoPlan) -> tuple[list[Path], list[Path], Path]:
+    count = plan.index_drives + plan.calibration_drives
+    nominal = [folder / f"nominal_{plan.seed + i}_{plan.nominal_frames}" for i in range(count)]
+    driven = folder / f"driven_{plan.seed + count}_{plan.frames}_{'-'.join(plan.kinds)}"
+    # Nominal frames are spread over a longer drive: neighbours in time add little variety.
+    jobs: list[tuple[int, int, Sequence[str], int, Path]] = [
+        (plan.seed + i, 5 * plan.nominal_frames, (), 5, path) for i, path in enumerate(nominal)
+    ]
+    jobs.append((plan.seed + count, plan.frames, plan.kinds, 1, driven))
+    folder.mkdir(parents=True, exist_ok=True)
+    workers = min(os.cpu_count() or 1, 8)
+    # Fork would copy the threads of libraries already loaded in an undefined state.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(_write_drive, *job) for job in reversed(jobs)]
+        for future in tqdm(futures, desc="synthesise drives", disable=None):
+            future.result()
+    return nominal[: plan.index_drives], nominal[plan.index_drives :], driven
+
+
+def play_to_node(out: Path, drive: Path, rate_hz: float) -> dict[str, Any]:
+    """Start the real node on `out`/settings.yaml, play a drive to it, return what came back.
+
+    Raises:
+        DemoError: the node or the player failed; the node's log is `out`/node.log.
+    """
+    # Overlays of an earlier drive would pass for this one's.
+    shutil.rmtree(out / "live", ignore_errors=True)
+    environment = {**os.environ}
+    environment.setdefault("FASTDDS_BUILTIN_TRANSPORTS", "LARGE_DATA")
+    # A domain of its own keeps the demo apart from whatever else runs on this network.
+    environment.setdefault("ROS_DOMAIN_ID", str(1 + os.getpid() % 100))
+    parameters = ["--ros-args", "--params-file", str(out / "settings.yaml")]
+    node_command = [sys.executable, "-m", "semantic_anomaly.ros.node", *parameters]
+    player_command = [
+        *(sys.executable, "-m", "semantic_anomaly.ros.player", str(drive)),
+        *("--out", str(out / "live"), "--rate-hz", str(rate_hz)),
+        *("--bring-up", "--overlays"),
+    ]
+    log_path = out / "node.log"
+    with log_path.open("wb") as log:
+        node = subprocess.Popen(node_command, stdout=log, stderr=log, env=environment)
+        try:
+            player = subprocess.run(player_command, env=environment, check=False)
+        finally:
+            node.send_signal(signal.SIGINT)
+            try:
+                code = node.wait(NODE_STOP_S)
+            except subprocess.TimeoutExpired:
+                node.kill()
+                code = node.wait()
+    if player.returncode or code:
+        raise DemoError(f"player ended with {player.returncode}, node with {code}; see {log_path}")
+    return json.loads((out / "live" / "frames.json").read_text(encoding="utf-8"))
+
+
+def _row(record: dict[str, Any], labels: dict[str, Any]) -> dict[str, Any]:
+    label = labels[Path(record["name"]).name]
+    status = record.get("status", {})
+    scored = "score" in status and status.get("decision") != "unknown"
+    return {
+        "name": record["name"],
+        "anomaly": bool(label["anomaly"]),
+        "kind": label.get("kind"),
+        "received": bool(status),
+        "score": float(status["score"]) if scored else None,
+        "decision": status.get("decision"),
+        "latency_ms": record.get("latency_ms") if scored else None,
+    }
+
+
+def _summarise(
+    rows: list[dict[str, Any]], live: dict[str, Any], threshold: float, plan: DemoPlan
+) -> dict[str, Any]:
+    scored = [row for row in rows if row["score"] is not None]
+    nominal = [row for row in scored if not row["anomaly"]]
+    alarms = [row for row in nominal if row["decision"] == "anomaly"]
+    latencies = [row["latency_ms"] for row in scored]
+    by_kind = {}
+    for kind in plan.kinds:
+        met = [row for row in scored if row["kind"] == kind]
+        found = sum(row["decision"] == "anomaly" for row in met)
+        by_kind[kind] = {"family": family(kind), "frames": len(met), "frames_found": found}
+    return {
+        "frames_sent": len(rows),
+        "frames_received": sum(row["received"] for row in rows),
+        "frames_scored": len(scored),
+        "scores_received": live["scores_received"],
+        "threshold": threshold,
+        "target_false_alarm_rate": plan.target_false_alarm_rate,
+        "false_alarms": len(alarms),
+        "nominal_frames": len(nominal),
+        "by_kind": by_kind,
+        "latency_p50_ms": float(np.percentile(latencies, 50)) if latencies else None,
+        "latency_p95_ms": float(np.percentile(latencies, 95)) if latencies else None,
+        "frames": rows,
+    }

@@ -1,0 +1,175 @@
+"""From pixels to directions and ranges in a camera's optical frame (x right, y down, z forward).
+
+Integer pixel coordinates are pixel centres, as in CameraInfo. Ranges are depths along z.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import cv2
+import numpy as np
+
+from semantic_anomaly.errors import ImageError
+from semantic_anomaly.structures import Localization
+
+GROUND_LIMIT_M = 100.0
+MIN_DEPTH_SHARE = 0.05
+MEASURED = "measured"
+GROUND = "ground"
+ASSUMED = "assumed"
+
+
+@dataclass(frozen=True)
+class Intrinsics:
+    """A camera's projection.
+
+    Attributes:
+        fx, fy, cx, cy: pinhole parameters in pixels.
+        image_hw: (height, width) in pixels that they hold for.
+        distortion: coefficients in OpenCV's order, empty for none.
+        fisheye: whether the coefficients are those of the equidistant model.
+
+    Raises:
+        ImageError: not finite, or a focal length or size that is not positive.
+    """
+
+    fx: float
+    fy: float
+    cx: float
+    cy: float
+    image_hw: tuple[int, int]
+    distortion: tuple[float, ...] = ()
+    fisheye: bool = False
+
+    def __post_init__(self) -> None:
+        numbers = (self.fx, self.fy, self.cx, self.cy, *self.distortion)
+        if not all(map(math.isfinite, numbers)) or min(self.fx, self.fy, *self.image_hw) <= 0:
+            raise ImageError(
+                "camera info: expected finite numbers, positive focal lengths and size, found "
+                f"fx {self.fx:g}, fy {self.fy:g}, cx {self.cx:g}, cy {self.cy:g}, "
+                f"{self.image_hw[1]}x{self.image_hw[0]}"
+            )
+
+    @classmethod
+    def assumed(cls, image_hw: tuple[int, int]) -> Intrinsics:
+        """Return an ideal lens that sees 90 degrees from left to right."""
+        height, width = image_hw
+        return cls(width / 2, width / 2, (width - 1) / 2, (height - 1) / 2, image_hw)
+
+    def scaled_to(self, image_hw: tuple[int, int]) -> Intrinsics:
+        """Return the projection of the same view in another size."""
+        if image_hw == self.image_hw:
+            return self
+        y, x = image_hw[0] / self.image_hw[0], image_hw[1] / self.image_hw[1]
+        # The half pixel: edges scale by the ratio, centres do not.
+        cx, cy = (self.cx + 0.5) * x - 0.5, (self.cy + 0.5) * y - 0.5
+        return replace(self, fx=self.fx * x, fy=self.fy * y, cx=cx, cy=cy, image_hw=image_hw)
+
+
+def pixel_rays(pixels_xy: np.ndarray, intrinsics: Intrinsics) -> np.ndarray:
+    """Return (n, 3) float64 directions with z = 1 of (n, 2) pixel coordinates.
+
+    Lens distortion is undone where the camera has any.
+    """
+    points = np.asarray(pixels_xy, np.float64).reshape(-1, 2)
+    if any(intrinsics.distortion):
+        matrix = np.array(
+            [[intrinsics.fx, 0, intrinsics.cx], [0, intrinsics.fy, intrinsics.cy], [0, 0, 1.0]]
+        )
+        undistort = cv2.fisheye.undistortPoints if intrinsics.fisheye else cv2.undistortPoints
+        coefficients = np.array(intrinsics.distortion, np.float64)
+        normalised = undistort(points[:, None], matrix, coefficients)[:, 0]
+    else:
+        normalised = (points - (intrinsics.cx, intrinsics.cy)) / (intrinsics.fx, intrinsics.fy)
+    return np.column_stack([normalised, np.ones(len(points))])
+
+
+def ground_range(ray: np.ndarray, camera_height_m: float) -> float | None:
+    """Return the depth at which a ray meets a flat ground below a level camera.
+
+    Args:
+        ray: (3,) direction with z = 1.
+        camera_height_m: height of the camera above the ground, 0 where it is unknown.
+
+    Returns:
+        Metres along z; None above the horizon, beyond `GROUND_LIMIT_M`, or without a height.
+    """
+    if camera_height_m <= 0 or ray[1] <= 0:
+        return None
+    depth_m = camera_height_m / float(ray[1])
+    return depth_m if depth_m < GROUND_LIMIT_M else None
+
+
+def measured_range(depth: np.ndarray, inside: np.ndarray) -> float | None:
+    """Return the median depth inside a mask.
+
+    Args:
+        depth: (h, w) float32 metres, 0 for none; of the image's view in any size.
+        inside: (height, width) bool at image size.
+
+    Returns:
+        Metres; None where less than `MIN_DEPTH_SHARE` of the mask has a depth.
+    """
+    rows, cols = np.nonzero(inside)
+    if not len(rows):
+        return None
+    values = depth[
+        rows * depth.shape[0] // inside.shape[0], cols * depth.shape[1] // inside.shape[1]
+    ]
+    values = values[values > 0]
+    if len(values) < max(1.0, MIN_DEPTH_SHARE * len(rows)):
+        return None
+    return float(np.median(values))
+
+
+@dataclass(frozen=True, eq=False)
+class PlacedBox:
+    """A localization as an upright rectangle in the optical frame.
+
+    Attributes:
+        corners: (4, 3) metres: left top, right top, right bottom, left bottom.
+        range_m: their depth along z.
+        how: `MEASURED`, `GROUND` or `ASSUMED`.
+    """
+
+    corners: np.ndarray
+    range_m: float
+    how: str
+
+
+def place_box(
+    localization: Localization,
+    label_map: np.ndarray,
+    intrinsics: Intrinsics,
+    depth: np.ndarray | None,
+    camera_height_m: float,
+    marker_range_m: float,
+) -> PlacedBox:
+    """Place a localization by measured depth, else on the ground, else at the assumed range.
+
+    Args:
+        localization: what was found.
+        label_map: (height, width) ids of the localizations.
+        intrinsics: of the image of that size.
+        depth: (h, w) float32 metres, 0 for none; None without a depth image.
+        camera_height_m: of a level camera above a flat ground, 0 where it is unknown.
+        marker_range_m: range where nothing better is known.
+    """
+    x0, y0, x1, y1 = localization.box_xyxy
+    # Boxes span pixel edges, which lie half a pixel before the centres.
+    left, top, right, bottom = x0 - 0.5, y0 - 0.5, x1 - 0.5, y1 - 0.5
+    pixels = np.array(
+        [(left, top), (right, top), (right, bottom), (left, bottom), ((left + right) / 2, bottom)]
+    )
+    rays = pixel_rays(pixels, intrinsics)
+    range_m = None
+    how = MEASURED
+    if depth is not None:
+        range_m = measured_range(depth, label_map == localization.label)
+    if range_m is None:
+        range_m, how = ground_range(rays[4], camera_height_m), GROUND
+    if range_m is None:
+        range_m, how = marker_range_m, ASSUMED
+    return PlacedBox(rays[:4] * range_m, range_m, how)

@@ -1,0 +1,200 @@
+"""Frames from rosbag2 bags (sqlite3 and mcap) by the rosbags library; needs no ROS."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from semantic_anomaly.errors import ImageError, SourceError
+from semantic_anomaly.io.images import decode_compressed, decode_raw
+from semantic_anomaly.io.sources import FrameSource
+from semantic_anomaly.structures import Frame
+
+if TYPE_CHECKING:
+    from rosbags.rosbag2 import Reader
+    from rosbags.typesys.store import Typestore
+
+IMAGE_TYPE = "sensor_msgs/msg/Image"
+COMPRESSED_TYPE = "sensor_msgs/msg/CompressedImage"
+
+
+class BagSource(FrameSource):
+    """The images of one topic of a rosbag2 bag, in the order of recording.
+
+    Every iteration counts what it reads: a bag that yields another number of images than it
+    announces raises SourceError at the end, for an index or a calibration made of half a drive
+    looks like any other.
+
+    Attributes:
+        topic: the image topic that is read.
+        compressed: whether it carries CompressedImage.
+
+    Raises:
+        SourceError: the bag cannot be opened, has no such topic, no images, or images on several
+            topics and none is chosen.
+    """
+
+    def __init__(
+        self, path: Path, *, topic: str | None = None, selection: slice = slice(None)
+    ) -> None:
+        resolved = path.resolve()
+        super().__init__(path, resolved.stem if path.is_file() else resolved.name, selection)
+        with _opened(path) as reader:
+            topics = {
+                name: (info.msgtype or "several types", info.msgcount)
+                for name, info in reader.topics.items()
+            }
+        self.topic = _choose_topic(path, topics, topic)
+        self._type, self._announced = topics[self.topic]
+        self.compressed = self._type == COMPRESSED_TYPE
+        if not self._announced:
+            raise SourceError(f"bag '{path}': topic '{self.topic}' holds no messages")
+
+    def _total(self, *, exact: bool) -> int:
+        return self._announced
+
+    def _read(self, wanted: range) -> Iterator[Frame]:
+        index = -1
+        for index, (bag_time_ns, message) in enumerate(self._messages(wanted)):
+            if message is not None:
+                yield self._frame(index, bag_time_ns, message)
+            if wanted.stop < self._announced and index + 1 >= wanted.stop:
+                return
+        if index + 1 != self._announced:
+            raise SourceError(
+                f"bag '{self.path}' is damaged: {index + 1} of {self._announced} messages of "
+                f"topic '{self.topic}' could be read"
+            )
+
+    def _messages(self, wanted: range) -> Iterator[tuple[int, Any]]:
+        """Yield time in the bag and message, None in place of a message that is not wanted."""
+        with _opened(self.path) as reader:
+            stream, store, index = self._raw_messages(reader), _typestore(), 0
+            while True:
+                try:
+                    item = next(stream, None)
+                    if item is None:
+                        return
+                    bag_time_ns, raw = item
+                    message = store.deserialize_cdr(raw, self._type) if index in wanted else None
+                # Damaged bags raise whatever the parser happens to stumble over.
+                except Exception as error:
+                    raise SourceError(
+                        f"bag '{self.path}' is damaged: message {index} of {self._announced} of "
+                        f"topic '{self.topic}' cannot be read ({_first_line(error)})"
+                    ) from error
+                yield bag_time_ns, message
+                index += 1
+
+    def _raw_messages(self, reader: Reader) -> Iterator[tuple[int, bytes]]:
+        for _, bag_time_ns, raw in reader.messages(reader.topics[self.topic].connections):
+            yield bag_time_ns, raw
+
+    def _frame(self, index: int, bag_time_ns: int, message: Any) -> Frame:
+        stamp = message.header.stamp
+        stamp_ns = stamp.sec * 1_000_000_000 + stamp.nanosec
+        try:
+            if self.compressed:
+                image = decode_compressed(message.data, message.format)
+            else:
+                image = decode_raw(
+                    message.encoding,
+                    message.height,
+                    message.width,
+                    message.step,
+                    bool(message.is_bigendian),
+                    message.data,
+                )
+        except ImageError as error:
+            raise ImageError(
+                f"bag '{self.path}', topic '{self.topic}', image {index}: {error}"
+            ) from error
+        name = f"{self.name}/{index:06d}"
+        return Frame(image, stamp_ns or bag_time_ns, message.header.frame_id, name)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Reader]:
+    try:
+        from rosbags.rosbag2 import Reader
+    except ImportError as error:
+        raise SourceError(f"bag '{path}': reading bags needs the package 'rosbags'") from error
+    try:
+        _check_databases(path)
+        reader = Reader(path)
+        reader.open()
+    except SourceError as error:
+        raise SourceError(f"bag '{path}': {error}") from error
+    except Exception as error:
+        raise SourceError(
+            f"bag '{path}' cannot be opened ({_first_line(error)}): it is damaged, was cut off or "
+            "is no bag; 'mcap recover' may save an mcap file, 'ros2 bag reindex' the metadata"
+        ) from error
+    try:
+        yield reader
+    finally:
+        with suppress(Exception):
+            reader.close()
+
+
+def _check_databases(path: Path) -> None:
+    for file in path.glob("*.db3") if path.is_dir() else [path] * (path.suffix == ".db3"):
+        # rosbags reads the database alone, without what a killed recorder left in a journal.
+        for journal in (Path(f"{file}-wal"), Path(f"{file}-journal")):
+            if journal.is_file() and journal.stat().st_size:
+                raise SourceError(
+                    f"the recorder did not finish: {journal.name} holds messages, which "
+                    f"'sqlite3 {file.name} \"PRAGMA wal_checkpoint\"' moves into the database"
+                )
+        with file.open("rb") as database:
+            head = database.read(100)
+        page_bytes, pages = struct.unpack_from(">H10xI", head, 16)
+        announced = (65536 if page_bytes == 1 else page_bytes) * pages
+        # SQLite takes what is missing from the last page for zeros: black pixels, and no error.
+        if file.stat().st_size < announced:
+            raise SourceError(
+                f"{file.name} was cut off: {file.stat().st_size} of {announced} bytes are there"
+            )
+
+
+@lru_cache(maxsize=1)
+def _typestore() -> Typestore:
+    from rosbags.typesys import Stores, get_typestore
+
+    # Image and CompressedImage are the same in every distribution of ROS 2, so what a bag says of
+    # its other types, or leaves unsaid, does not matter.
+    return get_typestore(Stores.ROS2_HUMBLE)
+
+
+def _choose_topic(path: Path, topics: Mapping[str, tuple[str, int]], wanted: str | None) -> str:
+    images = {n: t for n, t in topics.items() if t[0] in (IMAGE_TYPE, COMPRESSED_TYPE)}
+    if wanted is not None and wanted in images:
+        return wanted
+    if wanted is not None and wanted in topics:
+        problem = (
+            f"topic '{wanted}' is of type {topics[wanted][0]}, expected {IMAGE_TYPE} or "
+            f"{COMPRESSED_TYPE}"
+        )
+    elif not images:
+        raise SourceError(f"bag '{path}' has no image topic; it holds: {_listed(topics)}")
+    elif wanted is not None:
+        problem = f"has no topic '{wanted}'"
+    elif len(images) > 1:
+        problem = "has several image topics, choose one of them as the topic"
+    else:
+        return next(iter(images))
+    raise SourceError(f"bag '{path}': {problem}; image topics: {_listed(images)}")
+
+
+def _listed(topics: Mapping[str, tuple[str, int]]) -> str:
+    rows = (f"{n} ({kind}, {count} messages)" for n, (kind, count) in sorted(topics.items()))
+    return ", ".join(rows) or "none"
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -1,0 +1,370 @@
+"""What the bytes of a compressed image claim to be, read before any decoder sees them.
+
+OpenCV 4.10 and 4.11 fill the missing rows of a truncated JPEG with stale memory, often the previous
+frame, and every version takes memory for whatever size a header claims.
+
+Image bytes, raw or compressed, to RGB arrays; used alike by the node, bags and folders.
+
+Everything that arrives is checked against what it claims to be before OpenCV sees it: sizes before
+memory is taken, end markers before decoding.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from array import array
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from semantic_anomaly import MAX_IMAGE_PIXELS
+from semantic_anomaly.errors import ImageError
+
+
+def inspect_image(data: bytes) -> tuple[str, int, int]:
+    """Return kind, width and height in pixels of a JPEG, PNG, WebP or BMP that has its end.
+
+    Raises:
+        ImageError: another kind, a header that cannot be read, or data that ends too early.
+    """
+    kinds = {
+        "JPEG": (data[:3] == b"\xff\xd8\xff", _inspect_jpeg),
+        "PNG": (data[:8] == b"\x89PNG\r\n\x1a\n", _inspect_png),
+        "WebP": (data[:4] == b"RIFF" and data[8:12] == b"WEBP", _inspect_webp),
+        "BMP": (data[:2] == b"BM", _inspect_bmp),
+    }
+    for kind, (recognised, inspect) in kinds.items():
+        if recognised:
+            try:
+                width, height, complete = inspect(data)
+            except (IndexError, ValueError, struct.error) as error:
+                raise ImageError(f"{kind} image is truncated or damaged in its header") from error
+            if not complete:
+                raise ImageError(f"{kind} image is truncated: {len(data)} bytes, end not found")
+            return kind, width, height
+    found = f"bytes {data[:4].hex(' ')} ..." if data else "no bytes"
+    raise ImageError(f"compressed image: expected JPEG, PNG, WebP or BMP, found {found}")
+
+
+def _inspect_jpeg(data: bytes) -> tuple[int, int, bool]:
+    position, width, height, marker = 2, 0, 0, 0
+    while marker != 0xDA:
+        position = data.index(b"\xff", position)
+        while data[position] == 0xFF:
+            position += 1
+        marker = data[position]
+        position += 1
+        if marker == 0x01 or 0xD0 <= marker <= 0xD8:
+            continue
+        (length,) = struct.unpack_from(">H", data, position)
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height, width = struct.unpack_from(">HH", data, position + 3)
+        position += length
+    # An end marker before the scan belongs to a preview picture.
+    return width, height, data.rfind(b"\xff\xd9", position) >= 0
+
+
+def _inspect_png(data: bytes) -> tuple[int, int, bool]:
+    width, height = struct.unpack_from(">II", data, 16)
+    return width, height, b"IEND\xaeB`\x82" in data[-4096:]
+
+
+def _inspect_webp(data: bytes) -> tuple[int, int, bool]:
+    complete = len(data) >= 8 + struct.unpack_from("<I", data, 4)[0]
+    chunk = data[12:16]
+    if chunk == b"VP8X":
+        sides = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
+    elif chunk == b"VP8L":
+        (bits,) = struct.unpack_from("<I", data, 21)
+        sides = ((bits >> shift & 0x3FFF) + 1 for shift in (0, 14))
+    else:
+        sides = (side & 0x3FFF for side in struct.unpack_from("<HH", data, 26))
+    width, height = sides
+    return width, height, complete
+
+
+def _inspect_bmp(data: bytes) -> tuple[int, int, bool]:
+    (size,) = struct.unpack_from("<I", data, 2)
+    width, height = struct.unpack_from("<ii", data, 18)
+    return width, abs(height), len(data) >= size
+
+
+BytesLike = bytes | bytearray | memoryview | array | np.ndarray
+# Encoding: channels, bytes a channel, OpenCV's conversion to RGB or None where it is RGB already.
+# cv_bridge takes the nameless 8UC3 and 16UC3 for BGR; so do we. ROS names Bayer patterns by the
+# first two pixels of the first two rows.
+_PACKED: dict[str, tuple[int, int, int | None]] = {
+    "rgb8": (3, 1, None),
+    "bgr8": (3, 1, cv2.COLOR_BGR2RGB),
+    "rgba8": (4, 1, cv2.COLOR_RGBA2RGB),
+    "bgra8": (4, 1, cv2.COLOR_BGRA2RGB),
+    "mono8": (1, 1, cv2.COLOR_GRAY2RGB),
+    "rgb16": (3, 2, None),
+    "bgr16": (3, 2, cv2.COLOR_BGR2RGB),
+    "rgba16": (4, 2, cv2.COLOR_RGBA2RGB),
+    "bgra16": (4, 2, cv2.COLOR_BGRA2RGB),
+    "mono16": (1, 2, cv2.COLOR_GRAY2RGB),
+    "8UC1": (1, 1, cv2.COLOR_GRAY2RGB),
+    "8UC3": (3, 1, cv2.COLOR_BGR2RGB),
+    "8UC4": (4, 1, cv2.COLOR_BGRA2RGB),
+    "16UC1": (1, 2, cv2.COLOR_GRAY2RGB),
+    "16UC3": (3, 2, cv2.COLOR_BGR2RGB),
+    "16UC4": (4, 2, cv2.COLOR_BGRA2RGB),
+    "uyvy": (2, 1, cv2.COLOR_YUV2RGB_UYVY),
+    "yuv422": (2, 1, cv2.COLOR_YUV2RGB_UYVY),
+    "yuyv": (2, 1, cv2.COLOR_YUV2RGB_YUYV),
+    "yuv422_yuy2": (2, 1, cv2.COLOR_YUV2RGB_YUYV),
+}
+for _bits in (8, 16):
+    _PACKED[f"bayer_rggb{_bits}"] = (1, _bits // 8, cv2.COLOR_BayerRGGB2RGB)
+    _PACKED[f"bayer_bggr{_bits}"] = (1, _bits // 8, cv2.COLOR_BayerBGGR2RGB)
+    _PACKED[f"bayer_gbrg{_bits}"] = (1, _bits // 8, cv2.COLOR_BayerGBRG2RGB)
+    _PACKED[f"bayer_grbg{_bits}"] = (1, _bits // 8, cv2.COLOR_BayerGRBG2RGB)
+_PLANAR = {"nv12": cv2.COLOR_YUV2RGB_NV12, "nv21": cv2.COLOR_YUV2RGB_NV21}
+_DEPTH = {"32FC1": ("f4", 1.0), "16UC1": ("u2", 1e-3), "mono16": ("u2", 1e-3)}
+RAW_ENCODINGS = (*_PACKED, *_PLANAR)
+DEPTH_ENCODINGS = tuple(_DEPTH)
+
+
+class UnsupportedEncodingError(ImageError):
+    """The encoding of a raw image is not one of those that can be decoded."""
+
+    def __init__(self, encoding: str, supported: tuple[str, ...]) -> None:
+        self.encoding = encoding
+        super().__init__(
+            f"encoding {encoding[:40]!r} is not supported; expected one of: {', '.join(supported)}"
+        )
+
+
+def decode_raw(
+    encoding: str, height: int, width: int, step: int, is_bigendian: bool, data: BytesLike
+) -> np.ndarray:
+    """Return a raw ROS image as (height, width, 3) uint8 RGB.
+
+    8-bit RGB is returned as a view of `data`, possibly read-only and with padded rows; everything
+    else is a new array. Of 16-bit channels the upper 8 bits are kept. YUV is ITU-R BT.601.
+
+    Args:
+        encoding: name as in sensor_msgs/Image, one of `RAW_ENCODINGS`.
+        height: rows.
+        width: pixels a row.
+        step: bytes a row, padding included.
+        is_bigendian: whether channels of 16 bits are big-endian.
+        data: exactly height * step bytes (NV12 and NV21: height * 3 / 2 * step).
+
+    Raises:
+        UnsupportedEncodingError: another encoding.
+        ImageError: size, step and length of the data do not agree, or are out of bounds.
+    """
+    if encoding in _PLANAR:
+        _check_even(encoding, height, width, both=True)
+        luma_and_chroma = _rows(height, width, step, width, data, height * 3 // 2)
+        return cv2.cvtColor(luma_and_chroma[:, :width], _PLANAR[encoding])
+    if encoding not in _PACKED:
+        raise UnsupportedEncodingError(encoding, RAW_ENCODINGS)
+    channels, channel_bytes, conversion = _PACKED[encoding]
+    row_bytes = width * channels * channel_bytes
+    rows = _rows(height, width, step, row_bytes, data, height)
+    if channels == 2:
+        _check_even(encoding, height, width, both=False)
+    if encoding.startswith("bayer") and min(height, width) < 3:
+        raise ImageError(
+            f"encoding '{encoding}': expected at least 3x3 pixels, found {width}x{height}"
+        )
+    # The more significant byte of each channel is the channel scaled to 8 bits.
+    first = channel_bytes - 1 if not is_bigendian else 0
+    pixels = rows[:, first:row_bytes:channel_bytes]
+    if channels > 1:
+        pixels = _split_channels(pixels, channels)
+    if channel_bytes > 1:
+        pixels = pixels.copy()
+    return pixels if conversion is None else cv2.cvtColor(pixels, conversion)
+
+
+def decode_depth(
+    encoding: str, height: int, width: int, step: int, is_bigendian: bool, data: BytesLike
+) -> np.ndarray:
+    """Return a raw ROS depth image as (height, width) float32 metres, 0 where there is none.
+
+    32FC1 holds metres, 16UC1 and mono16 millimetres (REP 118); values that are negative, infinite
+    or not a number become 0. Arguments as of `decode_raw`.
+
+    Raises:
+        UnsupportedEncodingError: another encoding.
+        ImageError: size, step and length of the data do not agree, or are out of bounds.
+    """
+    if encoding not in _DEPTH:
+        raise UnsupportedEncodingError(encoding, DEPTH_ENCODINGS)
+    kind, scale = _DEPTH[encoding]
+    dtype = np.dtype(f"{'>' if is_bigendian else '<'}{kind}")
+    row_bytes = width * dtype.itemsize
+    rows = _rows(height, width, step, row_bytes, data, height)
+    depth = np.ascontiguousarray(rows[:, :row_bytes]).view(dtype).astype(np.float32)
+    if scale != 1.0:
+        depth *= np.float32(scale)
+    # NaN compares false.
+    depth[~((depth > 0) & (depth < np.inf))] = 0
+    return depth
+
+
+def decode_compressed(data: BytesLike, format: str = "") -> np.ndarray:
+    """Return a compressed image as (height, width, 3) uint8 RGB.
+
+    JPEG, PNG, WebP and BMP are told apart by their content. Alpha is dropped, gray becomes RGB,
+    of 16 bits the upper 8 are kept, and an orientation in EXIF is ignored.
+
+    Args:
+        data: the whole compressed image.
+        format: as in sensor_msgs/CompressedImage, e.g. "jpeg" or "rgb8; jpeg compressed bgr8".
+
+    Raises:
+        ImageError: depth images, other formats, truncated or damaged data, or more than
+            `MAX_IMAGE_PIXELS` pixels.
+    """
+    if "compressedDepth" in format:
+        raise ImageError(
+            f"format {format[:60]!r} is a depth image; expected a JPEG, PNG or WebP colour image"
+        )
+    content = _as_bytes(data)
+    kind, width, height = inspect_image(content.tobytes())
+    _check_size(height, width)
+    try:
+        image = cv2.imdecode(content, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error as error:
+        raise ImageError(f"{kind} image cannot be decoded: {error.err}") from error
+    if image is None:
+        raise ImageError(f"{kind} image of {width}x{height} pixels cannot be decoded")
+    if image.shape != (height, width, 3):
+        found = f"{image.shape[1]}x{image.shape[0]}"
+        raise ImageError(f"{kind} image is damaged: expected {width}x{height}, decoded {found}")
+    # image_transport: what stands behind the semicolon is the channel order that was given to
+    # OpenCV's encoder, which takes everything for BGR.
+    if "compressed rgb" in format:
+        return image
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def encode_jpeg(rgb: np.ndarray, quality: int = 90) -> bytes:
+    """Return (height, width, 3) uint8 RGB or (height, width) uint8 as JPEG of quality 0 to 100.
+
+    Raises:
+        ImageError: another shape or dtype, or too large for JPEG.
+    """
+    return _encode(".jpg", rgb, [cv2.IMWRITE_JPEG_QUALITY, quality])
+
+
+def encode_png(rgb: np.ndarray) -> bytes:
+    """Return (height, width, 3) uint8 RGB or (height, width) uint8 as PNG.
+
+    Raises:
+        ImageError: another shape or dtype.
+    """
+    return _encode(".png", rgb, [cv2.IMWRITE_PNG_COMPRESSION, 3])
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Return an image file (JPEG, PNG, WebP, BMP) as (height, width, 3) uint8 RGB.
+
+    Raises:
+        ImageError: the file cannot be read or decoded; names the file.
+    """
+    try:
+        return decode_compressed(Path(path).read_bytes())
+    except OSError as error:
+        raise ImageError(f"image '{path}': {error.strerror}") from error
+    except ImageError as error:
+        raise ImageError(f"image '{path}': {error}") from error
+
+
+def write_image(path: Path, rgb: np.ndarray) -> None:
+    """Write (height, width, 3) uint8 RGB or (height, width) uint8 as .png, .jpg or .jpeg, whole or
+    not at all.
+
+    Raises:
+        ImageError: another suffix, shape or dtype, or the file cannot be written.
+    """
+    path = Path(path)
+    encoders = {".png": encode_png, ".jpg": encode_jpeg, ".jpeg": encode_jpeg}
+    if path.suffix.lower() not in encoders:
+        raise ImageError(f"image '{path}': expected a name in .png, .jpg or .jpeg")
+    content = encoders[path.suffix.lower()](rgb)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ImageError(f"image '{path}' cannot be written: {error.strerror}") from error
+
+
+def _encode(suffix: str, rgb: np.ndarray, options: list[int]) -> bytes:
+    colour = rgb.ndim == 3 and rgb.shape[2] == 3
+    if rgb.dtype != np.uint8 or 0 in rgb.shape or not (colour or rgb.ndim == 2):
+        raise ImageError(
+            "image to encode: expected non-empty (height, width, 3) RGB or (height, width), uint8; "
+            f"found shape {rgb.shape}, {rgb.dtype}"
+        )
+    pixels = np.ascontiguousarray(rgb)
+    try:
+        done, content = cv2.imencode(
+            suffix, cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR) if colour else pixels, options
+        )
+    except cv2.error as error:
+        raise ImageError(f"image of shape {rgb.shape} cannot be encoded: {error.err}") from error
+    if not done:
+        raise ImageError(f"image of shape {rgb.shape} cannot be encoded as {suffix}")
+    return content.tobytes()
+
+
+def _as_bytes(data: BytesLike) -> np.ndarray:
+    try:
+        if isinstance(data, np.ndarray):
+            return np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+        return np.frombuffer(data, np.uint8)
+    except (TypeError, ValueError, BufferError) as error:
+        raise ImageError(f"image data: expected bytes, found {type(data).__name__}") from error
+
+
+def _rows(
+    height: int, width: int, step: int, row_bytes: int, data: BytesLike, data_rows: int
+) -> np.ndarray:
+    """Return the bytes as (data_rows, step) uint8 without a copy, all sizes checked."""
+    _check_size(height, width)
+    if step < row_bytes:
+        raise ImageError(
+            f"image of {width}x{height} pixels: expected a step of at least {row_bytes} bytes, "
+            f"found {step}"
+        )
+    content = _as_bytes(data)
+    if content.size != data_rows * step:
+        raise ImageError(
+            f"image of {width}x{height} pixels: expected {data_rows * step} bytes "
+            f"({data_rows} rows of {step}), found {content.size}"
+        )
+    return content.reshape(data_rows, step)
+
+
+def _split_channels(rows: np.ndarray, channels: int) -> np.ndarray:
+    stride, inner = rows.strides
+    shape = (rows.shape[0], rows.shape[1] // channels, channels)
+    return np.lib.stride_tricks.as_strided(
+        rows, shape, (stride, inner * channels, inner), writeable=False
+    )
+
+
+def _check_size(height: int, width: int) -> None:
+    if height < 1 or width < 1 or height * width > MAX_IMAGE_PIXELS:
+        raise ImageError(
+            f"image size: expected 1 to {MAX_IMAGE_PIXELS} pixels, found {width}x{height}"
+        )
+
+
+def _check_even(encoding: str, height: int, width: int, *, both: bool) -> None:
+    if width % 2 or (both and height % 2):
+        sides = "width and height" if both else "width"
+        raise ImageError(f"encoding '{encoding}': expected even {sides}, found {width}x{height}")

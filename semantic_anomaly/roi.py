@@ -1,0 +1,155 @@
+"""What of an image takes part, and the pieces of it that are compared."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from semantic_anomaly.errors import ImageError, SettingsError
+from semantic_anomaly.settings import CameraSettings
+from semantic_anomaly.structures import PatchGrid, Regions
+
+
+@dataclass(frozen=True)
+class ImageRegion:
+    """The part of a camera's image that takes part in index, score, calibration and localization.
+
+    Attributes:
+        polygon_xy: corners in relative image coordinates [0, 1]; empty for the whole image.
+        ego_mask_png: content of a PNG whose non-zero pixels show the vehicle itself; empty: none.
+
+    Raises:
+        SettingsError: a polygon of no area, or partly outside the image.
+        ImageError: the ego mask is not a whole PNG image.
+    """
+
+    polygon_xy: tuple[tuple[float, float], ...] = ()
+    ego_mask_png: bytes = b""
+
+    def __post_init__(self) -> None:
+        corners = np.array(self.polygon_xy, np.float64).reshape(-1, 2)
+        # NaN fails both comparisons.
+        if not np.all((corners >= 0.0) & (corners <= 1.0)):
+            raise SettingsError(
+                "region of interest: expected corners in relative image coordinates [0, 1], "
+                f"found {[list(corner) for corner in self.polygon_xy]}"
+            )
+        if len(corners) and cv2.contourArea(corners.astype(np.float32)) <= 0.0:
+            raise SettingsError(
+                "region of interest: expected at least 3 corners around some area, "
+                f"found {[list(corner) for corner in self.polygon_xy]}"
+            )
+        if self.ego_mask_png:
+            _ego_pixels(self.ego_mask_png)
+
+    @classmethod
+    def from_settings(cls, camera: CameraSettings) -> ImageRegion:
+        """Make the region of a camera, reading its ego mask.
+
+        Raises:
+            ImageError: the ego mask cannot be read.
+            SettingsError: nothing of the image is left.
+        """
+        numbers = camera.region_of_interest
+        polygon = tuple(zip(numbers[::2], numbers[1::2], strict=True))
+        content = b""
+        if camera.ego_mask:
+            try:
+                content = Path(camera.ego_mask).expanduser().read_bytes()
+            except OSError as error:
+                raise ImageError(f"ego mask '{camera.ego_mask}': {error.strerror}") from error
+            if not content:
+                raise ImageError(f"ego mask '{camera.ego_mask}' is empty")
+        region = cls(polygon, content)
+        if not region.pixel_mask((360, 640)).any():
+            raise SettingsError("region of interest and ego mask leave no pixel of the image")
+        return region
+
+    @property
+    def is_whole_image(self) -> bool:
+        """Return whether every pixel takes part."""
+        return not self.polygon_xy and not self.ego_mask_png
+
+    def pixel_mask(self, image_hw: tuple[int, int]) -> np.ndarray:
+        """Return (height, width) bool, true where a pixel takes part."""
+        return _pixel_mask(self, image_hw)
+
+    def patch_mask(self, grid_hw: tuple[int, int], image_hw: tuple[int, int]) -> np.ndarray:
+        """Return (rows, cols) bool, true where at least half of a patch takes part."""
+        return _patch_mask(self, grid_hw, image_hw)
+
+    def describe(self) -> dict[str, object]:
+        """Return what manifests store and compare: the polygon and the ego mask's sha256."""
+        digest = hashlib.sha256(self.ego_mask_png).hexdigest() if self.ego_mask_png else ""
+        return {"polygon_xy": [list(p) for p in self.polygon_xy], "ego_mask_sha256": digest}
+
+
+# Cameras keep their size, so the masks of the last few sizes are all that is ever asked for.
+@lru_cache(maxsize=32)
+def _pixel_mask(region: ImageRegion, image_hw: tuple[int, int]) -> np.ndarray:
+    height, width = image_hw
+    mask = np.ones((height, width), np.uint8)
+    if region.polygon_xy:
+        mask[:] = 0
+        # Relative coordinates span pixel edges; fillPoly counts from pixel centres.
+        corners = np.array(region.polygon_xy) * (width, height) - 0.5
+        cv2.fillPoly(mask, [np.round(corners * 256).astype(np.int32)], 1, shift=8)
+    if region.ego_mask_png:
+        ego = _ego_pixels(region.ego_mask_png)
+        mask[cv2.resize(ego, (width, height), interpolation=cv2.INTER_NEAREST) > 0] = 0
+    result = mask.astype(bool)
+    result.flags.writeable = False
+    return result
+
+
+def _ego_pixels(content: bytes) -> np.ndarray:
+    """Return (height, width) uint8, 1 where the PNG is not black."""
+    pixels = None
+    # Lossy formats are never exactly black, and readers may fill up a PNG that is cut off.
+    if content.startswith(b"\x89PNG\r\n\x1a\n") and b"IEND" in content[-12:]:
+        # In grey or 8 bits, dark blue and 16-bit labels would round to black.
+        flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH
+        with suppress(cv2.error):
+            pixels = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
+    if pixels is None:
+        raise ImageError(f"ego mask: expected a whole PNG image, found {content[:8]!r}...")
+    return (pixels > 0).any(axis=2).astype(np.uint8)
+
+
+@lru_cache(maxsize=32)
+def _patch_mask(
+    region: ImageRegion, grid_hw: tuple[int, int], image_hw: tuple[int, int]
+) -> np.ndarray:
+    mask = _pixel_mask(region, image_hw).astype(np.float32)
+    share = cv2.resize(mask, (grid_hw[1], grid_hw[0]), interpolation=cv2.INTER_AREA)
+    result = share >= 0.5
+    result.flags.writeable = False
+    return result
+
+
+def patch_regions(grid: PatchGrid, region: ImageRegion) -> Regions:
+    """Return one region a patch, in row order: the grid variant of arXiv 2505.07998.
+
+    Args:
+        grid: the patch embeddings of an image.
+        region: patches of which less than half lies inside take no part (label -1).
+
+    Raises:
+        SettingsError: no patch takes part.
+    """
+    if region.is_whole_image:
+        count = grid.grid_hw[0] * grid.grid_hw[1]
+        labels = np.arange(count, dtype=np.int32).reshape(grid.grid_hw)
+        return Regions(grid.features.reshape(count, grid.dim), labels)
+    inside = region.patch_mask(grid.grid_hw, grid.image_hw)
+    if not inside.any():
+        raise SettingsError("region of interest and ego mask leave no patch of the image")
+    labels = np.full(grid.grid_hw, -1, np.int32)
+    labels[inside] = np.arange(int(inside.sum()), dtype=np.int32)
+    return Regions(grid.features[inside], labels)

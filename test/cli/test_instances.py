@@ -1,0 +1,144 @@
+"""The commands with instances: built, calibrated, evaluated, explained, cured, and refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from worlds.cli import World, said
+
+from semantic_anomaly.calibration.calibration import Calibration
+from semantic_anomaly.cli import main
+from semantic_anomaly.index.nominal_index import NominalIndex
+from semantic_anomaly.io.images import read_image
+
+WANTED = ["variant=combined", "surroundings_weight=0.3", "min_agreement=0.1", "scene_frames=4"]
+OPTIONS = [part for wanted in WANTED for part in ("--set", wanted)]
+
+
+@pytest.fixture(scope="module")
+def made(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("instances") / "index"
+    drives = [world.at("index_1"), world.at("index_2")]
+    assert main(["build-index", *drives, "--out", str(folder), *world.detector, *OPTIONS]) == 0
+    nominal = [world.at("calibration_11"), world.at("calibration_12")]
+    rate = ["--target-false-alarm-rate", "0.1"]
+    assert main(["calibrate", str(folder), *nominal, *rate, *world.detector, *OPTIONS]) == 0
+    return folder
+
+
+def copied(made: Path, to: Path) -> Path:
+    shutil.copytree(made, to)
+    return to
+
+
+def test_an_index_with_instances_is_evaluated_and_replayed(
+    world: World, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--index", str(made), *world.detector, *OPTIONS]
+    report, replayed = tmp_path / "report", tmp_path / "replayed"
+    assert main(["evaluate", world.at("labelled"), "--out", str(report), *options]) == 0
+    results = json.loads((report / "results.json").read_text())
+    assert results["settings"]["variant"] == "combined" and results["frame_auroc"] is not None
+    assert main(["replay", world.at("bag"), "--out", str(replayed), *options]) == 0
+    capsys.readouterr()
+    assert main(["inspect-index", str(made)]) == 0
+    text = capsys.readouterr().out
+    for name in ("instances", "pairs", "scenes", "min_agreement"):
+        assert name in text, name
+    assert Calibration.load(made).scoring == {
+        **{"variant": "combined", "surroundings_weight": 0.3},
+        **{"min_agreement": 0.1, "scene_frames": 4, "usual_kinds": 256, "smoothing": 0.8},
+    }
+
+
+@pytest.mark.parametrize("part", ["instances", "pairs"])
+def test_from_a_miss_to_a_cure_in_a_part(
+    world: World, made: Path, tmp_path: Path, part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index = copied(made, tmp_path / "index")
+    before = NominalIndex.load(index)
+    out = tmp_path / "why.jpg"
+    box = ["--box", "0", "0", "128", "72", "--count", "3", "--part", part, "--out", str(out)]
+    image = f"{world.at('labelled')}[5:6]"
+    assert main(["explain", str(index), image, *box, *world.detector, *OPTIONS]) == 0
+    text = capsys.readouterr().out
+    assert "instances of the box" in text and f"numbers of part '{part}'" in text
+    numbers = re.findall(r"^ *(\d+) +\S+/", text, re.M)
+    assert len(numbers) == 3 and read_image(out).shape[1] > 480
+    listed = ",".join(numbers)
+    assert main(["retract", str(index), "--entries", listed, "--part", part]) == 0
+    assert f"--part {part}" in capsys.readouterr().out
+    edited = NominalIndex.load(index)
+    assert edited.parts[part].count == before.parts[part].count - 3
+    assert edited.count == before.count
+    assert main(["undo-edit", str(index), "--part", part]) == 0
+    assert NominalIndex.load(index).fingerprint == before.fingerprint
+
+
+def test_added_frames_reach_all_parts(world: World, made: Path, tmp_path: Path) -> None:
+    index = copied(made, tmp_path / "index")
+    before = NominalIndex.load(index)
+    add = ["add-nominal", str(index), world.at("calibration_12"), "--frames", "2,5"]
+    assert main([*add, *world.detector, *OPTIONS]) == 0
+    grown = NominalIndex.load(index)
+    assert grown.count > before.count
+    for name, part in grown.parts.items():
+        assert part.count > before.parts[name].count, name
+    assert main(["undo-edit", str(index)]) == 0
+    assert NominalIndex.load(index).fingerprint == before.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["variant=instance", "segmenter=universal"], "segmenter 'universal': expected a model"),
+        (["variant=instance", "segmenter_model=x"], "segmenter 'tokens': expected no model"),
+        (["variant=instance", "segmenter=universal", "segmenter_model=/nowhere"], "/nowhere"),
+        (["variant=instance", "segmenter=detector", "segmenter_model=BACKBONE"],
+         "is not of the family 'detector'"),
+        (["variant=objects"], "variant"),
+        (["variant=instance", "surroundings_weight=1.5"], "surroundings_weight"),
+        (["surroundings_weight=0.5"], "expected 0 with variant 'grid'"),
+        (["variant=combined", "place_normalisation=false"], "place_normalisation"),
+        (["variant=instance"], "instances: expected a part of them, found none"),
+        (["scene_frames=3"], "scenes: expected a part of them, found none"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_named(
+    world: World,
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = [o.replace("BACKBONE", str(world.backbone)) for o in options]
+    changed = [part for option in given for part in ("--set", option)]
+    argv = ["evaluate", world.at("labelled"), "--index", world.at("index")]
+    code = main([*argv, "--out", str(tmp_path / "report"), *world.detector, *changed])
+    assert code == 2
+    assert message in said(capsys)
+    assert not (tmp_path / "report").exists()
+
+
+def test_other_settings_than_those_of_the_index_are_named(
+    world: World, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["evaluate", world.at("labelled"), "--index", str(made), "--out", str(tmp_path / "r")]
+    for changes, message in (
+        (["surroundings_weight=0.5"], "surroundings_weight: expected 0.3, found 0.5"),
+        (["min_agreement=0.4"], "settings of the score"),
+    ):
+        changed = [part for change in changes for part in ("--set", change)]
+        assert main([*argv, *world.detector, *OPTIONS, *changed]) == 2
+        assert message in said(capsys)
+    box = ["--box", "0", "0", "128", "72", "--part", "scenes"]
+    image = f"{world.at('labelled')}[5:6]"
+    assert main(["explain", str(made), image, *box, *world.detector, *OPTIONS]) == 2
+    assert "expected a part of instances or pairs" in said(capsys)
+    add = ["add-nominal", str(made), world.at("calibration_12"), "--frames", "2"]
+    assert main([*add, *world.detector]) == 2
+    assert "segmenter: expected tokens" in said(capsys)

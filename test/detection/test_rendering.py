@@ -1,0 +1,226 @@
+"""Pictures: a fixed scale, plain where nominal, and the same words for everybody."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from semantic_anomaly.detection.localization import heatmap, localize
+from semantic_anomaly.detection.rendering import contact_sheet, draw_heatmap, draw_overlay
+from semantic_anomaly.errors import ImageError
+from semantic_anomaly.roi import ImageRegion
+from semantic_anomaly.structures import AnomalyResult, Decision, HeatmapScale, NominalExample
+
+THRESHOLD = 0.3
+WEDGE = ImageRegion(((0.1, 1.0), (0.4, 0.3), (0.6, 0.3), (0.9, 1.0)))
+
+
+def result_of(
+    distances: np.ndarray,
+    image_hw: tuple[int, int],
+    region: ImageRegion | None = None,
+    **changes: Any,
+) -> AnomalyResult:
+    region = region or ImageRegion()
+    inside = region.patch_mask(distances.shape, image_hw)  # type: ignore[arg-type]
+    distances = np.where(inside, distances, 0).astype(np.float32)
+    heat = heatmap(distances, region, image_hw)
+    labels, places = localize(
+        distances,
+        heat,
+        THRESHOLD,
+        0,
+        region.pixel_mask(image_hw),
+        lambda places: [NominalExample("a/1.png", row, col, (1, 1), 0.1) for row, col in places],
+    )
+    values: dict[str, Any] = {
+        "score": float(distances.max()),
+        "decision": Decision.ANOMALY if places else Decision.NOMINAL,
+        "p_value": 0.0123,
+        "threshold": THRESHOLD,
+        "heatmap": heat,
+        "scale": HeatmapScale(0.05, THRESHOLD),
+        "label_map": labels,
+        "localizations": places,
+    }
+    return AnomalyResult(**{**values, **changes})
+
+
+def one_odd_patch(grid_hw: tuple[int, int] = (9, 16)) -> np.ndarray:
+    distances = np.full(grid_hw, 0.05, np.float32)
+    distances[grid_hw[0] * 2 // 3, grid_hw[1] // 2] = 0.8
+    return distances
+
+
+def grey(image_hw: tuple[int, int]) -> np.ndarray:
+    return np.full((*image_hw, 3), 120, np.uint8)
+
+
+def lightness(rgb: np.ndarray) -> np.ndarray:
+    return cv2.cvtColor(rgb, cv2.COLOR_RGB2LAB)[..., 0].astype(float)
+
+
+@pytest.mark.parametrize(
+    ("distance", "darkest", "brightest", "reason"),
+    [
+        (0.0, 0, 3, "less than typical"),
+        (0.05, 0, 3, "typical is black"),
+        (0.15, 15, 80, "nominal is dark"),
+        (0.30, 100, 170, "the threshold is half way up"),
+        (0.54, 230, 255, "almost twice the threshold is bright"),
+        (0.9, 230, 255, "saturated"),
+        (2.0, 230, 255, "the largest there is"),
+    ],
+)
+def test_heatmap_has_a_fixed_scale(
+    distance: float, darkest: int, brightest: int, reason: str
+) -> None:
+    picture = draw_heatmap(result_of(np.full((4, 6), distance), (40, 60)))
+    assert picture.shape == (40, 60, 3) and picture.dtype == np.uint8
+    assert (lightness(picture) >= darkest).all() and (lightness(picture) <= brightest).all()
+
+
+def test_heatmap_does_not_depend_on_the_rest_of_the_image() -> None:
+    nominal = np.full((4, 6), 0.1, np.float32)
+    odd = nominal.copy()
+    odd[3, 5] = 1.9
+    beside = draw_heatmap(result_of(nominal, (40, 60))), draw_heatmap(result_of(odd, (40, 60)))
+    np.testing.assert_array_equal(beside[0][:20, :30], beside[1][:20, :30])
+
+
+def test_heatmap_grows_brighter_with_distance_and_never_darker() -> None:
+    ramp = np.linspace(0.0, 1.0, 64, dtype=np.float32)[None]
+    row = lightness(draw_heatmap(result_of(ramp, (4, 640))))[2]
+    assert (np.diff(row) >= -1.0).all() and row[-1] - row[0] > 200
+
+
+def test_heatmap_is_black_outside_the_region() -> None:
+    picture = draw_heatmap(result_of(np.full((9, 16), 0.9), (90, 160), WEDGE), WEDGE)
+    mask = WEDGE.pixel_mask((90, 160))
+    assert not picture[~mask].any() and (lightness(picture)[mask] > 200).mean() > 0.95
+
+
+def banner_rows(image_hw: tuple[int, int]) -> int:
+    return max(12, round(image_hw[0] / 15))
+
+
+def test_overlay_of_a_nominal_frame_is_the_plain_image_under_a_banner(
+    rng: np.random.Generator,
+) -> None:
+    image = rng.integers(0, 256, (360, 640, 3), np.uint8)
+    kept = image.copy()
+    drawn = draw_overlay(image, result_of(np.full((9, 16), 0.08), (360, 640)), ImageRegion(), 0.7)
+    rows = banner_rows((360, 640))
+    np.testing.assert_array_equal(drawn[rows:], image[rows:])
+    np.testing.assert_array_equal(image, kept)
+
+
+def test_overlay_marks_the_odd_place_and_nothing_else() -> None:
+    image_hw = (360, 640)
+    image = grey(image_hw)
+    result = result_of(one_odd_patch(), image_hw)
+    drawn = draw_overlay(image, result, ImageRegion(), 0.5)
+    changed = (drawn != image).any(axis=2)
+    changed[: banner_rows(image_hw)] = False
+    left, top, right, bottom = (int(v) for v in result.localizations[0].box_xyxy)
+    assert changed[top:bottom, left:right].mean() > 0.95
+    changed[top - 40 : bottom + 40, left - 40 : right + 120] = False
+    assert not changed.any()
+
+
+def test_alpha_is_the_strength_of_the_heatmap() -> None:
+    image = grey((360, 640))
+    result = result_of(
+        one_odd_patch(),
+        (360, 640),
+        localizations=(),
+        label_map=np.zeros((360, 640), np.uint16),
+    )
+    y, x = np.unravel_index(int(result.heatmap.argmax()), result.heatmap.shape)
+    shifts = [
+        np.abs(draw_overlay(image, result, ImageRegion(), alpha)[y, x].astype(int) - 120).sum()
+        for alpha in (0.0, 0.3, 0.6, 1.0)
+    ]
+    assert shifts[0] == 0 and shifts == sorted(shifts) and shifts[-1] > 100
+
+
+def test_outside_of_the_region_is_dimmed_and_its_edge_drawn() -> None:
+    image = grey((360, 640))
+    drawn = draw_overlay(image, result_of(np.full((9, 16), 0.05), (360, 640), WEDGE), WEDGE, 0.5)
+    assert (drawn[200, 20] < 60).all(), "dimmed"
+    assert (drawn[250, 320] == 120).all(), "plain inside"
+    row = drawn[250].astype(int)
+    assert ((row[:, 1] - row[:, 0]) > 80).any(), "a green outline"
+
+
+@pytest.mark.parametrize("decision", list(Decision))
+@pytest.mark.parametrize("image_hw", [(360, 640), (720, 1280)])
+def test_banner_is_legible(image_hw: tuple[int, int], decision: Decision) -> None:
+    result = result_of(
+        np.full((9, 16), 0.08),
+        image_hw,
+        decision=decision,
+        reason="uncalibrated: no threshold" if decision is Decision.UNKNOWN else "",
+    )
+    banner = draw_overlay(grey(image_hw), result, ImageRegion(), 0.5)[: banner_rows(image_hw)]
+    light = lightness(banner) > 120
+    ys, xs = np.nonzero(light)
+    assert ys.max() - ys.min() >= 9, "letters of ten pixels"
+    assert ys.min() > 0 and ys.max() < len(banner) - 1 and xs.max() < image_hw[1] - 1, "not cut"
+    assert np.median(lightness(banner)[~light]) < 60, "on a dark ground"
+
+
+def test_decisions_differ_in_the_banner() -> None:
+    banners = []
+    for decision in (Decision.NOMINAL, Decision.ANOMALY):
+        result = result_of(np.full((9, 16), 0.08), (360, 640), decision=decision)
+        banners.append(draw_overlay(grey((360, 640)), result, ImageRegion(), 0.5)[:24])
+    assert (banners[0] != banners[1]).any()
+
+
+@pytest.mark.parametrize("image_hw", [(2, 3), (16, 16), (48, 64), (97, 131), (2000, 90)])
+def test_small_and_odd_sizes_are_drawn(image_hw: tuple[int, int]) -> None:
+    for region in (ImageRegion(), ImageRegion(((0.0, 0.0), (1.0, 0.0), (1.0, 1.0)))):
+        result = result_of(one_odd_patch(), image_hw, region)
+        drawn = draw_overlay(grey(image_hw), result, region, 0.5)
+        assert drawn.shape == (*image_hw, 3) and drawn.dtype == np.uint8
+        assert draw_heatmap(result, region).shape == (*image_hw, 3)
+
+
+def test_uncalibrated_result_is_drawn_with_its_reason() -> None:
+    shared = {"p_value": None, "threshold": None, "decision": Decision.UNKNOWN, "localizations": ()}
+    images = []
+    for reason in ("uncalibrated", "no frames"):
+        result = result_of(one_odd_patch(), (360, 640), reason=reason, **shared)
+        images.append(draw_overlay(grey((360, 640)), result, ImageRegion(), 0.5))
+    assert (images[0] != images[1]).any()
+
+
+def test_overlay_refuses_another_size() -> None:
+    with pytest.raises(ImageError, match=r"expected an image of the result's size \(40, 60\)"):
+        draw_overlay(grey((40, 61)), result_of(one_odd_patch(), (40, 60)), ImageRegion(), 0.5)
+
+
+def test_contact_sheet_places_row_by_row() -> None:
+    tiles = [np.full((4, 6, 3), value, np.uint8) for value in (10, 20, 30)]
+    sheet = contact_sheet(tiles, columns=2, gap_px=1)
+    assert sheet.shape == (9, 13, 3)
+    assert (sheet[:4, :6] == 10).all() and (sheet[:4, 7:] == 20).all()
+    assert (sheet[5:, :6] == 30).all() and (sheet[5:, 7:] == 255).all() and (sheet[4] == 255).all()
+    assert contact_sheet(tiles[:1], columns=5).shape == (4, 6, 3)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "columns"),
+    [
+        ([], 2),
+        ([np.zeros((4, 6, 3), np.uint8), np.zeros((4, 7, 3), np.uint8)], 2),
+        ([np.zeros((4, 6, 3), np.uint8)], 0),
+    ],
+)
+def test_contact_sheet_refuses(tiles: list[np.ndarray], columns: int) -> None:
+    with pytest.raises(ImageError, match="contact sheet"):
+        contact_sheet(tiles, columns)

@@ -1,0 +1,261 @@
+"""Backbone folders that are not whole and unaltered are refused, by name and reason."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from semantic_anomaly.embedding import pretrained as backbone_folder
+from semantic_anomaly.embedding.pretrained import load_network, open_backbone, shipped_backbones
+from semantic_anomaly.errors import BackboneError
+
+
+@pytest.fixture
+def copy(tiny_backbone: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_backbone, tmp_path / "copy"))
+
+
+def edit(path: Path, **changes: Any) -> None:
+    content = json.loads(path.read_text())
+    content.update(changes)
+    path.write_text(json.dumps({k: v for k, v in content.items() if v != "remove"}))
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def load(folder: Path) -> None:
+    opened = open_backbone(str(folder))
+    assert len(opened.weights_sha256) == 64
+    load_network(opened)
+
+
+def test_a_whole_folder_is_read(tiny_backbone: Path) -> None:
+    folder = open_backbone(str(tiny_backbone))
+    assert (folder.model_id, folder.revision) == ("tiny_dinov2", "")
+    assert (folder.architecture, folder.default_layers) == ("dinov2", (3,))
+    assert folder.mean == (0.485, 0.456, 0.406) and folder.rescale == pytest.approx(1 / 255)
+    load(tiny_backbone)
+
+
+def test_digests_follow_weights_and_both_configurations(copy: Path) -> None:
+    before = open_backbone(str(copy))
+    digests = {before.config_sha256}
+    edit(copy / "preprocessor_config.json", image_mean=[0.5, 0.5, 0.5])
+    digests.add(open_backbone(str(copy)).config_sha256)
+    edit(copy / "config.json", layer_norm_eps=0.5)
+    digests.add(open_backbone(str(copy)).config_sha256)
+    assert len(digests) == 3
+    weights = before.weights_sha256
+    data = bytearray((copy / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(data)
+    assert open_backbone(str(copy)).weights_sha256 != weights
+
+
+def shard(folder: Path) -> list[str]:
+    """Write the weights again in several files, as transformers does with large ones."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names, mapping = sorted(weights), {}
+    for number, part in enumerate((names[::2], names[1::2])):
+        name = f"model-0000{number + 1}-of-00002.safetensors"
+        save_file({k: weights[k] for k in part}, folder / name, {"format": "pt"})
+        mapping.update(dict.fromkeys(part, name))
+    index = {"metadata": {"total_size": 0}, "weight_map": mapping}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return sorted(set(mapping.values()))
+
+
+def test_sharded_weights_are_read_and_every_shard_counts(copy: Path) -> None:
+    shards = shard(copy)
+    load(copy)
+    digests = {open_backbone(str(copy)).weights_sha256}
+    for name in shards:
+        data = bytearray((copy / name).read_bytes())
+        data[-1] ^= 1
+        (copy / name).write_bytes(data)
+        digests.add(open_backbone(str(copy)).weights_sha256)
+    assert len(digests) == 3
+
+
+def test_missing_shard_and_shards_elsewhere_are_refused(copy: Path) -> None:
+    shards = shard(copy)
+    index = copy / "model.safetensors.index.json"
+    good = json.loads(index.read_text())
+    for odd in ("../other.safetensors", "weights.bin", 3):
+        edit(index, weight_map={**good["weight_map"], "layernorm.bias": odd})
+        with pytest.raises(BackboneError, match="weight_map"):
+            load(copy)
+    index.write_text(json.dumps(good))
+    (copy / shards[1]).unlink()
+    with pytest.raises(BackboneError, match=shards[1]):
+        load(copy)
+
+
+FOLDER_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json: No such file"),
+    "config cut": (lambda f: (f / "config.json").write_text('{"model_type'), "not JSON"),
+    "config list": (lambda f: (f / "config.json").write_text("[]"), "JSON object"),
+    "no preprocessor": (
+        lambda f: (f / "preprocessor_config.json").unlink(),
+        "preprocessor_config.json: No such file.*config.json",
+    ),
+    "no mean": (
+        lambda f: edit(f / "preprocessor_config.json", image_mean="remove"),
+        "image_mean: expected 3 finite numbers, found None",
+    ),
+    "two means": (lambda f: edit(f / "preprocessor_config.json", image_mean=[0, 0]), "image_mean"),
+    "zero std": (lambda f: edit(f / "preprocessor_config.json", image_std=[1, 1, 0]), "image_std"),
+    "nan std": (
+        lambda f: edit(f / "preprocessor_config.json", image_std=[1, 1, float("nan")]),
+        "image_std",
+    ),
+    "odd rescale": (
+        lambda f: edit(f / "preprocessor_config.json", rescale_factor="255"),
+        "rescale_factor",
+    ),
+    "text model": (lambda f: edit(f / "config.json", model_type="bert"), "'bert' is not supported"),
+    "no model type": (lambda f: edit(f / "config.json", model_type="remove"), "None is not supp"),
+    "odd layers": (lambda f: edit(f / "config.json", out_indices=["a"]), "out_indices"),
+    "other weights file": (
+        lambda f: edit(f / "config.json", transformers_weights="model.safetensors"),
+        "transformers_weights",
+    ),
+    "quantised": (
+        lambda f: edit(f / "config.json", quantization_config={"quant_method": "gptq"}),
+        "quantization_config",
+    ),
+    "adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "adapters"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "safetensors only.*config.json"),
+    "pickled weights": (
+        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+        "safetensors only.*pytorch_model.bin",
+    ),
+    "weights cut": (
+        lambda f: (f / "model.safetensors").write_bytes(
+            (f / "model.safetensors").read_bytes()[:-10]
+        ),
+        "copy",
+    ),
+    "weights empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "copy"),
+    "layer missing": (
+        lambda f: edit_weights(f, lambda w: w.pop("layernorm.weight")),
+        "1 missing: layernorm.weight",
+    ),
+    "all renamed": (
+        lambda f: edit_weights(
+            f, lambda w: w.update({f"x.{k}": w.pop(k) for k in list(w)}) or w.clear
+        ),
+        "missing",
+    ),
+    "more layers in config": (
+        lambda f: edit(f / "config.json", num_hidden_layers=5, out_features=None, out_indices=None),
+        "missing: encoder.layer",
+    ),
+    "fewer layers in config": (
+        lambda f: edit(
+            f / "config.json",
+            num_hidden_layers=2,
+            out_features="remove",
+            out_indices="remove",
+            stage_names="remove",
+        ),
+        "unexpected: encoder.layer.2",
+    ),
+    "other width": (lambda f: edit(f / "config.json", hidden_size=64), "copy"),
+    "surplus weights": (
+        lambda f: edit_weights(f, lambda w: w.update({"neck.weight": torch.zeros(3)})),
+        "1 unexpected: neck.weight",
+    ),
+    "nan weight": (
+        lambda f: edit_weights(f, lambda w: w["layernorm.weight"].fill_(float("nan"))),
+        "'layernorm.weight' are not finite",
+    ),
+    "inf weight": (
+        lambda f: edit_weights(f, lambda w: w["layernorm.bias"].fill_(float("inf"))),
+        "'layernorm.bias' are not finite",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", sorted(FOLDER_FAULTS))
+def test_faults_are_named(copy: Path, fault: str) -> None:
+    damage, message = FOLDER_FAULTS[fault]
+    damage(copy)
+    with pytest.raises(BackboneError, match=message) as caught:
+        load(copy)
+    assert "'copy'" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_heads_and_poolers_do_not_matter(copy: Path) -> None:
+    heads = {"classifier.weight": torch.zeros(2, 64), "classifier.bias": torch.zeros(2)}
+    edit_weights(copy, lambda w: (w.update(heads), w.pop("embeddings.mask_token")))
+    load(copy)
+
+
+def test_code_that_comes_with_a_folder_is_not_run(copy: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "ran"
+    (copy / "evil.py").write_text(f"open({str(trace)!r}, 'w')\nclass EvilModel: ...\n")
+    edit(copy / "config.json", auto_map={"AutoModel": "evil.EvilModel"})
+    load(copy)
+    assert not trace.exists()
+
+
+# Names -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["", "~/none", "./none", "/none/there", "a/b/c", "../none"])
+def test_folders_that_are_not_there_are_not_looked_for_elsewhere(name: str) -> None:
+    with pytest.raises(BackboneError, match="expected a folder, found none"):
+        open_backbone(name)
+
+
+def test_hub_ids_that_were_not_downloaded_say_how_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(BackboneError, match="hf download nobody/nothing-of-the-kind"):
+        open_backbone("nobody/nothing-of-the-kind")
+
+
+def test_downloaded_hub_ids_are_read_from_the_cache(
+    tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    store = tmp_path / "models--some--dinov2"
+    shutil.copytree(tiny_backbone, store / "snapshots" / commit)
+    (store / "refs").mkdir()
+    (store / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    folder = open_backbone("some/dinov2")
+    assert (folder.model_id, folder.revision) == ("some/dinov2", commit)
+
+
+def test_shipped_names_come_first_and_unknown_ones_are_told_apart(
+    tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backbone_folder, "SHIPPED", tmp_path)
+    shutil.copytree(tiny_backbone, tmp_path / "street_tiny")
+    assert shipped_backbones() == ["street_tiny"]
+    assert open_backbone("street_tiny").model_id == "street_tiny"
+    with pytest.raises(BackboneError, match=r"did you mean 'street_tiny'\?"):
+        open_backbone("street_tinny")
+
+
+def test_relative_and_home_folders_are_found(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(copy.parent)
+    monkeypatch.setenv("HOME", str(copy.parent))
+    for name in ("copy", "./copy", "~/copy", "copy/"):
+        assert open_backbone(name).model_id == "copy"
+    monkeypatch.chdir(copy)
+    assert open_backbone(".").model_id == "copy"

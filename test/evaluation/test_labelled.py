@@ -1,0 +1,257 @@
+"""A whole evaluation and a whole replay, with a backbone whose answers are known."""
+
+from __future__ import annotations
+
+import json
+import re
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from worlds.colours import LEFT_HALF, make_detector, street
+from worlds.labelled_drive import DRIVE, make_dataset, odd_mask
+
+from semantic_anomaly.errors import ImageError, InputError
+from semantic_anomaly.evaluation.datasets import LabelledFolder
+from semantic_anomaly.evaluation.labelled import evaluate
+from semantic_anomaly.evaluation.measures import latencies
+from semantic_anomaly.io.images import read_image, write_image
+
+PNG = b"\x89PNG"
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Return the folder of an evaluation and what it returned."""
+    root = tmp_path_factory.mktemp("evaluation")
+    dataset = LabelledFolder(make_dataset(root / "drive"))
+    results = evaluate(dataset, make_detector(), root / "out", every=4, progress=False)
+    return root / "out", results
+
+
+def test_results_are_written_as_returned(report: tuple[Path, dict[str, Any]]) -> None:
+    out, results = report
+    assert json.loads((out / "results.json").read_text()) == results
+
+
+def test_magenta_is_found(report: tuple[Path, dict[str, Any]]) -> None:
+    _, results = report
+    assert results["frame_auroc"] == 1.0 and results["tpr"] == 1.0
+    assert results["fpr"] == results["alarm_fpr"] <= 0.25
+    assert results["pixel_auroc"] > 0.99 and results["pixel_ap"] > 0.8
+    assert results["pixel_fpr95"] < 0.02
+    assert results["localized"] == 1.0
+    assert [f["localized"] for f in results["frames"] if f["anomaly"]].count(None) == 2
+    assert (results["frames_counted"], results["frames_anomalous"]) == (11, 4)
+    assert results["frames_ignored"] == 1
+    assert results["threshold_from"] == "calibration"
+    assert results["target_false_alarm_rate"] == 0.05
+
+
+def test_components_are_measured_at_both_thresholds(report: tuple[Path, dict[str, Any]]) -> None:
+    _, results = report
+    assert results["component_limits"] == {"predicted_px": 500, "truth_px": 100}
+    assert results["pixel_threshold_calibrated"] == results["threshold"]
+    # Magenta is far from everything and its box is large: found as an object with any threshold.
+    for name in ("oracle", "calibrated"):
+        assert results[f"component_f1_{name}"] > 0.5
+        assert 0.5 < results[f"component_siou_{name}"] <= 1
+    assert results["component_siou_oracle"] >= results["component_siou_calibrated"]
+
+
+def test_intervals_hold_their_figures(report: tuple[Path, dict[str, Any]]) -> None:
+    _, results = report
+    # One drive: its frames are no independent trials.
+    assert results["sequences"] == {"anomalous": 1, "nominal": 1}
+    assert results["frame_auroc_interval"] is None
+    for name in ("tpr", "fpr"):
+        low, high = results[f"{name}_interval"]
+        assert 0 <= low <= results[name] <= high <= 1
+        assert high - low > 0.9
+
+
+def test_maps_are_kept_on_wish(tmp_path: Path) -> None:
+    dataset = LabelledFolder(make_dataset(tmp_path / "drive"))
+    detector = make_detector()
+    results = evaluate(dataset, detector, tmp_path / "out", save_maps=True, progress=False)
+    assert sorted(f.stem for f in (tmp_path / "out" / "maps").iterdir()) == sorted(
+        truth.stem for truth in dataset.truths
+    )
+    frame = next(iter(dataset))[0]
+    heatmap = np.load(tmp_path / "out" / "maps" / "00000.npy")
+    assert heatmap.dtype == np.float32 and heatmap.shape == frame.image_hw
+    np.testing.assert_array_equal(heatmap, make_detector().detect(frame).heatmap)
+    again = evaluate(dataset, detector, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out" / "maps").exists()
+    measures = [name for name in results if name.startswith(("component_", "pixel_"))]
+    assert len(measures) > 9 and all(again[name] == results[name] for name in measures)
+
+
+def test_only_pixels_with_a_truth_are_counted(report: tuple[Path, dict[str, Any]]) -> None:
+    _, results = report
+    odd = int(odd_mask((72, 128)).sum())
+    counted = [letter for letter in DRIVE if letter in ".o"]
+    assert results["pixels"]["anomalous"] == 3 * odd
+    assert results["pixels"]["normal"] == len(counted) * 72 * 128 - 3 * odd
+    assert results["pixels"]["frames_without_truth"] == 2
+    assert results["pixels"]["region"] == "whole image"
+
+
+def test_kinds_are_measured_against_all_nominal_frames(
+    report: tuple[Path, dict[str, Any]],
+) -> None:
+    _, results = report
+    box, crate = results["by_kind"]["box"], results["by_kind"]["crate"]
+    assert (box["frames"], crate["frames"]) == (2, 1)
+    assert box["auroc"] == crate["auroc"] == 1.0 and box["tpr"] == 1.0
+    assert box["pixel_ap"] > 0.8 and box["family"] == "odd object"
+    assert results["by_family"]["odd object"]["frames"] == 3
+
+
+def test_frames_say_what_was_stated_of_them(report: tuple[Path, dict[str, Any]]) -> None:
+    _, results = report
+    frames = results["frames"]
+    assert [frame["name"] for frame in frames] == [f"{n:05d}.png" for n in range(len(DRIVE))]
+    assert [frame["anomaly"] for frame in frames] == [letter != "." for letter in DRIVE]
+    assert [frame["stamp_ns"] for frame in frames] == [n * 100_000_000 for n in range(len(DRIVE))]
+    for frame in frames:
+        assert set(frame["ms"]) == {"embed", "search", "localize", "total"}
+        assert 0 < frame["p_value"] <= 1
+        if not frame["ignored"]:
+            above = frame["score"] > results["threshold"]
+            assert frame["decision"] == ("anomaly" if above else "nominal")
+
+
+def test_the_report_says_how_it_was_made(report: tuple[Path, dict[str, Any]]) -> None:
+    _, results = report
+    assert len(results["index"]["fingerprint"]) == 64
+    assert results["backbone"]["architecture"] == "colours"
+    assert results["settings"]["tail_percent"] == 0.2
+    assert "numpy" in results["versions"]
+    assert results["calibration"] == {"frames": 40, "warnings": results["calibration"]["warnings"]}
+    assert any("2 drives" in sentence for sentence in results["calibration"]["warnings"])
+
+
+def test_pictures_are_written(report: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = report
+    for folder in ("overlays", "panels"):
+        names = sorted(path.name for path in (out / folder).iterdir())
+        assert names == ["00000.jpg", "00004.jpg", "00008.jpg"]
+    worst = sorted(path.name for path in (out / "worst").iterdir())
+    groups = ("highest_anomaly", "highest_nominal", "lowest_anomaly")
+    assert [name[: name.index("_0")] for name in worst] == [
+        f"{group}_{i}" for group in groups for i in range(1, 5)
+    ]
+    # The fourth picture is the nearest nominal frame.
+    assert (
+        read_image(out / "worst" / worst[0]).shape[1]
+        > read_image(out / "panels" / "00000.jpg").shape[1] * 1.3
+    )
+    for name in ("score_curve.png", "score_histogram.png", "curves.png", "calibration.png"):
+        assert (out / name).read_bytes()[:4] == PNG
+    assert (out / "contact_sheet.jpg").is_file()
+
+
+def test_the_report_is_one_file_without_a_network(report: tuple[Path, dict[str, Any]]) -> None:
+    out, results = report
+    text = (out / "report.html").read_text(encoding="utf-8")
+    sources = re.findall(r'(?:src|href)="([^"]*)"', text)
+    assert len(sources) == 4 + 12
+    assert all(source.startswith("data:image/") for source in sources)
+    assert "http:" not in text and "https:" not in text and "<script" not in text
+    for key in ("pixel_ap", "component_f1_oracle", "frame_auroc"):
+        assert f"{results[key]:.3f}" in text
+    for kind in results["by_kind"]:
+        assert f"<td>{kind}</td>" in text
+    assert results["calibration"]["warnings"][0] in unescape(text)
+    assert results["index"]["fingerprint"] in text
+
+
+def test_names_cannot_break_the_report(tmp_path: Path) -> None:
+    dataset = LabelledFolder(make_dataset(tmp_path / "<b>&drive", ".o"))
+    evaluate(dataset, make_detector(calibrated=False), tmp_path / "out", progress=False)
+    text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "<h1>&lt;b&gt;&amp;drive</h1>" in text
+    assert not (tmp_path / "out" / "calibration.png").exists()
+
+
+def test_only_the_region_is_measured(tmp_path: Path) -> None:
+    """The odd box lies in the right half, so the left half knows nothing of it."""
+    dataset = LabelledFolder(make_dataset(tmp_path / "drive"))
+    detector = make_detector(region=LEFT_HALF)
+    results = evaluate(dataset, detector, tmp_path / "out", progress=False)
+    assert results["pixels"]["region"] == "region of interest"
+    inside = int(LEFT_HALF.pixel_mask((72, 128)).sum())
+    assert results["pixels"]["normal"] == 10 * inside and results["pixels"]["anomalous"] == 0
+    assert (results["pixel_ap"], results["pixel_auroc"], results["pixel_fpr95"]) == (None,) * 3
+    assert results["frame_auroc"] < 0.9
+
+
+def test_an_alarm_for_something_else_is_no_find(tmp_path: Path) -> None:
+    """What is masked lies in the left half, what is odd in the right one."""
+    root = make_dataset(tmp_path / "drive", ".o")
+    write_image(root / "masks/00001.png", odd_mask((72, 128))[:, ::-1].copy())
+    results = evaluate(LabelledFolder(root), make_detector(), tmp_path / "out", progress=False)
+    assert (results["tpr"], results["localized"]) == (1.0, 0.0)
+
+
+def test_without_a_calibration_rates_are_not_defined(tmp_path: Path) -> None:
+    dataset = LabelledFolder(make_dataset(tmp_path / "drive", "..o"))
+    results = evaluate(dataset, make_detector(calibrated=False), tmp_path / "out", progress=False)
+    for name in ("tpr", "fpr", "alarm_tpr", "threshold", "target_false_alarm_rate", "calibration"):
+        assert results[name] is None
+    assert results["frame_auroc"] == 1.0 and results["by_kind"]["box"]["tpr"] is None
+    assert {frame["decision"] for frame in results["frames"]} == {"unknown"}
+
+
+def test_without_anomalies_only_the_false_alarm_rate_is_defined(tmp_path: Path) -> None:
+    dataset = LabelledFolder(make_dataset(tmp_path / "drive", "...."))
+    results = evaluate(dataset, make_detector(), tmp_path / "out", progress=False)
+    for name in ("frame_auroc", "tpr", "pixel_ap", "pixel_auroc", "pixel_fpr95"):
+        assert results[name] is None
+    assert 0.0 <= results["fpr"] <= 1.0 and results["by_kind"] == {}
+
+
+def test_a_threshold_set_by_hand_promises_no_rate(tmp_path: Path) -> None:
+    dataset = LabelledFolder(make_dataset(tmp_path / "drive", ".o"))
+    results = evaluate(dataset, make_detector(threshold=1.9), tmp_path / "out", progress=False)
+    assert (results["threshold"], results["threshold_from"]) == (1.9, "setting")
+    assert results["target_false_alarm_rate"] is None
+    assert (results["tpr"], results["fpr"]) == (0.0, 0.0)
+
+
+def test_confirmation_moves_alarms_but_not_scores(tmp_path: Path) -> None:
+    dataset = LabelledFolder(make_dataset(tmp_path / "drive", "..oo.."))
+    detector = make_detector(confirm_count=2, confirm_s=1.0)
+    results = evaluate(dataset, detector, tmp_path / "out", progress=False)
+    assert results["tpr"] == 1.0 and results["alarm_tpr"] == 0.5
+
+
+def test_a_bad_image_leaves_nothing(tmp_path: Path) -> None:
+    root = make_dataset(tmp_path / "drive", "...")
+    write_image(root / "images/00002.png", street(1, image_hw=(80, 128)).image)
+    with pytest.raises(ImageError, match="one size"):
+        evaluate(LabelledFolder(root), make_detector(), tmp_path / "out", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["drive"]
+
+
+def test_an_evaluation_replaces_an_earlier_one_only(tmp_path: Path) -> None:
+    dataset = LabelledFolder(make_dataset(tmp_path / "drive", ".o"))
+    detector, out = make_detector(), tmp_path / "out"
+    evaluate(dataset, detector, out, every=0, progress=False)
+    evaluate(dataset, detector, out, every=1, progress=False)
+    assert sorted(p.name for p in (out / "panels").iterdir()) == ["00000.jpg", "00001.jpg"]
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"notes\.txt"):
+        evaluate(dataset, detector, out, progress=False)
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_latencies_by_stage() -> None:
+    found = latencies({"embed": float(n), "total": 2.0 * n} for n in range(101))
+    assert found == {
+        "embed": {"p50": 50.0, "p95": 95.0, "p99": 99.0},
+        "total": {"p50": 100.0, "p95": 190.0, "p99": 198.0},
+    }

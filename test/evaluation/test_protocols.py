@@ -1,0 +1,153 @@
+"""The field's protocols: what may be in the index, and that nothing scored ever is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from worlds.colours import ColourEmbedder, street
+from worlds.labelled_drive import make_dataset
+
+from semantic_anomaly.cli import main
+from semantic_anomaly.errors import CalibrationError, InputError
+from semantic_anomaly.evaluation.datasets import LabelledFolder
+from semantic_anomaly.evaluation.labelled import evaluate
+from semantic_anomaly.evaluation.protocols import Reference, SelfNominal, normal_patches
+from semantic_anomaly.io.images import write_image
+from semantic_anomaly.settings import Settings
+
+SETTINGS = Settings(dedup_distance=0.0, neighbours=1)
+
+
+def references(folder: Path, count: int) -> Path:
+    folder.mkdir()
+    for number in range(count):
+        write_image(folder / f"{number}.png", street(900 + number).image)
+    return folder
+
+
+@pytest.mark.parametrize(("count", "name"), [(1, "one-reference"), (3, "n-reference")])
+def test_references_are_the_index(tmp_path: Path, count: int, name: str) -> None:
+    dataset = LabelledFolder(make_dataset(tmp_path / "set", "..oo"))
+    protocol = Reference(
+        SETTINGS,
+        "camera",
+        [references(tmp_path / "refs", count)],
+        dataset,
+        ColourEmbedder(),
+        progress=False,
+    )
+    detector = protocol.detector_of(dataset.truths[0])
+    assert {n.partition("/")[0] for n in detector.index.frame_names} == {"refs"}
+    results = evaluate(
+        dataset, detector, tmp_path / "out", protocol=protocol, every=0, progress=False
+    )
+    assert results["protocol"] == name
+    assert results["protocol_detail"] == {"references": count}
+    assert results["frame_auroc"] == 1.0 and results["tpr"] is None
+
+
+def test_a_reference_that_is_scored_is_refused(tmp_path: Path) -> None:
+    root = make_dataset(tmp_path / "set", "..oo")
+    dataset = LabelledFolder(root)
+    with pytest.raises(CalibrationError, match=r"has seen frame 'set/00001\.png'"):
+        Reference(SETTINGS, "camera", [f"{root}[1:2]"], dataset, ColourEmbedder(), progress=False)
+    Reference(
+        SETTINGS,
+        "camera",
+        [f"{root}[0:1]"],
+        LabelledFolder(f"{root}[1:]"),
+        ColourEmbedder(),
+        progress=False,
+    )
+
+
+def test_self_nominal_has_scenes_where_whole_images_are_normal(tmp_path: Path) -> None:
+    settings = SETTINGS.replace(scene_frames=2)
+    some = LabelledFolder(make_dataset(tmp_path / "some", "..oo"))
+    protocol = SelfNominal(settings, "camera", some, ColourEmbedder(), folds=2)
+    last = some.truths[-1]
+    assert protocol.detector_of(last).index.parts["scenes"].count == 2
+    with pytest.raises(InputError, match=r"expected scene_frames 0.*found scene_frames 2 and none"):
+        protocol.detector_of(some.truths[0])
+
+
+def test_self_nominal_indexes_other_folds_and_normal_pixels_alone(tmp_path: Path) -> None:
+    dataset = LabelledFolder(make_dataset(tmp_path / "set", "oooooo"))
+    protocol = SelfNominal(SETTINGS, "camera", dataset, ColourEmbedder(), folds=3)
+    seen = []
+    for truth in dataset.truths:
+        detector = protocol.detector_of(truth)
+        names = {name.partition("/")[2] for name in detector.index.frame_names}
+        assert truth.file not in names and len(names) == 4
+        seen.append(frozenset(names))
+        # Magenta is in every image and in no index: its pixels are anomalies in every one.
+        frame = next(frame for frame, other, _ in dataset if other == truth)
+        assert detector.detect(frame).score > 0.1
+    assert len(set(seen)) == 3 and seen[0] == seen[1]
+    results = evaluate(
+        dataset,
+        protocol.detector_of(dataset.truths[0]),
+        tmp_path / "out",
+        protocol=protocol,
+        every=0,
+        progress=False,
+    )
+    assert (results["protocol"], results["protocol_detail"]) == ("self-nominal", {"folds": 3})
+    assert results["pixel_ap"] > 0.5
+
+
+def test_a_set_of_one_image_has_no_others(tmp_path: Path) -> None:
+    dataset = LabelledFolder(make_dataset(tmp_path / "set", "o"))
+    with pytest.raises(InputError, match="at least two images, found 1"):
+        SelfNominal(SETTINGS, "camera", dataset, ColourEmbedder())
+    assert SelfNominal(
+        SETTINGS, "camera", LabelledFolder(make_dataset(tmp_path / "two", "oo")), ColourEmbedder()
+    ).detail == {"folds": 2}
+
+
+def test_a_patch_with_any_other_pixel_is_not_normal() -> None:
+    labels = np.zeros((40, 60), np.uint8)
+    labels[10, 10] = 1
+    labels[39, 59] = 255
+    expected = np.ones((4, 6), bool)
+    expected[1, 1] = expected[3, 5] = False
+    np.testing.assert_array_equal(normal_patches(labels, (4, 6)), expected)
+
+
+def test_the_command_takes_protocols(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, refs = make_dataset(tmp_path / "set", "..oo"), references(tmp_path / "refs", 1)
+    argv = ["evaluate", str(root), "--set", "input_size=128", "--every", "0"]
+    one = ["--protocol", "one-reference", "--reference", str(refs), "--out", str(tmp_path / "a")]
+    assert main([*argv, *one]) == 0
+    assert "set, protocol one-reference: 4 frames, 2 anomalous" in capsys.readouterr().out
+    own = ["--protocol", "self-nominal", "--out", str(tmp_path / "b")]
+    assert main([*argv, *own]) == 0
+    found = json.loads((tmp_path / "b" / "results.json").read_text())
+    assert found["protocol"] == "self-nominal" and found["frame_auroc"] is not None
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert "warning: protocol differs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ([], "--index: needed by the protocol drive"),
+        (["--protocol", "self-nominal", "--index", "x"], "and by it alone; found 'x'"),
+        (["--protocol", "n-reference"], "--reference: for the reference protocols"),
+        (["--protocol", "self-nominal", "--reference", "x"], "--reference: for the reference"),
+        (["--protocol", "n-reference", "--reference", "refs"], "found 1 reference images"),
+    ],
+)
+def test_protocols_that_do_not_fit_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], found: str
+) -> None:
+    root = make_dataset(tmp_path / "set", ".o")
+    references(tmp_path / "refs", 1)
+    options = [str(tmp_path / "refs") if option == "refs" else option for option in options]
+    argv = ["evaluate", str(root), "--out", str(tmp_path / "out"), "--set", "input_size=128"]
+    assert main([*argv, *options]) == 2
+    assert found in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

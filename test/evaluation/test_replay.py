@@ -1,0 +1,93 @@
+"""A whole replay, with a backbone whose answers are known."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from worlds.colours import make_detector
+from worlds.labelled_drive import make_dataset
+
+from semantic_anomaly.errors import ImageError, InputError
+from semantic_anomaly.evaluation.events import Event
+from semantic_anomaly.evaluation.replay import replay
+from semantic_anomaly.io.open import open_source
+
+PNG = b"\x89PNG"
+
+
+def test_replay_writes_what_the_detector_states(tmp_path: Path) -> None:
+    root = make_dataset(tmp_path / "drive", "..oo..o...")
+    detector, source = make_detector(), open_source(root)
+    summary = replay(source, detector, tmp_path / "out", every=0, progress=False)
+    with (tmp_path / "out/scores.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["stamp_ns", "score", "p_value", "decision"]
+    detector.reset()
+    stated = [detector.detect(frame) for frame in source]
+    for row, frame, result in zip(rows, source, stated, strict=True):
+        assert int(row["stamp_ns"]) == frame.stamp_ns
+        assert (float(row["score"]), float(row["p_value"])) == (result.score, result.p_value)
+        assert row["decision"] == result.decision.value
+    assert json.loads((tmp_path / "out/summary.json").read_text()) == summary
+    decisions = [result.decision.value for result in stated]
+    assert [decisions[n] for n in (2, 3, 6)] == ["anomaly"] * 3
+    begins = [n for n in range(10) if decisions[n] == "anomaly" != (["x", *decisions])[n]]
+    assert [alarm["first_frame"] for alarm in summary["alarms"]] == [
+        f"drive/{n:05d}.png" for n in begins
+    ]
+    assert sum(alarm["frames"] for alarm in summary["alarms"]) == decisions.count("anomaly")
+    first = next(a for a in summary["alarms"] if a["first_frame"] == "drive/00002.png")
+    assert first["frames"] >= 2 and first["peak_score"] >= stated[3].score
+    # With no regular pictures, those of the first frame of every alarm are there all the same.
+    assert sorted(p.name for p in (tmp_path / "out/overlays").iterdir()) == [
+        f"{n:05d}.jpg" for n in begins
+    ]
+    again = replay(source, detector, tmp_path / "again", every=1, progress=False)
+    assert again["data_sha256"] == summary["data_sha256"] and len(summary["data_sha256"]) == 64
+    other = replay(open_source(f"{root}[0:9]"), detector, tmp_path / "other", progress=False)
+    assert other["data_sha256"] != summary["data_sha256"]
+    assert summary["frames"] == 10 and summary["latency_ms"]["total"]["p95"] > 0
+    assert (tmp_path / "out/score_curve.png").read_bytes()[:4] == PNG
+
+
+def test_replay_without_a_calibration_is_unknown(tmp_path: Path) -> None:
+    source = open_source(make_dataset(tmp_path / "drive", ".o."))
+    detector = make_detector(calibrated=False)
+    summary = replay(source, detector, tmp_path / "out", progress=False)
+    assert summary["decisions"] == {"nominal": 0, "anomaly": 0, "unknown": 3}
+    assert summary["alarms"] == [] and summary["threshold"] is None
+    lines = (tmp_path / "out/scores.csv").read_text().splitlines()
+    assert all(line.endswith(",,unknown") for line in lines[1:])
+    assert len(list((tmp_path / "out/panels").iterdir())) == 3
+
+
+def test_a_replay_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    root = make_dataset(tmp_path / "drive", "...")
+    (root / "images/00002.png").write_bytes(PNG)
+    with pytest.raises(ImageError, match="00002"):
+        replay(open_source(root), make_detector(), tmp_path / "out", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["drive"]
+
+
+def test_replay_is_measured_against_events(tmp_path: Path) -> None:
+    source = open_source(make_dataset(tmp_path / "drive", "......oo..............."))
+    events = [Event(0.5, 0.75, "box"), Event(1.5, 1.7)]
+    detector = make_detector(threshold=0.1)
+    summary = replay(source, detector, tmp_path / "out", events=events, progress=False)
+    against = summary["against_events"]
+    assert against["events"][0] == {
+        "start_s": 0.5, "end_s": 0.75, "kind": "box", "delay_s": pytest.approx(0.1)
+    }  # fmt: skip
+    assert against["missed"] == 1 and against["events"][1]["delay_s"] is None
+    assert against["delay_s_median"] == pytest.approx(0.1)
+    assert against["false_episodes"] == 0 and against["false_per_hour"] == 0.0
+    with pytest.raises(InputError, match=r"from 9 to 10 s.*found frames from 0 to 2\.2 s"):
+        replay(source, detector, tmp_path / "o", events=[Event(9, 10)], progress=False)
+    assert not (tmp_path / "o").exists()
+    unknown = replay(
+        source, make_detector(calibrated=False), tmp_path / "u", events=events, progress=False
+    )
+    assert unknown["against_events"] is None

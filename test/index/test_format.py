@@ -1,0 +1,219 @@
+"""An index that was damaged or forged is not believed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from worlds.nominal_world import DIM, GRID, build, patches
+
+from semantic_anomaly.errors import (
+    IndexFormatError,
+)
+from semantic_anomaly.index.hnsw import check_graph_file
+from semantic_anomaly.index.nominal_index import NominalIndex
+from semantic_anomaly.storage import canonical_json, sha256_bytes, sha256_file
+
+
+@pytest.fixture(scope="module")
+def index() -> NominalIndex:
+    return build()
+
+
+@pytest.fixture(scope="module")
+def saved(index: NominalIndex, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "index"
+    index.save(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+FILES = ("manifest.json", "graph.hnsw", "embeddings.npy", "entries.npy", "frames/000000.jpg")
+
+
+def flip(position: float) -> Callable[[Path], None]:
+    def work(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[int(position * (len(data) - 1))] ^= 1
+        path.write_bytes(data)
+
+    return work
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "missing": Path.unlink,
+    "empty": lambda path: path.write_bytes(b""),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"\n"),
+    "folder": lambda path: (path.unlink(), path.mkdir()),
+    "link": lambda path: path.symlink_to(path.rename(path.parent.parent.parent / "moved")),
+    **{f"flipped_at_{p}": flip(p) for p in (0.0, 0.02, 0.3, 0.7, 1.0)},
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", sorted(DAMAGES))
+def test_damage_is_noticed(copy: Path, name: str, damage: str) -> None:
+    DAMAGES[damage](copy / name)
+    with pytest.raises(IndexFormatError, match=str(copy)):
+        NominalIndex.load(copy)
+
+
+@pytest.mark.parametrize("name", ["other.txt", "frames/000999.jpg", "frames/x/y", "graph2.hnsw"])
+def test_surplus_files_are_noticed(copy: Path, name: str) -> None:
+    (copy / name).parent.mkdir(exist_ok=True)
+    (copy / name).write_bytes(b"1")
+    with pytest.raises(IndexFormatError, match="only files of the manifest"):
+        NominalIndex.load(copy)
+
+
+@pytest.mark.parametrize("what", ["nothing", "empty", "file"])
+def test_what_is_no_index_is_named(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "place"
+    if what == "empty":
+        path.mkdir()
+    elif what == "file":
+        path.write_bytes(b"1")
+    with pytest.raises(IndexFormatError, match=str(path)):
+        NominalIndex.load(path)
+
+
+def sign_again(folder: Path, change: Callable[[dict[str, Any]], object] = lambda m: None) -> None:
+    """What a forger would do: every digest fits again after a change."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name, facts in manifest["files"].items():
+        path = folder / name
+        facts.update(bytes=path.stat().st_size, sha256=sha256_file(path))
+    for name in ("embeddings", "entries"):
+        array = np.load(folder / f"{name}.npy", allow_pickle=False)
+        manifest["content"][f"{name}_sha256"] = sha256_bytes(array.tobytes())
+    change(manifest)
+    del manifest["sha256"]
+    content = canonical_json(manifest["content"])
+    manifest["fingerprint"] = sha256_bytes(content.encode())
+    manifest["sha256"] = sha256_bytes(canonical_json(manifest).encode())
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+
+
+def test_signing_again_without_a_change_is_harmless(copy: Path) -> None:
+    before = (copy / "manifest.json").read_bytes()
+    sign_again(copy)
+    assert (copy / "manifest.json").read_bytes() == before
+    NominalIndex.load(copy)
+
+
+CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "format": lambda m: m.update(format="other"),
+    "newer version": lambda m: m.update(format_version=3),
+    "surplus key": lambda m: m.update(surplus=1),
+    "dim": lambda m: m["content"].update(dim=DIM * 2),
+    "count": lambda m: m["content"].update(count=5),
+    "count of another type": lambda m: m["content"].update(count="5"),
+    "identity without dim": lambda m: m["content"]["identity"].pop("dim"),
+    "identity of another dim": lambda m: m["content"]["identity"].update(dim=DIM * 2),
+    "no frames": lambda m: m["content"].update(frames=[]),
+    "smaller grids": lambda m: m["content"].update(
+        frames=[[n, 1, 1] for n, _, _ in m["content"]["frames"]]
+    ),
+    "frames of another shape": lambda m: m["content"].update(frames=[1, 2]),
+    "no content": lambda m: m.update(content={}),
+    "no files": lambda m: m.update(files={}),
+    "files of another type": lambda m: m.update(files=[1]),
+    "file facts of another type": lambda m: m["files"].update({"graph.hnsw": 1}),
+    "file outside": lambda m: m["files"].update({"../copy/graph.hnsw": m["files"]["graph.hnsw"]}),
+    "other build": lambda m: m["content"]["build"].pop("seen"),
+    "ef of another type": lambda m: m["content"].update(search_ef="many"),
+    "ef of none": lambda m: m["content"].update(search_ef=0),
+    "region of another type": lambda m: m["content"].update(region=[1]),
+    "other space": lambda m: m["content"].update(space="l2"),
+    "surplus content": lambda m: m["content"].update(surplus=1),
+}
+
+
+@pytest.mark.parametrize("change", sorted(CHANGES))
+def test_forged_manifests_are_refused(copy: Path, change: str) -> None:
+    sign_again(copy, CHANGES[change])
+    with pytest.raises(IndexFormatError):
+        NominalIndex.load(copy)
+
+
+@pytest.mark.parametrize(
+    ("name", "array"),
+    [
+        ("embeddings", lambda e: e * np.float32(1.1)),
+        ("embeddings", lambda e: np.where(np.arange(len(e))[:, None] == 3, np.nan, e)),
+        ("embeddings", lambda e: e.astype(np.float64)),
+        ("embeddings", lambda e: np.asfortranarray(e)),
+        ("embeddings", lambda e: e[:-1]),
+        ("entries", lambda e: e.astype(np.int64)),
+        ("entries", lambda e: e - 1),
+        ("entries", lambda e: e + np.int32(8)),
+        ("entries", lambda e: e[:, :2]),
+    ],
+)
+def test_forged_arrays_are_refused(
+    copy: Path, name: str, array: Callable[[np.ndarray], np.ndarray]
+) -> None:
+    path = copy / f"{name}.npy"
+    np.save(path, array(np.load(path, allow_pickle=False)))
+    sign_again(copy)
+    with pytest.raises(IndexFormatError):
+        NominalIndex.load(copy)
+
+
+def test_pickled_arrays_are_not_read(copy: Path) -> None:
+    forged = np.array([{"a": 1}], dtype=object)
+    np.save(copy / "entries.npy", forged, allow_pickle=True)
+    data = (copy / "entries.npy").read_bytes()
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["files"]["entries.npy"] = {"bytes": len(data), "sha256": sha256_bytes(data)}
+    del manifest["sha256"]
+    manifest["sha256"] = sha256_bytes(canonical_json(manifest).encode())
+    (copy / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    with pytest.raises(IndexFormatError, match="Python objects"):
+        NominalIndex.load(copy)
+
+
+def test_forged_graphs_are_refused_before_hnswlib_reads_them(copy: Path) -> None:
+    path = copy / "graph.hnsw"
+    data = bytearray(path.read_bytes())
+    data[8:16] = (10).to_bytes(8, "little")
+    path.write_bytes(data)
+    sign_again(copy)
+    index = NominalIndex.load(copy)
+    with pytest.raises(IndexFormatError, match=r"graph\.hnsw"):
+        index.configure_search("graph", 10)
+    assert index.exact_distances(patches(1), 1).shape == (GRID[0] * GRID[1],)
+
+
+def test_a_graph_swapped_after_loading_is_noticed(copy: Path) -> None:
+    index = NominalIndex.load(copy)
+    path = copy / "graph.hnsw"
+    data = bytearray(path.read_bytes())
+    # The first link of the first entry, to another entry: sound, but not what was saved.
+    first = slice(96 + 4, 96 + 8)
+    data[first] = (1 + int.from_bytes(data[first], "little") % 3).to_bytes(4, "little")
+    assert data != path.read_bytes()
+    path.write_bytes(data)
+    check_graph_file(path, index._content.embeddings, 8)
+    with pytest.raises(IndexFormatError, match=r"graph\.hnsw"):
+        index.configure_search("graph", 10)
+
+
+def test_every_single_byte_of_the_manifest_counts(copy: Path) -> None:
+    path = copy / "manifest.json"
+    data = path.read_bytes()
+    for position in itertools.islice(range(len(data)), 0, None, 29):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
+        with pytest.raises(IndexFormatError):
+            NominalIndex.load(copy)

@@ -1,0 +1,201 @@
+"""What arrives at the node, good and bad: nothing is scored that should not be, and it says why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("rclpy")
+
+import rclpy
+from diagnostic_msgs.msg import DiagnosticStatus
+from rclpy.qos import QoSProfile, ReliabilityPolicy
+from sensor_msgs.msg import CompressedImage, Image
+from worlds.ros import (
+    bench,
+    build_monitor,
+    nominal_image,
+    odd_image,
+    parameters,
+    values_of,
+)
+
+from semantic_anomaly.io.images import encode_jpeg
+from semantic_anomaly.ros.messages import image_message
+from semantic_anomaly.ros.pipeline import age_problem
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Path:
+    return build_monitor(tmp_path_factory.mktemp("monitor"), tiny_backbone)
+
+
+@pytest.fixture
+def values(index: Path, tiny_backbone: Path) -> dict[str, Any]:
+    return parameters(index, tiny_backbone)
+
+
+S = 10**9
+
+
+@pytest.mark.parametrize(
+    ("now_ns", "stamp_ns", "said"),
+    [
+        (100 * S, 100 * S, ""),
+        (100 * S, 99 * S, ""),  # as old as allowed
+        (100 * S, 101 * S, ""),  # as far ahead as allowed
+        (100 * S, 99 * S - 1, "stale: image is 1.000 s old"),
+        (100 * S, 101 * S + 1, "clock mismatch"),
+        (100 * S, 0, "does the driver stamp its images"),
+        (100 * S, -5 * S, "stale"),
+        (0, 50 * S, ""),  # simulated time has not begun: no age is known
+    ],
+)
+def test_ages(now_ns: int, stamp_ns: int, said: str) -> None:
+    found = age_problem(now_ns, stamp_ns, 1.0)
+    assert said in found and bool(said) == bool(found)
+
+
+@pytest.mark.parametrize(("ahead_s", "said"), [(-20.0, "stale"), (20.0, "clock mismatch")])
+def test_images_of_another_time_are_dropped_counted_and_said(
+    values: dict[str, Any], ahead_s: float, said: str
+) -> None:
+    with bench(values) as b:
+        b.start("status", "score")
+        array = b.answer_message(b.send(nominal_image(10), ahead_s=ahead_s))
+        assert array.status[0].level == DiagnosticStatus.STALE
+        told = values_of(array.status[0])
+        assert told["decision"] == "unknown" and said in told["reason"] and "score" not in told
+        assert told["frames_dropped_stale"] == "1" and told["frames_processed"] == "0"
+        # The next good one is scored, and it alone.
+        assert b.answer(b.send(nominal_image(10)))["decision"] == "nominal"
+        b.spin_until(lambda: b.got["camera"]["score"])
+        assert len(b.got["camera"]["score"]) == 1
+
+
+def cut(message: Image) -> Image:
+    message.data = message.data[:-10]
+    return message
+
+
+def swapped(message: Image) -> Image:
+    message.width, message.height = message.height, message.width
+    return message
+
+
+def nameless(message: Image) -> Image:
+    message.encoding = "bayer_of_mars"
+    return message
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [(cut, "bytes"), (swapped, "140 rows"), (nameless, "'bayer_of_mars' is not supported")],
+)
+def test_bad_images_give_unknown_and_the_next_good_one_a_score(
+    values: dict[str, Any], damage: Any, said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with bench(values) as b:
+        b.start("status")
+        for seed in range(3):
+            message = b.stamped(damage(image_message(nominal_image(seed), "rgb8")))
+            b.publisher().publish(message)
+            array = b.answer_message(message)
+        assert array.status[0].level == DiagnosticStatus.ERROR
+        told = values_of(array.status[0])
+        assert told["decision"] == "unknown" and said in told["reason"]
+        assert told["frames_bad"] == "3"
+        assert b.answer(b.send(nominal_image(10)))["decision"] == "nominal"
+    # Throttled: three bad images, one line.
+    assert capfd.readouterr().err.count("unknown: bad image") == 1
+
+
+def test_compressed_images_and_truncated_ones(values: dict[str, Any]) -> None:
+    topic = "/camera/image_raw/compressed"
+    chosen = {**values, "camera.transport": "compressed", "camera.image_topic": topic}
+    jpeg = encode_jpeg(nominal_image(10), 98)
+    with bench(chosen) as b:
+        b.start("status")
+        publisher = b.publisher(topic, CompressedImage)
+        whole = b.stamped(CompressedImage(format="jpeg", data=jpeg))
+        publisher.publish(whole)
+        assert float(b.answer(whole)["score"]) > 0
+        half = b.stamped(CompressedImage(format="jpeg", data=jpeg[: len(jpeg) // 2]))
+        publisher.publish(half)
+        assert "bad image" in b.answer(half)["reason"]
+
+
+def test_a_silent_camera_is_named_and_heard_again(
+    values: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with bench({**values, "silent_after_s": 0.2}) as b:
+        b.start("status")
+        told = b.unknown(having="no frames for")
+        assert "/camera/image_raw" in told["reason"] and "publishers: 0" in told["reason"]
+        assert "score" not in told
+        b.publisher()
+        told = b.unknown(having="publishers: 1")
+        assert "FASTDDS_BUILTIN_TRANSPORTS=LARGE_DATA" in told["reason"]
+        b.answer(b.send(nominal_image(10)))
+        b.spin_until(lambda: "frames come again" in capfd.readouterr().err)
+
+
+def test_a_publisher_that_can_never_be_heard_is_named(values: dict[str, Any]) -> None:
+    best_effort = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
+    with bench({**values, "qos_reliability": "reliable"}) as b:
+        b.start("status")
+        b.helper.create_publisher(Image, "/camera/image_raw", best_effort)
+        reason = b.unknown(having="incompatible QoS")["reason"]
+    assert "RELIABILITY" in reason and "/helper" in reason and "qos_reliability" in reason
+
+
+def test_a_topic_of_another_type_is_named(values: dict[str, Any]) -> None:
+    with bench({**values, "silent_after_s": 0.2}) as b:
+        b.start("status")
+        # A context of its own: one participant cannot have a topic in two types.
+        other = rclpy.Context()
+        other.init()
+        stranger = rclpy.create_node("stranger", context=other)
+        try:
+            stranger.create_publisher(CompressedImage, "/camera/image_raw", 1)
+            reason = b.unknown(having="expected Image")["reason"]
+        finally:
+            stranger.destroy_node()
+            other.try_shutdown()
+    assert "sensor_msgs/msg/CompressedImage" in reason
+
+
+def test_a_backward_stamp_clears_the_confirmation(
+    values: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with bench({**values, "confirm_count": 2, "confirm_s": 30.0, "silence_s": 30.0}) as b:
+        b.start("status")
+        decisions = [
+            b.answer(b.send(odd_image(seed), ahead_s=ahead_s))["decision"]
+            for seed, ahead_s in enumerate((0.0, 0.0, -5.0, 0.0))
+        ]
+    # One is not enough, two are; after the jump the count begins anew.
+    assert decisions == ["nominal", "anomaly", "nominal", "anomaly"]
+    assert "stamps went back by" in capfd.readouterr().err
+
+
+def test_an_exception_in_a_callback_is_logged_and_spinning_goes_on(
+    values: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with bench(values) as b:
+        b.start("status")
+        slots = b.node._worker.slots
+
+        def broken(*_: Any) -> bool:
+            raise ValueError("broken slot")
+
+        camera = b.node._cameras["camera"]
+        monkeypatch.setattr(camera, "_put", broken)
+        b.send(nominal_image(10))
+        b.spin_until(lambda: "ValueError: broken slot" in capfd.readouterr().err)
+        monkeypatch.setattr(camera, "_put", slots.put)
+        assert b.answer(b.send(nominal_image(10)))["decision"] == "nominal"

@@ -1,0 +1,272 @@
+"""One image in, everything out: values, headers, pictures, markers."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any, ClassVar
+
+import cv2
+import numpy as np
+import pytest
+
+pytest.importorskip("rclpy")
+
+from diagnostic_msgs.msg import DiagnosticStatus
+from std_msgs.msg import Header, String
+from visualization_msgs.msg import Marker
+from worlds.ros import (
+    HW,
+    bench,
+    build_monitor,
+    frame,
+    nominal_image,
+    odd_image,
+    offline_detector,
+    parameters,
+    values_of,
+)
+
+from semantic_anomaly.io.images import decode_compressed
+from semantic_anomaly.ros import detections, outputs
+from semantic_anomaly.structures import Localization, NominalExample
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Path:
+    return build_monitor(tmp_path_factory.mktemp("monitor"), tiny_backbone)
+
+
+@pytest.fixture
+def values(index: Path, tiny_backbone: Path) -> dict[str, Any]:
+    return parameters(index, tiny_backbone)
+
+
+def pixels(message: Any, dtype: Any) -> np.ndarray:
+    assert message.step == message.width * np.dtype(dtype).itemsize
+    return np.frombuffer(message.data, dtype).reshape(message.height, message.width)
+
+
+def test_an_odd_image_gives_all_results_equal_to_the_detectors(values: dict[str, Any]) -> None:
+    image = odd_image()
+    with bench(values) as b:
+        b.start(*outputs_topics())
+        sent = b.send(image)
+        status = b.answer_message(sent)
+        b.spin_until(lambda: all(b.got["camera"].values()))
+        got = {topic: heard[-1] for topic, heard in b.got["camera"].items()}
+    detector = offline_detector(values)
+    wanted = detector.detect(frame(image, sent))
+    said = values_of(status.status[0])
+
+    # What the commands evaluate is what the node runs.
+    assert abs(float(said["score"]) - wanted.score) < 1e-6
+    assert abs(got["score"].data - wanted.score) < 1e-6
+    assert wanted.threshold is not None and wanted.p_value is not None
+    assert abs(float(said["threshold"]) - wanted.threshold) < 1e-9
+    assert abs(float(said["p_value"]) - wanted.p_value) < 1e-9
+    assert said["decision"] == wanted.decision.value == "anomaly"
+    assert status.status[0].level == DiagnosticStatus.WARN
+    assert float(said["latency_ms"]) > 0 and float(said["embed_ms"]) > 0
+
+    heat = wanted.scale.normalise(wanted.heatmap)
+    np.testing.assert_allclose(pixels(got["heatmap"], np.float32), heat, atol=1e-4)
+    np.testing.assert_array_equal(pixels(got["mask"], np.uint16), wanted.label_map)
+    assert got["mask"].encoding == "mono16" and got["heatmap"].encoding == "32FC1"
+    assert got["overlay"].encoding == "rgb8"
+    drawn = np.frombuffer(got["overlay"].data, np.uint8).reshape(*HW, 3)
+    jpeg = decode_compressed(got["overlay/compressed"].data, got["overlay/compressed"].format)
+    assert np.abs(drawn.astype(int) - jpeg).mean() < 12
+
+    places = json.loads(said["localizations"])
+    assert len(places) == len(wanted.localizations) >= 1
+    assert places[0]["box_xyxy"] == pytest.approx(wanted.localizations[0].box_xyxy, abs=0.01)
+    assert places[0]["nearest"]["frame"] == wanted.localizations[0].nearest.frame
+    markers = got["markers"].markers
+    assert markers[0].action == Marker.DELETEALL
+    assert len(markers) == 1 + 2 * len(places)
+
+    for topic, message in got.items():
+        if topic == "markers":
+            assert all(marker.header == sent.header for marker in message.markers)
+        elif topic != "score":
+            assert message.header == sent.header, topic
+
+
+def test_a_nominal_image_is_quiet(values: dict[str, Any]) -> None:
+    with bench(values) as b:
+        b.start("status", "mask", "markers")
+        status = b.answer_message(b.send(nominal_image(10)))
+        b.spin_until(lambda: b.got["camera"]["markers"] and b.got["camera"]["mask"])
+        [mask], [array] = b.got["camera"]["mask"], b.got["camera"]["markers"]
+    said = values_of(status.status[0])
+    assert status.status[0].level == DiagnosticStatus.OK
+    assert said["decision"] == "nominal" and said["localizations"] == "[]"
+    assert [marker.action for marker in array.markers] == [Marker.DELETEALL]
+    assert not pixels(mask, np.uint16).any()
+
+
+def test_an_uncalibrated_index_gives_scores_but_no_decision(
+    tmp_path: Path, tiny_backbone: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    index = build_monitor(tmp_path, tiny_backbone, calibrated=False)
+    with bench(parameters(index, tiny_backbone)) as b:
+        b.start("status", "score")
+        status = b.answer_message(b.send(odd_image()))
+        b.spin_until(lambda: b.got["camera"]["score"])
+    said = values_of(status.status[0])
+    assert said["decision"] == "unknown" and "uncalibrated" in said["reason"]
+    assert status.status[0].level == DiagnosticStatus.ERROR
+    assert float(said["score"]) > 0 and "threshold" not in said and "p_value" not in said
+    assert "not calibrated" in capfd.readouterr().err
+
+
+def test_pictures_nobody_listens_to_are_not_drawn(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+
+    def draw(*args: Any) -> Any:
+        drawn.append(args)
+        return original(*args)
+
+    original = outputs.draw_overlay
+    monkeypatch.setattr(outputs, "draw_overlay", draw)
+    with bench(values) as b:
+        b.start("status")
+        b.answer(b.send(odd_image()))
+        second = b.send(odd_image(2))
+        b.answer(second)
+        assert not drawn
+        b.listen("overlay")
+        b.spin_until(b.connected)
+        b.send(odd_image(3))
+        b.spin_until(lambda: b.got["camera"]["overlay"])
+    assert len(drawn) == 1
+
+
+def test_region_of_interest_is_kept_free_outside(tmp_path: Path, tiny_backbone: Path) -> None:
+    region = {"camera.region_of_interest": [0.0, 0.0, 0.45, 0.0, 0.45, 1.0, 0.0, 1.0]}
+    with bench(parameters(tmp_path / "none", tiny_backbone, **region)) as b:
+        # The region differs from none, so an index of the whole image must be refused.
+        index = build_monitor(tmp_path, tiny_backbone)
+        b.set(index=str(index))
+        assert b.node.trigger_configure().name == "FAILURE"
+
+
+def test_two_cameras_of_different_sizes_get_their_own_results(values: dict[str, Any]) -> None:
+    both = {
+        **values,
+        "cameras": ["left", "right"],
+        "left.image_topic": "/left/image",
+        "right.image_topic": "/right/image",
+    }
+    small, large = odd_image(5), cv2.resize(nominal_image(6), (280, 168))
+    with bench(both, ("left", "right")) as b:
+        b.start("status")
+        b.publisher("/left/image")
+        b.publisher("/right/image")
+        sent = {"left": b.send(small, "/left/image"), "right": b.send(large, "/right/image")}
+        said = {camera: b.answer(message, camera) for camera, message in sent.items()}
+    for camera, image in (("left", small), ("right", large)):
+        wanted = offline_detector(both, camera).detect(frame(image, sent[camera]))
+        assert abs(float(said[camera]["score"]) - wanted.score) < 1e-6
+        assert said[camera]["decision"] == wanted.decision.value
+
+
+def test_diagnostics_come_every_second_and_tell_the_state(values: dict[str, Any]) -> None:
+    with bench(values) as b:
+        b.listen_diagnostics()
+        b.start("status")
+        b.answer(b.send(nominal_image(1)))
+        b.diagnostics.clear()
+        b.spin_until(lambda: len(b.diagnostics) >= 2)
+        first, second = b.diagnostics[0], b.diagnostics[1]
+        said = values_of(second.status[0])
+    apart_s = second.header.stamp.sec - first.header.stamp.sec
+    apart_s += (second.header.stamp.nanosec - first.header.stamp.nanosec) / 1e9
+    # A busy machine may be late, never early.
+    assert apart_s > 0.5
+    assert said["state"] == "active" and said["device"] == "cpu"
+    assert said["frames_received"] == "1" and said["frames_processed"] == "1"
+    assert len(said["index_fingerprint"]) == 64
+    assert "rate_in_hz" in said and "rate_processed_hz" in said and "last_latency_ms" in said
+
+
+class VisionMessage:
+    """Stands in for a class of vision_msgs, with the fields of its .msg file and no others."""
+
+    FIELDS: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, **values: Any) -> None:
+        for name, default in self.FIELDS.items():
+            object.__setattr__(self, name, values.pop(name, default() if default else None))
+        assert not values
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        assert name in self.FIELDS, name
+        object.__setattr__(self, name, value)
+
+
+def fake_vision_msgs(monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = types.ModuleType("vision_msgs.msg")
+
+    def kind(name: str, **fields: Any) -> Any:
+        made = type(name, (VisionMessage,), {"FIELDS": fields})
+        setattr(module, name, made)
+        return made
+
+    point = kind("Point2D", x=float, y=float)
+    pose = kind("Pose2D", position=point, theta=float)
+    box = kind("BoundingBox2D", center=pose, size_x=float, size_y=float)
+    hypothesis = kind("ObjectHypothesis", class_id=str, score=float)
+    kind("ObjectHypothesisWithPose", hypothesis=hypothesis, pose=None)
+    kind("Detection2D", header=None, results=list, bbox=box, id=str)
+    kind("Detection2DArray", header=None, detections=list)
+    package: Any = types.ModuleType("vision_msgs")
+    package.msg = module
+    monkeypatch.setitem(sys.modules, "vision_msgs", package)
+    monkeypatch.setitem(sys.modules, "vision_msgs.msg", module)
+
+
+def test_detections_have_their_boxes_around_pixel_centres(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert detections.detection_array_type() is None, "vision_msgs is not among the wheels"
+    fake_vision_msgs(monkeypatch)
+    assert detections.detection_array_type() is sys.modules["vision_msgs.msg"].Detection2DArray
+    nearest = NominalExample("n/0.png", 0, 0, (6, 10), 0.5)
+    place = Localization((10, 20, 14, 30), (12, 25), 40, 0.75, nearest, 3)
+    header = Header(frame_id="front_optical")
+    array = detections.detections_message(header, [place])
+    [found] = array.detections
+    assert array.header == found.header == header and found.id == "3"
+    # Pixels 10 to 13 and 20 to 29.
+    assert (found.bbox.center.position.x, found.bbox.center.position.y) == (11.5, 24.5)
+    assert (found.bbox.size_x, found.bbox.size_y) == (4.0, 10.0)
+    [result] = found.results
+    assert (result.hypothesis.class_id, result.hypothesis.score) == ("anomaly", 0.75)
+
+
+def test_detections_are_published_where_vision_msgs_is_installed(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Any message does for the topic; the fields are the test above.
+    def message(header: Header, places: Any) -> String:
+        return String(data=f"{header.frame_id} {len(places)}")
+
+    monkeypatch.setattr(outputs, "detection_array_type", lambda: String)
+    monkeypatch.setattr(outputs, "detections_message", message)
+    heard: list[String] = []
+    with bench(values) as b:
+        b.helper.create_subscription(
+            String, "/semantic_anomaly/camera/detections", heard.append, 10
+        )
+        b.start("status")
+        b.answer(b.send(nominal_image(10)))
+        b.spin_until(lambda: heard)
+    assert heard[0].data == "front_optical 0"
+
+
+def outputs_topics() -> list[str]:
+    return ["score", "status", "heatmap", "mask", "overlay", "overlay/compressed", "markers"]

@@ -1,0 +1,221 @@
+"""Parameters: declared from the table, refused as a whole, live where they may be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("rclpy")
+
+import rclpy
+from rclpy.parameter import Parameter
+from worlds.ros import (
+    FAILURE,
+    SUCCESS,
+    bench,
+    build_monitor,
+    nominal_image,
+    odd_image,
+    parameters,
+)
+
+from semantic_anomaly.errors import CalibrationError
+from semantic_anomaly.ros.node import AnomalyNode
+from semantic_anomaly.settings import Settings, camera_setting_specs, setting_specs
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Path:
+    return build_monitor(tmp_path_factory.mktemp("monitor"), tiny_backbone)
+
+
+@pytest.fixture
+def values(index: Path, tiny_backbone: Path) -> dict[str, Any]:
+    return parameters(index, tiny_backbone)
+
+
+def test_every_setting_is_declared_described_and_bounded() -> None:
+    with bench({}) as b:
+        rows = dict(setting_specs())
+        rows.update({f"camera.{name}": spec for name, spec in camera_setting_specs().items()})
+        for name, spec in rows.items():
+            found = b.node.describe_parameter(name)
+            assert found.description.startswith(spec.description), name
+            assert ("live" in found.description) == spec.live, name
+            assert not found.read_only, name
+            if spec.minimum is not None and not spec.is_list:
+                [span] = [*found.integer_range, *found.floating_point_range]
+                assert (span.from_value, span.to_value) == (spec.minimum, spec.maximum), name
+            value = b.node.get_parameter(name).value
+            assert (tuple(value) if spec.is_list else value) == spec.default, name
+        assert b.node._node_parameters.settings() == Settings()
+
+
+def test_a_parameter_file_with_empty_lists_and_whole_numbers(tmp_path: Path) -> None:
+    file = tmp_path / "parameters.yaml"
+    file.write_text(
+        "/**:\n  ros__parameters:\n    layers: []\n    threshold: 0\n    cameras: [front, rear]\n"
+        "    front:\n      region_of_interest: [0, 0, 1, 0, 1, 1]\n      camera_height_m: 2\n"
+        "    rear:\n      region_of_interest: []\n      image_topic: /rear/image\n"
+    )
+    rclpy.init(args=["--ros-args", "--params-file", str(file)])
+    try:
+        node = AnomalyNode()
+        settings = node._node_parameters.settings()
+        kind = node.get_parameter("rear.region_of_interest").type_
+        node.close()
+        node.destroy_node()
+    finally:
+        rclpy.try_shutdown()
+    assert settings == Settings.from_yaml(file)
+    assert settings.camera_settings["front"].region_of_interest == (0.0, 0.0, 1.0, 0.0, 1.0, 1.0)
+    assert settings.camera_settings["front"].camera_height_m == 2.0
+    assert settings.camera_settings["rear"].image_topic == "/rear/image"
+    assert kind == Parameter.Type.DOUBLE_ARRAY
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"neighbors": 1}, "did you mean 'neighbours'"),
+        ({"camera.image_topics": "/x"}, "did you mean 'camera.image_topic'"),
+        ({"front.image_topic": "/x"}, "unknown parameter 'front.image_topic'"),
+        ({"input_size": 3}, "'input_size': expected at least 32, found 3"),
+        ({"input_size": 64.0}, "'input_size': expected int"),
+        ({"backbone": 5}, "'backbone': expected str"),
+        ({"search": "magic"}, "'search': expected one of"),
+        ({"confirm_s": 0.0}, "'confirm_s'"),
+        ({"cameras": ["a b"]}, "a b"),
+        ({"cameras": ["front", "front"]}, "distinct"),
+        ({"camera.region_of_interest": [0.0, 0.5]}, "region_of_interest"),
+        ({"camera.image_topic": ""}, "'camera.image_topic'"),
+        ({"camera.depth_topic": "/no spaces"}, "'camera.depth_topic': Invalid topic name"),
+        ({"camera.camera_height_m": -1.0}, "'camera.camera_height_m': expected at least"),
+    ],
+)
+def test_what_was_given_wrongly_is_named_at_configure(
+    values: dict[str, Any], given: dict[str, Any], said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with bench({**values, **given}) as b:
+        assert b.node.trigger_configure() == FAILURE
+    assert said in capfd.readouterr().err
+
+
+def test_a_wrong_value_is_repaired_before_the_next_try(values: dict[str, Any]) -> None:
+    with bench({**values, "input_size": 3}) as b:
+        assert b.node.trigger_configure() == FAILURE
+        assert b.set(input_size=140).successful
+        assert b.node.trigger_configure() == SUCCESS
+
+
+def test_before_configure_everything_may_change_but_is_checked() -> None:
+    with bench({}) as b:
+        assert b.set(input_size=320, camera__image_topic="/front").successful
+        refused = b.set(input_size=640, neighbours=0)
+        assert not refused.successful
+        # All of a set together, or none of it.
+        assert b.node.get_parameter("input_size").value == 320
+        assert "expected one of" in b.set(qos_reliability="perhaps").reason
+        assert "expected str" in b.set(index=7).reason
+        assert not b.set(confirm_count=0).successful
+        assert b.set(confirm_count=2, confirm_s=2.0).successful
+        assert b.node._node_parameters.settings().confirm_count == 2
+
+
+def test_cameras_named_later_get_their_parameters() -> None:
+    with bench({}) as b:
+        assert b.set(cameras=["front", "rear"]).successful
+        assert b.set(rear__image_topic="/rear").successful
+        settings = b.node._node_parameters.settings()
+        assert settings.camera_settings["rear"].image_topic == "/rear"
+        assert not b.set(cameras=["two words"]).successful
+        assert b.node._node_parameters.settings().cameras == ("front", "rear")
+
+
+def test_after_configure_only_live_ones_change_until_cleanup(values: dict[str, Any]) -> None:
+    with bench(values) as b:
+        assert b.node.trigger_configure() == SUCCESS
+        for name, value in {"input_size": 280, "cameras": ["x"], "backbone": "y"}.items():
+            refused = b.set(**{name: value})
+            assert not refused.successful and "read-only after configure" in refused.reason
+            assert "threshold" in refused.reason
+        assert b.set(input_size=140).successful, "the value in force is no change"
+        assert b.set(min_area_px=5, overlay_alpha=1).successful
+        assert b.node.trigger_cleanup() == SUCCESS
+        assert b.set(input_size=280).successful
+
+
+def test_live_parameters_take_effect_at_once(values: dict[str, Any]) -> None:
+    with bench(values) as b:
+        b.start("status")
+        first = b.answer(b.send(nominal_image(10)))
+        assert first["decision"] == "nominal"
+        assert b.set(threshold=0.001).successful
+        told = b.answer(b.send(nominal_image(10)))
+        assert told["decision"] == "anomaly" and told["threshold"] == "0.001"
+        assert b.set(threshold=0).successful
+        assert b.answer(b.send(nominal_image(10)))["threshold"] == first["threshold"]
+        assert b.set(target_false_alarm_rate=0.5).successful
+        assert float(b.answer(b.send(nominal_image(10)))["threshold"]) < float(first["threshold"])
+        assert b.set(confirm_count=2, confirm_s=1.0).successful
+        assert b.answer(b.send(odd_image(1)))["decision"] == "nominal"
+        assert b.answer(b.send(odd_image(1)))["decision"] == "anomaly"
+        assert b.set(max_age_s=0.05).successful
+        assert "stale" in b.answer(b.send(nominal_image(10), ahead_s=-1.0))["reason"]
+
+
+def test_live_parameters_that_cannot_be_taken_change_nothing(values: dict[str, Any]) -> None:
+    both = {**values, "cameras": ["left", "right"]}
+    with bench(both, ("left", "right")) as b:
+        assert b.node.trigger_configure() == SUCCESS
+        assert b.node.models is not None
+        before = {n: d.threshold for n, d in b.node.models.detectors.items()}
+        # Twelve calibration frames cannot promise a rate of one in a thousand.
+        refused = b.set(overlay_alpha=0.1, target_false_alarm_rate=0.001)
+        assert not refused.successful and "999" in refused.reason
+        assert not b.set(threshold=3.0).successful
+        assert not b.set(confirm_count=0).successful
+        assert b.node.settings.overlay_alpha == 0.5
+        assert {n: d.threshold for n, d in b.node.models.detectors.items()} == before
+        assert all(d.settings.overlay_alpha == 0.5 for d in b.node.models.detectors.values())
+        assert b.node.get_parameter("overlay_alpha").value == 0.5
+
+
+def test_a_refusal_by_one_camera_is_undone_for_the_others(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = {**values, "cameras": ["left", "right"]}
+    with bench(both, ("left", "right")) as b:
+        assert b.node.trigger_configure() == SUCCESS
+        assert b.node.models is not None
+        left, right = b.node.models.detectors["left"], b.node.models.detectors["right"]
+
+        def refuse(_: Settings) -> None:
+            raise CalibrationError("too few frames")
+
+        monkeypatch.setattr(right, "update", refuse)
+        assert b.set(threshold=0.7).reason == "too few frames"
+        assert left.settings.threshold == 0.0
+
+
+def test_an_unexpected_exception_is_no_end_of_the_node(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def broken(_: Settings) -> None:
+        raise ZeroDivisionError("nobody thought of this")
+
+    with bench(values) as b:
+        assert b.node.trigger_configure() == SUCCESS
+        monkeypatch.setattr(b.node._node_parameters, "_apply", broken)
+        refused = b.set(threshold=0.5)
+    assert not refused.successful and "internal error" in refused.reason
+    assert "Traceback" in capfd.readouterr().err
+
+
+def test_sim_time_and_foreign_parameters_are_left_alone(values: dict[str, Any]) -> None:
+    foreign = {"use_sim_time": False, "qos_overrides./clock.subscription.depth": 2}
+    with bench({**values, **foreign}) as b:
+        assert b.node.trigger_configure() == SUCCESS
+        assert b.set(use_sim_time=True).successful

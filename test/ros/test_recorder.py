@@ -1,0 +1,99 @@
+"""What the running node states of a bag is what `replay` computes of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("rclpy")
+
+import rclpy
+from worlds.ros import bench, build_monitor, odd_image, offline_detector, parameters
+
+from semantic_anomaly.errors import InputError
+from semantic_anomaly.evaluation.events import Event
+from semantic_anomaly.evaluation.replay import replay
+from semantic_anomaly.io.images import write_image
+from semantic_anomaly.io.open import open_source
+from semantic_anomaly.ros.messages import image_message
+from semantic_anomaly.ros.recorder import ResultRecorder, main, write_recording
+
+KIND = "block"
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Path:
+    return build_monitor(tmp_path_factory.mktemp("monitor"), tiny_backbone)
+
+
+def test_live_and_offline_agree_frame_by_frame(
+    tmp_path: Path, index: Path, tiny_backbone: Path
+) -> None:
+    from worlds.ros import nominal_image
+
+    (tmp_path / "drive").mkdir()
+    for number in range(12):
+        image = odd_image(40) if 5 <= number < 8 else nominal_image(50 + number)
+        write_image(tmp_path / "drive" / f"{number:02d}.png", image)
+    values = parameters(index, tiny_backbone)
+    source, events = open_source(tmp_path / "drive"), [Event(0.45, 0.75, KIND)]
+    expected = replay(
+        source, offline_detector(values), tmp_path / "offline", events=events, progress=False
+    )
+    with bench(values) as made:
+        recorder = ResultRecorder("/semantic_anomaly", "camera")
+        made.executor.add_node(recorder)
+        made.start("status")
+        topic = "/semantic_anomaly/camera/status"
+        made.spin_until(lambda: recorder.count_publishers(topic) > 0)
+        begin_ns = made.helper.get_clock().now().nanoseconds
+        for frame in source:
+            message = made.stamped(
+                image_message(frame.image, "rgb8"), stamp_ns=begin_ns + frame.stamp_ns
+            )
+            made.publisher().publish(message)
+            # One after the other: none is replaced by a newer one.
+            made.spin_until(
+                lambda at=begin_ns + frame.stamp_ns: at in {r["stamp_ns"] for r in recorder.rows}
+            )
+        found = write_recording(recorder, tmp_path / "live", "drive", events)
+        recorder.destroy_node()
+    scores = [
+        np.loadtxt(tmp_path / name / "scores.csv", delimiter=",", skiprows=1, usecols=(0, 1, 2))
+        for name in ("offline", "live")
+    ]
+    np.testing.assert_allclose(scores[1][:, 1:], scores[0][:, 1:], rtol=0, atol=1e-4)
+    np.testing.assert_array_equal(scores[1][:, 0] - begin_ns, scores[0][:, 0])
+    for key in ("frames", "decisions", "against_events", "source"):
+        assert found[key] == expected[key]
+    assert found["against_events"]["missed"] == 0
+    assert found["threshold"] == pytest.approx(expected["threshold"])
+    assert {"p50", "p95", "p99"} <= set(found["latency_ms"]["latency"])
+    assert json.loads((tmp_path / "live" / "summary.json").read_text()) == found
+    assert (tmp_path / "live" / "score_curve.png").is_file()
+
+
+def test_nothing_heard_is_no_report(tmp_path: Path) -> None:
+    rclpy.init()
+    try:
+        recorder = ResultRecorder("/nowhere", "camera")
+        with pytest.raises(InputError, match="heard none"):
+            write_recording(recorder, tmp_path / "out", "drive", None)
+        recorder.destroy_node()
+    finally:
+        rclpy.try_shutdown()
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_arguments_are_refused_before_the_drive(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    assert main(["--out", str(tmp_path / "out")]) == 2
+    assert "mine.txt" in capsys.readouterr().err
+    assert main(["--out", str(tmp_path / "new"), "--labels", str(tmp_path / "absent")]) == 2
+    assert "cannot be read" in capsys.readouterr().err

@@ -1,0 +1,197 @@
+"""Services: the index is replaced as a whole or not at all, and state is forgotten when asked."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("rclpy")
+
+from std_srvs.srv import Trigger
+from worlds.ros import (
+    SUCCESS,
+    bench,
+    build_monitor,
+    nominal_image,
+    odd_image,
+    parameters,
+)
+
+from semantic_anomaly.index import edits as index_edits
+from semantic_anomaly.index.nominal_index import NominalIndex
+from semantic_anomaly.io.images import write_image
+from semantic_anomaly.offline import edit_index as edit_saving
+from semantic_anomaly.offline.build_index import build_index
+from semantic_anomaly.offline.calibrate import calibrate
+from semantic_anomaly.ros import models
+from semantic_anomaly.ros.models import renewal_of
+from semantic_anomaly.settings import Settings
+
+
+@pytest.fixture
+def index(tmp_path: Path, tiny_backbone: Path) -> Path:
+    return build_monitor(tmp_path, tiny_backbone)
+
+
+@pytest.fixture
+def values(index: Path, tiny_backbone: Path) -> dict[str, Any]:
+    return parameters(index, tiny_backbone)
+
+
+def test_reset_forgets_what_confirmation_counted(values: dict[str, Any]) -> None:
+    with bench({**values, "confirm_count": 2, "confirm_s": 30.0, "silence_s": 30.0}) as b:
+        b.start("status")
+        assert b.answer(b.send(odd_image(1)))["decision"] == "nominal"
+        assert b.call("reset").success
+        assert b.answer(b.send(odd_image(2)))["decision"] == "nominal"
+        assert b.answer(b.send(odd_image(3)))["decision"] == "anomaly"
+
+
+def test_reload_takes_a_new_index_and_keeps_live_parameters(
+    values: dict[str, Any], index: Path, tmp_path: Path, tiny_backbone: Path
+) -> None:
+    with bench(values) as b:
+        b.start("status")
+        assert b.set(overlay_alpha=0.25).successful
+        before = b.node.models
+        assert before is not None
+        # An index of the odd scene: what was strange is known now.
+        for number in range(12):
+            write_image(tmp_path / "drive_0" / f"odd_{number:03d}.png", odd_image(number))
+        assert b.answer(b.send(odd_image(3)))["decision"] == "anomaly"
+        rebuild(index, values, tmp_path)
+        response = b.call("reload_index")
+        assert response.success and "reloaded" in response.message
+        after = b.node.models
+        assert after is not None and after is not before
+        assert after.embedder is before.embedder
+        old, new = before.detectors["camera"], after.detectors["camera"]
+        assert old.index.fingerprint != new.index.fingerprint
+        assert new.settings.overlay_alpha == 0.25
+        assert b.answer(b.send(odd_image(3)))["decision"] == "nominal"
+
+
+def test_what_was_fine_is_added_and_can_be_undone(
+    values: dict[str, Any], index: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with bench({**values, "allow_add_nominal": True}) as b:
+        b.start("status")
+        nothing = b.call("add_nominal")
+        assert not nothing.success and "no frame was above" in nothing.message
+        assert b.answer(b.send(odd_image(3)))["decision"] == "anomaly"
+        before = NominalIndex.load(index)
+        added = b.call("add_nominal")
+        assert added.success and "calibration due for renewal" in added.message, added.message
+        assert b.answer(b.send(odd_image(3)))["decision"] == "nominal"
+        assert not b.call("add_nominal").success
+        known = [renewal_of(d) for d in b.node.models.detectors.values()]
+        assert known[0] is not None and "renewal" in known[0]
+    edited = NominalIndex.load(index)
+    assert edited.count > before.count and edited.edits[0].source.startswith("camera/")
+    undone, _ = index_edits.undo(edited)
+    edit_saving.save_edited(index, edited, undone)
+    assert NominalIndex.load(index).fingerprint == before.fingerprint
+
+
+def test_nothing_is_added_unless_it_is_allowed(values: dict[str, Any], index: Path) -> None:
+    with bench(values) as b:
+        b.start("status")
+        assert b.answer(b.send(odd_image(3)))["decision"] == "anomaly"
+        before = NominalIndex.load(index).fingerprint
+        refused = b.call("add_nominal")
+        assert not refused.success and "allow_add_nominal is false" in refused.message
+        assert NominalIndex.load(index).fingerprint == before
+
+
+def rebuild(index: Path, values: dict[str, Any], folder: Path) -> None:
+    settings = Settings.from_parameters(values)
+    made = build_index(settings, "camera", [folder / "drive_0"], progress=False)
+    made.save(index)
+    drives = [folder / "drive_1", folder / "drive_2"]
+    calibrate(settings, "camera", made, drives, progress=False).save(index)
+
+
+def test_a_reload_that_fails_keeps_the_old_index_and_says_why(
+    values: dict[str, Any], index: Path
+) -> None:
+    with bench(values) as b:
+        b.start("status")
+        before = b.node.models
+        embeddings = index / "embeddings.npy"
+        content = embeddings.read_bytes()
+        embeddings.write_bytes(content[:-4] + b"\0\0\0\1")
+        response = b.call("reload_index")
+        assert not response.success
+        assert "embeddings.npy" in response.message and "the old one stays" in response.message
+        assert b.node.models is before
+        assert b.answer(b.send(nominal_image(10)))["decision"] == "nominal"
+        shutil.rmtree(index)
+        assert str(index) in b.call("reload_index").message
+        assert b.answer(b.send(nominal_image(10)))["decision"] == "nominal"
+
+
+def test_frames_are_answered_while_a_reload_is_under_way(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    original = models.load_detectors
+
+    def slow(*args: Any) -> Any:
+        begun.set()
+        assert go_on.wait(20)
+        return original(*args)
+
+    with bench(values) as b:
+        b.start("status")
+        monkeypatch.setattr(models, "load_detectors", slow)
+        client = b.helper.create_client(Trigger, "/semantic_anomaly/reload_index")
+        b.spin_until(client.service_is_ready)
+        done = client.call_async(Trigger.Request())
+        b.spin_until(begun.is_set)
+        assert b.answer(b.send(nominal_image(10)))["decision"] == "nominal"
+        # Live parameters set meanwhile hold for the new index as well.
+        assert b.set(threshold=0.9).successful
+        assert not done.done()
+        go_on.set()
+        b.spin_until(done.done)
+        assert done.result().success
+        assert b.answer(b.send(nominal_image(10)))["threshold"] == "0.9"
+
+
+def test_a_reload_overtaken_by_cleanup_changes_nothing(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    original = models.load_detectors
+
+    def slow(*args: Any) -> Any:
+        begun.set()
+        assert go_on.wait(20)
+        return original(*args)
+
+    with bench(values) as b:
+        assert b.node.trigger_configure() == SUCCESS
+        monkeypatch.setattr(models, "load_detectors", slow)
+        client = b.helper.create_client(Trigger, "/semantic_anomaly/reload_index")
+        b.spin_until(client.service_is_ready)
+        client.call_async(Trigger.Request())
+        b.spin_until(begun.is_set)
+        threading.Timer(0.2, go_on.set).start()
+        assert b.node.trigger_cleanup() == SUCCESS
+        assert b.node.models is None
+        for _ in range(5):
+            b.executor.spin_once(timeout_sec=0.05)
+        assert b.node.models is None
+        monkeypatch.undo()
+        assert b.node.trigger_configure() == SUCCESS
+
+
+def test_services_of_an_unconfigured_node_say_so(values: dict[str, Any]) -> None:
+    with bench(values) as b:
+        for service in ("reset", "reload_index"):
+            response = b.call(service)
+            assert not response.success and "not configured" in response.message

@@ -1,0 +1,89 @@
+"""Backbone and segmenter as one: what is loaded, passed on, refused and freed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from worlds.colours import ColourEmbedder, street
+from worlds.segmented_streets import ByRule, halves, nothing
+
+from semantic_anomaly.embedding.backbone import PatchEmbedder
+from semantic_anomaly.errors import ModelOutputError, SettingsError
+from semantic_anomaly.segmentation.embedder import RunningEmbedder
+from semantic_anomaly.segmentation.masks import InstanceMasks, patch_shares
+from semantic_anomaly.settings import Settings
+
+
+class Closing(ColourEmbedder):
+    closed = 0
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+class OfAnotherImage(ByRule):
+    closed = 0
+
+    def segment(self, image: np.ndarray, grid: Any) -> InstanceMasks:
+        found = super().segment(image, grid)
+        return InstanceMasks(found.masks, found.scores, (10, 10))
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def running(segmenter: Any = None) -> RunningEmbedder:
+    backbone: Any = Closing()
+    return RunningEmbedder(backbone, segmenter)
+
+
+def test_without_a_segmenter_grids_pass_as_they_are() -> None:
+    embedder = running()
+    grid = embedder.embed([street(1).image])[0]
+    assert grid.instances is None and embedder.segmenter is None
+    assert embedder.identity == ColourEmbedder().identity
+
+
+def test_instances_come_with_the_grid() -> None:
+    rule = ByRule(halves)
+    embedder = running(rule)
+    frames = [street(seed, odd=seed == 2).image for seed in (1, 2)]
+    for image, grid in zip(frames, embedder.embed(frames), strict=True):
+        wanted = patch_shares(rule.segment(image, grid), grid.grid_hw)
+        np.testing.assert_array_equal(grid.instances, wanted)
+    assert embedder.segmenter == rule.identity
+    assert [len(g.instances) for g in embedder.embed(frames) if g.instances is not None] == [2, 3]
+
+
+def test_no_instances_are_none_and_not_missing() -> None:
+    grid = running(ByRule(nothing)).embed([street(1).image])[0]
+    assert grid.instances is not None and grid.instances.shape == (0, *grid.grid_hw)
+
+
+def test_masks_of_another_image_are_refused() -> None:
+    embedder = running(OfAnotherImage(halves))
+    with pytest.raises(ModelOutputError, match=r"expected those of an image of \(72, 128\), found"):
+        embedder.embed([street(1).image])
+
+
+def test_closing_frees_both() -> None:
+    segmenter = OfAnotherImage(halves)
+    embedder: Any = running(segmenter)
+    embedder.close()
+    assert embedder._backbone.closed == segmenter.closed == 1
+
+
+def test_settings_load_what_they_name(tiny_backbone: Path) -> None:
+    base = Settings(backbone=str(tiny_backbone), input_size=112, device="cpu", dtype="float32")
+    assert RunningEmbedder.from_settings(base).segmenter is None
+    embedder = RunningEmbedder.from_settings(base.replace(variant="instance"))
+    assert embedder.segmenter is not None and embedder.segmenter.family == "tokens"
+    assert embedder.identity == PatchEmbedder.from_settings(base).identity
+    embedder.warm_up((56, 112))
+    image = np.random.default_rng(0).integers(0, 256, (56, 112, 3), dtype=np.uint8)
+    assert embedder.embed([image])[0].instances is not None
+    with pytest.raises(SettingsError, match="expected a model"):
+        RunningEmbedder.from_settings(base.replace(variant="instance", segmenter="promptless"))

@@ -1,0 +1,176 @@
+"""Drives on disk: folders and bags as others read them, whole or not at all."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from rosbags.highlevel import AnyReader
+
+from semantic_anomaly.cli import synth
+from semantic_anomaly.errors import InputError
+from semantic_anomaly.evaluation.datasets import LabelledFolder
+from semantic_anomaly.io.images import decode_compressed, read_image
+from semantic_anomaly.synthetic import StreetDrive
+from semantic_anomaly.synthetic.export import DEPTH_UNIT_M, write_bag, write_folder
+
+SIZE = (90, 160)
+
+
+def command(*argv: str) -> int:
+    parser = argparse.ArgumentParser()
+    synth.add_arguments(parser)
+    return synth.run(parser.parse_args(argv))
+
+
+def test_a_folder_holds_what_was_driven(tmp_path: Path) -> None:
+    drives = [
+        StreetDrive(5, 20, image_hw=SIZE),
+        StreetDrive(6, 100, anomalies=["cow"], image_hw=SIZE),
+    ]
+    out = tmp_path / "street"
+    count = write_folder(drives, out, instances=True, depth=True, stride=10, progress=False)
+    assert count == 12
+    assert list(tmp_path.iterdir()) == [out]
+    labels = json.loads((out / "labels.json").read_text())
+    classes = json.loads((out / "instances" / "classes.json").read_text())
+    cameras = json.loads((out / "camera.json").read_text())
+    assert cameras["depth_unit_m"] == DEPTH_UNIT_M
+    assert len(labels) == 12
+    masks = {file.name for file in (out / "masks").iterdir()}
+    assert masks == {name for name, label in labels.items() if label["anomaly"]}
+    assert len(masks) >= 2
+    for i in (0, 50):
+        frame = drives[1].frame(i)
+        label = labels[f"{frame.name}.png"]
+        expected = (frame.kind, "odd object" if frame.kind else None, i / 10, "drive0000006")
+        assert (label["kind"], label["family"], label["stamp_s"], label["drive"]) == expected
+        read: dict[str, Any] = {
+            part: cv2.imread(str(out / part / f"{frame.name}.png"), cv2.IMREAD_UNCHANGED)
+            for part in ("images", "instances", "depth")
+        }
+        assert np.array_equal(read["images"][..., ::-1], frame.image)
+        assert np.array_equal(read["instances"], frame.instances)
+        assert np.abs(read["depth"] * DEPTH_UNIT_M - frame.depth_m).max() <= DEPTH_UNIT_M
+        named = classes["drive0000006"]
+        assert all(named[str(n)] == name for n, name in frame.classes.items())
+    assert cameras["drives"]["drive0000006"]["fx"] == drives[1].camera.fx
+    # The evaluation reads it, and finds the truth.
+    for _, truth, mask in LabelledFolder(out):
+        assert truth.anomaly == bool(mask.any()) == labels[truth.file]["anomaly"]
+
+
+def test_nothing_is_overwritten_and_nothing_is_left_half(tmp_path: Path) -> None:
+    drive = StreetDrive(5, 2, image_hw=SIZE)
+    out = tmp_path / "street"
+    with pytest.raises(InputError, match="found 5 twice"):
+        write_folder([drive, drive], out, progress=False)
+    with pytest.raises(InputError, match="at least one drive"):
+        write_folder([], out, progress=False)
+    with pytest.raises(InputError, match="stride of at least 1"):
+        write_folder([drive], out, stride=0, progress=False)
+    assert list(tmp_path.iterdir()) == []
+    out.mkdir()
+    write_folder([drive], out, progress=False)
+    before = sorted(out.rglob("*"))
+    with pytest.raises(InputError, match="new or empty"):
+        write_folder([drive], out, progress=False)
+    with pytest.raises(InputError, match="new or empty"):
+        write_bag(drive, out, storage="mcap", progress=False)
+    assert sorted(out.rglob("*")) == before
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
+def test_bags_hold_what_was_driven(tmp_path: Path, storage: Any, compressed: bool) -> None:
+    start = 1_600_000_000_123_456_789
+    drive = StreetDrive(5, 4, image_hw=SIZE, start_ns=start)
+    out = tmp_path / "bag"
+    count = write_bag(
+        drive, out, storage=storage, compressed=compressed, depth=True, progress=False
+    )
+    assert count == 4
+    assert list(tmp_path.iterdir()) == [out]
+    topic = "/camera/image_raw" + "/compressed" * compressed
+    found: dict[str, list[Any]] = {}
+    with AnyReader([out]) as reader:
+        for connection, time, raw in reader.messages():
+            message = reader.deserialize(raw, connection.msgtype)
+            found.setdefault(connection.topic, []).append(message)
+            stamp = message.header.stamp
+            assert stamp.sec * 10**9 + stamp.nanosec == time
+            assert message.header.frame_id == "camera_optical_frame"
+            if connection.topic == topic:
+                assert time == start + (len(found[topic]) - 1) * 100_000_000
+    assert {name: len(messages) for name, messages in found.items()} == {
+        topic: 4,
+        "/camera/camera_info": 4,
+        "/camera/depth/image_raw": 4,
+    }
+    frame, image = drive.frame(3), found[topic][3]
+    if compressed:
+        pixels = decode_compressed(image.data, image.format)
+        assert np.abs(pixels.astype(int) - frame.image).mean() < 6
+    else:
+        assert (image.encoding, image.step) == ("rgb8", SIZE[1] * 3)
+        assert np.array_equal(image.data.reshape(*SIZE, 3), frame.image)
+    info = found["/camera/camera_info"][0]
+    assert (info.height, info.width, info.distortion_model) == (*SIZE, "plumb_bob")
+    camera = drive.camera
+    assert info.k.tolist() == [camera.fx, 0, camera.cx, 0, camera.fy, camera.cy, 0, 0, 1]
+    assert info.p.reshape(3, 4)[:, :3].ravel().tolist() == info.k.tolist()
+    metres = found["/camera/depth/image_raw"][3].data.view("<f4").reshape(SIZE)
+    assert np.array_equal(np.nan_to_num(metres), frame.depth_m)
+    assert np.isnan(metres[0]).any()
+
+
+def test_bags_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
+    drive = StreetDrive(5, 2, image_hw=SIZE)
+    with pytest.raises(InputError, match="storage mcap or sqlite3"):
+        write_bag(drive, tmp_path / "bag", storage="zip")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="/camera/image_raw"):
+        write_bag(drive, tmp_path / "bag", storage="mcap", image_topic="camera")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_writes_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "street"
+    arguments = ("--drives=2", "--frames=80", "--stride=20", "--seed=7", "--size=90x160")
+    assert command(str(out), *arguments, "--anomalies", "cow,sofa") == 0
+    assert "8 images of 2 drives" in capsys.readouterr().out
+    labels = json.loads((out / "labels.json").read_text())
+    assert {label["kind"] for label in labels.values()} == {None, "cow", "sofa"}
+    assert {label["drive"] for label in labels.values()} == {"drive0000007", "drive0000008"}
+    assert read_image(next((out / "images").iterdir())).shape == (90, 160, 3)
+
+
+def test_the_command_writes_a_bag_a_drive(tmp_path: Path) -> None:
+    arguments = ("--drives=2", "--frames=2", "--seed=7", "--size=90x160", "--format=mcap")
+    assert command(str(tmp_path), *arguments) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["drive_7", "drive_8"]
+    with pytest.raises(InputError, match="drive_7"):
+        command(str(tmp_path), *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--anomalies unicorn", "unknown kind of anomaly 'unicorn'.*cow"),
+        ("--anomalies all --per-drive 10", "seed 0: 10 anomalies .* need at least"),
+        ("--drives 0", "--drives: expected at least 1, found 0"),
+        ("--seed -1", "--seed: expected at least 0"),
+        ("--size 640", "--size: expected height x width"),
+        ("--size 8x8", "sides >= 32 px"),
+        ("--compressed", "--format mcap"),
+        ("--format mcap --instances", "--format folder"),
+    ],
+)
+def test_the_command_refuses_bad_input(tmp_path: Path, arguments: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        command(str(tmp_path / "out"), *arguments.split())
+    assert list(tmp_path.iterdir()) == []

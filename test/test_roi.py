@@ -1,0 +1,171 @@
+"""What of an image takes part: masks of pixels and patches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from semantic_anomaly.errors import ImageError, SettingsError
+from semantic_anomaly.roi import ImageRegion, patch_regions
+from semantic_anomaly.settings import CameraSettings
+from semantic_anomaly.structures import PatchGrid
+
+RIGHT_HALF = ((0.5, 0.0), (1.0, 0.0), (1.0, 1.0), (0.5, 1.0))
+
+
+def png(pixels: np.ndarray) -> bytes:
+    return cv2.imencode(".png", pixels)[1].tobytes()
+
+
+def bottom_half(dtype: type = np.uint8, value: int = 255) -> np.ndarray:
+    pixels = np.zeros((36, 64), dtype)
+    pixels[18:] = value
+    return pixels
+
+
+def grid_of(rows: int, cols: int, image_hw: tuple[int, int]) -> PatchGrid:
+    # Patch i points along axis i, so that an embedding tells which patch it was.
+    features = np.eye(rows * cols, dtype=np.float32).reshape(rows, cols, -1)
+    return PatchGrid(features, features[0, 0], image_hw)
+
+
+@pytest.mark.parametrize("width", [640, 639, 64, 7])
+def test_polygon_covers_the_pixels_whose_centres_it_holds(width: int) -> None:
+    mask = ImageRegion(RIGHT_HALF).pixel_mask((4, width))
+    centres = (np.arange(width) + 0.5) / width
+    # A centre on the very edge, and the pixel next to it, may fall either way.
+    clear = np.abs(centres - 0.5) > 0.75 / width
+    np.testing.assert_array_equal(mask[2, clear], (centres > 0.5)[clear])
+
+
+def test_whole_image_has_every_pixel_and_patch() -> None:
+    region = ImageRegion()
+    assert region.is_whole_image
+    assert region.pixel_mask((7, 9)).all() and region.patch_mask((3, 4), (7, 9)).all()
+
+
+@pytest.mark.parametrize(
+    ("left", "expected", "reason"),
+    [
+        (0.5, [False, False, True, True], "an edge between patches"),
+        (0.6, [False, False, True, True], "60 % of the third patch inside"),
+        (0.65, [False, False, False, True], "40 % of the third patch inside"),
+    ],
+)
+def test_patches_take_part_when_half_of_them_is_inside(
+    left: float, expected: list[bool], reason: str
+) -> None:
+    region = ImageRegion(((left, 0.0), (1.0, 0.0), (1.0, 1.0), (left, 1.0)))
+    np.testing.assert_array_equal(region.patch_mask((1, 4), (100, 400))[0], expected)
+
+
+def test_masks_cannot_be_written_to_by_those_who_share_them() -> None:
+    region = ImageRegion(RIGHT_HALF)
+    with pytest.raises(ValueError, match="read-only"):
+        region.pixel_mask((4, 6))[0, 0] = True
+    with pytest.raises(ValueError, match="read-only"):
+        region.patch_mask((2, 3), (4, 6))[0, 0] = True
+
+
+@pytest.mark.parametrize(
+    ("pixels", "reason"),
+    [
+        (bottom_half(), "white on black"),
+        (bottom_half(value=1), "labels of 1"),
+        (bottom_half(np.uint16, 3), "16-bit labels, 0 when cut to 8 bits"),
+        (
+            np.dstack([bottom_half(value=1), bottom_half(value=0), bottom_half(value=0)]),
+            "dark blue",
+        ),
+    ],
+)
+def test_ego_mask_takes_its_non_zero_pixels_away(
+    tmp_path: Path, pixels: np.ndarray, reason: str
+) -> None:
+    path = tmp_path / "ego.png"
+    path.write_bytes(png(pixels))
+    region = ImageRegion.from_settings(CameraSettings(ego_mask=str(path)))
+    mask = region.pixel_mask((72, 128))
+    assert mask[:36].all() and not mask[36:].any()
+    assert not region.is_whole_image
+
+
+def test_polygon_and_ego_mask_together() -> None:
+    mask = ImageRegion(RIGHT_HALF, png(bottom_half())).pixel_mask((36, 64))
+    assert mask[:18, 33:].all() and not mask[18:].any() and not mask[:, :31].any()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"no image", "whole PNG image"),
+        (cv2.imencode(".jpg", bottom_half())[1].tobytes(), "whole PNG image"),
+        (png(bottom_half())[:-20], "whole PNG image"),
+        (png(bottom_half())[:8] + b"\0" * 40 + b"IEND\xaeB`\x82", "whole PNG image"),
+    ],
+)
+def test_ego_mask_that_is_no_png_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "ego.png"
+    path.write_bytes(content)
+    with pytest.raises(ImageError, match=message):
+        ImageRegion.from_settings(CameraSettings(ego_mask=str(path)))
+
+
+def test_missing_ego_mask_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match=r"missing.png.*No such file"):
+        ImageRegion.from_settings(CameraSettings(ego_mask=str(tmp_path / "missing.png")))
+
+
+@pytest.mark.parametrize(
+    ("polygon", "message"),
+    [
+        (((0.5, 0.0), (1.2, 0.0), (1.0, 1.0)), r"\[0, 1\]"),
+        (((0.5, -0.1), (1.0, 0.0), (1.0, 1.0)), r"\[0, 1\]"),
+        (((0.5, float("nan")), (1.0, 0.0), (1.0, 1.0)), r"\[0, 1\]"),
+        (((0.0, 0.0), (0.5, 0.5), (1.0, 1.0)), "some area"),
+        (((0.0, 0.0), (1.0, 1.0)), "some area"),
+    ],
+)
+def test_polygons_partly_outside_or_without_area_are_refused(
+    polygon: tuple[tuple[float, float], ...], message: str
+) -> None:
+    with pytest.raises(SettingsError, match=message):
+        ImageRegion(polygon)
+
+
+def test_nothing_left_of_the_image_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "ego.png"
+    path.write_bytes(png(np.full((36, 64), 255, np.uint8)))
+    with pytest.raises(SettingsError, match="leave no pixel"):
+        ImageRegion.from_settings(CameraSettings(ego_mask=str(path)))
+
+
+def test_patch_regions_number_the_patches_inside_row_by_row() -> None:
+    whole = patch_regions(grid_of(2, 4, (20, 40)), ImageRegion())
+    np.testing.assert_array_equal(whole.label_map, [[0, 1, 2, 3], [4, 5, 6, 7]])
+    np.testing.assert_array_equal(whole.embeddings.argmax(axis=1), np.arange(8))
+    half = patch_regions(grid_of(2, 4, (20, 40)), ImageRegion(RIGHT_HALF))
+    np.testing.assert_array_equal(half.label_map, [[-1, -1, 0, 1], [-1, -1, 2, 3]])
+    np.testing.assert_array_equal(half.embeddings.argmax(axis=1), [2, 3, 6, 7])
+
+
+def test_region_too_small_for_any_patch_is_refused() -> None:
+    speck = ImageRegion(((0.45, 0.45), (0.55, 0.45), (0.5, 0.55)))
+    with pytest.raises(SettingsError, match="leave no patch"):
+        patch_regions(grid_of(2, 4, (200, 400)), speck)
+
+
+def test_description_tells_regions_apart() -> None:
+    regions = [
+        ImageRegion(),
+        ImageRegion(RIGHT_HALF),
+        ImageRegion(RIGHT_HALF, png(bottom_half())),
+        ImageRegion(RIGHT_HALF, png(bottom_half(value=1))),
+    ]
+    described = [str(region.describe()) for region in regions]
+    assert len(set(described)) == len(regions)
+    assert ImageRegion(RIGHT_HALF).describe() == regions[1].describe()

@@ -1,0 +1,121 @@
+"""A backbone that sees colours only, and small streets for it: fast, and right by inspection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from semantic_anomaly.calibration.calibration import Calibration
+from semantic_anomaly.detection.detector import AnomalyDetector
+from semantic_anomaly.embedding.identity import EmbedderIdentity
+from semantic_anomaly.index.nominal_index import NominalIndex
+from semantic_anomaly.roi import ImageRegion
+from semantic_anomaly.settings import Settings
+from semantic_anomaly.structures import AnomalyResult, Frame, PatchGrid
+
+PATCH = 8
+IMAGE_HW = (72, 128)
+ODD_BOX = (80, 32, 104, 56)
+LEFT_HALF = ImageRegion(((0.0, 0.0), (0.5, 0.0), (0.5, 1.0), (0.0, 1.0)))
+
+
+# Scores of fixed calibrations are relative to nothing.
+PLAIN = {"place_normalisation": False, "smoothing": 0.0}
+
+
+class ColourEmbedder:
+    """Embeds each patch of 8 pixels by its mean colour, as a unit vector of four numbers."""
+
+    segmenter = None
+
+    def __init__(self, *, dtype: str = "float32", weights: str = "0" * 64) -> None:
+        self.identity = EmbedderIdentity(
+            model_id="colours",
+            architecture="colours",
+            revision="",
+            weights_sha256=weights,
+            config_sha256="0" * 64,
+            layers=(),
+            input_size=128,
+            patch_px=PATCH,
+            dim=4,
+            dtype=dtype,
+        )
+
+    def grid_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
+        """Return (rows, cols) of whole patches."""
+        return image_hw[0] // PATCH, image_hw[1] // PATCH
+
+    def embed(self, images: Sequence[np.ndarray]) -> list[PatchGrid]:
+        grids = []
+        for image in images:
+            rows, cols = self.grid_hw(image.shape[:2])
+            blocks = image[: rows * PATCH, : cols * PATCH].reshape(rows, PATCH, cols, PATCH, 3)
+            colours = blocks.mean(axis=(1, 3)) / 127.5 - 1.0
+            vectors = np.concatenate([colours, np.ones((rows, cols, 1))], axis=2)
+            unit = vectors / np.linalg.norm(vectors, axis=2, keepdims=True)
+            features = unit.astype(np.float32)
+            grids.append(PatchGrid(features, features[0, 0], (image.shape[0], image.shape[1])))
+        return grids
+
+
+def street(seed: int, odd: bool = False, image_hw: tuple[int, int] = IMAGE_HW) -> Frame:
+    """Return sky above road with a little noise, and on demand something magenta on the road."""
+    height, width = image_hw
+    image = np.empty((height, width, 3), np.float64)
+    image[: height // 2] = (120, 160, 220)
+    image[height // 2 :] = (90, 90, 95)
+    noise = np.random.default_rng(seed)
+    rows, cols = height // PATCH, width // PATCH
+    image += np.kron(noise.normal(0, 12, (rows, cols, 3)), np.ones((PATCH, PATCH, 1)))
+    if odd:
+        left, top, right, bottom = ODD_BOX
+        image[top:bottom, left:right] = (230, 20, 220)
+    return Frame(image.clip(0, 255).astype(np.uint8), seed * 100_000_000, "cam", f"drive/{seed}")
+
+
+def make_detector(
+    *,
+    calibrated: bool = True,
+    region: ImageRegion | None = None,
+    embedder: ColourEmbedder | None = None,
+    frames: int = 30,
+    **changes: Any,
+) -> AnomalyDetector:
+    region = region or ImageRegion()
+    embedder = embedder or ColourEmbedder()
+    made = {"target_false_alarm_rate": 0.05, "dedup_distance": 0.001, **PLAIN, **changes}
+    settings = Settings.from_parameters(made)
+    base = settings.replace(threshold=0.0, target_false_alarm_rate=0.05)
+    nominal = (street(seed) for seed in range(frames))
+    index = NominalIndex.build(
+        ((frame, embedder.embed([frame.image])[0]) for frame in nominal),
+        identity=embedder.identity,
+        region=region,
+        settings=base,
+        source=["drive"],
+    )
+    if not calibrated:
+        return AnomalyDetector(embedder, index, None, settings, region)
+    scorer = AnomalyDetector(embedder, index, None, base, region)
+    scores = [
+        scorer.score(embedder.embed([street(seed).image])[0])[0] for seed in range(1000, 1040)
+    ]
+    calibration = Calibration.fit(
+        {"a": scores[:20], "b": scores[20:]},
+        heatmap_low=0.001,
+        index=index,
+        settings=base,
+        region=region,
+        camera="camera",
+        dtype=embedder.identity.dtype,
+    )
+    return AnomalyDetector(embedder, index, calibration, settings, region)
+
+
+def said(result: AnomalyResult) -> tuple[Any, ...]:
+    """Return what a result states, its pictures aside."""
+    places = tuple((p.box_xyxy, p.score, p.label) for p in result.localizations)
+    return result.score, result.decision, result.p_value, result.threshold, places
