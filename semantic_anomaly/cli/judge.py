@@ -1,4 +1,4 @@
-"""Ask a vision-language model of every frame of a labelled set."""
+"""Ask a vision-language model about every frame of a labelled dataset."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from semantic_anomaly.cli import INCOMPLETE
 from semantic_anomaly.cli.options import add_layout_option, count, positive
-from semantic_anomaly.cli.tables import figure, table
+from semantic_anomaly.cli.tables import table
+from semantic_anomaly.errors import InputError
+from semantic_anomaly.evaluation.measures import figure
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--base-url",
         required=True,
         metavar="URL",
-        help="OpenAI-compatible endpoint; its key is taken from OPENAI_API_KEY",
+        help="OpenAI-compatible endpoint; the key is read from OPENAI_API_KEY",
     )
     parser.add_argument("--model", required=True, metavar="NAME", help="name of the model there")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
@@ -25,27 +28,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--answers",
         type=Path,
         metavar="DIR",
-        help="folder that keeps answers, so that a run can go on (default: --out with .answers)",
+        help="folder that caches answers, to resume a run (default: --out with .answers)",
     )
-    parser.add_argument("--parallel", type=positive, default=4, help="requests at a time")
-    parser.add_argument("--retries", type=count, default=4, help="of a request, with back-off")
-    parser.add_argument("--timeout-s", type=float, default=60.0, help="of a request")
-    parser.add_argument("--image-px", type=positive, default=1024, help="long side of the images")
-    parser.add_argument("--prompt", type=Path, metavar="FILE", help="ask this instead")
+    parser.add_argument("--parallel", type=positive, default=4, help="number of parallel requests")
     parser.add_argument(
-        "--price", metavar="IN,OUT", help="of a million tokens, to state the price of a frame"
+        "--retries", type=count, default=4, help="retries of a request, with back-off"
+    )
+    parser.add_argument("--timeout-s", type=float, default=60.0, help="timeout of a request")
+    parser.add_argument("--image-px", type=positive, default=1024, help="long side of the images")
+    parser.add_argument(
+        "--prompt", type=Path, metavar="FILE", help="text to send instead of the built-in prompt"
+    )
+    parser.add_argument(
+        "--price",
+        metavar="IN,OUT",
+        help="price of a million tokens, to report the price of a frame",
     )
     add_layout_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Ask, write results.json and print its figures."""
-    from semantic_anomaly.errors import InputError
+    """Ask, write results.json and print its measures; return 3 if frames have no verdict."""
     from semantic_anomaly.evaluation import extras
-    from semantic_anomaly.evaluation.judge import RESULTS, WRITTEN, Judge, judge_dataset
-    from semantic_anomaly.evaluation.published import open_dataset
-    from semantic_anomaly.evaluation.reports import refuse_other_content
-    from semantic_anomaly.evaluation.verdicts import PROMPT
+    from semantic_anomaly.evaluation.checkpoint import refuse_other_content
+    from semantic_anomaly.evaluation.judge import PROMPT, RESULTS, WRITTEN, Judge, judge_dataset
+    from semantic_anomaly.evaluation.layouts import open_dataset
 
     extras.require("openai", extra="vlm")
     extras.require("sklearn.metrics", "scipy.stats")
@@ -67,23 +74,21 @@ def run(args: argparse.Namespace) -> int:
         prompt=prompt,
     )
     price = _price(args.price) if args.price else None
-    dataset = open_dataset(args.dataset, args.layout)
-    results = judge_dataset(dataset, judge, args.out, price=price)
+    dataset = open_dataset(args.dataset, args.layout, progress=True)
+    results = judge_dataset(dataset, judge, args.out, price=price, progress=True)
     print(_summary(results))
     print(f"wrote {args.out}")
-    return 0
+    return INCOMPLETE if results["frames_unknown"] else 0
 
 
 def _price(text: str) -> tuple[float, float]:
-    from semantic_anomaly.errors import InputError
-
     try:
-        given, made = (float(part) for part in text.split(","))
+        price_in, price_out = (float(part) for part in text.split(","))
     except ValueError:
-        given = made = -1.0
-    if not (0 <= given < float("inf") and 0 <= made < float("inf")):
+        price_in = price_out = -1.0
+    if not (0 <= price_in < float("inf") and 0 <= price_out < float("inf")):
         raise InputError(f"--price: expected IN,OUT for a million tokens, found '{text}'")
-    return given, made
+    return price_in, price_out
 
 
 def _summary(results: dict[str, Any]) -> str:

@@ -10,7 +10,6 @@ from semantic_anomaly.cli.options import (
     add_detector_options,
     add_topic_option,
     count,
-    load_detector,
     settings_of,
 )
 from semantic_anomaly.cli.tables import table
@@ -34,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--labels",
         type=Path,
         metavar="EVENTS.yaml",
-        help="what the drive meets: events: [{start_s: 3.0, end_s: 5.5, kind: cow}], in seconds "
+        help="anomalies of the drive: events: [{start_s: 3.0, end_s: 5.5, kind: cow}], in seconds "
         "after the first frame",
     )
     add_topic_option(parser)
@@ -43,11 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Replay, write scores and pictures, and print the alarms."""
+    from semantic_anomaly.detection.detector import load_detector
     from semantic_anomaly.evaluation import extras
-    from semantic_anomaly.evaluation.drives import SUMMARY, WRITTEN
+    from semantic_anomaly.evaluation.checkpoint import refuse_other_content
     from semantic_anomaly.evaluation.events import read_events
-    from semantic_anomaly.evaluation.replay import replay
-    from semantic_anomaly.evaluation.reports import refuse_other_content
+    from semantic_anomaly.evaluation.replay import SUMMARY, WRITTEN, replay
     from semantic_anomaly.io.open import open_source
 
     extras.require("matplotlib.figure", "jinja2")
@@ -55,8 +54,8 @@ def run(args: argparse.Namespace) -> int:
     refuse_other_content(args.out, SUMMARY, WRITTEN)
     events = read_events(args.labels) if args.labels else None
     source = open_source(args.source, topic=args.topic)
-    detector = load_detector(args, settings, camera)
-    summary = replay(source, detector, args.out, every=args.every, events=events)
+    detector = load_detector(settings, camera)
+    summary = replay(detector, source, args.out, every=args.every, events=events, progress=True)
     print(_text(summary))
     print(f"wrote {args.out}")
     return 0
@@ -89,14 +88,12 @@ def _text(summary: dict[str, Any]) -> str:
 def _event_rows(against: dict[str, Any] | None) -> list[tuple[str, str]]:
     if against is None:
         return []
-    events, per_hour = against["events"], against["false_per_hour"]
-    found = len(events) - against["missed"]
-    delay = against["delay_s_median"]
-    rows = [("events", f"{found} of {len(events)} found, {against['missed']} missed")]
-    if delay is not None:
+    count, missed = len(against["events"]), against["missed"]
+    rows = [("events", f"{count - missed} of {count} found, {missed} missed")]
+    if (delay := against["delay_s_median"]) is not None:
         rows.append(("delay", f"{delay:.2f} s (median of the found)"))
-    if per_hour is not None:
-        nominal = f"{against['nominal_s']:.1f} s nominal"
-        text = f"{against['false_episodes']} episodes in {nominal}: {per_hour:.1f} an hour"
-        rows.append(("false alarms", f"{text}; {against['false_share']:.1%} of the frames"))
+    if (per_hour := against["false_per_hour"]) is not None:
+        text = f"{against['false_alarms']} in {against['nominal_s']:.1f} s nominal"
+        share = f"{against['false_share']:.1%} of the frames"
+        rows.append(("false alarms", f"{text}: {per_hour:.1f} an hour; {share}"))
     return rows

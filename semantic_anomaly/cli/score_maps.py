@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-from semantic_anomaly.cli.evaluate import component_rows, frame_rows
 from semantic_anomaly.cli.options import (
     add_components_option,
     add_layout_option,
     component_limits,
 )
-from semantic_anomaly.cli.tables import figure, table
+from semantic_anomaly.cli.tables import table
+from semantic_anomaly.errors import InputError
+from semantic_anomaly.evaluation.measures import HEADER, measure_rows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,42 +31,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scores",
         type=Path,
         metavar="FILE.json",
-        help="frame scores by file name, or a results.json; default: the mean of the largest "
-        "--tail-percent of a map's pixels",
+        help="frame scores by file name, or a results.json (default: the mean of the largest "
+        "--tail-percent of a map's pixels)",
     )
     parser.add_argument("--tail-percent", type=float, default=1.0, metavar="Q")
-    parser.add_argument("--threshold", type=float, metavar="T", help="of the frame scores")
     parser.add_argument(
-        "--pixel-threshold", type=float, metavar="T", help="of the maps, chosen beforehand"
+        "--threshold", type=float, metavar="T", help="threshold of the frame scores"
     )
     parser.add_argument(
-        "--protocol", default="", metavar="NAME", help="what the method took as nominal"
+        "--pixel-threshold",
+        type=float,
+        metavar="T",
+        help="threshold of the maps, chosen beforehand",
+    )
+    parser.add_argument(
+        "--protocol", default="", metavar="NAME", help="name of the protocol, for compare"
     )
     add_layout_option(parser)
     add_components_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure the maps, write results.json and print its figures."""
-    from semantic_anomaly.errors import InputError
-    from semantic_anomaly.evaluation.maps import (
+    """Measure the maps, write results.json and print its measures."""
+    from semantic_anomaly.evaluation.checkpoint import refuse_other_content
+    from semantic_anomaly.evaluation.exports import (
         RESULTS,
         WRITTEN,
         MapFolder,
         read_scores,
         score_maps,
     )
-    from semantic_anomaly.evaluation.published import open_dataset
-    from semantic_anomaly.evaluation.reports import refuse_other_content
+    from semantic_anomaly.evaluation.layouts import open_dataset
 
     if not 0 < args.tail_percent <= 100:
         raise InputError(f"--tail-percent: expected (0, 100], found {args.tail_percent:g}")
     limits = component_limits(args.components)
     refuse_other_content(args.out, RESULTS, WRITTEN)
     scores = read_scores(args.scores) if args.scores else None
-    dataset = open_dataset(args.dataset, args.layout)
+    dataset = open_dataset(args.dataset, args.layout, progress=True)
     results = score_maps(
-        MapFolder(args.maps, dataset),
+        MapFolder(args.maps, dataset, progress=True),
         dataset,
         args.out,
         limits=limits,
@@ -75,21 +79,10 @@ def run(args: argparse.Namespace) -> int:
         pixel_threshold=args.pixel_threshold,
         tail_percent=args.tail_percent,
         protocol=args.protocol,
+        progress=True,
     )
-    print(_summary(results))
+    frames, anomalous = results["frames_counted"], results["frames_anomalous"]
+    print(f"{results['dataset']}: {frames} frames, {anomalous} anomalous\n")
+    print(table(measure_rows(results), HEADER))
     print(f"wrote {args.out}")
     return 0
-
-
-def _summary(results: dict[str, Any]) -> str:
-    frames, anomalous = results["frames_counted"], results["frames_anomalous"]
-    at = "" if results["threshold"] is not None else "no threshold given"
-    rows = [
-        *frame_rows(results, results["frame_score"], at, at),
-        ("pixel AP", figure(results["pixel_ap"]), "", ""),
-        ("pixel AUROC", figure(results["pixel_auroc"]), "", ""),
-        ("pixel FPR95", figure(results["pixel_fpr95"]), "", ""),
-        *component_rows(results),
-    ]
-    head = f"{results['dataset']}: {frames} frames, {anomalous} anomalous"
-    return f"{head}\n\n{table(rows, ('measure', 'value', '95 %', 'remark'))}"

@@ -1,4 +1,4 @@
-"""Short aligned tables for people."""
+"""Aligned tables on the terminal."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
     """Return rows as aligned text, columns of numbers to the right.
 
     Args:
-        rows: cells of equal number a row.
-        header: names of the columns, none for a table without.
+        rows: the cells of each row; all rows have the same number of cells.
+        header: names of the columns; empty for a table without a header.
     """
     lines = [list(header), *map(list, rows)] if header else [list(row) for row in rows]
     if not lines:
@@ -35,22 +35,17 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
     return "\n".join(texts)
 
 
-def figure(value: float | None, digits: int = 3) -> str:
-    """Return a number with so many decimals, '-' for one that is not defined."""
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
 def megabytes(count: int) -> str:
     """Return a number of bytes in MB or kB."""
     return f"{count / 1e6:.1f} MB" if count >= 1_000_000 else f"{count / 1e3:.1f} kB"
 
 
 def listed(names: Sequence[str]) -> str:
-    """Return the first of some names, and how many more there are."""
+    """Return the first names, and how many more there are."""
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more
 
 
 def drives_listed(drives: Iterable[tuple[str, int]]) -> str:
-    """Return the first of some drives, each with the number of its frames."""
+    """Return the first drives with their numbers of frames."""
     return listed([f"{name} ({count})" for name, count in drives])

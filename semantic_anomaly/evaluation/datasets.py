@@ -11,11 +11,12 @@ from typing import Any
 
 import cv2
 import numpy as np
+import yaml
 
 from semantic_anomaly.errors import ImageError, InputError
 from semantic_anomaly.io.images import inspect_image
 from semantic_anomaly.io.open import split_selection
-from semantic_anomaly.io.sources import IMAGE_SUFFIXES, ImageFolder
+from semantic_anomaly.io.sources import IMAGE_SUFFIXES, ImageFiles, folder_images
 from semantic_anomaly.structures import Frame
 
 NORMAL, ANOMALY, IGNORE = 0, 1, 255
@@ -24,17 +25,17 @@ MASK_FOLDERS = ("masks", "labels_masks")
 
 @dataclass(frozen=True)
 class FrameTruth:
-    """What is known of a frame.
+    """Ground truth of a frame.
 
     Attributes:
         file: name of the image file.
-        stem: name without suffix, for files that are made of the frame; unlike all others.
+        stem: unique name without suffix, for files made from the frame.
         anomaly: whether the frame shows an anomaly.
-        ignored: the frame is not counted, nor its pixels if it is the labels that say so.
-        kind, family: of the anomaly, None where the labels do not say.
-        sequence: the drive that the frame is of; frames of different ones are independent.
-        mask: file of the mask, None where there is nothing to mask.
-        has_pixels: whether pixels count: not of an anomaly that is labelled but not masked.
+        ignored: the frame is not counted; if its labels say so, nor are its pixels.
+        kind, family: kind and family of the anomaly, None when not labelled.
+        sequence: drive of the frame; frames of different drives are independent.
+        mask: file of the mask, or None.
+        has_pixels: whether pixels count; false for an anomaly that is labelled but not masked.
     """
 
     file: str
@@ -52,18 +53,18 @@ class LabelledFolder:
     """A folder with `images/`, `masks/` or `labels_masks/`, and optionally `labels.json`.
 
     Masks are 8-bit PNG of the image's stem and size: 0 normal, 1 anomaly, 255 ignore. An image
-    without a mask has nothing to mask. labels.json maps file names to objects with `anomaly` and
-    optionally `kind`, `family`, `ignore`, `stamp_s`, `drive`; where it does not say whether a frame
-    is anomalous, it is when its mask has a 1. Frames without a `drive` are of one drive if they
-    have stamps, else every one is by itself. Masks are checked here, before anything is computed.
+    without a mask is normal throughout. labels.json maps file names to objects with `anomaly` and
+    optionally `kind`, `family`, `ignore`, `stamp_s`, `drive`. A frame without `anomaly` is
+    anomalous if its mask has a 1. Frames without `drive` belong to one drive if they have stamps,
+    otherwise each is a drive of its own. All masks are checked here.
 
     Attributes:
         name: name of the folder.
-        truths: one a selected image, in the order of iteration.
+        truths: one per selected image, in the order of iteration.
 
     Raises:
-        InputError: no images; masks of other values or without an image; labels of absent files
-            or of the wrong types.
+        InputError: no images, masks with other values or without an image, labels of missing
+            files or of the wrong types.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -72,7 +73,7 @@ class LabelledFolder:
         if not (root / "images").is_dir():
             found = "no such folder" if not root.is_dir() else "none there"
             raise InputError(f"dataset '{root}': expected a folder 'images' in it, found {found}")
-        self._source = ImageFolder(root, selection)
+        self._source = ImageFiles(folder_images(root), selection)
         self.name = self._source.name
         files = self._source.files
         masks = _find_masks(root, {file.stem for file in files})
@@ -98,7 +99,7 @@ class LabelledFolder:
             yield frame, truth, self.labels(truth, frame.image_hw)
 
     def labels(self, truth: FrameTruth, image_hw: tuple[int, int]) -> np.ndarray:
-        """Return the mask of a frame, (height, width) uint8; all normal where there is none.
+        """Return the mask of a frame, (height, width) uint8; all normal without a mask file.
 
         Raises:
             InputError: it cannot be read, or is of another size than the image.
@@ -111,10 +112,10 @@ class LabelledFolder:
 
 
 def check_size(truth: FrameTruth, labels: np.ndarray, image_hw: tuple[int, int]) -> None:
-    """Refuse labels of another size than their image.
+    """Check that labels have the size of their image.
 
     Raises:
-        InputError: naming both sizes.
+        InputError: the sizes differ.
     """
     if labels.shape != image_hw:
         raise InputError(
@@ -136,7 +137,7 @@ def read_mask(path: Path) -> np.ndarray:
         raise InputError(f"mask '{path}': {error.strerror}") from error
     except ImageError as error:
         raise InputError(f"mask '{path}': {error}") from error
-    # Decoders spread 1-bit masks to 0 and 255, which would turn anomalies into ignored pixels.
+    # Decoders expand 1-bit masks to 0 and 255, which would turn anomalies into ignored pixels.
     if kind != "PNG" or content[24] != 8:
         found = f"PNG of {content[24]} bits" if kind == "PNG" else kind
         raise InputError(f"mask '{path}': expected an 8-bit PNG, found {found}")
@@ -154,6 +155,23 @@ def read_mask(path: Path) -> np.ndarray:
             f"found also {', '.join(map(str, odd[:8]))}"
         )
     return mask
+
+
+def read_json(path: Path | str, what: str) -> Any:
+    """Return the content of a JSON file; raise InputError when it cannot be read."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{what} '{path}' cannot be read: {error}") from error
+
+
+def read_yaml(path: Path | str, what: str) -> Any:
+    """Return the content of a YAML file; raise InputError when it cannot be read."""
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{what} '{path}' cannot be read: {reason}") from error
 
 
 def _find_masks(root: Path, stems: set[str]) -> dict[str, Path]:
@@ -182,10 +200,7 @@ def _find_masks(root: Path, stems: set[str]) -> dict[str, Path]:
 def _read_labels(path: Path, files: set[str]) -> dict[str, Mapping[str, Any]]:
     if not path.is_file():
         return {}
-    try:
-        labels = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"labels '{path}' cannot be read: {error}") from error
+    labels = read_json(path, "labels")
     if not isinstance(labels, dict):
         raise InputError(f"labels '{path}': expected an object of file names")
     absent = [name for name in labels if name not in files]

@@ -1,4 +1,4 @@
-"""What alarms are worth on a drive: how soon, how often for nothing, by the clock of the stamps."""
+"""Measures of alarms on a drive: delays, missed events and false alarms, by the stamps."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from semantic_anomaly.errors import InputError
+from semantic_anomaly.evaluation.datasets import read_yaml
 
-# An alarm may outlast its event by so long: what was on the road passes, filters forget.
+# An alarm may outlast its event by this time: tracks last longer than the anomaly is visible.
 TAIL_S = 1.0
-# Nominal time that ends an episode of alarms.
+# Time without an alarm that separates two false alarms.
 QUIET_S = 0.5
 _SECOND_NS = 1_000_000_000
 
 
 @dataclass(frozen=True)
 class Event:
-    """A stretch of a drive in which there is an anomaly.
+    """A time span of a drive with an anomaly.
 
     Attributes:
         start_s, end_s: seconds after the first frame, 0 <= start_s < end_s.
-        kind: what it is, may be empty.
+        kind: kind of the anomaly, may be empty.
     """
 
     start_s: float
@@ -44,19 +44,19 @@ class Event:
 
 @dataclass(frozen=True)
 class DriveMetrics:
-    """What alarms were worth on a drive; None where there is nothing to divide by.
+    """Measures of the alarms of a drive; None when there is nothing to divide by.
 
     Attributes:
         delays_s: seconds from the start of every event to its first frame in alarm, None where
             the event was missed; in the order of the events.
-        false_episodes: stretches of alarm in nominal time, parted by `QUIET_S` without.
+        false_alarms: runs of alarm in nominal time, separated by at least `QUIET_S`.
         nominal_s: seconds of nominal time.
-        false_per_hour: episodes an hour of nominal time.
-        false_share: share of the nominal frames in alarm, so that an alarm that never ends shows.
+        false_per_hour: false alarms per hour of nominal time.
+        false_share: share of the nominal frames in alarm; it shows an alarm that never ends.
     """
 
     delays_s: tuple[float | None, ...]
-    false_episodes: int
+    false_alarms: int
     nominal_s: float
     false_per_hour: float | None
     false_share: float | None
@@ -73,16 +73,11 @@ def read_events(path: Path | str) -> list[Event]:
     Raises:
         InputError: it cannot be read, or holds something else.
     """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise InputError(
-            f"events '{path}' cannot be read: {' '.join(str(error).split())}"
-        ) from error
-    listed = content.get("events") if isinstance(content, dict) else None
-    if not isinstance(listed, list):
-        raise InputError(f"events '{path}': expected a list under 'events', found {listed!r:.60}")
-    return [_event(path, number, entry) for number, entry in enumerate(listed)]
+    content = read_yaml(path, "events")
+    entries = content.get("events") if isinstance(content, dict) else None
+    if not isinstance(entries, list):
+        raise InputError(f"events '{path}': expected a list under 'events', found {entries!r:.60}")
+    return [_event(path, number, entry) for number, entry in enumerate(entries)]
 
 
 def _event(path: Path | str, number: int, entry: Any) -> Event:
@@ -103,18 +98,18 @@ def _event(path: Path | str, number: int, entry: Any) -> Event:
 def drive_metrics(
     stamps_ns: Sequence[int], alarms: Sequence[bool], events: Sequence[Event]
 ) -> DriveMetrics:
-    """Return what the alarms of one drive were worth.
+    """Return the measures of the alarms of one drive.
 
-    An event is found by the first frame in alarm within it, whenever that alarm began. A stretch of
-    alarm that goes on from an event is no false one for `TAIL_S`.
+    An event is detected by the first frame in alarm within it, whenever that alarm began. An alarm
+    that continues after an event is not false for `TAIL_S`.
 
     Args:
         stamps_ns: (n,) nanoseconds, rising.
         alarms: (n,) bool.
-        events: stretches with an anomaly, may overlap.
+        events: may overlap.
 
     Raises:
-        InputError: no frames, stamps that do not rise, or an event in which there is no frame.
+        InputError: no frames, stamps that do not rise, or an event without a frame in it.
     """
     stamps = np.asarray(stamps_ns, np.int64)
     alarm = np.asarray(alarms, bool)
@@ -136,33 +131,33 @@ def drive_metrics(
         inside |= within
         first = np.flatnonzero(within & alarm)
         delays.append(float(time_s[first[0]] - event.start_s) if len(first) else None)
-    episodes, false = _false_alarms(time_s, alarm, inside)
+    false_alarms, false_frames = _false_alarms(time_s, alarm, inside)
     nominal_s = float(np.diff(time_s)[~(inside[:-1] | inside[1:])].sum())
     nominal = int((~inside).sum())
     return DriveMetrics(
         tuple(delays),
-        episodes,
+        false_alarms,
         nominal_s,
-        episodes * 3600 / nominal_s if nominal_s else None,
-        false / nominal if nominal else None,
+        false_alarms * 3600 / nominal_s if nominal_s else None,
+        false_frames / nominal if nominal else None,
     )
 
 
 def _false_alarms(time_s: np.ndarray, alarm: np.ndarray, inside: np.ndarray) -> tuple[int, int]:
-    """Return the numbers of false episodes and of false frames."""
-    episodes = false = 0
+    """Return the numbers of false alarms and of false frames."""
+    alarms = frames = 0
     tail_until = last_false = -math.inf
-    going_on = before = False
-    # Of numpy's own numbers, sums would be no integers of Python's, and no JSON.
-    listed = (each.tolist() for each in (time_s, alarm, inside))
-    for now, on, event in zip(*listed, strict=True):
+    continued = before = False
+    # Python numbers: sums of numpy integers cannot be written as JSON.
+    columns = (array.tolist() for array in (time_s, alarm, inside))
+    for now, on, event in zip(*columns, strict=True):
         if event:
-            tail_until, going_on, last_false, before = now + TAIL_S, on, -math.inf, False
+            tail_until, continued, last_false, before = now + TAIL_S, on, -math.inf, False
             continue
-        going_on = going_on and on and now <= tail_until
-        if on and not going_on:
-            false += 1
-            episodes += not before and now - last_false > QUIET_S
+        continued = continued and on and now <= tail_until
+        if on and not continued:
+            frames += 1
+            alarms += not before and now - last_false > QUIET_S
             last_false = now
-        before = on and not going_on
-    return episodes, false
+        before = on and not continued
+    return alarms, frames

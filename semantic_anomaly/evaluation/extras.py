@@ -1,4 +1,4 @@
-"""The packages that only reports need, imported when a report is made."""
+"""Optional packages, imported on use."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class MissingPackageError(SemanticAnomalyError):
 
 
 def require(*modules: str, extra: str = "report") -> None:
-    """Refuse early, before hours of work, when a package of an extra is missing.
+    """Check before a long run that packages of an extra can be imported.
 
     Raises:
-        MissingPackageError: naming package and extra.
+        MissingPackageError: a package is not installed; names package and extra.
     """
     for name in modules:
         load(name, extra)

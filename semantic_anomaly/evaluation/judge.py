@@ -1,8 +1,8 @@
-"""A vision-language model as comparator: is there anything in this frame that should not be?
+"""A vision-language model as baseline: it is asked whether a frame shows an anomaly.
 
-The paper measures itself against GPT-4o. Any server that speaks the OpenAI chat protocol will do.
-The prompt is ours, in the spirit of Elhafsi et al. 2023 (arXiv 2305.11307): list what is seen, ask
-of each whether it could make the vehicle misbehave, then decide.
+The paper compares with GPT-4o. Any server with the OpenAI chat protocol can be used. The prompt
+follows Elhafsi et al. 2023 (arXiv 2305.11307): list the objects, ask for each whether it could make
+the vehicle misbehave, then decide.
 """
 
 from __future__ import annotations
@@ -24,41 +24,101 @@ from tqdm import tqdm
 
 from semantic_anomaly.errors import InputError, SemanticAnomalyError
 from semantic_anomaly.evaluation import extras, provenance
+from semantic_anomaly.evaluation.checkpoint import report_folder, write_json
 from semantic_anomaly.evaluation.datasets import FrameTruth
-from semantic_anomaly.evaluation.measures import frame_measures, latencies, truth_row
-from semantic_anomaly.evaluation.published import Dataset
-from semantic_anomaly.evaluation.reports import report_folder, write_json
-from semantic_anomaly.evaluation.verdicts import PROMPT, parse_verdict
+from semantic_anomaly.evaluation.layouts import Dataset
+from semantic_anomaly.evaluation.metrics import frame_measures, latencies, truth_row
 from semantic_anomaly.io.images import encode_jpeg
 from semantic_anomaly.storage import atomic_write_bytes
 
 RESULTS = "results.json"
 WRITTEN = frozenset({RESULTS})
 KEY_VARIABLE = "OPENAI_API_KEY"
+PROMPT = """\
+You watch the front camera of an automated vehicle. Its perception was tested on ordinary drives and
+is safe there. Your task is to notice a semantic anomaly: something whose presence or arrangement
+could make the vehicle misjudge the scene, such as an object that does not belong on or beside a
+road, or familiar things in an unfamiliar relation (a traffic sign that is only a picture of one,
+traffic lights that are cargo, a person where nobody should stand).
+
+1. List the objects that matter for driving, and where each of them is or what it is attached to.
+2. For each of them, consider whether it is what it seems to be, and in an ordinary place.
+3. Decide. Weather, light, ordinary traffic and parked vehicles are not anomalies.
+
+Answer with one JSON object and nothing else, "confidence" from 0.0 to 1.0:
+{"objects": ["..."], "reason": "one sentence", "anomaly": true or false, "confidence": 0.5}"""
 
 
 class JudgeError(SemanticAnomalyError):
-    """The language model cannot be asked at all."""
+    """The language model cannot be used."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer of the model for a frame.
+
+    Attributes:
+        anomaly: None without a verdict: refused, cut off, or not the expected JSON.
+        confidence: confidence of the verdict in [0, 1].
+        reason: sentence of the model, or why there is no verdict.
+    """
+
+    anomaly: bool | None
+    confidence: float
+    reason: str
+
+    @property
+    def score(self) -> float:
+        """Return a score in [0, 1], above 0.5 for an anomaly."""
+        signed = self.confidence if self.anomaly else -self.confidence
+        # A verdict with confidence 0 must still lie on its side of the threshold.
+        return 0.5 + 0.5 * signed + (1e-6 if self.anomaly else -1e-6)
+
+
+def parse_verdict(answer: str | None) -> Verdict:
+    """Return the verdict of an answer; anything but the expected JSON is unknown, never nominal.
+
+    Args:
+        answer: text of the model, None without an answer.
+    """
+    if not answer:
+        return Verdict(None, 0.0, "no answer")
+    content = None
+    decoder = json.JSONDecoder()
+    for start in (i for i, letter in enumerate(answer) if letter == "{"):
+        try:
+            content, _ = decoder.raw_decode(answer, start)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(content, dict) and "anomaly" in content:
+            break
+    if not isinstance(content, dict) or not isinstance(content.get("anomaly"), bool):
+        return Verdict(None, 0.0, "the answer is not the expected JSON")
+    confidence = content.get("confidence")
+    # NaN fails the comparison.
+    if not isinstance(confidence, int | float) or not 0 <= confidence <= 1:
+        return Verdict(None, 0.0, f"confidence: expected 0 to 1, found {confidence!r:.40}")
+    return Verdict(content["anomaly"], float(confidence), str(content.get("reason", "")))
 
 
 @dataclass(frozen=True)
 class Judge:
-    """A model behind an OpenAI-compatible endpoint; answers are kept, so that a run can go on.
+    """A model behind an OpenAI-compatible endpoint; answers are cached, so a run can be resumed.
 
-    The key is taken from the environment alone, and is never written.
+    The API key is read from the environment and never written.
 
     Attributes:
-        base_url: of the endpoint, such as http://localhost:8000/v1.
-        model: its name there.
-        answers: folder that keeps answers by digest of image, prompt, model and endpoint.
-        parallel: requests at a time, >= 1.
-        retries: of a request that met a busy or failing server, with back-off, >= 0.
-        timeout_s: of a request, > 0.
-        image_px: long side to which images are reduced, >= 64.
-        prompt: what is asked.
+        base_url: URL of the endpoint, such as http://localhost:8000/v1.
+        model: name of the model there.
+        answers: folder that caches answers by digest of image, prompt, model and endpoint.
+        parallel: number of parallel requests, >= 1.
+        retries: retries of a request to a busy or failing server, with back-off, >= 0.
+        timeout_s: timeout of a request in s, > 0.
+        image_px: maximum long side of the images in px, >= 64.
+        prompt: text sent with every image.
 
     Raises:
-        InputError: a number out of range.
+        InputError: a URL with a key in it, or a number out of range.
     """
 
     base_url: str
@@ -83,8 +143,8 @@ class Judge:
                 raise InputError(f"judge: {name}: expected at least {bound:g}, found "
                                  f"{getattr(self, name):g}")  # fmt: skip
 
-    def ask(self, dataset: Dataset, progress: bool = True) -> list[dict[str, Any]]:
-        """Return one row a frame: verdict, seconds, tokens; asked in parallel, in order.
+    def ask(self, dataset: Dataset, progress: bool = False) -> list[dict[str, Any]]:
+        """Return one row a frame, in order: verdict, seconds, tokens.
 
         Raises:
             InputError: an image cannot be read.
@@ -94,7 +154,7 @@ class Judge:
         openai = extras.load("openai", extra="vlm")
         client = openai.OpenAI(
             base_url=self.base_url,
-            # Servers of one's own ask for none, and the client does not start without.
+            # Local servers need no key, but the client does not start without one.
             api_key=os.environ.get(KEY_VARIABLE) or "none",
             max_retries=self.retries,
             timeout=self.timeout_s,
@@ -104,16 +164,16 @@ class Judge:
         hide = None if progress else True
         pool = ThreadPoolExecutor(self.parallel)
         try:
-            waiting = []
+            pending = []
             with tqdm(total=len(dataset), desc="judge", unit="frame", disable=hide) as bar:
                 for frame, truth, _ in dataset:
                     image = self._jpeg(frame.image)
-                    waiting.append((truth, pool.submit(self._answer, client, openai, image)))
-                    # Images of a whole set would not fit into memory.
-                    while len(waiting) > 2 * self.parallel:
-                        rows.append(_row(waiting[0][0], waiting.pop(0)[1].result()))
+                    pending.append((truth, pool.submit(self._answer, client, openai, image)))
+                    # The images of a whole dataset do not fit into memory.
+                    while len(pending) > 2 * self.parallel:
+                        rows.append(_row(pending[0][0], pending.pop(0)[1].result()))
                         bar.update()
-                for truth, answer in waiting:
+                for truth, answer in pending:
                     rows.append(_row(truth, answer.result()))
                     bar.update()
         finally:
@@ -133,8 +193,8 @@ class Judge:
         parts = (image, self.prompt.encode(), self.model.encode(), self.base_url.encode())
         digest = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts))
         file = self.answers / f"{digest.hexdigest()}.json"
-        if (kept := _read(file)) is not None:
-            return kept
+        if (cached := _read(file)) is not None:
+            return cached
         url = "data:image/jpeg;base64," + base64.b64encode(image).decode("ascii")
         content = [
             {"type": "text", "text": self.prompt},
@@ -148,7 +208,7 @@ class Judge:
                 temperature=0,
             )
         except (openai.RateLimitError, openai.InternalServerError, openai.APITimeoutError) as error:
-            # Not kept: the next run asks again.
+            # Not cached: the next run asks again.
             return {"answer": None, "failure": type(error).__name__, "seconds": None}
         except openai.APIStatusError as error:
             raise JudgeError(
@@ -159,7 +219,7 @@ class Judge:
             raise JudgeError(f"'{self.base_url}' cannot be reached: {error}") from error
         except (openai.OpenAIError, ValueError) as error:
             return {"answer": None, "failure": type(error).__name__, "seconds": None}
-        answer = _taken(reply, time.monotonic() - begin)
+        answer = _answer_of(reply, time.monotonic() - begin)
         atomic_write_bytes(file, json.dumps(answer).encode())
         return answer
 
@@ -170,17 +230,17 @@ def judge_dataset(
     out: Path,
     *,
     price: tuple[float, float] | None = None,
-    progress: bool = True,
+    progress: bool = False,
 ) -> dict[str, Any]:
-    """Ask of every frame, write results.json that `compare` takes, and return what it holds.
+    """Ask about every frame, write results.json for `compare`, and return its content.
 
-    Frames without a verdict are unknown: they count in no rate, and are counted apart.
+    Frames without a verdict are unknown: they are counted apart and in no rate.
 
     Args:
         dataset: images with ground truth.
-        judge: whom to ask.
+        judge: the model.
         out: folder to write; an earlier report of a judge is replaced.
-        price: of a million tokens in and out, in one currency; None where it is not known.
+        price: price of a million input and output tokens; None: not known.
         progress: show a progress bar on a terminal.
 
     Raises:
@@ -222,7 +282,7 @@ def judge_dataset(
     return results
 
 
-def _taken(reply: Any, seconds: float) -> dict[str, Any]:
+def _answer_of(reply: Any, seconds: float) -> dict[str, Any]:
     choice = reply.choices[0] if getattr(reply, "choices", None) else None
     message = getattr(choice, "message", None)
     refusal = getattr(message, "refusal", None)
@@ -238,10 +298,10 @@ def _taken(reply: Any, seconds: float) -> dict[str, Any]:
 
 def _read(file: Path) -> dict[str, Any] | None:
     try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
+        cached = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return kept if isinstance(kept, dict) and "answer" in kept else None
+    return cached if isinstance(cached, dict) and "answer" in cached else None
 
 
 def _row(truth: FrameTruth, answer: dict[str, Any]) -> dict[str, Any]:

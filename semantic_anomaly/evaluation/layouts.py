@@ -1,23 +1,31 @@
-"""Datasets as their authors publish them: where images and labels lie, and what labels mean."""
+"""Datasets as published: where images and labels are, what labels mean, and how they are read."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import cv2
 import numpy as np
-import yaml
+from tqdm import tqdm
 
 from semantic_anomaly.errors import InputError
 from semantic_anomaly.evaluation.datasets import (
     ANOMALY,
     IGNORE,
     NORMAL,
+    FrameTruth,
+    LabelledFolder,
+    check_size,
+    read_yaml,
 )
+from semantic_anomaly.io.bags import BagSource
+from semantic_anomaly.io.images import read_image
+from semantic_anomaly.io.sources import is_bag, natural
+from semantic_anomaly.structures import Frame
 
 _MEANINGS = {"normal": NORMAL, "anomaly": ANOMALY, "ignore": IGNORE}
 _OTHER = (*_MEANINGS, "refuse")
@@ -25,23 +33,23 @@ _OTHER = (*_MEANINGS, "refuse")
 
 @dataclass(frozen=True)
 class Layout:
-    """Where images and labels of a dataset lie, and what label values mean.
+    """Where images and labels of a dataset are, and what label values mean.
 
     Attributes:
         images: glob of the images below the dataset's folder; of a bag, its image topic.
-        label_of: regular expression and replacement that make an image's path, relative to the
-            folder, the path of its labels; an image without labels there is left out. Of a bag,
-            they make the image topic the topic of the labels.
+        label_of: regular expression and replacement that turn an image path, relative to the
+            folder, into the path of its labels; images without labels are left out. For a bag,
+            they turn the image topic into the topic of the labels.
         values: meaning of a label value in 0..255: normal, anomaly or ignore.
         other: meaning of all other values, or 'refuse'.
-        channel: of labels in colour: 0 red, 1 green, 2 blue; grey ones have one.
-        sequence: regular expression whose first group names the drive of an image's path; empty:
-            every image is by itself.
-        leave_out: regular expression of images that do not belong to the set; empty: all do.
-        published: where the dataset can be had, and what is expected below its folder.
+        channel: channel of colour labels: 0 red, 1 green, 2 blue.
+        sequence: regular expression whose first group in the image path is the drive; empty: each
+            image is a drive of its own.
+        leave_out: regular expression of images to leave out; empty: none.
+        published: where the dataset is published, and the expected content of its folder.
 
     Raises:
-        InputError: a field that cannot be taken.
+        InputError: a field of another type or value.
     """
 
     images: str
@@ -82,10 +90,10 @@ class Layout:
 
         Args:
             raw: (height, width) or (height, width, 3) RGB, uint8.
-            where: names the labels in errors.
+            where: name of the labels for errors.
 
         Raises:
-            InputError: a value without a meaning, where others are refused.
+            InputError: a value without a meaning, when others are refused.
         """
         values = raw if raw.ndim == 2 else raw[..., self.channel]
         table = np.full(256, _MEANINGS.get(self.other, -1), np.int16)
@@ -101,7 +109,7 @@ class Layout:
 
 _PLAIN = {0: "normal", 1: "anomaly", 255: "ignore"}
 _TRACK = (r"^images/(.+)\.\w+$", r"labels_masks/\1_labels_semantic.png")
-# Frames of the validation scenes that SegmentMeIfYouCan does not count: night and snow.
+# Validation scenes that SegmentMeIfYouCan does not count: night and snow.
 _NOT_COUNTED = r"validation_(19|2[1-9])\."
 
 LAYOUTS: Mapping[str, Layout] = {
@@ -149,7 +157,7 @@ LAYOUTS: Mapping[str, Layout] = {
     "anovox": Layout(
         images="Scenario_*/RGB-CAM*/*.png",
         label_of=(r"RGB-CAM", "SEMANTIC-CAM"),
-        # The red channel of everything out of place, by AnoVox's own colours.
+        # The red channel of anomalies in AnoVox's palette.
         values={245: "anomaly"},
         other="normal",
         sequence=r"^(Scenario_[^/]+)/",
@@ -161,17 +169,14 @@ LAYOUTS: Mapping[str, Layout] = {
 
 
 def read_layout(path: Path | str) -> Layout:
-    """Return the layout that a YAML file describes by the names of the fields of `Layout`.
+    """Return the layout of a YAML file with the fields of `Layout`.
 
     Raises:
-        InputError: no such file or name, or fields that cannot be taken.
+        InputError: no such file or name, or other fields.
     """
     if not Path(path).is_file():
         raise InputError(f"--layout: expected {', '.join(LAYOUTS)} or a YAML file, found '{path}'")
-    try:
-        content: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"layout '{path}': {' '.join(str(error).split())}") from error
+    content = read_yaml(path, "layout")
     fields = {field.name for field in dataclasses.fields(Layout)}
     needed = {"images", "label_of", "values"}
     if not isinstance(content, dict) or not needed <= set(content) <= fields:
@@ -190,3 +195,217 @@ def read_layout(path: Path | str) -> Layout:
         if not isinstance(value, kinds[name]):
             raise InputError(f"layout '{path}': {name}: found {value!r:.60}")
     return Layout(**{**content, "label_of": tuple(map(str, content["label_of"]))})
+
+
+class LayoutDataset:
+    """The images of a layout with their labels; sizes may vary from image to image.
+
+    Args:
+        root: the dataset's folder.
+        layout: where images and labels are in it.
+        progress: show a progress bar on a terminal while labels are checked.
+
+    Attributes:
+        name: name of the folder.
+        truths: one per image, in natural order.
+
+    Raises:
+        InputError: no images or labels where the layout expects them, or unknown label values.
+    """
+
+    def __init__(self, root: Path, layout: Layout, progress: bool = False) -> None:
+        self.path, self.name = root, root.resolve().name
+        self._layout = layout
+        files = sorted(root.glob(layout.images), key=lambda file: natural(str(file)))
+        images = [file for file in files if not self._left_out(file)]
+        pairs = [(image, label) for image in images if (label := self._label(image)).is_file()]
+        if not pairs:
+            content = f"{len(images)} images without labels" if images else "no image"
+            expected = layout.published or f"{layout.images} with labels by {layout.label_of}"
+            raise InputError(f"dataset '{root}': found {content}; expected {expected}")
+        hide = None if progress else True
+        flat = len({image.stem for image, _ in pairs}) == len(pairs)
+        self.truths = [
+            self._truth(image, label, flat)
+            for image, label in tqdm(pairs, "check labels", unit="image", disable=hide)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.truths)
+
+    def __iter__(self) -> Iterator[tuple[Frame, FrameTruth, np.ndarray]]:
+        """Yield frame, truth and labels, (height, width) uint8.
+
+        Raises:
+            InputError: an image cannot be read, or its labels have another size.
+        """
+        for number, truth in enumerate(self.truths):
+            image = read_image(self.path / truth.file)
+            frame = Frame(image, number, name=f"{self.name}/{truth.file}")
+            yield frame, truth, self.labels(truth, frame.image_hw)
+
+    def labels(self, truth: FrameTruth, image_hw: tuple[int, int]) -> np.ndarray:
+        """Return the labels of a frame, (height, width) uint8 of 0 normal, 1 anomaly, 255 ignore.
+
+        Raises:
+            InputError: they cannot be read, are of another size, or hold unknown values.
+        """
+        assert truth.mask is not None
+        labels = self._read(truth.mask)
+        check_size(truth, labels, image_hw)
+        return labels
+
+    def _left_out(self, file: Path) -> bool:
+        return bool(self._layout.leave_out and re.search(self._layout.leave_out, file.name))
+
+    def _label(self, image: Path) -> Path:
+        pattern, replacement = self._layout.label_of
+        relative = image.relative_to(self.path).as_posix()
+        return self.path / re.sub(pattern, replacement, relative)
+
+    def _read(self, file: Path) -> np.ndarray:
+        try:
+            content = np.frombuffer(file.read_bytes(), np.uint8)
+        except OSError as error:
+            raise InputError(f"labels '{file}': {error.strerror}") from error
+        raw = cv2.imdecode(content, cv2.IMREAD_UNCHANGED) if len(content) else None
+        if raw is None or raw.dtype != np.uint8:
+            raise InputError(f"labels '{file}': expected an 8-bit image, found none")
+        if raw.ndim == 3:
+            # OpenCV gives blue first.
+            raw = raw[..., 2::-1]
+        return self._layout.meanings(raw, str(file))
+
+    def _truth(self, image: Path, label: Path, flat: bool) -> FrameTruth:
+        relative = image.relative_to(self.path).as_posix()
+        match = re.search(self._layout.sequence, relative) if self._layout.sequence else None
+        values = set(np.unique(self._read(label)).tolist())
+        return FrameTruth(
+            file=relative,
+            stem=image.stem if flat else relative.rpartition(".")[0].replace("/", "__"),
+            anomaly=ANOMALY in values,
+            ignored=values == {IGNORE},
+            kind=None,
+            family=None,
+            sequence=match[1] if match else relative,
+            mask=label,
+            has_pixels=True,
+        )
+
+
+class RecordedDataset:
+    """The images of a bag with labels of the same stamp, as simulators record them.
+
+    Args:
+        path: rosbag2 folder or file.
+        layout: image topic, topic of the labels, and what they mean.
+        progress: show a progress bar on a terminal while labels are checked.
+
+    Attributes:
+        name: name of the bag.
+        truths: one per image with labels, in the order of recording; all of one drive.
+
+    Raises:
+        SourceError: the bag or a topic cannot be read.
+        InputError: no image with labels, or unknown label values.
+    """
+
+    def __init__(self, path: Path, layout: Layout, progress: bool = False) -> None:
+        topic = re.sub(layout.label_of[0], layout.label_of[1], layout.images)
+        if topic == layout.images:
+            raise InputError(
+                f"layout: label_of: expected another topic of '{layout.images}', found the same"
+            )
+        self._images = BagSource(path, topic=layout.images)
+        self._labels = BagSource(path, topic=topic)
+        self._layout = layout
+        self.path, self.name = path, self._images.name
+        hide = None if progress else True
+        bar = tqdm(self._labels, "check labels", self._labels.count, disable=hide, unit="image")
+        truths = {frame.stamp_ns: self._truth(frame) for frame in bar}
+        self._by_stamp: dict[int, FrameTruth] = {}
+        for frame in self._images:
+            if frame.stamp_ns in truths:
+                self._by_stamp[frame.stamp_ns] = truths[frame.stamp_ns]
+        if not self._by_stamp:
+            raise InputError(
+                f"bag '{path}': expected images on '{layout.images}' with labels of the same stamp "
+                f"on '{topic}', found none"
+            )
+        self.truths = list(self._by_stamp.values())
+        self._stamp_of = {truth.file: stamp for stamp, truth in self._by_stamp.items()}
+        self._stream: Iterator[Frame] = iter(())
+        self._last = -1, np.empty((0, 0), np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.truths)
+
+    def __iter__(self) -> Iterator[tuple[Frame, FrameTruth, np.ndarray]]:
+        """Yield frame, truth and labels, (height, width) uint8.
+
+        Raises:
+            InputError: labels of another size than their image.
+        """
+        for frame in self._images:
+            truth = self._by_stamp.get(frame.stamp_ns)
+            if truth is not None:
+                yield frame, truth, self.labels(truth, frame.image_hw)
+
+    def labels(self, truth: FrameTruth, image_hw: tuple[int, int]) -> np.ndarray:
+        """Return the labels of a frame, (height, width) uint8 of 0 normal, 1 anomaly, 255 ignore.
+
+        Raises:
+            InputError: they are of another size than the image.
+        """
+        labels = self._labels_at(self._stamp_of[truth.file])
+        check_size(truth, labels, image_hw)
+        return labels
+
+    def _labels_at(self, stamp_ns: int) -> np.ndarray:
+        if self._last[0] == stamp_ns:
+            return self._last[1]
+        # Labels are read in the order of recording; earlier ones need a second pass.
+        for _ in range(2):
+            for frame in self._stream:
+                if frame.stamp_ns == stamp_ns:
+                    self._last = stamp_ns, self._layout.meanings(frame.image, frame.name)
+                    return self._last[1]
+            self._stream = iter(self._labels)
+        raise InputError(f"bag '{self.path}': the labels of stamp {stamp_ns} are no longer there")
+
+    def _truth(self, frame: Frame) -> FrameTruth:
+        values = set(np.unique(self._layout.meanings(frame.image, frame.name)).tolist())
+        name = str(frame.stamp_ns)
+        return FrameTruth(
+            file=name,
+            stem=name,
+            anomaly=ANOMALY in values,
+            ignored=values == {IGNORE},
+            kind=None,
+            family=None,
+            sequence=self.name,
+            mask=None,
+            has_pixels=True,
+        )
+
+
+Dataset = LabelledFolder | LayoutDataset | RecordedDataset
+
+
+def open_dataset(path: Path | str, layout: str = "", progress: bool = False) -> Dataset:
+    """Open a dataset: a labelled folder, or a folder or bag with a layout.
+
+    Args:
+        path: the folder, or a bag with a layout.
+        layout: empty for a labelled folder, a name of `LAYOUTS`, or a YAML file; see `Layout`.
+        progress: show a progress bar on a terminal.
+
+    Raises:
+        InputError: no such layout, or nothing of it in the folder.
+    """
+    if not layout:
+        return LabelledFolder(path)
+    root, fields = Path(path).expanduser(), LAYOUTS.get(layout) or read_layout(layout)
+    if is_bag(root):
+        return RecordedDataset(root, fields, progress)
+    return LayoutDataset(root, fields, progress)

@@ -1,4 +1,4 @@
-"""How well scores tell anomalous frames and pixels from nominal ones.
+"""Measures of frame scores, pixel scores and latencies, and how they are pooled by group.
 
 Measures that are not defined, such as an AUROC without anomalies, are None. Pixel measures follow
 SegmentMeIfYouCan (Chan et al. 2021): average precision, and the false-positive rate at 95 % recall.
@@ -6,23 +6,30 @@ SegmentMeIfYouCan (Chan et al. 2021): average precision, and the false-positive 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
 from semantic_anomaly.errors import ModelOutputError
 from semantic_anomaly.evaluation import extras
+from semantic_anomaly.evaluation.components import ComponentScores, SizeLimits
+from semantic_anomaly.evaluation.datasets import ANOMALY, IGNORE, FrameTruth
+from semantic_anomaly.evaluation.measures import COMPONENT_MEASURES
 
 # Distances lie in [0, 2]; two that differ by less than 2e-6 count as equal.
 SCORE_RESOLUTION = 2.0**-19
 _BINS = int(2.0 / SCORE_RESOLUTION) + 1
 RECALL = 0.95
 CONFIDENCE = 0.95
+Row = Mapping[str, Any]
+_NOMINAL = ""
 
 
 def frame_auroc(scores: np.ndarray, anomalous: np.ndarray) -> float | None:
-    """Return how often an anomalous frame scores above a nominal one, ties counting half.
+    """Return the share of (anomalous, nominal) pairs in the right order; ties count half.
 
     Args:
         scores: (n,) frame scores, higher is more anomalous.
@@ -57,15 +64,19 @@ def frame_rates(
 def rate_interval(
     rate: float | None, sequences: int, confidence: float = CONFIDENCE
 ) -> tuple[float, float] | None:
-    """Return the interval of Clopper and Pearson (1934) of a share of frames.
+    """Return the Clopper-Pearson interval (1934) of a share of frames.
 
-    Frames of one sequence resemble each other, so that it is sequences that count as trials: a
-    share of n sequences, whole or not, has the quantiles of the beta distribution.
+    Frames of one sequence are correlated, so the number of trials is the number of sequences. The
+    share of n sequences need not be a whole number; the quantiles are those of the beta
+    distribution.
 
     Args:
-        rate: share of frames in [0, 1], None where there is none.
-        sequences: sequences that the frames come from.
-        confidence: probability with which such intervals hold the truth.
+        rate: share of frames in [0, 1], or None.
+        sequences: number of sequences that the frames come from.
+        confidence: coverage of the interval.
+
+    Returns:
+        Lower and upper bound; None without a rate or a sequence.
     """
     if rate is None or sequences < 1:
         return None
@@ -85,18 +96,18 @@ def auroc_interval(
     draws: int = 500,
     confidence: float = CONFIDENCE,
 ) -> tuple[float, float] | None:
-    """Return quantiles of the AUROC over sequences drawn with replacement (cluster bootstrap).
+    """Return the cluster-bootstrap interval of the AUROC: sequences drawn with replacement.
 
     Args:
         scores: (n,) frame scores.
         anomalous: (n,) bool.
         sequences: (n,) names of the sequences that the frames come from.
-        seed: of the draws.
-        draws: number of draws.
-        confidence: as above.
+        seed: seed of the draws.
+        draws: number of bootstrap samples.
+        confidence: coverage of the interval.
 
     Returns:
-        None where the AUROC is not defined, or where there is a single sequence.
+        Lower and upper bound; None when the AUROC is not defined or there is a single sequence.
     """
     scores, anomalous = np.asarray(scores), np.asarray(anomalous, bool)
     names, number = np.unique(np.asarray(sequences), return_inverse=True)
@@ -104,30 +115,30 @@ def auroc_interval(
         return None
     members = [np.flatnonzero(number == i) for i in range(len(names))]
     rng = np.random.default_rng(seed)
-    found = []
+    values = []
     for _ in range(draws):
         rows = np.concatenate([members[i] for i in rng.integers(len(names), size=len(names))])
         value = frame_auroc(scores[rows], anomalous[rows])
         if value is not None:
-            found.append(value)
+            values.append(value)
     tail = (1 - confidence) / 2
-    low, high = np.quantile(found, [tail, 1 - tail]) if found else (0.0, 1.0)
+    low, high = np.quantile(values, [tail, 1 - tail]) if values else (0.0, 1.0)
     return float(low), float(high)
 
 
 def share(flags: Sequence[bool] | np.ndarray) -> float | None:
-    """Return the share of flags that are set, None where there are none."""
+    """Return the share of true flags, None without flags."""
     return float(np.mean(flags)) if len(flags) else None
 
 
 @dataclass(frozen=True)
 class PixelMetrics:
-    """What pixel scores are worth; None where there are no anomalous or no normal pixels.
+    """Pooled pixel measures; None without anomalous or without normal pixels.
 
     Attributes:
-        average_precision: sum over thresholds of precision times gained recall, no interpolation.
-        auroc: how often an anomalous pixel scores above a normal one, ties counting half.
-        fpr95: least false-positive rate with which 95 % of the anomalous pixels are found.
+        average_precision: sum over thresholds of precision times gain of recall, no interpolation.
+        auroc: area under the ROC curve; ties count half.
+        fpr95: lowest false-positive rate at a recall of at least 95 %.
         anomalous, normal: numbers of pixels.
     """
 
@@ -139,9 +150,9 @@ class PixelMetrics:
 
 
 class PixelScores:
-    """Scores of any number of labelled pixels in bounded memory: 16 MB, however many there are.
+    """Histograms of the scores of labelled pixels: 16 MB for any number of pixels.
 
-    All pixels are counted, none is sampled; scores are rounded to `SCORE_RESOLUTION`.
+    Every pixel is counted; scores are rounded to `SCORE_RESOLUTION`.
     """
 
     def __init__(self) -> None:
@@ -172,20 +183,20 @@ class PixelScores:
         return total
 
     def curves(self, points: int = 400) -> dict[str, np.ndarray]:
-        """Return the precision over recall for drawing, empty where it is not defined.
+        """Return the precision-recall curve for plotting, empty when it is not defined.
 
         Args:
-            points: most points, >= 2.
+            points: maximum number of points, >= 2.
 
         Returns:
-            `recall`, rising, and `precision`: (n,) float64 in [0, 1] each.
+            `recall`, rising, and `precision`: (n,) float64 in [0, 1].
         """
         normal, anomalous = (int(n) for n in self._counts.sum(axis=1))
         if not normal or not anomalous:
             return {"recall": np.zeros(0), "precision": np.zeros(0)}
         above = self._counts[:, ::-1].cumsum(axis=1)
         recall = above[1] / anomalous
-        # One point a step of recall is enough to see.
+        # One point per step of recall is enough for a plot.
         wanted = np.searchsorted(recall, np.linspace(recall[recall > 0][0], 1.0, points))
         picked = np.unique(np.minimum(wanted, len(recall) - 1))
         return {
@@ -194,14 +205,14 @@ class PixelScores:
         }
 
     def oracle_threshold(self) -> float | None:
-        """Return the threshold with the best pooled F1 of the pixels above it, strictly.
+        """Return the threshold with the highest pooled F1 of the pixels strictly above it.
 
-        It is chosen by the very labels that are measured, as SegmentMeIfYouCan does: an upper
-        bound for every threshold chosen beforehand. None without anomalous pixels.
+        It is chosen with the test labels, as in SegmentMeIfYouCan: an upper bound for every
+        threshold chosen beforehand. None without anomalous pixels.
         """
         if not self._counts[1].any():
             return None
-        # Pixels in bin b or above: those over b less half a bin.
+        # A threshold half a bin below b keeps the pixels of bins >= b.
         normal, anomalous = self._counts[:, ::-1].cumsum(axis=1)[:, ::-1]
         missed = self._counts[1].sum() - anomalous
         best = int(np.argmax(2 * anomalous / (2 * anomalous + normal + missed)))
@@ -223,3 +234,160 @@ class PixelScores:
             anomalous,
             normal,
         )
+
+
+class PixelGroups:
+    """Pixel scores by kind and family of anomaly; those of nominal frames form a group too."""
+
+    def __init__(self) -> None:
+        self._groups: dict[tuple[str, str], PixelScores] = defaultdict(PixelScores)
+
+    def add(self, truth: FrameTruth, scores: np.ndarray, labels: np.ndarray) -> None:
+        """Count the pixels of a frame, unless its truth has no pixel labels.
+
+        Args:
+            truth: ground truth of the frame.
+            scores: (height, width) float32 in [0, 2].
+            labels: (height, width) uint8, 0 normal, 1 anomaly, 255 not counted.
+
+        Raises:
+            ModelOutputError: a counted score is not in [0, 2].
+        """
+        if not truth.has_pixels:
+            return
+        counted = labels != IGNORE
+        group = (truth.kind or "?", truth.family or "?") if truth.anomaly else (_NOMINAL, "")
+        self._groups[group].add(scores[counted], labels[counted] == ANOMALY)
+
+    def all(self) -> PixelScores:
+        """Return the pixels of all groups."""
+        return sum(self._groups.values(), PixelScores())
+
+    def of(self, part: int, name: str) -> PixelScores:
+        """Return the pixels of nominal frames and of one kind (part 0) or family (part 1)."""
+        members = (group for labels, group in self._groups.items() if labels[part] == name)
+        return sum(members, self._groups.get((_NOMINAL, ""), PixelScores()))
+
+
+def truth_row(truth: FrameTruth) -> dict[str, Any]:
+    """Return the ground-truth fields of a frame's row in results.json."""
+    return {
+        "name": truth.file,
+        "anomaly": truth.anomaly,
+        "ignored": truth.ignored,
+        "kind": truth.kind,
+        "family": truth.family,
+        "sequence": truth.sequence,
+    }
+
+
+def frame_measures(rows: Sequence[Row], threshold: float | None) -> dict[str, Any]:
+    """Return AUROC and rates of frames, each with its interval over sequences.
+
+    Args:
+        rows: counted frames, with `score`, `anomaly` and `sequence`.
+        threshold: frame score above which a frame is anomalous, or None.
+    """
+    scores = np.array([row["score"] for row in rows], np.float64)
+    anomalous = np.array([row["anomaly"] for row in rows], bool)
+    names = [row["sequence"] for row in rows]
+    tpr, fpr = frame_rates(scores, anomalous, threshold)
+    sequences = {
+        "anomalous": len({row["sequence"] for row in rows if row["anomaly"]}),
+        "nominal": len({row["sequence"] for row in rows if not row["anomaly"]}),
+    }
+    return {
+        "frame_auroc": frame_auroc(scores, anomalous),
+        "frame_auroc_interval": _as_list(auroc_interval(scores, anomalous, names)),
+        "tpr": tpr,
+        "tpr_interval": _as_list(rate_interval(tpr, sequences["anomalous"])),
+        "fpr": fpr,
+        "fpr_interval": _as_list(rate_interval(fpr, sequences["nominal"])),
+        "sequences": sequences,
+    }
+
+
+def pixel_measures(pixels: PixelGroups) -> dict[str, Any]:
+    """Return the pooled pixel measures and the numbers of pixels."""
+    metrics = pixels.all().metrics()
+    return {
+        "pixel_ap": metrics.average_precision,
+        "pixel_auroc": metrics.auroc,
+        "pixel_fpr95": metrics.fpr95,
+        "pixels": {"anomalous": metrics.anomalous, "normal": metrics.normal},
+    }
+
+
+def component_measures(
+    frames: Iterable[tuple[np.ndarray, np.ndarray]],
+    limits: SizeLimits,
+    thresholds: Mapping[str, float | None],
+) -> dict[str, Any]:
+    """Return the component measures at every threshold, None without a threshold.
+
+    Args:
+        frames: (height, width) scores, and labels 0 normal, 1 anomaly, 255 not counted.
+        limits: minimum sizes of components.
+        thresholds: pixel thresholds by the suffix of their measures' keys.
+    """
+    chosen = {name: threshold for name, threshold in thresholds.items() if threshold is not None}
+    pooled = {name: ComponentScores(limits) for name in chosen}
+    for scores, labels in frames if chosen else ():
+        for name, threshold in chosen.items():
+            pooled[name].add(scores > threshold, labels)
+    measures: dict[str, Any] = {"component_limits": asdict(limits)}
+    for name in thresholds:
+        metrics = pooled[name].metrics() if name in pooled else None
+        for measure in COMPONENT_MEASURES:
+            measures[f"component_{measure}_{name}"] = getattr(metrics, measure, None)
+        measures[f"pixel_threshold_{name}"] = thresholds[name]
+    return measures
+
+
+def by_group(
+    key: str, rows: Sequence[Row], pixels: PixelGroups, threshold: float | None
+) -> dict[str, dict[str, Any]]:
+    """Return measures of each kind or family of anomaly against all nominal frames.
+
+    Args:
+        key: 'kind' or 'family'.
+        rows: counted frames.
+        pixels: pixel scores of the same frames.
+        threshold: frame score above which a frame is anomalous, or None.
+    """
+    nominal = [row["score"] for row in rows if not row["anomaly"]]
+    groups = {}
+    for name in dict.fromkeys(row[key] for row in rows if row["anomaly"] and row[key]):
+        members = [row for row in rows if row["anomaly"] and row[key] == name]
+        scores = np.array([*(row["score"] for row in members), *nominal], np.float64)
+        anomalous = np.arange(len(scores)) < len(members)
+        groups[name] = {
+            "frames": len(members),
+            "tpr": frame_rates(scores, anomalous, threshold)[0],
+            "auroc": frame_auroc(scores, anomalous),
+            "pixel_ap": pixels.of(0 if key == "kind" else 1, name).metrics().average_precision,
+        }
+        if key == "kind":
+            families = {row["family"] for row in rows if row["kind"] == name}
+            groups[name]["family"] = families.pop() if len(families) == 1 else None
+    return groups
+
+
+def latencies(stages: Iterable[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Return median, 95th and 99th percentile by stage, in ms.
+
+    Args:
+        stages: milliseconds by stage, one mapping a frame.
+    """
+    by_stage: dict[str, list[float]] = defaultdict(list)
+    for row in stages:
+        for stage, ms in row.items():
+            by_stage[stage].append(ms)
+    return {
+        stage: {f"p{q}": round(float(np.percentile(values, q)), 3) for q in (50, 95, 99)}
+        for stage, values in by_stage.items()
+    }
+
+
+def _as_list(interval: tuple[float, float] | None) -> list[float] | None:
+    return None if interval is None else list(interval)

@@ -1,89 +1,95 @@
-"""What is nominal when no drives of the same vehicle are at hand: the field's other protocols.
+"""Protocols of the field for datasets without nominal drives of the same vehicle.
 
-drive: index and calibration from separate nominal drives; what a vehicle has.
-one-reference, n-reference: an index of one nominal image, or of a few (arXiv 2605.19744).
-self-nominal: an index of the normal pixels of other images of the same set, in folds.
+drive: index and calibration from separate nominal drives, as on a vehicle.
+one-reference, n-reference: an index of one or a few nominal images (arXiv 2605.19744).
+self-nominal: an index of the normal pixels of other images of the same dataset, in folds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 
-from semantic_anomaly.calibration.leakage import refuse_indexed
+from semantic_anomaly.calibration.leakage import refuse_seen
 from semantic_anomaly.detection.detector import AnomalyDetector
-from semantic_anomaly.embedding.identity import Embedder
 from semantic_anomaly.errors import InputError
 from semantic_anomaly.evaluation.datasets import NORMAL, FrameTruth
-from semantic_anomaly.evaluation.published import Dataset
-from semantic_anomaly.index.build import SCENES
+from semantic_anomaly.evaluation.layouts import Dataset
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.offline.build_index import build_index
-from semantic_anomaly.roi import ImageRegion
+from semantic_anomaly.offline.drives import Sources, camera_roi
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import Frame, PatchGrid
+
+if TYPE_CHECKING:
+    from semantic_anomaly.embedding.identity import Embedder
 
 FOLDS = 5
 
 
 class Reference:
-    """An index of reference images, uncalibrated, for every frame of a set.
+    """One uncalibrated index of reference images for all frames of a dataset.
 
     Args:
-        settings: backbone, region and scoring.
-        camera: one of the settings' cameras.
-        references: nominal images: folders, videos or bags, with or without a selection.
-        dataset: what will be scored; a reference must not be in it.
-        embedder: of the settings.
+        settings: backbone, region of interest and scoring.
+        camera: one of the cameras of the settings.
+        references: nominal images; see `build_index`.
+        dataset: frames to score; no reference may be among them.
+        embedder: already loaded; None: loaded from the settings.
         progress: show progress on a terminal.
 
     Attributes:
         name: one-reference or n-reference, by the number of images.
+        detail: number of reference images.
 
     Raises:
-        InputError: no reference, or one that is to be scored.
+        SourceError: no references.
+        CalibrationError: a reference is among the frames to score.
     """
 
     def __init__(
         self,
         settings: Settings,
         camera: str,
-        references: Sequence[str | Path],
+        references: Sources,
         dataset: Dataset,
-        embedder: Embedder,
-        progress: bool = True,
+        embedder: Embedder | None = None,
+        progress: bool = False,
     ) -> None:
-        index = build_index(settings, camera, references, embedder=embedder, progress=progress)
+        embedder = embedder or _load_embedder(settings)
+        index = build_index(
+            references, settings=settings, camera=camera, embedder=embedder, progress=progress
+        )
         for frame, _, _ in dataset:
-            refuse_indexed(index, frame)
+            refuse_seen(index, frame)
         images = index.report.frames
         self.name = "one-reference" if images == 1 else "n-reference"
         self.detail = {"references": images}
-        self._detector = _uncalibrated(settings, camera, index, embedder)
+        self._detector = AnomalyDetector(index, settings=settings, camera=camera, embedder=embedder)
 
     def group_of(self, truth: FrameTruth) -> int:
-        """Return 0: the frames of all share a detector."""
+        """Return 0: all frames share a detector."""
         return 0
 
     def detector_of(self, truth: FrameTruth) -> AnomalyDetector:
-        """Return the detector of a frame: the same for all."""
+        """Return the detector, the same for all frames."""
         return self._detector
 
 
 class SelfNominal:
-    """An index for every fold of a set, from the normal pixels of the images of other folds.
+    """One uncalibrated index per fold, from the normal pixels of the images of other folds.
 
-    Folds are stretches of the set, so that images of one scene are in one fold.
+    Folds are contiguous, so that images of one scene are in one fold.
 
     Args:
-        settings: backbone, region and scoring.
-        camera: one of the settings' cameras.
-        dataset: images with labels; patches with any pixel that is not normal are left out.
-        embedder: of the settings.
-        folds: most folds; a set with fewer images has one for each.
+        settings: backbone, region of interest and scoring.
+        camera: one of the cameras of the settings.
+        dataset: labelled images; only patches whose every pixel is normal are indexed.
+        embedder: already loaded; None: loaded from the settings.
+        folds: maximum number of folds; a smaller dataset has one fold per image.
 
     Raises:
         InputError: fewer than two images.
@@ -96,50 +102,42 @@ class SelfNominal:
         settings: Settings,
         camera: str,
         dataset: Dataset,
-        embedder: Embedder,
+        embedder: Embedder | None = None,
         folds: int = FOLDS,
     ) -> None:
         count = len(dataset)
         if count < 2:
             raise InputError(f"self-nominal: expected at least two images, found {count}")
-        self._settings, self._camera, self._embedder = settings, camera, embedder
+        self._settings, self._camera = settings.with_build_defaults(), camera
+        self._embedder = embedder or _load_embedder(settings)
         self._dataset = dataset
         folds = min(folds, count)
         self._fold = {truth.file: i * folds // count for i, truth in enumerate(dataset.truths)}
         self.detail = {"folds": folds}
-        self._ready: tuple[int, AnomalyDetector] | None = None
+        self._current: tuple[int, AnomalyDetector] | None = None
 
     def group_of(self, truth: FrameTruth) -> int:
-        """Return the fold of a frame; frames of one share a detector."""
+        """Return the fold of a frame; the frames of a fold share a detector."""
         return self._fold[truth.file]
 
     def detector_of(self, truth: FrameTruth) -> AnomalyDetector:
-        """Return the detector of a frame, whose index has seen nothing of the frame's fold.
-
-        Raises:
-            InputError: scenes are wanted, and no image of the other folds is normal throughout.
-        """
+        """Return the detector of a frame, whose index has no frame of the same fold."""
         fold = self._fold[truth.file]
-        if self._ready is None or self._ready[0] != fold:
-            region = ImageRegion.from_settings(self._settings.camera_settings[self._camera])
+        if self._current is None or self._current[0] != fold:
             index = NominalIndex.build(
                 self._others(fold),
                 identity=self._embedder.identity,
-                region=region,
+                region=camera_roi(self._settings, self._camera),
                 settings=self._settings,
                 source=[self._dataset.name],
                 camera=self._camera,
                 segmenter=self._embedder.segmenter,
             )
-            if self._settings.scene_frames and SCENES not in index.parts:
-                raise InputError(
-                    "self-nominal: expected scene_frames 0, or images that are normal throughout "
-                    f"(a scene is nominal where all of it is), found scene_frames "
-                    f"{self._settings.scene_frames} and none"
-                )
-            detector = _uncalibrated(self._settings, self._camera, index, self._embedder)
-            self._ready = fold, detector
-        return self._ready[1]
+            detector = AnomalyDetector(
+                index, settings=self._settings, camera=self._camera, embedder=self._embedder
+            )
+            self._current = fold, detector
+        return self._current[1]
 
     def _others(self, fold: int) -> Iterator[tuple[Frame, PatchGrid, np.ndarray]]:
         for frame, truth, labels in self._dataset:
@@ -160,9 +158,34 @@ def normal_patches(labels: np.ndarray, grid_hw: tuple[int, int]) -> np.ndarray:
     return share > 1.0 - 1e-4
 
 
-def _uncalibrated(
-    settings: Settings, camera: str, index: NominalIndex, embedder: Embedder
-) -> AnomalyDetector:
-    region = ImageRegion.from_settings(settings.camera_settings[camera])
-    index.configure_search(settings.search, settings.search_ef)
-    return AnomalyDetector(embedder, index, None, settings, region)
+def open_protocol(
+    name: str,
+    settings: Settings,
+    camera: str,
+    dataset: Dataset,
+    references: Sources = (),
+    progress: bool = False,
+) -> Reference | SelfNominal:
+    """Return a protocol by name.
+
+    Args:
+        name: one-reference, n-reference or self-nominal.
+        settings, camera, dataset, progress: as in the protocols.
+        references: nominal images of the reference protocols.
+
+    Raises:
+        InputError: another number of reference images than the name says.
+    """
+    if name == SelfNominal.name:
+        return SelfNominal(settings, camera, dataset)
+    protocol = Reference(settings, camera, references, dataset, progress=progress)
+    if protocol.name != name:
+        images = protocol.detail["references"]
+        raise InputError(f"--protocol {name}: found {images} reference images")
+    return protocol
+
+
+def _load_embedder(settings: Settings) -> Embedder:
+    from semantic_anomaly.segmentation.embedder import RunningEmbedder
+
+    return RunningEmbedder.from_settings(settings.with_build_defaults())

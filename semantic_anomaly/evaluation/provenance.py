@@ -1,4 +1,4 @@
-"""What a report must say so that its figures can be made again."""
+"""Provenance of a report: settings, identities, versions and digests to reproduce it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _OPENCV = ("opencv-python-headless", "opencv-python", "opencv-contrib-python")
 
 
 def describe(detector: AnomalyDetector) -> dict[str, Any]:
-    """Return settings, identities, versions and device of a detector, as plain values."""
+    """Return settings, identities, versions and device of a detector as JSON values."""
     return {
         "settings": detector.settings.to_parameters(),
-        "region": detector.region.describe(),
+        "roi": detector.roi.describe(),
         "index": {"fingerprint": detector.index.fingerprint, "entries": detector.index.count},
         "calibration_sha256": detector.calibration.sha256 if detector.calibration else None,
         "backbone": detector.embedder.identity.to_dict(),
@@ -33,41 +33,42 @@ def describe(detector: AnomalyDetector) -> dict[str, Any]:
     }
 
 
-def files_state(path: Path) -> str:
-    """Return a digest of the names, sizes and times of change of a file or of all in a folder.
+def files_state(*paths: Path) -> str:
+    """Return a digest of the names, sizes and modification times of files and folders' files.
 
-    Hidden files are left out: a report that is being written may lie among them.
+    Hidden files are skipped: an unfinished report may be among them.
     """
-    names = ["."]
-    if path.is_dir():
-        found = (file.relative_to(path) for file in path.rglob("*") if file.is_file())
-        names = sorted(str(n) for n in found if not any(p.startswith(".") for p in n.parts))
-    states = [(path / name).stat() for name in names]
-    told = [(n, s.st_size, s.st_mtime_ns) for n, s in zip(names, states, strict=True)]
-    return sha256_bytes(canonical_json(told).encode())
+    states = []
+    for path in paths:
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            name = file.relative_to(path)
+            if file.is_file() and not any(part.startswith(".") for part in name.parts):
+                stat = file.stat()
+                states.append((str(name), stat.st_size, stat.st_mtime_ns))
+    return sha256_bytes(canonical_json(states).encode())
 
 
 def rows_digest(rows: Sequence[dict[str, Any]]) -> str:
-    """Return one digest of names and contents of all frames, taking `sha256` out of their rows."""
+    """Return one digest of names and contents of all frames; remove `sha256` from their rows."""
     return sha256_bytes(canonical_json([(row["name"], row.pop("sha256")) for row in rows]).encode())
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of this package and of what it computes with."""
-    found = {"semantic_anomaly": __version__, "python": platform.python_version()}
+    """Return the versions of this package and of its numerical dependencies."""
+    installed = {"semantic_anomaly": __version__, "python": platform.python_version()}
     for name in (*_DISTRIBUTIONS, *_OPENCV):
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def git_commit() -> str | None:
-    """Return the commit of this package's own repository, '+changes' if edited; else None."""
+    """Return the commit of this package's own repository, with '+changes' if edited, or None."""
     package = Path(__file__).resolve().parents[1]
     top = _git(package, "rev-parse", "--show-toplevel")
-    # Installed somewhere inside another repository, that one's commit would say nothing.
+    # The package may be installed inside somebody else's repository.
     if top is None or Path(top).resolve() != package.parent:
         return None
     commit = _git(package, "rev-parse", "HEAD")

@@ -1,19 +1,21 @@
-"""Run a drive through the detector, frame by frame, and write what it stated."""
+"""Run a drive through the detector, frame by frame, and write the report of the drive."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from tqdm import tqdm
 
-from semantic_anomaly.evaluation import extras, html, provenance
-from semantic_anomaly.evaluation.album import Album, nearest_nominal
-from semantic_anomaly.evaluation.drives import SUMMARY, WRITTEN, write_drive
-from semantic_anomaly.evaluation.events import Event
-from semantic_anomaly.evaluation.journal import resumable_report
+from semantic_anomaly.evaluation import extras, figures, provenance, report
+from semantic_anomaly.evaluation.checkpoint import resumable_report, write_json
+from semantic_anomaly.evaluation.events import Event, drive_metrics
+from semantic_anomaly.evaluation.metrics import latencies
 from semantic_anomaly.io.sources import FrameSource
 from semantic_anomaly.storage import sha256_bytes
 from semantic_anomaly.structures import AnomalyResult, Decision, Frame
@@ -21,31 +23,32 @@ from semantic_anomaly.structures import AnomalyResult, Decision, Frame
 if TYPE_CHECKING:
     from semantic_anomaly.detection.detector import AnomalyDetector
 
+SUMMARY = "summary.json"
+WRITTEN = frozenset({SUMMARY, "scores.csv", "score_curve.png", "overlays", "panels", report.NAME})
 PICTURES = 40
 _EVERY_UNKNOWN = 10
 
 
 def replay(
-    source: FrameSource,
     detector: AnomalyDetector,
+    source: FrameSource,
     out: Path,
     *,
     every: int | None = None,
     events: Sequence[Event] | None = None,
-    progress: bool = True,
+    progress: bool = False,
 ) -> dict[str, Any]:
-    """Assess every frame of a source, write `out` as a whole, and return its summary.
+    """Score every frame of a source, write the report of the drive and return its summary.
 
-    Stopped or killed, it goes on from the last frame that was done when it is called again.
-
-    An alarm is a run of frames whose decision is `anomaly`; its first frame is always pictured.
+    An alarm is a run of frames with the decision `anomaly`; its first frame always gets a picture.
+    An interrupted run is resumed by the same call.
 
     Args:
+        detector: with or without a calibration.
         source: frames in the order of time.
-        detector: used as it stands, uncalibrated too.
         out: folder to write; an earlier replay is replaced.
-        every: pictures of every so manieth frame, 0 for none; None: about `PICTURES` of them.
-        events: what the drive meets, for delays and false alarms; None: not known.
+        every: write pictures of every n-th frame, 0 for none; None: of about `PICTURES` frames.
+        events: anomalies of the drive, for delays and false alarms; None: not known.
         progress: show a progress bar on a terminal.
 
     Raises:
@@ -57,47 +60,102 @@ def replay(
     count = source.count
     if every is None:
         every = _EVERY_UNKNOWN if count is None else max(1, count // PICTURES)
-    made = provenance.describe(detector)
+    described = provenance.describe(detector)
     key = {
-        **{"data": provenance.files_state(source.path), "frames": str(source.selection)},
-        **{"topic": getattr(source, "topic", None), "pictures": every, **made},
+        **{"data": provenance.files_state(*source.paths), "frames": str(source.selection)},
+        **{"topic": getattr(source, "topic", None), "pictures": every, **described},
     }
-    with resumable_report(out, SUMMARY, WRITTEN, key) as journal:
-        album = Album(journal.folder, detector.region, detector.settings.overlay_alpha, every)
+    with resumable_report(out, SUMMARY, WRITTEN, key) as checkpoint:
+        alpha = detector.settings.overlay_alpha
+        album = report.Album(checkpoint.folder, detector.roi, alpha, every)
         detector.reset()
-        done = len(journal.rows)
+        done = len(checkpoint.rows)
         bar = tqdm(source, "replay", count, unit="frame", disable=None if progress else True)
         for number, frame in enumerate(bar):
             if number < done:
                 continue
             if number == done:
-                # The first frame pays for what is made once, and would be the slowest.
+                # The first call allocates and compiles; its time would be an outlier.
                 detector.detect(frame)
                 detector.reset()
-                for row in journal.rows:
+                for row in checkpoint.rows:
                     detector.recall(row["stamp_ns"], row["boxes"])
             result = detector.detect(frame)
-            begins = _is_alarm(result) and not (journal.rows and journal.rows[-1]["alarm"])
+            row = _row(frame, result)
             album.add(
                 number,
                 frame,
                 result,
-                stem=html.frame_stem(frame.name),
+                stem=report.frame_stem(frame.name),
                 caption=f"{frame.name}   {result.decision.value}   score {result.score:.3f}",
-                nearest=partial(nearest_nominal, detector, frame),
-                always=begins,
+                nearest=partial(report.nearest_nominal, detector, frame),
+                always=row["alarm"] and not (checkpoint.rows and checkpoint.rows[-1]["alarm"]),
             )
-            journal.record(_row(frame, result))
+            checkpoint.record(row)
         album.finish()
-        details = {**made, "data_sha256": provenance.rows_digest(journal.rows)}
-        summary = write_drive(
-            journal.folder, source.name, journal.rows, detector.threshold, events, details
+        details = {**described, "data_sha256": provenance.rows_digest(checkpoint.rows)}
+        return write_drive(
+            checkpoint.folder, source.name, checkpoint.rows, detector.threshold, events, details
         )
+
+
+def write_drive(
+    folder: Path,
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    threshold: float | None,
+    events: Sequence[Event] | None,
+    details: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write scores.csv, score_curve.png, summary.json and report.html, and return the summary.
+
+    `replay` and the recorder of the running node both write their reports here.
+
+    Args:
+        folder: folder of the report.
+        name: name of the drive.
+        rows: one a frame in the order of stamps: name, stamp_ns, score (None if it was not
+            computed), p_value, decision, alarm, and ms by stage.
+        threshold: threshold of the score, or None.
+        events: anomalies of the drive; None: not known.
+        details: further entries of the summary, such as its provenance.
+
+    Raises:
+        InputError: an event lies outside the drive.
+        MissingPackageError: matplotlib or jinja2 is not installed.
+    """
+    scores = [row["score"] for row in rows if row["score"] is not None]
+    decisions = [row["decision"] for row in rows]
+    summary = {
+        "source": name,
+        "frames": len(rows),
+        "decisions": {d.value: decisions.count(d.value) for d in Decision},
+        "threshold": threshold,
+        "score_min": min(scores, default=None),
+        "score_max": max(scores, default=None),
+        "alarms": _alarms(rows),
+        # Without a threshold there are no decisions, so no event was missed either.
+        "against_events": None if events is None or threshold is None else _against(rows, events),
+        "latency_ms": latencies(row["ms"] for row in rows),
+        **details,
+    }
+    _write_scores(folder / "scores.csv", rows)
+    begin_ns, end_ns = rows[0]["stamp_ns"], rows[-1]["stamp_ns"]
+    frames = [
+        figures.ScoredFrame(
+            row["stamp_ns"],
+            row["score"],
+            row["alarm"],
+            _truth((row["stamp_ns"] - begin_ns) / 1e9, events),
+        )
+        for row in rows
+    ]
+    count = len(summary["alarms"])
+    title = f"{name}: {count} alarm{'s' * (count != 1)} in {len(rows)} frames"
+    figures.score_curve(folder / "score_curve.png", frames, threshold, title)
+    write_json(folder / SUMMARY, summary)
+    report.write_drive_html(folder, summary, begin_ns, end_ns)
     return summary
-
-
-def _is_alarm(result: AnomalyResult) -> bool:
-    return result.decision is Decision.ANOMALY
 
 
 def _row(frame: Frame, result: AnomalyResult) -> dict[str, Any]:
@@ -107,8 +165,57 @@ def _row(frame: Frame, result: AnomalyResult) -> dict[str, Any]:
         "score": result.score,
         "p_value": result.p_value,
         "decision": result.decision.value,
-        "alarm": _is_alarm(result),
-        "boxes": [list(place.box_xyxy) for place in result.localizations],
+        "alarm": result.decision is Decision.ANOMALY,
+        "boxes": [list(component.box_xyxy) for component in result.localizations],
         "ms": dict(result.stage_ms),
         "sha256": sha256_bytes(frame.image.tobytes()),
+    }
+
+
+def _truth(time_s: float, events: Sequence[Event] | None) -> str | None:
+    """Return the kind of the event at a time, empty without one, None if events are not known."""
+    if events is None:
+        return None
+    return next((e.kind or "event" for e in events if e.start_s <= time_s <= e.end_s), "")
+
+
+def _write_scores(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("stamp_ns", "score", "p_value", "decision"))
+        for row in rows:
+            numbers = ["" if row[k] is None else repr(row[k]) for k in ("score", "p_value")]
+            writer.writerow((row["stamp_ns"], *numbers, row["decision"]))
+
+
+def _alarms(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    alarms: list[dict[str, Any]] = []
+    for before, row in zip([None, *rows], rows, strict=False):
+        if not row["alarm"]:
+            continue
+        if before is None or not before["alarm"]:
+            alarms.append({"first_frame": row["name"], "first_stamp_ns": row["stamp_ns"],
+                           "frames": 0, "peak_score": row["score"]})  # fmt: skip
+        alarm = alarms[-1]
+        alarm["last_frame"], alarm["last_stamp_ns"] = row["name"], row["stamp_ns"]
+        alarm["frames"] += 1
+        alarm["peak_score"] = max(alarm["peak_score"], row["score"])
+    return alarms
+
+
+def _against(rows: Sequence[Mapping[str, Any]], events: Sequence[Event]) -> dict[str, Any]:
+    stamps_ns, alarms = [row["stamp_ns"] for row in rows], [row["alarm"] for row in rows]
+    metrics = drive_metrics(stamps_ns, alarms, events)
+    delays = [delay for delay in metrics.delays_s if delay is not None]
+    return {
+        "events": [
+            {**asdict(event), "delay_s": delay}
+            for event, delay in zip(events, metrics.delays_s, strict=True)
+        ],
+        "missed": metrics.missed,
+        "delay_s_median": float(np.median(delays)) if delays else None,
+        "false_alarms": metrics.false_alarms,
+        "nominal_s": metrics.nominal_s,
+        "false_per_hour": metrics.false_per_hour,
+        "false_share": metrics.false_share,
     }

@@ -17,9 +17,9 @@ from rclpy.qos import QoSProfile, ReliabilityPolicy
 
 from semantic_anomaly.errors import InputError, SemanticAnomalyError
 from semantic_anomaly.evaluation import extras, provenance
-from semantic_anomaly.evaluation.drives import SUMMARY, WRITTEN, write_drive
+from semantic_anomaly.evaluation.checkpoint import refuse_other_content, report_folder
 from semantic_anomaly.evaluation.events import Event, read_events
-from semantic_anomaly.evaluation.reports import refuse_other_content, report_folder
+from semantic_anomaly.evaluation.replay import SUMMARY, WRITTEN, write_drive
 from semantic_anomaly.ros.inputs import SILENCE
 from semantic_anomaly.structures import Decision
 

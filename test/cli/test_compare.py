@@ -1,4 +1,4 @@
-"""Reports side by side."""
+"""The comparison of reports."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def report(folder: Path, **values: object) -> str:
     return str(folder)
 
 
-def test_measures_stand_beside_each_other(
+def test_measures_and_differences_are_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one = report(tmp_path / "one", latency_ms={"total": {"p50": 20.0}})
@@ -32,14 +32,14 @@ def test_measures_stand_beside_each_other(
     ]
 
 
-def test_other_data_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_different_data_give_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = [report(tmp_path / "one"), report(tmp_path / "two", dataset="e")]
     assert main(["compare", *folders]) == 0
     assert 'warning: dataset differs (one: "d", two: "e")' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"alarms": []}'])
-def test_what_is_no_report_is_refused(
+def test_other_folders_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None
 ) -> None:
     good = report(tmp_path / "good")
@@ -47,6 +47,6 @@ def test_what_is_no_report_is_refused(
     if content is not None:
         (tmp_path / "bad" / "results.json").write_text(content)
     assert main(["compare", good, str(tmp_path / "bad")]) == 2
-    assert f"report '{tmp_path / 'bad'}'" in capsys.readouterr().err
+    assert f"report '{tmp_path / 'bad'}" in capsys.readouterr().err
     assert main(["compare", good]) == 2
     assert "at least two folders, found 1" in capsys.readouterr().err

@@ -23,7 +23,7 @@ def measured(alarms: str, *events: Event):
 def test_the_delay_is_from_the_start_of_the_event_to_its_first_alarm() -> None:
     result = measured("." * 10 + "...!!" + "." * 10, Event(1.0, 1.45, "cow"))
     assert result.delays_s == (pytest.approx(0.3),)
-    assert result.missed == result.false_episodes == 0
+    assert result.missed == result.false_alarms == 0
     assert result.false_share == 0.0
 
 
@@ -36,31 +36,31 @@ def test_missed_events_are_counted_apart() -> None:
 def test_an_alarm_that_began_before_finds_the_event_and_is_false_before_it() -> None:
     result = measured("........!!!!" + "." * 8, Event(1.0, 1.45))
     assert result.delays_s == (pytest.approx(0.0),)
-    assert result.false_episodes == 1
+    assert result.false_alarms == 1
     assert result.false_share == pytest.approx(2 / 15)
 
 
 def test_an_alarm_may_outlast_its_event_for_a_second() -> None:
     event = Event(1.0, 1.45)
-    assert measured("." * 10 + "!" * 15 + "." * 20, event).false_episodes == 0
+    assert measured("." * 10 + "!" * 15 + "." * 20, event).false_alarms == 0
     late = measured("." * 10 + "!" * 20 + "." * 15, event)
-    assert late.false_episodes == 1
+    assert late.false_alarms == 1
     # One that begins after the event is false at once.
-    assert measured("." * 10 + "!!!!..!!" + "." * 10, event).false_episodes == 1
+    assert measured("." * 10 + "!!!!..!!" + "." * 10, event).false_alarms == 1
 
 
 def test_episodes_are_parted_by_half_a_second_of_quiet() -> None:
-    assert measured("..!!..!!....").false_episodes == 1
+    assert measured("..!!..!!....").false_alarms == 1
     parted = measured("..!!......!!", Event(0.0, 0.05))
-    assert parted.false_episodes == 2
+    assert parted.false_alarms == 2
     # Reports write them, and numpy's numbers are no JSON.
-    assert json.loads(json.dumps(dataclasses.asdict(parted)))["false_episodes"] == 2
+    assert json.loads(json.dumps(dataclasses.asdict(parted)))["false_alarms"] == 2
 
 
 def test_frames_in_alarm_one_after_another_are_one_episode_at_any_rate() -> None:
     stamps = [i * 2_000_000_000 for i in range(6)]
     result = drive_metrics(stamps, [False, True, True, True, False, True], [])
-    assert result.false_episodes == 2
+    assert result.false_alarms == 2
     assert result.nominal_s == 10
     assert result.false_per_hour == pytest.approx(720)
 

@@ -24,8 +24,8 @@ from semantic_anomaly.evaluation.judge import (
     Judge,
     JudgeError,
     judge_dataset,
+    parse_verdict,
 )
-from semantic_anomaly.evaluation.verdicts import parse_verdict
 
 SECRET = "sk-of-nobody"
 
@@ -135,9 +135,7 @@ def asking(server: Server, folder: Path, **options: Any) -> Judge:
 
 def test_verdicts_become_the_same_results(server: Server, tmp_path: Path) -> None:
     dataset = LabelledFolder(make_dataset(tmp_path / "set", "..oo.i"))
-    results = judge_dataset(
-        dataset, asking(server, tmp_path), tmp_path / "out", price=(2.0, 10.0), progress=False
-    )
+    results = judge_dataset(dataset, asking(server, tmp_path), tmp_path / "out", price=(2.0, 10.0))
     assert (results["frame_auroc"], results["tpr"], results["fpr"]) == (1.0, 1.0, 0.0)
     assert (results["frames_counted"], results["frames_unknown"]) == (5, 0)
     assert [row["decision"] for row in results["frames"]][:4] == ["nominal"] * 2 + ["anomaly"] * 2
@@ -149,23 +147,23 @@ def test_verdicts_become_the_same_results(server: Server, tmp_path: Path) -> Non
     assert len(written) > 5 and not any(SECRET in f.read_text() for f in written)
 
 
-def test_answers_are_kept_and_a_run_goes_on(server: Server, tmp_path: Path) -> None:
+def test_answers_are_cached_to_resume_a_run(server: Server, tmp_path: Path) -> None:
     dataset = LabelledFolder(make_dataset(tmp_path / "set", "..oo.."))
     judge = asking(server, tmp_path, parallel=1, retries=0)
     server.script = [None, None, None, 401]
     with pytest.raises(JudgeError, match=f"status 401.*{KEY_VARIABLE}"):
-        judge_dataset(dataset, judge, tmp_path / "out", progress=False)
+        judge_dataset(dataset, judge, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     kept = len(list(judge.answers.iterdir()))
     assert 3 <= kept < 6
     server.requests.clear()
-    first = judge_dataset(dataset, judge, tmp_path / "out", progress=False)
+    first = judge_dataset(dataset, judge, tmp_path / "out")
     assert len(server.requests) == 6 - kept
-    assert judge_dataset(dataset, judge, tmp_path / "out", progress=False) == first
+    assert judge_dataset(dataset, judge, tmp_path / "out") == first
     assert len(server.requests) == 6 - kept
-    # Another question is another answer.
+    # Answers to another prompt are cached apart.
     other = asking(server, tmp_path, prompt="Anything odd?")
-    judge_dataset(dataset, other, tmp_path / "out", progress=False)
+    judge_dataset(dataset, other, tmp_path / "out")
     assert len(server.requests) == 12 - kept
     assert server.requests[-1]["messages"][0]["content"][0]["text"] == "Anything odd?"
 
@@ -173,9 +171,7 @@ def test_answers_are_kept_and_a_run_goes_on(server: Server, tmp_path: Path) -> N
 def test_busy_servers_are_asked_again(server: Server, tmp_path: Path) -> None:
     dataset = LabelledFolder(make_dataset(tmp_path / "set", ".o"))
     server.script = [429, 500]
-    results = judge_dataset(
-        dataset, asking(server, tmp_path, parallel=1), tmp_path / "out", progress=False
-    )
+    results = judge_dataset(dataset, asking(server, tmp_path, parallel=1), tmp_path / "out")
     assert results["frames_unknown"] == 0 and len(server.requests) == 4
 
 
@@ -186,30 +182,30 @@ def test_busy_servers_are_asked_again(server: Server, tmp_path: Path) -> None:
         (503, "InternalServerError"),
         (2.0, "APITimeoutError"),
         (spoken(None, "I cannot help with that"), "refused"),
-        (spoken("The road is free."), "not the JSON asked for"),
-        (spoken('{"anomaly": "no", "confidence": 1}'), "not the JSON asked for"),
+        (spoken("The road is free."), "not the expected JSON"),
+        (spoken('{"anomaly": "no", "confidence": 1}'), "not the expected JSON"),
         (spoken('{"anomaly": false, "confidence": 7}'), "expected 0 to 1, found 7"),
-        (spoken('{"anomaly": false, "confi'), "not the JSON asked for"),
+        (spoken('{"anomaly": false, "confi'), "not the expected JSON"),
         (spoken(""), "no answer"),
         ({"id": "1", "choices": []}, "no answer"),
         (b"<html>no JSON", ""),
     ],
 )
-def test_what_is_no_verdict_is_unknown_and_never_nominal(
+def test_without_a_verdict_a_frame_is_unknown(
     server: Server, tmp_path: Path, planned: Any, reason: str
 ) -> None:
     dataset = LabelledFolder(make_dataset(tmp_path / "set", ".o."))
     server.script = [planned]
     judge = asking(server, tmp_path, parallel=1, retries=0, timeout_s=0.5)
-    results = judge_dataset(dataset, judge, tmp_path / "out", progress=False)
+    results = judge_dataset(dataset, judge, tmp_path / "out")
     first = results["frames"][0]
     assert first["decision"] == "unknown" and first["score"] is None
     assert reason in first["reason"]
     assert results["frames_unknown"] == 1
-    # One nominal frame is left, and it is the whole of the rate.
+    # One nominal frame is left for the rate.
     assert (results["fpr"], results["tpr"]) == (0.0, 1.0)
-    # A server that was busy is asked again, an answer that is none is not.
-    again = judge_dataset(dataset, judge, tmp_path / "out", progress=False)
+    # A busy server is asked again; an answer without a verdict is cached.
+    again = judge_dataset(dataset, judge, tmp_path / "out")
     busy = planned in (429, 503, 2.0) or isinstance(planned, bytes)
     assert again["frames_unknown"] == (0 if busy else 1)
 
@@ -217,9 +213,7 @@ def test_what_is_no_verdict_is_unknown_and_never_nominal(
 def test_requests_are_made_in_parallel_with_a_limit(server: Server, tmp_path: Path) -> None:
     dataset = LabelledFolder(make_dataset(tmp_path / "set", "." * 11 + "o"))
     server.always = 0.15
-    results = judge_dataset(
-        dataset, asking(server, tmp_path, parallel=3), tmp_path / "out", progress=False
-    )
+    results = judge_dataset(dataset, asking(server, tmp_path, parallel=3), tmp_path / "out")
     assert 1 < server.most_at_once <= 3
     assert [row["name"] for row in results["frames"]] == [t.file for t in dataset.truths]
 
@@ -227,7 +221,7 @@ def test_requests_are_made_in_parallel_with_a_limit(server: Server, tmp_path: Pa
 def test_images_are_reduced(server: Server, tmp_path: Path) -> None:
     dataset = LabelledFolder(make_dataset(tmp_path / "set", ".o"))
     judge = asking(server, tmp_path, image_px=64)
-    judge_dataset(dataset, judge, tmp_path / "out", progress=False)
+    judge_dataset(dataset, judge, tmp_path / "out")
     assert max(seen(server.requests[0]).shape) == 64
 
 
@@ -235,7 +229,7 @@ def test_an_endpoint_that_is_not_there_is_named(tmp_path: Path) -> None:
     dataset = LabelledFolder(make_dataset(tmp_path / "set", ".o"))
     judge = Judge("http://127.0.0.1:9/v1", "m", tmp_path / "answers", retries=0)
     with pytest.raises(JudgeError, match=r"127\.0\.0\.1:9/v1' cannot be reached"):
-        judge_dataset(dataset, judge, tmp_path / "out", progress=False)
+        judge_dataset(dataset, judge, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -243,7 +237,7 @@ def test_no_verdict_at_all_is_a_failure(server: Server, tmp_path: Path) -> None:
     dataset = LabelledFolder(make_dataset(tmp_path / "set", ".o"))
     server.always = spoken("no idea")
     with pytest.raises(JudgeError, match="no verdict in 2 frames"):
-        judge_dataset(dataset, asking(server, tmp_path), tmp_path / "out", progress=False)
+        judge_dataset(dataset, asking(server, tmp_path), tmp_path / "out")
 
 
 @pytest.mark.parametrize(

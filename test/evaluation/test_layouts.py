@@ -1,4 +1,4 @@
-"""Datasets laid out as their authors publish them; none of them is needed."""
+"""Layouts of published datasets, with images made here."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from worlds.labelled_drive import odd_mask
 
 from semantic_anomaly.cli import main
 from semantic_anomaly.errors import InputError
-from semantic_anomaly.evaluation.labelled import evaluate
-from semantic_anomaly.evaluation.layouts import LAYOUTS, Layout
-from semantic_anomaly.evaluation.published import open_dataset
+from semantic_anomaly.evaluation.evaluate import evaluate
+from semantic_anomaly.evaluation.layouts import LAYOUTS, Layout, open_dataset
 from semantic_anomaly.io.images import write_image
 
 # Image and labels of two frames in each published layout, beside files that do not belong to it.
@@ -81,7 +80,7 @@ def write_any(file: Path, image: np.ndarray) -> None:
 
 @pytest.mark.parametrize("name", sorted(LAYOUTS))
 def test_published_layouts_are_read(tmp_path: Path, name: str) -> None:
-    dataset = open_dataset(make_layout(tmp_path / "set", name), name, progress=False)
+    dataset = open_dataset(make_layout(tmp_path / "set", name), name)
     assert [truth.file for truth in dataset.truths] == [image for image, _ in FILES[name]]
     assert [truth.anomaly for truth in dataset.truths] == [False, True]
     assert len({truth.stem for truth in dataset.truths}) == 2
@@ -101,8 +100,8 @@ def test_drives_are_told_apart_where_names_say(tmp_path: Path) -> None:
 
 
 def test_a_layout_is_evaluated(tmp_path: Path) -> None:
-    dataset = open_dataset(make_layout(tmp_path / "set", "anovox"), "anovox", progress=False)
-    results = evaluate(dataset, make_detector(), tmp_path / "out", save_maps=True, progress=False)
+    dataset = open_dataset(make_layout(tmp_path / "set", "anovox"), "anovox")
+    results = evaluate(make_detector(), dataset, out=tmp_path / "out", save_maps=True)
     assert results["frame_auroc"] == 1.0 and results["pixel_ap"] > 0.5
     assert sorted(f.name for f in (tmp_path / "out" / "maps").iterdir()) == [
         "Scenario_a__RGB-CAM(1)__RGB_7.npy",
@@ -127,16 +126,16 @@ def test_unknown_label_values_are_named(tmp_path: Path) -> None:
     file = root / FILES["smiyc-anomaly"][0][1]
     write_image(file, np.full((96, 128), 7, np.uint8))
     with pytest.raises(InputError, match=r"expected values 0, 1, 255, found also \[7\]"):
-        open_dataset(root, "smiyc-anomaly", progress=False)
+        open_dataset(root, "smiyc-anomaly")
     file.write_bytes(b"broken")
     with pytest.raises(InputError, match="expected an 8-bit image"):
-        open_dataset(root, "smiyc-anomaly", progress=False)
+        open_dataset(root, "smiyc-anomaly")
 
 
 def test_labels_of_another_size_are_refused(tmp_path: Path) -> None:
     root = make_layout(tmp_path / "set", "smiyc-anomaly")
     write_image(root / FILES["smiyc-anomaly"][1][1], np.zeros((5, 7), np.uint8))
-    dataset = open_dataset(root, "smiyc-anomaly", progress=False)
+    dataset = open_dataset(root, "smiyc-anomaly")
     with pytest.raises(InputError, match=r"found 7x5"):
         list(dataset)
 
@@ -149,9 +148,9 @@ def test_a_layout_of_ones_own(tmp_path: Path) -> None:
         "values: {30: anomaly, 64: normal}\nchannel: 1\nsequence: '(Scenario)'\n"
     )
     with pytest.raises(InputError, match=r"2 images without labels; expected Scenario_\*"):
-        open_dataset(root, str(file), progress=False)
+        open_dataset(root, str(file))
     file.write_text(file.read_text().replace("'RGB', 'SEMANTIC'", "'RGB-CAM', 'SEMANTIC-CAM'"))
-    dataset = open_dataset(root, str(file), progress=False)
+    dataset = open_dataset(root, str(file))
     assert [truth.anomaly for truth in dataset.truths] == [False, True]
     assert {truth.sequence for truth in dataset.truths} == {"Scenario"}
 
@@ -181,7 +180,7 @@ def make_bag(root: Path, labels: list[int], stamps: list[int]) -> Path:
 def test_a_bag_with_a_semantic_camera(tmp_path: Path) -> None:
     bag, layout = make_bag(tmp_path, [0, 9, 7, 9], [0, 1, 12, 3]), tmp_path / "layout.yaml"
     layout.write_text(CAMERA)
-    dataset = open_dataset(bag, str(layout), progress=False)
+    dataset = open_dataset(bag, str(layout))
     # Image 2 has no labels of its stamp.
     assert [truth.anomaly for truth in dataset.truths] == [False, True, True]
     assert {truth.sequence for truth in dataset.truths} == {"bag"}
@@ -194,7 +193,7 @@ def test_a_bag_with_a_semantic_camera(tmp_path: Path) -> None:
     # Out of order as well.
     first, last = dataset.truths[0], dataset.truths[2]
     assert dataset.labels(last, IMAGE_HW).any() and not dataset.labels(first, IMAGE_HW).any()
-    results = evaluate(dataset, make_detector(), tmp_path / "out", progress=False)
+    results = evaluate(make_detector(), dataset)
     assert results["frame_auroc"] == 1.0 and results["component_siou_oracle"] > 0.5
 
 
@@ -202,13 +201,13 @@ def test_bags_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     bag, layout = make_bag(tmp_path, [0, 9], [10, 11]), tmp_path / "layout.yaml"
     layout.write_text(CAMERA)
     with pytest.raises(InputError, match="labels of the same stamp on '/front/semantic/image'"):
-        open_dataset(bag, str(layout), progress=False)
+        open_dataset(bag, str(layout))
     layout.write_text(CAMERA.replace("semantic", "depth"))
     with pytest.raises(InputError, match="/front/depth/image"):
-        open_dataset(bag, str(layout), progress=False)
+        open_dataset(bag, str(layout))
     layout.write_text(CAMERA.replace("[rgb, semantic]", "[x, y]"))
     with pytest.raises(InputError, match="found the same"):
-        open_dataset(bag, str(layout), progress=False)
+        open_dataset(bag, str(layout))
 
 
 @pytest.mark.parametrize(

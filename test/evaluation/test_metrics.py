@@ -12,6 +12,7 @@ from semantic_anomaly.evaluation.metrics import (
     auroc_interval,
     frame_auroc,
     frame_rates,
+    latencies,
     rate_interval,
 )
 
@@ -228,3 +229,11 @@ def test_the_curve_is_precision_over_recall(rng: np.random.Generator) -> None:
     for recall, precision in zip(curve["recall"], curve["precision"], strict=True):
         assert rows[round(float(recall), 9)] == pytest.approx(precision)
     assert len(pixel_scores(scores, anomalous & False).curves()["recall"]) == 0
+
+
+def test_latencies_by_stage() -> None:
+    found = latencies({"embed": float(n), "total": 2.0 * n} for n in range(101))
+    assert found == {
+        "embed": {"p50": 50.0, "p95": 95.0, "p99": 99.0},
+        "total": {"p50": 100.0, "p95": 190.0, "p99": 198.0},
+    }

@@ -1,4 +1,4 @@
-"""The field's protocols: what may be in the index, and that nothing scored ever is."""
+"""Protocols: what is in their indexes, and that no scored frame is."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from worlds.labelled_drive import make_dataset
 from semantic_anomaly.cli import main
 from semantic_anomaly.errors import CalibrationError, InputError
 from semantic_anomaly.evaluation.datasets import LabelledFolder
-from semantic_anomaly.evaluation.labelled import evaluate
+from semantic_anomaly.evaluation.evaluate import evaluate
 from semantic_anomaly.evaluation.protocols import Reference, SelfNominal, normal_patches
 from semantic_anomaly.io.images import write_image
 from semantic_anomaly.settings import Settings
@@ -37,13 +37,10 @@ def test_references_are_the_index(tmp_path: Path, count: int, name: str) -> None
         [references(tmp_path / "refs", count)],
         dataset,
         ColourEmbedder(),
-        progress=False,
     )
     detector = protocol.detector_of(dataset.truths[0])
     assert {n.partition("/")[0] for n in detector.index.frame_names} == {"refs"}
-    results = evaluate(
-        dataset, detector, tmp_path / "out", protocol=protocol, every=0, progress=False
-    )
+    results = evaluate(protocol, dataset)
     assert results["protocol"] == name
     assert results["protocol_detail"] == {"references": count}
     assert results["frame_auroc"] == 1.0 and results["tpr"] is None
@@ -53,25 +50,14 @@ def test_a_reference_that_is_scored_is_refused(tmp_path: Path) -> None:
     root = make_dataset(tmp_path / "set", "..oo")
     dataset = LabelledFolder(root)
     with pytest.raises(CalibrationError, match=r"has seen frame 'set/00001\.png'"):
-        Reference(SETTINGS, "camera", [f"{root}[1:2]"], dataset, ColourEmbedder(), progress=False)
+        Reference(SETTINGS, "camera", [f"{root}[1:2]"], dataset, ColourEmbedder())
     Reference(
         SETTINGS,
         "camera",
         [f"{root}[0:1]"],
         LabelledFolder(f"{root}[1:]"),
         ColourEmbedder(),
-        progress=False,
     )
-
-
-def test_self_nominal_has_scenes_where_whole_images_are_normal(tmp_path: Path) -> None:
-    settings = SETTINGS.replace(scene_frames=2)
-    some = LabelledFolder(make_dataset(tmp_path / "some", "..oo"))
-    protocol = SelfNominal(settings, "camera", some, ColourEmbedder(), folds=2)
-    last = some.truths[-1]
-    assert protocol.detector_of(last).index.parts["scenes"].count == 2
-    with pytest.raises(InputError, match=r"expected scene_frames 0.*found scene_frames 2 and none"):
-        protocol.detector_of(some.truths[0])
 
 
 def test_self_nominal_indexes_other_folds_and_normal_pixels_alone(tmp_path: Path) -> None:
@@ -87,14 +73,7 @@ def test_self_nominal_indexes_other_folds_and_normal_pixels_alone(tmp_path: Path
         frame = next(frame for frame, other, _ in dataset if other == truth)
         assert detector.detect(frame).score > 0.1
     assert len(set(seen)) == 3 and seen[0] == seen[1]
-    results = evaluate(
-        dataset,
-        protocol.detector_of(dataset.truths[0]),
-        tmp_path / "out",
-        protocol=protocol,
-        every=0,
-        progress=False,
-    )
+    results = evaluate(protocol, dataset)
     assert (results["protocol"], results["protocol_detail"]) == ("self-nominal", {"folds": 3})
     assert results["pixel_ap"] > 0.5
 
@@ -135,7 +114,7 @@ def test_the_command_takes_protocols(tmp_path: Path, capsys: pytest.CaptureFixtu
     ("options", "found"),
     [
         ([], "--index: needed by the protocol drive"),
-        (["--protocol", "self-nominal", "--index", "x"], "and by it alone; found 'x'"),
+        (["--protocol", "self-nominal", "--index", "x"], "by the protocol drive only; found 'x'"),
         (["--protocol", "n-reference"], "--reference: for the reference protocols"),
         (["--protocol", "self-nominal", "--reference", "x"], "--reference: for the reference"),
         (["--protocol", "n-reference", "--reference", "refs"], "found 1 reference images"),

@@ -21,7 +21,7 @@ PNG = b"\x89PNG"
 def test_replay_writes_what_the_detector_states(tmp_path: Path) -> None:
     root = make_dataset(tmp_path / "drive", "..oo..o...")
     detector, source = make_detector(), open_source(root)
-    summary = replay(source, detector, tmp_path / "out", every=0, progress=False)
+    summary = replay(detector, source, tmp_path / "out", every=0)
     with (tmp_path / "out/scores.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["stamp_ns", "score", "p_value", "decision"]
@@ -45,9 +45,9 @@ def test_replay_writes_what_the_detector_states(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "out/overlays").iterdir()) == [
         f"{n:05d}.jpg" for n in begins
     ]
-    again = replay(source, detector, tmp_path / "again", every=1, progress=False)
+    again = replay(detector, source, tmp_path / "again", every=1)
     assert again["data_sha256"] == summary["data_sha256"] and len(summary["data_sha256"]) == 64
-    other = replay(open_source(f"{root}[0:9]"), detector, tmp_path / "other", progress=False)
+    other = replay(detector, open_source(f"{root}[0:9]"), tmp_path / "other")
     assert other["data_sha256"] != summary["data_sha256"]
     assert summary["frames"] == 10 and summary["latency_ms"]["total"]["p95"] > 0
     assert (tmp_path / "out/score_curve.png").read_bytes()[:4] == PNG
@@ -56,7 +56,7 @@ def test_replay_writes_what_the_detector_states(tmp_path: Path) -> None:
 def test_replay_without_a_calibration_is_unknown(tmp_path: Path) -> None:
     source = open_source(make_dataset(tmp_path / "drive", ".o."))
     detector = make_detector(calibrated=False)
-    summary = replay(source, detector, tmp_path / "out", progress=False)
+    summary = replay(detector, source, tmp_path / "out")
     assert summary["decisions"] == {"nominal": 0, "anomaly": 0, "unknown": 3}
     assert summary["alarms"] == [] and summary["threshold"] is None
     lines = (tmp_path / "out/scores.csv").read_text().splitlines()
@@ -68,7 +68,7 @@ def test_a_replay_that_fails_leaves_nothing(tmp_path: Path) -> None:
     root = make_dataset(tmp_path / "drive", "...")
     (root / "images/00002.png").write_bytes(PNG)
     with pytest.raises(ImageError, match="00002"):
-        replay(open_source(root), make_detector(), tmp_path / "out", progress=False)
+        replay(make_detector(), open_source(root), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["drive"]
 
 
@@ -76,18 +76,16 @@ def test_replay_is_measured_against_events(tmp_path: Path) -> None:
     source = open_source(make_dataset(tmp_path / "drive", "......oo..............."))
     events = [Event(0.5, 0.75, "box"), Event(1.5, 1.7)]
     detector = make_detector(threshold=0.1)
-    summary = replay(source, detector, tmp_path / "out", events=events, progress=False)
+    summary = replay(detector, source, tmp_path / "out", events=events)
     against = summary["against_events"]
     assert against["events"][0] == {
         "start_s": 0.5, "end_s": 0.75, "kind": "box", "delay_s": pytest.approx(0.1)
     }  # fmt: skip
     assert against["missed"] == 1 and against["events"][1]["delay_s"] is None
     assert against["delay_s_median"] == pytest.approx(0.1)
-    assert against["false_episodes"] == 0 and against["false_per_hour"] == 0.0
+    assert against["false_alarms"] == 0 and against["false_per_hour"] == 0.0
     with pytest.raises(InputError, match=r"from 9 to 10 s.*found frames from 0 to 2\.2 s"):
-        replay(source, detector, tmp_path / "o", events=[Event(9, 10)], progress=False)
+        replay(detector, source, tmp_path / "o", events=[Event(9, 10)])
     assert not (tmp_path / "o").exists()
-    unknown = replay(
-        source, make_detector(calibrated=False), tmp_path / "u", events=events, progress=False
-    )
+    unknown = replay(make_detector(calibrated=False), source, tmp_path / "u", events=events)
     assert unknown["against_events"] is None

@@ -1,4 +1,4 @@
-"""What a calibration's promise came to on further nominal drives."""
+"""Realised false-alarm rates of a calibration on further nominal drives."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from semantic_anomaly.calibration.conformal import whole_stretches
-from semantic_anomaly.calibration.leakage import refuse_indexed
+from semantic_anomaly.calibration.conformal import complete_episodes
+from semantic_anomaly.calibration.leakage import refuse_seen
 from semantic_anomaly.errors import CalibrationError, InputError
 from semantic_anomaly.evaluation import extras
 from semantic_anomaly.evaluation.events import drive_metrics
-from semantic_anomaly.evaluation.metrics import rate_interval
+from semantic_anomaly.evaluation.metrics import rate_interval, share
 from semantic_anomaly.io.open import open_source
 from semantic_anomaly.structures import Decision
 
@@ -25,28 +25,28 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-def realised_rates(
+def false_alarm_rates(
     detector: AnomalyDetector,
     sources: Sequence[str | Path],
     *,
     topic: str | None = None,
     episode_s: float = 10.0,
-    progress: bool = True,
+    progress: bool = False,
 ) -> dict[str, Any]:
-    """Return how often nominal drives raise an alarm, with intervals over drives.
+    """Return the realised false-alarm rates on nominal drives, with intervals over drives.
 
     Args:
-        detector: calibrated.
-        sources: nominal folders, videos or bags that neither index nor calibration have seen.
+        detector: with a calibration.
+        sources: nominal folders, videos or bags that neither index nor calibration has seen.
         topic: image topic of bags that have several.
-        episode_s: seconds of a stretch of driving.
+        episode_s: length of an episode in s, > 0.
         progress: show a progress bar on a terminal.
 
     Returns:
-        `frames`, `drives`, `stretches`, `hours`; `frame_rate` of scores above the threshold,
-        `alarm_rate` of frames in confirmed alarm and `stretch_rate` of stretches with one, each
-        with its `_interval`, None without a whole one; `episodes_per_hour`, `target`; `kept`,
-        whether the targets of frames and of stretches lie above the lower ends of their intervals.
+        Numbers of `frames`, `drives`, `episodes` and `hours`; `frame_rate` of scores above the
+        threshold, `alarm_rate` of frames in confirmed alarm and `episode_rate` of complete episodes
+        with an alarm, each with its `_interval`, None when not defined; `false_alarms`,
+        `false_alarms_per_hour`; `target`; `kept`: whether no target rate lies below its interval.
 
     Raises:
         CalibrationError: there is no calibration, or the index has seen a frame.
@@ -64,55 +64,54 @@ def realised_rates(
     drives = [
         drive for source in sources for drive in _drives(detector, source, topic, progress).items()
     ]
-    known = {name for name, _ in calibration.drives}
-    for name in sorted(known & {name for name, _ in drives}):
-        _log.warning("check: drive '%s' has the name of one of the calibration's", name)
+    calibrated = {name for name, _ in calibration.drives}
+    for name in sorted(calibrated & {name for name, _ in drives}):
+        _log.warning("check: drive '%s' has the name of a drive of the calibration", name)
     above = np.concatenate([rows[:, 1] for _, rows in drives]).astype(bool)
     alarms = np.concatenate([rows[:, 2] for _, rows in drives]).astype(bool)
-    stretches = [
+    episodes = [
         bool(rows[frames, 2].any())
         for _, rows in drives
-        for frames in whole_stretches(rows[:, 0] / 1e9, episode_s)
+        for frames in complete_episodes(rows[:, 0] / 1e9, episode_s)
     ]
     metrics = [drive_metrics(rows[:, 0].tolist(), rows[:, 2].tolist(), []) for _, rows in drives]
-    hours = sum(one.nominal_s for one in metrics) / 3600.0
-    episodes = sum(one.false_episodes for one in metrics)
-    found: dict[str, Any] = {
+    hours = sum(drive.nominal_s for drive in metrics) / 3600.0
+    false_alarms = sum(drive.false_alarms for drive in metrics)
+    rates: dict[str, Any] = {
         "frames": len(above),
         "drives": len(drives),
-        "stretches": len(stretches),
+        "episodes": len(episodes),
         "hours": hours,
-        "episodes": episodes,
-        "episodes_per_hour": episodes / hours if hours else None,
+        "false_alarms": false_alarms,
+        "false_alarms_per_hour": false_alarms / hours if hours else None,
         "target": detector.settings.target_false_alarm_rate,
     }
-    for name, flags in (("frame", above), ("alarm", alarms), ("stretch", np.array(stretches))):
-        rate = float(np.mean(flags)) if len(flags) else None
-        found[f"{name}_rate"] = rate
-        found[f"{name}_rate_interval"] = rate_interval(rate, len(drives))
-    targets = {"frame": found["target"], "stretch": detector.settings.target_episode_rate}
-    found["kept"] = all(
+    for name, flags in (("frame", above), ("alarm", alarms), ("episode", np.array(episodes))):
+        rates[f"{name}_rate"] = share(flags)
+        rates[f"{name}_rate_interval"] = rate_interval(share(flags), len(drives))
+    targets = {"frame": rates["target"], "episode": detector.settings.target_episode_rate}
+    rates["kept"] = all(
         interval[0] <= target
         for name, target in targets.items()
-        if target and (interval := found[f"{name}_rate_interval"])
+        if target and (interval := rates[f"{name}_rate_interval"])
     )
-    return found
+    return rates
 
 
 def _drives(
     detector: AnomalyDetector, source: str | Path, topic: str | None, progress: bool
 ) -> dict[str, np.ndarray]:
-    """Return (n, 3) int64 by drive: stamp, whether above the threshold, whether in alarm."""
-    opened = open_source(source, topic=topic)
+    """Return (n, 3) int64 by drive: stamp in ns, whether above the threshold, whether in alarm."""
+    frames = open_source(source, topic=topic)
     rows: dict[str, list[tuple[int, bool, bool]]] = {}
     hide = None if progress else True
-    for frame in tqdm(opened, f"check {opened.name}", opened.count, unit="frame", disable=hide):
-        refuse_indexed(detector.index, frame)
-        drive = "/".join(part for part in (opened.name, opened.drive_of(frame)) if part)
+    for frame in tqdm(frames, f"check {frames.name}", frames.count, unit="frame", disable=hide):
+        refuse_seen(detector.index, frame)
+        drive = "/".join(part for part in (frames.name, frames.drive_of(frame)) if part)
         if drive not in rows:
             detector.reset()
         result = detector.detect(frame)
         exceeds = result.threshold is not None and result.score > result.threshold
         alarm = result.decision is Decision.ANOMALY
         rows.setdefault(drive, []).append((frame.stamp_ns, exceeds, alarm))
-    return {drive: np.array(found, np.int64) for drive, found in rows.items()}
+    return {drive: np.array(values, np.int64) for drive, values in rows.items()}

@@ -1,9 +1,8 @@
-"""The measures of `evaluate` for maps of any method: a folder of `<stem>.npy`."""
+"""The measures of `evaluate` for exported score maps of any method: `<stem>.npy` files."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,9 +13,11 @@ from tqdm import tqdm
 
 from semantic_anomaly.errors import InputError
 from semantic_anomaly.evaluation import extras, provenance
+from semantic_anomaly.evaluation.checkpoint import report_folder, write_json
 from semantic_anomaly.evaluation.components import SizeLimits
-from semantic_anomaly.evaluation.datasets import IGNORE, FrameTruth
-from semantic_anomaly.evaluation.measures import (
+from semantic_anomaly.evaluation.datasets import IGNORE, FrameTruth, read_json
+from semantic_anomaly.evaluation.layouts import Dataset
+from semantic_anomaly.evaluation.metrics import (
     PixelGroups,
     by_group,
     component_measures,
@@ -24,8 +25,6 @@ from semantic_anomaly.evaluation.measures import (
     pixel_measures,
     truth_row,
 )
-from semantic_anomaly.evaluation.published import Dataset
-from semantic_anomaly.evaluation.reports import report_folder, write_json
 from semantic_anomaly.scoring.anomaly_map import tail_mean
 
 RESULTS = "results.json"
@@ -33,20 +32,22 @@ WRITTEN = frozenset({RESULTS})
 
 
 class MapFolder:
-    """Score maps of the frames of a dataset: `<stem>.npy`, (height, width), higher is odder.
+    """Score maps of a dataset: `<stem>.npy`, (height, width) floats, higher is more anomalous.
 
     Args:
         path: the folder.
-        dataset: every frame whose pixels count must have its map; others may.
+        dataset: every frame with pixel labels must have a map; others may.
+        progress: show a progress bar on a terminal.
 
     Attributes:
-        sha256: digest of all maps that are used.
+        sha256: digest of all maps used.
+        truths: ground truth of the frames with a map.
 
     Raises:
-        InputError: a map is missing, cannot be read, is not of its mask's size, or not finite.
+        InputError: a map is missing, cannot be read, has another shape or dtype, or is not finite.
     """
 
-    def __init__(self, path: Path, dataset: Dataset, progress: bool = True) -> None:
+    def __init__(self, path: Path, dataset: Dataset, progress: bool = False) -> None:
         self._path, self._dataset = path, dataset
         self.truths = [truth for truth in dataset.truths if self._file(truth).is_file()]
         missing = [t.file for t in dataset.truths if t.has_pixels and t not in self.truths]
@@ -70,18 +71,18 @@ class MapFolder:
         return self._path / f"{truth.stem}.npy"
 
     def raw(self, truth: FrameTruth) -> np.ndarray:
-        """Return a map as it was given, (height, width) float32."""
+        """Return a map with its original values, (height, width) float32."""
         file = self._file(truth)
         try:
             values = np.load(file, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise InputError(f"map '{file}' cannot be read: {error}") from error
         if not isinstance(values, np.ndarray) or values.ndim != 2 or values.dtype.kind != "f":
-            found = f"{getattr(values, 'shape', '')} {getattr(values, 'dtype', type(values))}"
-            raise InputError(f"map '{file}': expected (height, width) of floats, found {found}")
+            kind = f"{getattr(values, 'shape', '')} {getattr(values, 'dtype', type(values))}"
+            raise InputError(f"map '{file}': expected (height, width) of floats, found {kind}")
         values = values.astype(np.float32)
         if not values.size or not np.isfinite(values).all():
-            raise InputError(f"map '{file}': expected finite numbers, found others or none at all")
+            raise InputError(f"map '{file}': expected finite numbers, found others or an empty map")
         return values
 
     def labelled(self) -> Iterator[tuple[FrameTruth, np.ndarray, np.ndarray]]:
@@ -91,10 +92,11 @@ class MapFolder:
             yield truth, values, self._dataset.labels(truth, (values.shape[0], values.shape[1]))
 
     def scaled(self, values: np.ndarray) -> np.ndarray:
-        """Return scores in [0, 2] of the same order, so that any scale can be counted.
+        """Return scores in [0, 2] in the same order, so that they can be counted in histograms.
 
-        Values in [0, 2] stay. Others are spread by the order of their binary representation, which
-        is fine where numbers are small: measures depend on the order alone.
+        Values in [0, 2] are returned unchanged. Other scales are mapped by the binary
+        representation of float32, which keeps small numbers apart. Pixel measures depend only on
+        the order of scores.
         """
         if self._identity:
             return values
@@ -102,7 +104,7 @@ class MapFolder:
         return np.clip(spread, 0.0, 2.0).astype(np.float32)
 
     def original(self, score: float | None) -> float | None:
-        """Return the value of the maps that a score in [0, 2] stands for."""
+        """Return the map value of a score in [0, 2]: the inverse of `scaled`."""
         if score is None or self._identity:
             return score
         key = round(score * self._span / 2.0) + self._low
@@ -121,20 +123,20 @@ def score_maps(
     pixel_threshold: float | None = None,
     tail_percent: float = 1.0,
     protocol: str = "",
-    progress: bool = True,
+    progress: bool = False,
 ) -> dict[str, Any]:
-    """Measure maps as `evaluate` measures its own, write results.json, and return what it holds.
+    """Compute the measures of `evaluate` for maps, write results.json, and return its content.
 
     Args:
-        maps: of the dataset.
-        dataset: images with ground truth; pixels in its masks with 255 are not counted.
+        maps: score maps of the dataset.
+        dataset: images with ground truth; pixels with 255 in the masks are not counted.
         out: folder to write; an earlier report of maps is replaced.
-        limits: components that are too small to count.
+        limits: minimum sizes of components.
         scores: frame scores by file name; None: the mean of the largest `tail_percent` of a map.
-        threshold: of the frame scores, None where there is none.
-        pixel_threshold: of the maps, for the measures named 'calibrated'.
-        tail_percent: share of the counted pixels, in (0, 100].
-        protocol: what the method took as nominal, as `evaluate` names it; empty: not stated.
+        threshold: threshold of the frame scores, or None.
+        pixel_threshold: threshold of the maps, for the measures named 'calibrated'.
+        tail_percent: percentage of the counted pixels, in (0, 100].
+        protocol: name of the protocol as in `evaluate`; empty: not stated.
         progress: show a progress bar on a terminal.
 
     Raises:
@@ -182,15 +184,12 @@ def score_maps(
 
 
 def read_scores(path: Path) -> dict[str, float]:
-    """Return frame scores by file name, from results.json or from a plain JSON object.
+    """Return frame scores by file name, from a results.json or a JSON object.
 
     Raises:
-        InputError: it cannot be read, or holds no scores.
+        InputError: it cannot be read, or has no scores.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"scores '{path}' cannot be read: {error}") from error
+    content = read_json(path, "scores")
     if isinstance(content, dict) and isinstance(content.get("frames"), list):
         rows = [row for row in content["frames"] if isinstance(row, dict)]
         content = {row.get("name"): row.get("score") for row in rows}
@@ -217,13 +216,10 @@ def _row(
         score = scores[truth.file]
     else:
         raise InputError(f"scores: expected one for every frame, found none for '{truth.file}'")
-    return {
-        **truth_row(truth),
-        "score": float(score),
-    }
+    return {**truth_row(truth), "score": float(score)}
 
 
 def _ordered(values: np.ndarray) -> np.ndarray:
-    """Return whole numbers in the order of float32 values: sign and magnitude made one scale."""
+    """Return (...) int64 in the order of float32 values, from sign and magnitude of their bits."""
     bits = np.ascontiguousarray(values, np.float32).view(np.int32).astype(np.int64)
     return np.where(bits >= 0, bits, -(bits & 0x7FFFFFFF))

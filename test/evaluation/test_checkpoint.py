@@ -1,8 +1,9 @@
-"""Runs that are stopped and go on: the report is that of a run without a stop."""
+"""Report folders and interrupted runs: a resumed run gives the report of an uninterrupted one."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,36 +14,42 @@ from worlds.labelled_drive import make_dataset
 
 from semantic_anomaly.detection.detector import AnomalyDetector
 from semantic_anomaly.errors import ArtefactError, InputError
-from semantic_anomaly.evaluation import html
+from semantic_anomaly.evaluation import report
+from semantic_anomaly.evaluation.checkpoint import (
+    FILE,
+    refuse_other_content,
+    report_folder,
+    resumable_report,
+    write_json,
+)
 from semantic_anomaly.evaluation.datasets import LabelledFolder
-from semantic_anomaly.evaluation.journal import FILE, resumable_report
-from semantic_anomaly.evaluation.labelled import evaluate
+from semantic_anomaly.evaluation.evaluate import evaluate
 from semantic_anomaly.evaluation.protocols import SelfNominal
 from semantic_anomaly.evaluation.replay import replay
 from semantic_anomaly.io.open import open_source
 from semantic_anomaly.settings import Settings
 
 DRIVE = "..oo..oo.o.."
-WRITTEN = frozenset({"results.json"})
+WRITTEN = frozenset({"results.json", "overlays", "curve.png"})
 Run = Callable[[Path, AnomalyDetector], dict[str, Any]]
 
 
 def by_evaluate(root: Path) -> Run:
     def run(out: Path, detector: AnomalyDetector) -> dict[str, Any]:
-        return evaluate(LabelledFolder(root), detector, out, every=3, progress=False)
+        return evaluate(detector, root, out=out, every=3).results
 
     return run
 
 
 def by_replay(root: Path) -> Run:
     def run(out: Path, detector: AnomalyDetector) -> dict[str, Any]:
-        return replay(open_source(root), detector, out, every=3, progress=False)
+        return replay(detector, open_source(root), out, every=3)
 
     return run
 
 
 def stop_after(detector: AnomalyDetector, calls: int, error: type[BaseException]) -> list[str]:
-    """Make a detector fail at its so manieth frame, and return the names that it sees."""
+    """Make a detector fail after `calls` frames, and return the list of names it sees."""
     seen: list[str] = []
     detect = detector.detect
 
@@ -74,35 +81,34 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("how", [by_evaluate, by_replay])
 @pytest.mark.parametrize("settings", [{}, {"confirm_count": 2, "confirm_s": 0.25}])
-@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
-def test_a_stopped_run_goes_on(
-    tmp_path: Path, how: Callable[[Path], Run], settings: dict[str, int], error: type[BaseException]
+def test_an_interrupted_run_is_resumed(
+    tmp_path: Path, how: Callable[[Path], Run], settings: dict[str, int]
 ) -> None:
+    error = KeyboardInterrupt if settings else MemoryError
     run = how(make_dataset(tmp_path / "drive", DRIVE))
     whole = run(tmp_path / "whole", make_detector(threshold=0.1, **settings))
     stopped = make_detector(threshold=0.1, **settings)
-    # The first frame is looked at once more beforehand.
+    # The first frame is detected twice.
     stop_after(stopped, 8, error)
     with pytest.raises(error):
         run(tmp_path / "out", stopped)
     assert not (tmp_path / "out").exists()
     unfinished = tmp_path / ".out.unfinished"
     assert len((unfinished / FILE).read_bytes().splitlines()) == 1 + 7
-    # Killed while it wrote a line: that frame is not done.
+    # The frame of a line that was cut off is not done.
     with (unfinished / FILE).open("ab") as file:
         file.write(b'{"name": "drive/0000')
-    going_on = make_detector(threshold=0.1, **settings)
-    seen = stop_after(going_on, 99, error)
-    found = run(tmp_path / "out", going_on)
-    again = settings.get("confirm_window", 1) - 1
-    assert len(set(seen)) == len(DRIVE) - 7 + again
+    resumed = make_detector(threshold=0.1, **settings)
+    seen = stop_after(resumed, 99, error)
+    found = run(tmp_path / "out", resumed)
+    assert len(set(seen)) == len(DRIVE) - 7
     assert untimed(found) == untimed(whole)
     assert files(tmp_path / "out") == files(tmp_path / "whole")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["drive", "out", "whole"]
 
 
 @pytest.mark.parametrize("how", [by_evaluate, by_replay])
-def test_a_run_stopped_while_its_report_is_written_goes_on(
+def test_a_run_interrupted_while_its_report_is_written_is_resumed(
     tmp_path: Path, how: Callable[[Path], Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = how(make_dataset(tmp_path / "drive", DRIVE))
@@ -113,17 +119,17 @@ def test_a_run_stopped_while_its_report_is_written_goes_on(
 
     with monkeypatch.context() as patched:
         for writer in ("write_html", "write_drive_html"):
-            patched.setattr(html, writer, stop)
+            patched.setattr(report, writer, stop)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "out", make_detector(threshold=0.1))
-    going_on = make_detector(threshold=0.1)
-    seen = stop_after(going_on, 0, AssertionError)
-    assert untimed(run(tmp_path / "out", going_on)) == untimed(whole)
+    resumed = make_detector(threshold=0.1)
+    seen = stop_after(resumed, 0, AssertionError)
+    assert untimed(run(tmp_path / "out", resumed)) == untimed(whole)
     assert seen == []
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
-def test_a_report_among_the_data_goes_on(tmp_path: Path) -> None:
+def test_a_report_among_the_data_is_resumed(tmp_path: Path) -> None:
     run = by_evaluate(make_dataset(tmp_path / "drive", DRIVE))
     stopped = make_detector()
     stop_after(stopped, 5, KeyboardInterrupt)
@@ -135,14 +141,13 @@ def test_a_report_among_the_data_goes_on(tmp_path: Path) -> None:
     assert len(set(seen)) == len(DRIVE) - 4
 
 
-def test_protocols_go_on(tmp_path: Path) -> None:
+def test_protocols_are_resumed(tmp_path: Path) -> None:
     dataset = LabelledFolder(make_dataset(tmp_path / "drive", DRIVE))
     settings = Settings(dedup_distance=0.0, neighbours=1)
 
     def run(out: Path, embedder: ColourEmbedder) -> dict[str, Any]:
         protocol = SelfNominal(settings, "camera", dataset, embedder, folds=3)
-        first = protocol.detector_of(dataset.truths[0])
-        return evaluate(dataset, first, out, protocol=protocol, every=0, progress=False)
+        return evaluate(protocol, dataset, out=out, every=0).results
 
     whole = run(tmp_path / "whole", ColourEmbedder())
     embedder = ColourEmbedder()
@@ -161,7 +166,7 @@ def test_protocols_go_on(tmp_path: Path) -> None:
     assert untimed(run(tmp_path / "out", ColourEmbedder())) == untimed(whole)
 
 
-def test_other_settings_or_data_begin_anew(
+def test_other_settings_or_data_start_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = by_evaluate(make_dataset(tmp_path / "drive", DRIVE))
@@ -174,7 +179,7 @@ def test_other_settings_or_data_begin_anew(
     stop_after(stopped, 3, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "out", stopped)
-    assert "discarded, it was begun with other settings or data" in caplog.text
+    assert "discarded, its settings or data differ" in caplog.text
     assert len((tmp_path / ".out.unfinished" / FILE).read_bytes().splitlines()) == 1 + 2
     (tmp_path / "drive/images/00003.png").touch()
     detector = make_detector(tail_percent=7.0, calibrated=False)
@@ -184,28 +189,28 @@ def test_other_settings_or_data_begin_anew(
 
 
 @pytest.mark.parametrize("content", [b"", b"no json\n", b'[1]\n{"name": 1}\n', b"{}"])
-def test_a_damaged_journal_begins_anew(tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_checkpoint_starts_again(tmp_path: Path, content: bytes) -> None:
     (tmp_path / ".out.unfinished").mkdir()
     (tmp_path / ".out.unfinished" / FILE).write_bytes(content)
     (tmp_path / ".out.unfinished/left").mkdir()
-    with resumable_report(tmp_path / "out", "results.json", WRITTEN, {"a": 1}) as journal:
-        assert journal.rows == []
-        (journal.folder / "results.json").write_text("{}")
+    with resumable_report(tmp_path / "out", "results.json", WRITTEN, {"a": 1}) as checkpoint:
+        assert checkpoint.rows == []
+        (checkpoint.folder / "results.json").write_text("{}")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["results.json"]
 
 
 def test_two_runs_do_not_write_the_same_report(tmp_path: Path) -> None:
-    def report() -> Any:
+    def run() -> Any:
         return resumable_report(tmp_path / "out", "results.json", WRITTEN, {})
 
-    with report() as journal:
-        with pytest.raises(InputError, match="another run is writing it"), report():
+    with run() as checkpoint:
+        with pytest.raises(InputError, match="another run is writing it"), run():
             pass
-        journal.record({"frame": 1})
-        (journal.folder / "results.json").write_text(json.dumps(journal.rows))
+        checkpoint.record({"frame": 1})
+        (checkpoint.folder / "results.json").write_text(json.dumps(checkpoint.rows))
     assert json.loads((tmp_path / "out/results.json").read_text()) == [{"frame": 1}]
-    with report() as journal:
-        (journal.folder / "results.json").write_text("[]")
+    with run() as checkpoint:
+        (checkpoint.folder / "results.json").write_text("[]")
     assert json.loads((tmp_path / "out/results.json").read_text()) == []
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -213,12 +218,12 @@ def test_two_runs_do_not_write_the_same_report(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "kept"), [(InputError("bad"), False), (OSError(28, "No space left"), True)]
 )
-def test_only_errors_that_would_come_again_leave_nothing(
+def test_only_errors_of_the_package_leave_nothing(
     tmp_path: Path, error: Exception, kept: bool
 ) -> None:
     def rows() -> Iterator[None]:
-        with resumable_report(tmp_path / "out", "results.json", WRITTEN, {}) as journal:
-            journal.record({"frame": 1})
+        with resumable_report(tmp_path / "out", "results.json", WRITTEN, {}) as checkpoint:
+            checkpoint.record({"frame": 1})
             yield
             raise error
 
@@ -227,3 +232,65 @@ def test_only_errors_that_would_come_again_leave_nothing(
         list(rows())
     assert (tmp_path / ".out.unfinished").exists() is kept
     assert not (tmp_path / "out").exists()
+
+
+def contents(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("before", ["nothing", "empty", "report"])
+def test_a_report_replaces_its_like_as_a_whole(tmp_path: Path, before: str) -> None:
+    out = tmp_path / "out"
+    if before != "nothing":
+        out.mkdir()
+    if before == "report":
+        (out / "results.json").write_text("{}")
+        (out / "curve.png").write_text("old")
+    with report_folder(out, "results.json", WRITTEN) as folder:
+        write_json(folder / "results.json", {"new": 1})
+    assert contents(tmp_path) == ["out", "out/results.json"]
+    assert json.loads((out / "results.json").read_text()) == {"new": 1}
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (("thesis.tex",), "thesis.tex"),
+        (("results.json", "thesis.tex"), "thesis.tex"),
+        (("curve.png",), "curve.png"),
+    ],
+)
+def test_other_content_is_never_replaced(tmp_path: Path, names: tuple, found: str) -> None:
+    for name in names:
+        (tmp_path / name).write_text("precious")
+    with (
+        pytest.raises(InputError, match=f"found {found}"),
+        report_folder(tmp_path, "results.json", WRITTEN),
+    ):
+        pytest.fail("the block must not run")
+    assert contents(tmp_path) == sorted(names)
+
+
+def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(InputError, match="found a file"):
+        refuse_other_content(tmp_path / "out", "results.json", WRITTEN)
+
+
+def test_a_failure_leaves_an_earlier_report_as_it_was(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "results.json").write_text("old")
+    with (
+        pytest.raises(KeyboardInterrupt),
+        report_folder(out, "results.json", WRITTEN) as folder,
+    ):
+        (folder / "results.json").write_text("half")
+        raise KeyboardInterrupt
+    assert (out / "results.json").read_text() == "old"
+    assert contents(tmp_path) == ["out", "out/results.json"]
+
+
+def test_json_holds_no_nan(tmp_path: Path) -> None:
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "x.json", {"auroc": math.nan})

@@ -1,4 +1,4 @@
-"""Maps of any method get the measures that the package's own maps get."""
+"""Score maps of any method get the same measures as those of `evaluate`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from semantic_anomaly.cli import main
 from semantic_anomaly.errors import InputError
 from semantic_anomaly.evaluation.components import SizeLimits
 from semantic_anomaly.evaluation.datasets import LabelledFolder
-from semantic_anomaly.evaluation.labelled import evaluate
-from semantic_anomaly.evaluation.maps import MapFolder, read_scores, score_maps
+from semantic_anomaly.evaluation.evaluate import evaluate
+from semantic_anomaly.evaluation.exports import MapFolder, read_scores, score_maps
 from semantic_anomaly.io.images import write_image
 
 LIMITS = SizeLimits(20, 10)
@@ -29,10 +29,9 @@ LIMITS = SizeLimits(20, 10)
 def own(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """Return a folder with a dataset and the report of an evaluation with maps."""
     root = tmp_path_factory.mktemp("maps")
-    dataset = LabelledFolder(make_dataset(root / "drive"))
-    return root, evaluate(
-        dataset, make_detector(), root / "out", limits=LIMITS, save_maps=True, progress=False
-    )
+    drive = make_dataset(root / "drive")
+    evaluation = evaluate(make_detector(), drive, out=root / "out", limits=LIMITS, save_maps=True)
+    return root, evaluation.results
 
 
 def copied(own: tuple[Path, dict[str, Any]], out: Path, change: Any) -> MapFolder:
@@ -40,7 +39,7 @@ def copied(own: tuple[Path, dict[str, Any]], out: Path, change: Any) -> MapFolde
     out.mkdir()
     for file in (own[0] / "out" / "maps").iterdir():
         np.save(out / file.name, change(np.load(file)))
-    return MapFolder(out, LabelledFolder(own[0] / "drive"), progress=False)
+    return MapFolder(out, LabelledFolder(own[0] / "drive"))
 
 
 def test_own_maps_get_the_same_measures(own: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -77,7 +76,7 @@ def test_only_the_order_of_the_scores_counts(
     changed = copied(own, tmp_path / "changed", lambda v: change(np.round(v * 16) / 16))
     kept = read_scores(root / "out" / "results.json")
     one, two = (
-        score_maps(maps, dataset, tmp_path / name, limits=LIMITS, scores=kept, progress=False)
+        score_maps(maps, dataset, tmp_path / name, limits=LIMITS, scores=kept)
         for name, maps in (("one", coarse), ("two", changed))
     )
     for name in ("pixel_ap", "pixel_auroc", "pixel_fpr95", "component_f1_oracle"):
@@ -100,8 +99,8 @@ def test_heavy_tails_cost_less_than_a_thousandth(tmp_path: Path) -> None:
         _, _, mask = next(row for row in dataset if row[1] == truth)
         values = rng.standard_cauchy(mask.shape) * 1e3 + 2e3 * mask
         np.save(tmp_path / "maps" / f"{truth.stem}.npy", values.astype(np.float32))
-    maps = MapFolder(tmp_path / "maps", dataset, progress=False)
-    found = score_maps(maps, dataset, tmp_path / "out", limits=LIMITS, progress=False)
+    maps = MapFolder(tmp_path / "maps", dataset)
+    found = score_maps(maps, dataset, tmp_path / "out", limits=LIMITS)
     labels = np.concatenate([mask.ravel() for _, _, mask in dataset])
     values = np.concatenate([maps.raw(truth).ravel() for truth in dataset.truths])
     assert found["pixel_ap"] == pytest.approx(average_precision_score(labels, values), abs=1e-3)
@@ -114,7 +113,7 @@ def test_bad_maps_are_refused(own: tuple[Path, dict[str, Any]], tmp_path: Path) 
     root, _ = own
     dataset = LabelledFolder(root / "drive")
     with pytest.raises(InputError, match=r"expected <stem>.npy for each frame"):
-        MapFolder(tmp_path, dataset, progress=False)
+        MapFolder(tmp_path, dataset)
     cases = {
         "finite numbers": lambda v: np.where(v > v.mean(), np.nan, v),
         r"\(height, width\) of floats, found .* int64": lambda v: v.astype(np.int64),
@@ -125,14 +124,14 @@ def test_bad_maps_are_refused(own: tuple[Path, dict[str, Any]], tmp_path: Path) 
             copied(own, tmp_path / str(number), change)
     small = copied(own, tmp_path / "small", lambda v: v[1:])
     with pytest.raises(InputError, match=r"expected .* as its image"):
-        score_maps(small, dataset, tmp_path / "out", limits=LIMITS, progress=False)
+        score_maps(small, dataset, tmp_path / "out", limits=LIMITS)
     assert not (tmp_path / "out").exists()
     objects = tmp_path / "objects"
     objects.mkdir()
     for truth in dataset.truths:
         np.save(objects / f"{truth.stem}.npy", np.array([{}]), allow_pickle=True)
     with pytest.raises(InputError, match="cannot be read"):
-        MapFolder(objects, dataset, progress=False)
+        MapFolder(objects, dataset)
 
 
 @pytest.mark.parametrize(
@@ -151,9 +150,9 @@ def test_a_frame_without_a_score_is_refused(
 ) -> None:
     root, _ = own
     dataset = LabelledFolder(root / "drive")
-    maps = MapFolder(root / "out" / "maps", dataset, progress=False)
+    maps = MapFolder(root / "out" / "maps", dataset)
     with pytest.raises(InputError, match=r"none for '00000\.png'"):
-        score_maps(maps, dataset, tmp_path / "o", limits=LIMITS, scores={"x": 1.0}, progress=False)
+        score_maps(maps, dataset, tmp_path / "o", limits=LIMITS, scores={"x": 1.0})
 
 
 def test_large_sets_fit_into_two_gigabytes(tmp_path: Path, rng: np.random.Generator) -> None:

@@ -1,4 +1,4 @@
-"""A whole evaluation and a whole replay, with a backbone whose answers are known."""
+"""Whole evaluations, with a backbone whose answers are known."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from worlds.colours import LEFT_HALF, make_detector, street
+from worlds.colours import LEFT_HALF, ColourEmbedder, make_detector, street
 from worlds.labelled_drive import DRIVE, make_dataset, odd_mask
 
-from semantic_anomaly.errors import ImageError, InputError
+from semantic_anomaly.errors import CalibrationError, ImageError, InputError
 from semantic_anomaly.evaluation.datasets import LabelledFolder
-from semantic_anomaly.evaluation.labelled import evaluate
-from semantic_anomaly.evaluation.measures import latencies
+from semantic_anomaly.evaluation.evaluate import evaluate
 from semantic_anomaly.io.images import read_image, write_image
+from semantic_anomaly.offline.build_index import build_index
+from semantic_anomaly.offline.calibrate import calibrate
 
 PNG = b"\x89PNG"
 
@@ -26,9 +27,8 @@ PNG = b"\x89PNG"
 def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """Return the folder of an evaluation and what it returned."""
     root = tmp_path_factory.mktemp("evaluation")
-    dataset = LabelledFolder(make_dataset(root / "drive"))
-    results = evaluate(dataset, make_detector(), root / "out", every=4, progress=False)
-    return root / "out", results
+    drive = make_dataset(root / "drive")
+    return root / "out", evaluate(make_detector(), drive, out=root / "out", every=4).results
 
 
 def test_results_are_written_as_returned(report: tuple[Path, dict[str, Any]]) -> None:
@@ -72,10 +72,10 @@ def test_intervals_hold_their_figures(report: tuple[Path, dict[str, Any]]) -> No
         assert high - low > 0.9
 
 
-def test_maps_are_kept_on_wish(tmp_path: Path) -> None:
+def test_maps_are_kept_on_request(tmp_path: Path) -> None:
     dataset = LabelledFolder(make_dataset(tmp_path / "drive"))
     detector = make_detector()
-    results = evaluate(dataset, detector, tmp_path / "out", save_maps=True, progress=False)
+    results = evaluate(detector, dataset, out=tmp_path / "out", save_maps=True)
     assert sorted(f.stem for f in (tmp_path / "out" / "maps").iterdir()) == sorted(
         truth.stem for truth in dataset.truths
     )
@@ -83,9 +83,9 @@ def test_maps_are_kept_on_wish(tmp_path: Path) -> None:
     heatmap = np.load(tmp_path / "out" / "maps" / "00000.npy")
     assert heatmap.dtype == np.float32 and heatmap.shape == frame.image_hw
     np.testing.assert_array_equal(heatmap, make_detector().detect(frame).heatmap)
-    again = evaluate(dataset, detector, tmp_path / "out", progress=False)
+    again = evaluate(detector, dataset, out=tmp_path / "out")
     assert not (tmp_path / "out" / "maps").exists()
-    measures = [name for name in results if name.startswith(("component_", "pixel_"))]
+    measures = [name for name in results.results if name.startswith(("component_", "pixel_"))]
     assert len(measures) > 9 and all(again[name] == results[name] for name in measures)
 
 
@@ -96,7 +96,7 @@ def test_only_pixels_with_a_truth_are_counted(report: tuple[Path, dict[str, Any]
     assert results["pixels"]["anomalous"] == 3 * odd
     assert results["pixels"]["normal"] == len(counted) * 72 * 128 - 3 * odd
     assert results["pixels"]["frames_without_truth"] == 2
-    assert results["pixels"]["region"] == "whole image"
+    assert results["pixels"]["roi"] == "whole image"
 
 
 def test_kinds_are_measured_against_all_nominal_frames(
@@ -110,7 +110,7 @@ def test_kinds_are_measured_against_all_nominal_frames(
     assert results["by_family"]["odd object"]["frames"] == 3
 
 
-def test_frames_say_what_was_stated_of_them(report: tuple[Path, dict[str, Any]]) -> None:
+def test_rows_hold_the_results_of_their_frames(report: tuple[Path, dict[str, Any]]) -> None:
     _, results = report
     frames = results["frames"]
     assert [frame["name"] for frame in frames] == [f"{n:05d}.png" for n in range(len(DRIVE))]
@@ -124,7 +124,7 @@ def test_frames_say_what_was_stated_of_them(report: tuple[Path, dict[str, Any]])
             assert frame["decision"] == ("anomaly" if above else "nominal")
 
 
-def test_the_report_says_how_it_was_made(report: tuple[Path, dict[str, Any]]) -> None:
+def test_the_report_holds_its_provenance(report: tuple[Path, dict[str, Any]]) -> None:
     _, results = report
     assert len(results["index"]["fingerprint"]) == 64
     assert results["backbone"]["architecture"] == "colours"
@@ -170,36 +170,33 @@ def test_the_report_is_one_file_without_a_network(report: tuple[Path, dict[str, 
 
 
 def test_names_cannot_break_the_report(tmp_path: Path) -> None:
-    dataset = LabelledFolder(make_dataset(tmp_path / "<b>&drive", ".o"))
-    evaluate(dataset, make_detector(calibrated=False), tmp_path / "out", progress=False)
+    drive = make_dataset(tmp_path / "<b>&drive", ".o")
+    evaluate(make_detector(calibrated=False), drive, out=tmp_path / "out")
     text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "<h1>&lt;b&gt;&amp;drive</h1>" in text
     assert not (tmp_path / "out" / "calibration.png").exists()
 
 
-def test_only_the_region_is_measured(tmp_path: Path) -> None:
+def test_only_the_roi_is_measured(tmp_path: Path) -> None:
     """The odd box lies in the right half, so the left half knows nothing of it."""
-    dataset = LabelledFolder(make_dataset(tmp_path / "drive"))
-    detector = make_detector(region=LEFT_HALF)
-    results = evaluate(dataset, detector, tmp_path / "out", progress=False)
-    assert results["pixels"]["region"] == "region of interest"
+    results = evaluate(make_detector(region=LEFT_HALF), make_dataset(tmp_path / "drive"))
+    assert results["pixels"]["roi"] == "region of interest"
     inside = int(LEFT_HALF.pixel_mask((72, 128)).sum())
     assert results["pixels"]["normal"] == 10 * inside and results["pixels"]["anomalous"] == 0
     assert (results["pixel_ap"], results["pixel_auroc"], results["pixel_fpr95"]) == (None,) * 3
     assert results["frame_auroc"] < 0.9
 
 
-def test_an_alarm_for_something_else_is_no_find(tmp_path: Path) -> None:
+def test_an_alarm_elsewhere_has_not_detected_the_anomaly(tmp_path: Path) -> None:
     """What is masked lies in the left half, what is odd in the right one."""
     root = make_dataset(tmp_path / "drive", ".o")
     write_image(root / "masks/00001.png", odd_mask((72, 128))[:, ::-1].copy())
-    results = evaluate(LabelledFolder(root), make_detector(), tmp_path / "out", progress=False)
+    results = evaluate(make_detector(), root)
     assert (results["tpr"], results["localized"]) == (1.0, 0.0)
 
 
 def test_without_a_calibration_rates_are_not_defined(tmp_path: Path) -> None:
-    dataset = LabelledFolder(make_dataset(tmp_path / "drive", "..o"))
-    results = evaluate(dataset, make_detector(calibrated=False), tmp_path / "out", progress=False)
+    results = evaluate(make_detector(calibrated=False), make_dataset(tmp_path / "drive", "..o"))
     for name in ("tpr", "fpr", "alarm_tpr", "threshold", "target_false_alarm_rate", "calibration"):
         assert results[name] is None
     assert results["frame_auroc"] == 1.0 and results["by_kind"]["box"]["tpr"] is None
@@ -207,25 +204,22 @@ def test_without_a_calibration_rates_are_not_defined(tmp_path: Path) -> None:
 
 
 def test_without_anomalies_only_the_false_alarm_rate_is_defined(tmp_path: Path) -> None:
-    dataset = LabelledFolder(make_dataset(tmp_path / "drive", "...."))
-    results = evaluate(dataset, make_detector(), tmp_path / "out", progress=False)
+    results = evaluate(make_detector(), make_dataset(tmp_path / "drive", "...."))
     for name in ("frame_auroc", "tpr", "pixel_ap", "pixel_auroc", "pixel_fpr95"):
         assert results[name] is None
     assert 0.0 <= results["fpr"] <= 1.0 and results["by_kind"] == {}
 
 
-def test_a_threshold_set_by_hand_promises_no_rate(tmp_path: Path) -> None:
-    dataset = LabelledFolder(make_dataset(tmp_path / "drive", ".o"))
-    results = evaluate(dataset, make_detector(threshold=1.9), tmp_path / "out", progress=False)
+def test_a_threshold_set_by_hand_has_no_target_rate(tmp_path: Path) -> None:
+    results = evaluate(make_detector(threshold=1.9), make_dataset(tmp_path / "drive", ".o"))
     assert (results["threshold"], results["threshold_from"]) == (1.9, "setting")
     assert results["target_false_alarm_rate"] is None
     assert (results["tpr"], results["fpr"]) == (0.0, 0.0)
 
 
 def test_confirmation_moves_alarms_but_not_scores(tmp_path: Path) -> None:
-    dataset = LabelledFolder(make_dataset(tmp_path / "drive", "..oo.."))
     detector = make_detector(confirm_count=2, confirm_s=1.0)
-    results = evaluate(dataset, detector, tmp_path / "out", progress=False)
+    results = evaluate(detector, make_dataset(tmp_path / "drive", "..oo.."))
     assert results["tpr"] == 1.0 and results["alarm_tpr"] == 0.5
 
 
@@ -233,25 +227,62 @@ def test_a_bad_image_leaves_nothing(tmp_path: Path) -> None:
     root = make_dataset(tmp_path / "drive", "...")
     write_image(root / "images/00002.png", street(1, image_hw=(80, 128)).image)
     with pytest.raises(ImageError, match="one size"):
-        evaluate(LabelledFolder(root), make_detector(), tmp_path / "out", progress=False)
+        evaluate(make_detector(), root, out=tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["drive"]
 
 
 def test_an_evaluation_replaces_an_earlier_one_only(tmp_path: Path) -> None:
-    dataset = LabelledFolder(make_dataset(tmp_path / "drive", ".o"))
+    drive = make_dataset(tmp_path / "drive", ".o")
     detector, out = make_detector(), tmp_path / "out"
-    evaluate(dataset, detector, out, every=0, progress=False)
-    evaluate(dataset, detector, out, every=1, progress=False)
+    evaluate(detector, drive, out=out, every=0)
+    evaluate(detector, drive, out=out, every=1)
     assert sorted(p.name for p in (out / "panels").iterdir()) == ["00000.jpg", "00001.jpg"]
     (out / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match=r"notes\.txt"):
-        evaluate(dataset, detector, out, progress=False)
+        evaluate(detector, drive, out=out)
     assert (out / "notes.txt").read_text() == "mine"
 
 
-def test_latencies_by_stage() -> None:
-    found = latencies({"embed": float(n), "total": 2.0 * n} for n in range(101))
-    assert found == {
-        "embed": {"p50": 50.0, "p95": 95.0, "p99": 99.0},
-        "total": {"p50": 100.0, "p95": 190.0, "p99": 198.0},
-    }
+def test_without_a_folder_nothing_is_written(
+    report: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    drive = make_dataset(tmp_path / "drive")
+    evaluation = evaluate(make_detector(), drive)
+    assert evaluation.out is None and [path.name for path in tmp_path.iterdir()] == ["drive"]
+    times = ("latency_ms", "frames")
+    expected = {name: value for name, value in report[1].items() if name not in times}
+    assert {name: evaluation[name] for name in expected} == expected
+    with pytest.raises(InputError, match="save_maps: expected a folder"):
+        evaluate(make_detector(), drive, save_maps=True)
+
+
+def test_an_index_is_evaluated(tmp_path: Path) -> None:
+    nominal = make_dataset(tmp_path / "nominal", "." * 15)
+    drive, embedder = make_dataset(tmp_path / "drive", "..oo"), ColourEmbedder()
+    index = build_index(f"{nominal}[0:5]", embedder=embedder, out=tmp_path / "index")
+    evaluation = evaluate(index, drive, embedder=embedder)
+    assert evaluation["threshold"] is None and evaluation["frame_auroc"] == 1.0
+    assert evaluate(index, drive, embedder=embedder, threshold=0.1)["tpr"] == 1.0
+    folder = tmp_path / "index"
+    calibrate(index, f"{nominal}[5:15]", embedder=embedder, out=folder, target_false_alarm_rate=0.2)
+    for path in (folder, str(folder)):
+        evaluation = evaluate(path, str(drive), embedder=embedder)
+        assert evaluation["threshold_from"] == "calibration" and evaluation["tpr"] == 1.0
+    with pytest.raises(InputError, match="for an index only"):
+        evaluate(make_detector(), drive, camera="camera")
+
+
+def test_seen_frames_are_refused_or_reported(tmp_path: Path) -> None:
+    root, embedder = make_dataset(tmp_path / "set", "..oo"), ColourEmbedder()
+    index = build_index(f"{root}[1:2]", embedder=embedder)
+    out = tmp_path / "out"
+    expected = r"has seen frame 'set/00001\.png'.*--allow-seen"
+    with pytest.raises(CalibrationError, match=expected):
+        evaluate(index, root, out=out, embedder=embedder)
+    assert not out.exists()
+    evaluation = evaluate(index, root, out=out, embedder=embedder, allow_seen=True)
+    assert evaluation["frames_seen"] == 1
+    assert [row["seen"] for row in evaluation["frames"]] == [False, True, False, False]
+    assert "the index was built from 1 of the 4 frames" in evaluation["warnings"][0]
+    assert evaluation["warnings"][0] in unescape((out / "report.html").read_text(encoding="utf-8"))
+    assert evaluate(index, f"{root}[2:]", embedder=embedder, allow_seen=True)["warnings"] == []

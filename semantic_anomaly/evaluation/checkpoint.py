@@ -1,0 +1,205 @@
+"""The folder of a report: written whole or not at all, resumed after an interruption."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from semantic_anomaly.errors import ArtefactError, InputError, SemanticAnomalyError
+from semantic_anomaly.storage import atomic_folder, canonical_json, publish_folder, sha256_bytes
+
+FILE = "checkpoint.jsonl"
+
+_log = logging.getLogger(__name__)
+
+
+class Checkpoint:
+    """Rows of the frames done so far, one line each, in the folder that becomes the report.
+
+    Attributes:
+        folder: files of a frame must be complete there before `record`.
+        rows: rows of the frames done so far, in order.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder, self._path = folder, folder / FILE
+        self._scratch: set[Path] = set()
+        self.rows: list[dict[str, Any]] = []
+        content = self._read(key)
+        if not content:
+            _clear(folder)
+            content = canonical_json({"key": key}).encode() + b"\n"
+        self._path.write_bytes(content)
+        self._file = self._path.open("ab")
+
+    def record(self, row: Mapping[str, Any]) -> None:
+        """Append the row of a frame; from now on the frame is done."""
+        self._file.write(canonical_json(row).encode() + b"\n")
+        self._file.flush()
+        self.rows.append(dict(row))
+
+    def scratch(self, name: str) -> Path:
+        """Return a folder that is removed when the report is finished."""
+        path = self.folder / name
+        path.mkdir(exist_ok=True)
+        self._scratch.add(path)
+        return path
+
+    def keep(self, name: str) -> None:
+        """Make a scratch folder part of the report."""
+        self._scratch.discard(self.folder / name)
+
+    def finish(self) -> None:
+        """Remove the checkpoint file, then the scratch folders.
+
+        In this order: without their scratch files the rows could not be resumed from.
+        """
+        self.close()
+        self._path.unlink()
+        for path in self._scratch:
+            shutil.rmtree(path)
+
+    def close(self) -> None:
+        """Close the checkpoint file."""
+        self._file.close()
+
+    def _read(self, key: str) -> bytes:
+        """Load the rows of an earlier run with the same key and return their lines."""
+        if not self._path.is_file():
+            return b""
+        # A frame whose line was cut off is not done.
+        lines = self._path.read_bytes().split(b"\n")[:-1]
+        try:
+            first, *rows = [json.loads(line) for line in lines]
+        except ValueError:
+            return b""
+        if first != {"key": key}:
+            _log.warning("'%s': discarded, its settings or data differ", self.folder)
+            return b""
+        self.rows = rows
+        return b"".join(line + b"\n" for line in lines)
+
+
+@contextmanager
+def resumable_report(
+    out: Path, summary: str, written: frozenset[str], key: Mapping[str, Any]
+) -> Iterator[Checkpoint]:
+    """Yield a checkpoint whose folder becomes `out` when the block ends without an error.
+
+    An interrupted run leaves its folder beside `out`, and the next run with the same key resumes
+    there. After an error of this package nothing is left: the next run would fail in the same way.
+
+    Args:
+        out, summary, written: as in `refuse_other_content`.
+        key: everything that the rows depend on.
+
+    Raises:
+        InputError: `out` holds something else than an earlier report, or another run writes it.
+        ArtefactError: something cannot be written.
+    """
+    refuse_other_content(out, summary, written)
+    out = out.expanduser().absolute()
+    folder = out.with_name(f".{out.name}.unfinished")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise ArtefactError(f"cannot write '{folder}': {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"--out '{out}': another run is writing it") from None
+        checkpoint = Checkpoint(folder, sha256_bytes(canonical_json(key).encode()))
+        if checkpoint.rows:
+            _log.info("resuming after %d frames of an earlier run", len(checkpoint.rows))
+        try:
+            yield checkpoint
+            checkpoint.finish()
+            publish_folder(folder, out, replace=True)
+        except SemanticAnomalyError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        except BaseException as error:
+            _log.warning(
+                "stopped after %d frames, kept in '%s': run the same command to resume",
+                *(len(checkpoint.rows), folder),
+            )
+            if isinstance(error, OSError):
+                raise ArtefactError(f"cannot write '{out}': {error.strerror}") from error
+            raise
+        finally:
+            checkpoint.close()
+    finally:
+        os.close(lock)
+
+
+@contextmanager
+def temporary_checkpoint() -> Iterator[Checkpoint]:
+    """Yield a checkpoint in a temporary folder, for runs that write no report."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Checkpoint(Path(folder), "")
+        try:
+            yield checkpoint
+        finally:
+            checkpoint.close()
+
+
+@contextmanager
+def report_folder(out: Path, summary: str, written: frozenset[str]) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `out` when the block ends without an error.
+
+    Args:
+        out, summary, written: as in `refuse_other_content`.
+
+    Raises:
+        InputError: `out` holds something else than an earlier report.
+    """
+    refuse_other_content(out, summary, written)
+    with atomic_folder(out, replace=True) as folder:
+        yield folder
+
+
+def refuse_other_content(out: Path, summary: str, written: frozenset[str]) -> None:
+    """Refuse to replace a folder that holds anything but an earlier report.
+
+    Args:
+        out: folder of the new report.
+        summary: file that identifies an earlier report.
+        written: names of everything that a report may hold.
+
+    Raises:
+        InputError: `out` is a file, or holds something else.
+    """
+    out = out.expanduser()
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out '{out}': expected a folder or nothing there, found a file")
+    names = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else []
+    foreign = [name for name in names if name not in written]
+    if foreign or (names and summary not in names):
+        raise InputError(
+            f"--out '{out}': expected nothing there, an empty folder or an earlier report (with "
+            f"{summary} and nothing else), found {', '.join((foreign or names)[:5])}"
+        )
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a mapping as indented JSON; raise ValueError for NaN."""
+    text = json.dumps(values, indent=1, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _clear(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()

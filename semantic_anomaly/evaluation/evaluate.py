@@ -1,0 +1,374 @@
+"""Measure a detector on labelled images: results.json, pictures and report.html."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from semantic_anomaly.calibration.leakage import is_seen, refuse_seen
+from semantic_anomaly.detection.detector import AnomalyDetector, load_detector
+from semantic_anomaly.errors import CalibrationError, InputError
+from semantic_anomaly.evaluation import extras, figures, provenance, report
+from semantic_anomaly.evaluation.checkpoint import (
+    Checkpoint,
+    refuse_other_content,
+    resumable_report,
+    temporary_checkpoint,
+    write_json,
+)
+from semantic_anomaly.evaluation.components import ANOMALY_TRACK, SizeLimits
+from semantic_anomaly.evaluation.datasets import ANOMALY, IGNORE, FrameTruth
+from semantic_anomaly.evaluation.layouts import Dataset, open_dataset
+from semantic_anomaly.evaluation.metrics import (
+    SCORE_RESOLUTION,
+    PixelGroups,
+    by_group,
+    component_measures,
+    frame_measures,
+    frame_rates,
+    latencies,
+    pixel_measures,
+    share,
+    truth_row,
+)
+from semantic_anomaly.evaluation.protocols import Reference, SelfNominal
+from semantic_anomaly.index.nominal_index import NominalIndex
+from semantic_anomaly.offline.drives import settings_of
+from semantic_anomaly.roi import ImageRegion
+from semantic_anomaly.settings import Settings
+from semantic_anomaly.storage import sha256_bytes
+from semantic_anomaly.structures import AnomalyResult, Decision, Frame
+
+if TYPE_CHECKING:
+    from semantic_anomaly.embedding.identity import Embedder
+
+RESULTS, MAPS = "results.json", "maps"
+WRITTEN = frozenset(
+    {
+        RESULTS,
+        *("overlays", "panels", "worst", MAPS),
+        *("contact_sheet.jpg", *figures.FIGURES, report.NAME),
+    }
+)
+PICTURES = 20
+SHEET_PICTURES = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """The measures of a detector on labelled frames.
+
+    Example:
+        >>> evaluation = evaluate("index", "labelled")
+        >>> evaluation["frame_auroc"], evaluation["pixel_ap"]
+
+    Attributes:
+        results: content of results.json: measures, provenance and one row a frame. Measures that
+            are not defined are None.
+        out: folder of the report, None if none was written.
+    """
+
+    results: dict[str, Any]
+    out: Path | None = None
+
+    def __getitem__(self, name: str) -> Any:
+        return self.results[name]
+
+
+def evaluate(
+    detector: AnomalyDetector | NominalIndex | Reference | SelfNominal | str | Path,
+    source: Dataset | str | Path,
+    *,
+    settings: Settings | None = None,
+    camera: str | None = None,
+    layout: str = "",
+    out: str | Path | None = None,
+    every: int | None = None,
+    limits: SizeLimits = ANOMALY_TRACK,
+    save_maps: bool = False,
+    allow_seen: bool = False,
+    embedder: Embedder | None = None,
+    progress: bool = False,
+    **overrides: Any,
+) -> Evaluation:
+    """Score every frame of a labelled dataset and compare with its ground truth.
+
+    Frame rates count scores above the threshold. `localized` is the share of anomalous frames with
+    an alarm in which a localization overlaps the anomaly. Pixel measures count the pixels inside
+    the region of interest that the masks do not ignore. Component measures are given at the
+    benchmark's oracle threshold and at the calibrated one.
+
+    With `out`, an interrupted run is resumed by the same call.
+
+    Args:
+        detector: a detector, an index (uncalibrated), an index folder (with its calibration), or a
+            protocol that builds its own indexes.
+        source: labelled folder or opened dataset.
+        settings: for an index or index folder; None: all defaults.
+        camera: one of the cameras of the settings; None: the first.
+        layout: layout of a labelled folder, as in `open_dataset`.
+        out: folder to write; an earlier report is replaced. None: nothing is written.
+        every: write pictures of every n-th frame, 0 for none; None: of about `PICTURES` frames.
+        limits: minimum sizes of components.
+        save_maps: keep `maps/<stem>.npy`, (height, width) float32 anomaly maps at full resolution.
+        allow_seen: evaluate frames that the index was built from; the report warns of them.
+        embedder: already loaded, for an index or index folder.
+        progress: show a progress bar on a terminal.
+        **overrides: values of single settings, for an index or index folder.
+
+    Raises:
+        InputError: an image or mask cannot be used, or `out` holds something else.
+        CalibrationError: the index was built from one of the frames.
+        MissingPackageError: a package of the extra [report] is not installed.
+    """
+    extras.require("sklearn.metrics", "scipy.stats")
+    if out is not None:
+        extras.require("matplotlib.figure", "jinja2")
+        out = Path(out)
+        refuse_other_content(out, RESULTS, WRITTEN)
+    elif save_maps:
+        raise InputError("save_maps: expected a folder 'out', found none")
+    dataset = open_dataset(source, layout, progress) if isinstance(source, str | Path) else source
+    protocol = None
+    if isinstance(detector, Reference | SelfNominal):
+        protocol = detector
+        detector = protocol.detector_of(dataset.truths[0])
+    elif not isinstance(detector, AnomalyDetector):
+        detector = _load(detector, settings_of(settings, overrides), camera, embedder)
+    elif settings is not None or camera is not None or overrides:
+        raise InputError("evaluate: expected settings and camera for an index only")
+
+    step = max(1, len(dataset) // PICTURES) if every is None else every
+    described = {
+        "protocol": protocol.name if protocol else "drive",
+        "protocol_detail": protocol.detail if protocol else {},
+        **provenance.describe(detector),
+    }
+    key = {
+        **{"data": provenance.files_state(dataset.path), "pictures": step, **described},
+        **{"frames": [truth.file for truth in dataset.truths], "allow_seen": allow_seen},
+    }
+    run = temporary_checkpoint() if out is None else resumable_report(out, RESULTS, WRITTEN, key)
+    with run as checkpoint:
+        album = None
+        if out is not None:
+            sheet = frozenset(_sheet_frames(dataset.truths))
+            alpha = detector.settings.overlay_alpha
+            album = report.Album(checkpoint.folder, detector.roi, alpha, step, sheet)
+        _score_frames(dataset, detector, protocol, album, checkpoint, allow_seen, progress)
+        maps = checkpoint.folder / MAPS
+        pixels = PixelGroups()
+        for truth, scores, labels in _maps(maps, dataset, detector.roi):
+            pixels.add(truth, scores, labels)
+        thresholds = {"oracle": pixels.all().oracle_threshold(), "calibrated": detector.threshold}
+        pairs = ((scores, labels) for _, scores, labels in _maps(maps, dataset, detector.roi))
+        components = component_measures(pairs, limits, thresholds)
+        rows = checkpoint.rows
+        results = {**described, **_results(dataset, detector, rows, pixels, components)}
+        results["data_sha256"] = provenance.rows_digest(rows)
+        results["frames"] = rows
+        if album is not None:
+            album.finish()
+            if save_maps:
+                checkpoint.keep(MAPS)
+            write_json(checkpoint.folder / RESULTS, results)
+            figures.draw_evaluation(checkpoint.folder, results, pixels.all(), detector.calibration)
+            report.write_html(checkpoint.folder, results)
+    return Evaluation(results, out)
+
+
+def _load(
+    index: NominalIndex | str | Path,
+    settings: Settings,
+    camera: str | None,
+    embedder: Embedder | None,
+) -> AnomalyDetector:
+    camera = settings.cameras[0] if camera is None else camera
+    if isinstance(index, NominalIndex):
+        return AnomalyDetector(index, settings=settings, camera=camera, embedder=embedder)
+    settings = settings_of(settings, {"index": str(index), f"{camera}.index": ""})
+    return load_detector(settings, camera, embedder=embedder)
+
+
+def _score_frames(
+    dataset: Dataset,
+    detector: AnomalyDetector,
+    protocol: Reference | SelfNominal | None,
+    album: report.Album | None,
+    checkpoint: Checkpoint,
+    allow_seen: bool,
+    progress: bool,
+) -> None:
+    """Record one row a frame, and write anomaly maps and pictures."""
+    done = len(checkpoint.rows)
+    if album is not None:
+        for number, (row, truth) in enumerate(zip(checkpoint.rows, dataset.truths, strict=False)):
+            album.passed(number, truth.stem, _ranks(row))
+    maps = checkpoint.scratch(MAPS)
+    groups = [protocol.group_of(truth) if protocol else 0 for truth in dataset.truths]
+    bar = tqdm(dataset, "evaluate", len(dataset), unit="frame", disable=None if progress else True)
+    for number, (frame, truth, mask) in enumerate(bar):
+        if number < done:
+            continue
+        if number == done or groups[number] != groups[number - 1]:
+            if protocol is not None:
+                detector = protocol.detector_of(truth)
+            detector.reset()
+            # The first call allocates and compiles; its time would be an outlier.
+            detector.detect(frame)
+            detector.reset()
+            for row, group in zip(checkpoint.rows, groups, strict=False):
+                if group == groups[number]:
+                    detector.recall(row["stamp_ns"], row["boxes"])
+        # Protocols exclude the frames that they score from their indexes.
+        seen = protocol is None and _seen(detector, frame, allow_seen)
+        result = detector.detect(frame)
+        np.save(_map_file(maps, truth), result.heatmap, allow_pickle=False)
+        row = _row(truth, result, frame, mask, seen)
+        if album is not None:
+            album.add(
+                number,
+                frame,
+                result,
+                stem=truth.stem,
+                caption=_caption(truth, result, row["localized"]),
+                mask=mask,
+                ranks=_ranks(row),
+                nearest=partial(report.nearest_nominal, detector, frame),
+            )
+        checkpoint.record(row)
+
+
+def _seen(detector: AnomalyDetector, frame: Frame, allow_seen: bool) -> bool:
+    if allow_seen:
+        return is_seen(detector.index, frame)
+    try:
+        refuse_seen(detector.index, frame)
+    except CalibrationError as error:
+        raise CalibrationError(f"{error}, or evaluate it anyway with --allow-seen") from None
+    return False
+
+
+def _row(
+    truth: FrameTruth, result: AnomalyResult, frame: Frame, mask: np.ndarray, seen: bool
+) -> dict[str, Any]:
+    detected = truth.anomaly and truth.has_pixels and result.decision is Decision.ANOMALY
+    return {
+        **truth_row(truth),
+        "stamp_ns": frame.stamp_ns,
+        "score": result.score,
+        "p_value": result.p_value,
+        "boxes": [list(component.box_xyxy) for component in result.localizations],
+        "decision": result.decision.value,
+        # An alarm elsewhere in the image has not detected the anomaly.
+        "localized": bool(result.label_map[mask == ANOMALY].any()) if detected else None,
+        "seen": seen,
+        "ms": {stage: round(ms, 3) for stage, ms in result.stage_ms.items()},
+        "sha256": sha256_bytes(frame.image.tobytes() + mask.tobytes()),
+    }
+
+
+def _map_file(maps: Path, truth: FrameTruth) -> Path:
+    return maps / f"{truth.stem}.npy"
+
+
+def _maps(
+    maps: Path, dataset: Dataset, roi: ImageRegion
+) -> Iterator[tuple[FrameTruth, np.ndarray, np.ndarray]]:
+    """Yield truth, anomaly map and labels of frames with pixel labels; 255 outside the ROI."""
+    for truth in dataset.truths:
+        if truth.has_pixels:
+            scores = np.load(_map_file(maps, truth), allow_pickle=False)  # (height, width)
+            labels = dataset.labels(truth, scores.shape)
+            yield truth, scores, np.where(roi.pixel_mask(scores.shape), labels, np.uint8(IGNORE))
+
+
+def _results(
+    dataset: Dataset,
+    detector: AnomalyDetector,
+    rows: list[dict[str, Any]],
+    pixels: PixelGroups,
+    components: dict[str, Any],
+) -> dict[str, Any]:
+    counted = [row for row in rows if not row["ignored"]]
+    anomalous = np.array([row["anomaly"] for row in counted], bool)
+    alarms = np.array([float(row["decision"] == Decision.ANOMALY.value) for row in counted])
+    alarm_threshold = None if detector.threshold is None else 0.5
+    alarm_tpr, alarm_fpr = frame_rates(alarms, anomalous, alarm_threshold)
+    calibration = detector.calibration
+    by_hand = detector.settings.threshold > 0.0
+    pooled = pixel_measures(pixels)
+    pooled["pixels"] |= {
+        "roi": "whole image" if detector.roi.is_whole_image else "region of interest",
+        "score_resolution": SCORE_RESOLUTION,
+        "frames_without_truth": sum(not truth.has_pixels for truth in dataset.truths),
+    }
+    warnings = list(calibration.warnings) if calibration else []
+    seen = sum(row["seen"] for row in rows)
+    if seen:
+        warnings.insert(
+            0,
+            f"data leakage: the index was built from {seen} of the {len(rows)} frames; their "
+            "scores say nothing about new frames",
+        )
+    return {
+        "dataset": dataset.name,
+        **frame_measures(counted, detector.threshold),
+        "alarm_tpr": alarm_tpr,
+        "alarm_fpr": alarm_fpr,
+        "localized": share([row["localized"] for row in counted if row["localized"] is not None]),
+        "target_false_alarm_rate": detector.settings.target_false_alarm_rate
+        if calibration and not by_hand
+        else None,
+        "threshold": detector.threshold,
+        "threshold_from": "setting" if by_hand else "calibration" if calibration else None,
+        "calibration": {"frames": calibration.count, "warnings": list(calibration.warnings)}
+        if calibration
+        else None,
+        **pooled,
+        **components,
+        "frames_counted": len(counted),
+        "frames_anomalous": int(anomalous.sum()),
+        "frames_ignored": len(rows) - len(counted),
+        "frames_seen": seen,
+        "warnings": warnings,
+        "by_kind": by_group("kind", counted, pixels, detector.threshold),
+        "by_family": by_group("family", counted, pixels, detector.threshold),
+        "latency_ms": latencies(row["ms"] for row in rows),
+    }
+
+
+def _sheet_frames(truths: list[FrameTruth]) -> list[int]:
+    """Return frames for the contact sheet, half of them anomalous if there are enough."""
+    anomalous = [i for i, truth in enumerate(truths) if truth.anomaly]
+    nominal = [i for i, truth in enumerate(truths) if not truth.anomaly]
+    half = SHEET_PICTURES // 2
+    chosen = figures.evenly(anomalous, max(half, SHEET_PICTURES - len(nominal)))
+    return sorted([*chosen, *figures.evenly(nominal, SHEET_PICTURES - len(chosen))])
+
+
+def _ranks(row: Mapping[str, Any]) -> list[tuple[str, float]]:
+    if row["ignored"]:
+        return []
+    if row["anomaly"]:
+        return [("lowest_anomaly", -row["score"]), ("highest_anomaly", row["score"])]
+    return [("highest_nominal", row["score"])]
+
+
+def _caption(truth: FrameTruth, result: AnomalyResult, localized: bool | None) -> str:
+    if truth.ignored:
+        label, verdict = "ignored", ""
+    elif truth.anomaly:
+        label = f"anomaly ({truth.kind})" if truth.kind else "anomaly"
+        alarm = "ALARM FOR SOMETHING ELSE" if localized is False else "FOUND"
+        verdict = {Decision.ANOMALY: alarm, Decision.NOMINAL: "MISSED"}.get(result.decision, "")
+    else:
+        label = "nominal"
+        verdict = "FALSE ALARM" if result.decision is Decision.ANOMALY else ""
+    return f"{truth.file}   truth: {label}   score {result.score:.3f}   {verdict}".rstrip()

@@ -1,0 +1,102 @@
+"""Figures of scores and measures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from semantic_anomaly.evaluation import figures
+from semantic_anomaly.evaluation.figures import ScoredFrame, at_width, evenly
+from semantic_anomaly.io.images import read_image, write_image
+
+
+@pytest.mark.parametrize(
+    ("numbers", "count", "expected"),
+    [
+        (list(range(10)), 3, [0, 4, 9]),
+        (list(range(3)), 5, [0, 1, 2]),
+        ([], 4, []),
+        ([7, 8, 9], 1, [7]),
+        ([1, 2], 0, []),
+    ],
+)
+def test_evenly(numbers: list[int], count: int, expected: list[int]) -> None:
+    assert evenly(numbers, count) == expected
+
+
+def test_pictures_are_brought_to_a_width() -> None:
+    assert at_width(np.zeros((720, 1280, 3), np.uint8), 640).shape == (360, 640, 3)
+    assert at_width(np.zeros((36, 64, 3), np.uint8), 640).shape == (360, 640, 3)
+
+
+def drive(kinds: str, step_ns: int = 100_000_000) -> list[ScoredFrame]:
+    """Return a frame a letter: '.' nominal, others kinds; capitals are alarms."""
+    return [
+        ScoredFrame(i * step_ns, 0.1 * (i % 5), k.isupper(), "" if k == "." else k.lower())
+        for i, k in enumerate(kinds)
+    ]
+
+
+class _Axes:
+    """Records what is drawn."""
+
+    def __init__(self) -> None:
+        self.spans: list[tuple[float, float, str | None]] = []
+
+    def axvspan(self, left: float, right: float, label: str | None, **_: object) -> None:
+        self.spans.append((round(left, 6), round(right, 6), label))
+
+
+def test_ground_truth_is_shaded_where_it_was() -> None:
+    axes = _Axes()
+    frames = drive(".cc.S.c")
+    x, label = figures._axis(frames)
+    figures._shade_truth(axes, x, frames)
+    assert label.endswith("[s]")
+    assert axes.spans == [(0.05, 0.25, "c"), (0.35, 0.45, "s"), (0.55, 0.65, None)]
+
+
+def test_several_drives_are_drawn_by_frame() -> None:
+    frames = drive("..") + drive("..")
+    x, label = figures._axis(frames)
+    assert label == "frame" and x.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("frames", "threshold"), [(drive(".cC.A.") * 2, 0.25), (drive("."), None)])
+def test_curves_and_histograms_are_drawn(
+    tmp_path: Path, frames: list[ScoredFrame], threshold: float | None
+) -> None:
+    figures.score_curve(tmp_path / "curve.png", frames, threshold, "a drive")
+    scores = {"nominal": [0.1, 0.2], "odd object": [0.4], "odd arrangement": []}
+    figures.score_histogram(tmp_path / "spread.png", scores, [0.1, 0.15], threshold, "a drive")
+    for name in ("curve", "spread"):
+        picture = read_image(tmp_path / f"{name}.png")
+        assert min(picture.shape[:2]) > 200
+        assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 10, "something is drawn"
+
+
+def test_the_demo_gets_curve_sheet_and_film(tmp_path: Path) -> None:
+    overlays = tmp_path / "live/overlays"
+    overlays.mkdir(parents=True)
+    rows = []
+    for number in range(6):
+        anomaly = number in (3, 4)
+        if number != 2:
+            shade = np.full((90, 160, 3), 40 * number, np.uint8)
+            write_image(overlays / f"{number:06d}.jpg", shade)
+        rows.append(
+            {"score": 0.1 * number, "decision": "anomaly" if anomaly else "nominal",
+             "anomaly": anomaly, "kind": "cow" if anomaly else None}
+        )  # fmt: skip
+    rows[2]["score"] = None
+    figures.demo_pictures(tmp_path, rows, 0.25)
+    assert read_image(tmp_path / "contact_sheet.jpg").shape == (2 * 270 + 4, 4 * 480 + 3 * 4, 3)
+    assert read_image(tmp_path / "score_curve.png").shape[1] > 500
+    film = cv2.VideoCapture(str(tmp_path / "drive.gif"))
+    count = 0
+    while film.read()[0]:
+        count += 1
+    assert count == 5

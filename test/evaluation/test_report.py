@@ -1,0 +1,87 @@
+"""Pictures of a report. The HTML is tested with whole evaluations and replays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from semantic_anomaly.evaluation.report import Album, frame_stem, side_by_side
+from semantic_anomaly.io.images import read_image
+from semantic_anomaly.roi import ImageRegion
+from semantic_anomaly.structures import AnomalyResult, Decision, Frame, HeatmapScale
+
+
+def contents(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def result_of(score: float, hw: tuple[int, int] = (36, 64)) -> AnomalyResult:
+    decision = Decision.ANOMALY if score > 0.5 else Decision.NOMINAL
+    heat = np.full(hw, score, np.float32)
+    labels = np.zeros(hw, np.uint16)
+    return AnomalyResult(score, decision, 0.5, 0.5, heat, HeatmapScale(0.1, 0.5), labels)
+
+
+def fill(album: Album, scores: list[float], group: str = "highest_nominal") -> None:
+    image = np.full((36, 64, 3), 90, np.uint8)
+    for number, score in enumerate(scores):
+        frame = Frame(image, number, name=f"d/{number}.png")
+        album.add(
+            number, frame, result_of(score), stem=str(number), caption="", ranks=[(group, score)]
+        )
+    album.finish()
+
+
+def test_the_album_keeps_the_worst_in_order_and_every_nth(tmp_path: Path) -> None:
+    scores = [0.10, 0.90, 0.30, 0.80, 0.20, 0.70, 0.60]
+    fill(Album(tmp_path, ImageRegion(), 0.5, every=3, sheet=(0, 6)), scores)
+    names = contents(tmp_path)
+    assert [n for n in names if n.startswith("overlays/")] == [
+        f"overlays/{n}.jpg" for n in (0, 3, 6)
+    ]
+    assert [n for n in names if n.startswith("panels/")] == [f"panels/{n}.jpg" for n in (0, 3, 6)]
+    assert [n for n in names if n.startswith("worst/")] == [
+        f"worst/highest_nominal_{rank}_{number}.jpg"
+        for rank, number in enumerate((1, 3, 5, 6), start=1)
+    ]
+    assert read_image(tmp_path / "overlays/0.jpg").shape == (36, 64, 3)
+    assert read_image(tmp_path / "contact_sheet.jpg").shape == (270 + 18, 2 * 480 + 4, 3)
+
+
+def test_the_album_may_be_asked_for_nothing(tmp_path: Path) -> None:
+    album = Album(tmp_path, ImageRegion(), 0.5, every=0)
+    frame = Frame(np.zeros((36, 64, 3), np.uint8))
+    album.add(0, frame, result_of(0.2), stem="0", caption="")
+    album.finish()
+    assert contents(tmp_path) == []
+    album.add(1, frame, result_of(0.9), stem="1", caption="", always=True)
+    assert contents(tmp_path) == ["overlays", "overlays/1.jpg", "panels", "panels/1.jpg"]
+
+
+def test_ground_truth_is_outlined_on_the_image_alone() -> None:
+    gray = np.full((360, 640, 3), 90, np.uint8)
+    mask = np.zeros((360, 640), np.uint8)
+    mask[100:200, 200:300] = 1
+    mask[:50] = 255
+    plain = side_by_side(gray, gray, gray, None, "x")
+    marked = side_by_side(gray, gray, gray, mask, "x")
+    rows, cols = np.nonzero((plain != marked).any(axis=2))
+    assert set(map(tuple, marked[rows, cols])) == {(0, 220, 90)}
+    top = plain.shape[0] - 360
+    assert (rows.min() - top, rows.max() - top) == (100, 199)
+    assert (cols.min(), cols.max()) == (200, 299)
+
+
+def test_the_verdict_tints_the_caption() -> None:
+    gray = np.full((36, 64, 3), 90, np.uint8)
+    corners = [
+        tuple(side_by_side(gray, gray, gray, None, f"a.png   {word}")[0, -1])
+        for word in ("", "FOUND", "MISSED", "FALSE ALARM")
+    ]
+    assert corners[0] == (255, 255, 255)
+    assert corners[1] != corners[2] == corners[3] != corners[0]
+
+
+def test_pictures_are_named_by_their_frame() -> None:
+    assert [frame_stem(n) for n in ("d/1.png", "a.b/12", "x.tar.gz")] == ["1", "12", "x.tar"]
