@@ -26,11 +26,10 @@ from semantic_anomaly.calibration.calibration import Calibration
 from semantic_anomaly.calibration.conformal import scores_needed
 from semantic_anomaly.detection.detector import AnomalyDetector
 from semantic_anomaly.evaluation.components import OBSTACLE_TRACK
-from semantic_anomaly.evaluation.labelled import evaluate
-from semantic_anomaly.evaluation.measures import frame_measures
-from semantic_anomaly.evaluation.metrics import frame_auroc
+from semantic_anomaly.evaluation.evaluate import evaluate
+from semantic_anomaly.evaluation.layouts import Dataset, open_dataset
+from semantic_anomaly.evaluation.metrics import frame_auroc, frame_measures
 from semantic_anomaly.evaluation.protocols import SelfNominal
-from semantic_anomaly.evaluation.published import Dataset, open_dataset
 from semantic_anomaly.index.build import INSTANCES, PAIRS
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.io.open import open_source
@@ -89,7 +88,7 @@ def measure(
             protocol = SelfNominal(settings, "camera", dataset, embedder)
             detector = protocol.detector_of(dataset.truths[0])
         results = evaluate(
-            dataset, detector, out / name, every=0, limits=OBSTACLE_TRACK, protocol=protocol
+            protocol or detector, dataset, out=out / name, every=0, limits=OBSTACLE_TRACK
         )
         counted = [row for row in results["frames"] if not row["ignored"]]
         rates = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from semantic_anomaly.cli.tables import figure
+from semantic_anomaly.evaluation.measures import figure
 
 RATES = (0.01, 0.05)
 

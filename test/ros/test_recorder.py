@@ -40,9 +40,7 @@ def test_live_and_offline_agree_frame_by_frame(
         write_image(tmp_path / "drive" / f"{number:02d}.png", image)
     values = parameters(index, tiny_backbone)
     source, events = open_source(tmp_path / "drive"), [Event(0.45, 0.75, KIND)]
-    expected = replay(
-        source, offline_detector(values), tmp_path / "offline", events=events, progress=False
-    )
+    expected = replay(offline_detector(values), source, tmp_path / "offline", events=events)
     with bench(values) as made:
         recorder = ResultRecorder("/semantic_anomaly", "camera")
         made.executor.add_node(recorder)
