@@ -1,11 +1,7 @@
-"""The settings of what is embedded: backbone, instances, their surroundings and place.
+"""All settings: type, default, description, bounds, and whether a setting may change at run time.
 
-The settings of one camera.
-
-Every setting once: type, default, description, bounds, and whether it may change while running.
-
-The node declares its ROS parameters from this table, the commands read the node's own YAML
-through it, and a test compares README and shipped YAML with it.
+The node declares its ROS parameters from this table. The commands read the parameter file of the
+node through it.
 """
 
 from __future__ import annotations
@@ -13,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from semantic_anomaly.errors import (
@@ -23,7 +18,6 @@ from semantic_anomaly.errors import (
 from semantic_anomaly.settings_schema import (
     SettingSpec,
     check_fields,
-    read_parameters_yaml,
     setting,
     specs_of,
 )
@@ -31,105 +25,20 @@ from semantic_anomaly.settings_schema import (
 GRID, INSTANCE, COMBINED = "grid", "instance", "combined"
 TOKENS = "tokens"
 SEGMENTER_FAMILIES = ("detector", "promptless", TOKENS, "universal")
-# What shapes a score besides plain patch distances, and the values that leave it as it is.
-UNUSED = {
+# Values of settings that an index fixes, used when an index is built without them.
+BUILD_DEFAULTS: Mapping[str, Any] = {
+    "backbone": "street_small",
+    "input_size": 960,
     "variant": GRID,
-    "surroundings_weight": 0.0,
-    "min_agreement": 0.0,
-    "scene_frames": 0,
-    "usual_kinds": 0,
-    "smoothing": 0.0,
+    "segmenter": TOKENS,
+    "place_weight": 0.2,
 }
-
-
-@dataclass(frozen=True)
-class EmbeddingSettings:
-    """What is embedded and compared; the other settings build on it."""
-
-    backbone: str = setting(
-        "street_small",
-        "Vision backbone: a shipped name, a local Hugging Face folder, or a hub id "
-        "already downloaded.",
-    )
-    layers: tuple[int, ...] = setting(
-        (),
-        "Hidden states used as patch features, concatenated on the finest grid; empty: "
-        "the backbone's own choice.",
-    )
-    input_size: int = setting(
-        960,
-        "Long side in pixels to which images are resized; both sides are rounded to the "
-        "patch multiple.",
-        minimum=32,
-        maximum=8192,
-    )
-    device: str = setting("auto", "auto, cpu, cuda or cuda:N.")
-    dtype: str = setting(
-        "auto",
-        "Precision of the backbone; auto: bfloat16 or float16 on a GPU, float32 on a CPU.",
-        choices=("auto", "float32", "bfloat16", "float16"),
-    )
-    place_weight: float = setting(
-        0.2,
-        "Weight of the place in the image in the distance of two embeddings; 0: none.",
-        minimum=0.0,
-        maximum=0.99,
-    )
-    variant: str = setting(
-        GRID,
-        "What is compared with the index: grid, the patches; instance, instances pooled over "
-        "masks, and patches where there are none; combined, the mean of both.",
-        choices=(GRID, INSTANCE, COMBINED),
-    )
-    segmenter: str = setting(
-        TOKENS,
-        "What finds the instances: tokens groups the patches; universal, promptless and detector "
-        "are networks of their own.",
-        choices=SEGMENTER_FAMILIES,
-    )
-    segmenter_model: str = setting(
-        "",
-        "Network of the segmenter: a local Hugging Face folder, or a hub id already downloaded; "
-        "empty for tokens.",
-    )
-    surroundings_weight: float = setting(
-        0.0,
-        "Weight of an instance's surroundings in the distance of two; 0: instances alone.",
-        minimum=0.0,
-        maximum=0.99,
-    )
-    min_agreement: float = setting(
-        0.0,
-        "Share of its patches that must be unusual themselves before an instance counts, unless "
-        "it is unusual together with its surroundings; 0: none.",
-        minimum=0.0,
-        maximum=1.0,
-    )
-    scene_frames: int = setting(
-        0,
-        "Nominal frames whose patches are compared, those that resemble the image most; 0: all.",
-        minimum=0,
-        maximum=1000000,
-    )
-    usual_kinds: int = setting(
-        256,
-        "Kinds of patches, told apart by their embeddings, for each of which calibration learns "
-        "what distance is usual besides what is usual at its place; 0: one.",
-        minimum=0,
-        maximum=4096,
-    )
-    smoothing: float = setting(
-        0.8,
-        "Deviation of the Gaussian that smooths the map of distances before it is scored, in "
-        "patches; 0: none.",
-        minimum=0.0,
-        maximum=10.0,
-    )
-
-    @property
-    def segments(self) -> bool:
-        """Return whether instances are needed."""
-        return self.variant != GRID
+# "Not given": the value of the index, or of the calibration, is used.
+UNSET: Mapping[str, Any] = {
+    **{"backbone": "", "layers": (), "input_size": 0, "variant": "", "segmenter": ""},
+    **{"segmenter_model": "", "place_weight": -1.0, "target_false_alarm_rate": 0.0},
+}
+DEFAULT_FALSE_ALARM_RATE = 0.01
 
 
 @dataclass(frozen=True)
@@ -162,12 +71,13 @@ class CameraSettings:
     index: str = setting("", "Index folder of this camera; empty: the common 'index'.")
     region_of_interest: tuple[float, ...] = setting(
         (),
-        "Polygon x0, y0, x1, y1, ... in relative image coordinates [0, 1]; empty: the whole image.",
+        "Polygon x0, y0, x1, y1, ... in relative image coordinates [0, 1]; empty: that of the "
+        "calibration, or else of the index.",
         minimum=0.0,
         maximum=1.0,
     )
     ego_mask: str = setting(
-        "", "PNG whose non-zero pixels show the vehicle itself and take no part; empty: none."
+        "", "PNG image whose non-zero pixels show the ego vehicle; they are ignored. Empty: none."
     )
 
     def __post_init__(self) -> None:
@@ -181,29 +91,84 @@ class CameraSettings:
 
 
 @dataclass(frozen=True)
-class Settings(EmbeddingSettings):
-    """All settings of the detector and the node; checked when made.
+class Settings:
+    """The settings of the detector and the node.
+
+    Settings that an index or a calibration fixes may be left unset (`UNSET`): they are then taken
+    from there, and from `BUILD_DEFAULTS` when an index is built.
+
+    Attributes:
+        camera_settings: settings of each camera by its name, complete.
+        camera_overrides: for each camera, values of live settings that differ from the common ones.
 
     Raises:
         SettingsError: a value of the wrong type or out of bounds.
+        UnknownNameError: settings of a camera that is not in `cameras`.
     """
 
     index: str = setting("", "Folder of the nominal index.")
-    neighbours: int = setting(
-        1, "Nearest nominal embeddings averaged into a patch distance.", minimum=1, maximum=100
+    backbone: str = setting(
+        "",
+        "Vision backbone: a shipped name, a local Hugging Face folder, or a hub id already "
+        "downloaded. Empty: that of the index, or street_small for a new index.",
     )
-    tail_percent: float = setting(
-        0.2,
-        "Share of the patches, largest distances first, whose mean is the frame score, in percent.",
-        minimum=0.001,
-        maximum=100.0,
+    layers: tuple[int, ...] = setting(
+        (),
+        "Hidden states used as patch features, concatenated on the finest grid. Empty: those of "
+        "the index, or the default of the backbone for a new index.",
     )
-    place_normalisation: bool = setting(
-        True, "Distances are relative to what calibration found usual at their place in the image."
+    input_size: int = setting(
+        0,
+        "Long side in pixels to which images are resized; both sides are rounded to a multiple of "
+        "the patch size. 0: that of the index, or 960 for a new index.",
+        minimum=0,
+        maximum=8192,
+    )
+    place_weight: float = setting(
+        -1.0,
+        "Weight of the position in the image in the distance of two embeddings. -1: that of the "
+        "index, or 0.2 for a new index.",
+        minimum=-1.0,
+        maximum=0.99,
+    )
+    variant: str = setting(
+        "",
+        "What is compared with the index: grid, the patches; instance, instances pooled over "
+        "masks, and patches where there are none; combined, the mean of both. Empty: that of the "
+        "index, or grid for a new index.",
+        choices=("", GRID, INSTANCE, COMBINED),
+    )
+    segmenter: str = setting(
+        "",
+        "Segmenter of the instances: tokens groups the patches; universal, promptless and detector "
+        "are networks. Empty: that of the index, or tokens for a new index.",
+        choices=("", *SEGMENTER_FAMILIES),
+    )
+    segmenter_model: str = setting(
+        "",
+        "Network of the segmenter: a local Hugging Face folder, or a hub id already downloaded. "
+        "Empty for tokens.",
+    )
+    device: str = setting("auto", "Device of the networks: auto, cpu, cuda or cuda:N.")
+    dtype: str = setting(
+        "auto",
+        "Precision of the networks; auto: bfloat16 or float16 on a GPU, float32 on a CPU.",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    dedup_distance: float = setting(
+        -1.0,
+        "While an index is built, embeddings closer than this cosine distance to an entry are "
+        "counted but not stored. 0: all are stored; -1: measured on the first frames.",
+        minimum=-1.0,
+        maximum=2.0,
+    )
+    max_entries: int = setting(
+        500000, "Largest number of entries of an index.", minimum=1, maximum=50000000
     )
     search: str = setting(
         "auto",
-        "Nearest-neighbour search; auto: exact if small, else a graph, what looks odd exactly.",
+        "Nearest-neighbour search: exact, graph (hnswlib; patches that matter are searched again "
+        "exactly), or auto: exact for small indexes.",
         choices=("auto", "exact", "graph"),
     )
     search_ef: int = setting(
@@ -212,101 +177,108 @@ class Settings(EmbeddingSettings):
         minimum=1,
         maximum=10000,
     )
-    dedup_distance: float = setting(
-        -1.0,
-        "While building, embeddings closer than this cosine distance to a stored one are counted, "
-        "not stored; 0: all are; -1: as suits the backbone, measured on the first frames.",
-        minimum=-1.0,
-        maximum=2.0,
+    neighbours: int = setting(
+        1,
+        "Number of nearest entries averaged into the distance of a patch.",
+        minimum=1,
+        maximum=100,
     )
-    max_entries: int = setting(
-        500000, "Most embeddings that an index may hold.", minimum=1, maximum=50000000
+    smoothing: float = setting(
+        0.8,
+        "Standard deviation in patches of the Gaussian that smooths the anomaly map. 0: none.",
+        minimum=0.0,
+        maximum=10.0,
     )
-    graph_m: int = setting(16, "Links per entry of the hnswlib graph.", minimum=2, maximum=128)
-    graph_ef_construction: int = setting(
-        100, "Breadth of the search while the graph is built.", minimum=8, maximum=4096
+    tail_percent: float = setting(
+        0.2,
+        "Share of the anomaly map in percent, largest values first, whose mean is the anomaly "
+        "score.",
+        minimum=0.001,
+        maximum=100.0,
     )
     target_false_alarm_rate: float = setting(
-        0.01,
-        "Share of nominal frames that may be called anomalous.",
-        minimum=1e-6,
+        0.0,
+        "Share of nominal frames that may be called anomalous. 0: the rate of the calibration.",
+        minimum=0.0,
         maximum=0.5,
         live=True,
     )
     target_episode_rate: float = setting(
         0.0,
-        "Share of nominal stretches of episode_s that may raise an alarm, promised besides the "
-        "rate of frames; 0: no such promise.",
+        "Share of nominal episodes that may raise an alarm. 0: the rate of the calibration, if it "
+        "has one.",
         minimum=0.0,
         maximum=0.5,
         live=True,
     )
     episode_s: float = setting(
-        10.0, "Length of a stretch of driving, in seconds.", minimum=0.1, maximum=86400.0
+        10.0, "Length of an episode in seconds.", minimum=0.1, maximum=86400.0
     )
     threshold: float = setting(
         0.0,
-        "Score threshold that replaces the calibrated one; 0: the calibrated one.",
+        "Anomaly score above which a frame is anomalous, instead of the calibrated threshold. "
+        "0: the calibrated one.",
         minimum=0.0,
         maximum=2.0,
         live=True,
     )
     confirm_count: int = setting(
         1,
-        "Frames in which a component must be found within confirm_s before it is confirmed and "
-        "the decision is anomaly.",
+        "Number of frames within confirm_s in which a component must be detected before it is "
+        "confirmed and the decision is anomaly.",
         minimum=1,
         maximum=1000,
         live=True,
     )
     confirm_s: float = setting(
-        1.0, "Seconds within which those frames lie.", minimum=0.001, maximum=3600.0, live=True
+        1.0,
+        "Time window of the confirmation in seconds.",
+        minimum=0.001,
+        maximum=3600.0,
+        live=True,
     )
     silence_s: float = setting(
-        1.0, "Silence that ends a component, in seconds.", minimum=0.001, maximum=3600.0, live=True
+        1.0,
+        "A component that is not detected for this time in seconds ends.",
+        minimum=0.001,
+        maximum=3600.0,
+        live=True,
     )
     min_area_px: int = setting(
         0,
-        "Components with fewer pixels are left out: they raise no alarm.",
+        "Components with fewer pixels are ignored.",
         minimum=0,
         maximum=100000000,
         live=True,
     )
     max_area: float = setting(
         1.0,
-        "Components that cover a larger share of the image are left out; 1: none.",
+        "Components that cover a larger share of the image are ignored.",
         minimum=0.0,
         maximum=1.0,
         live=True,
     )
     max_aspect: float = setting(
         0.0,
-        "Components whose box is longer than this many times its width are left out, unless the "
-        "border cuts them; 0: none.",
+        "Components whose box has a larger ratio of its long to its short side are ignored, unless "
+        "the image border cuts them. 0: no limit.",
         minimum=0.0,
         maximum=1000.0,
         live=True,
     )
-    max_border_share: float = setting(
-        0.25,
-        "A component is cut when more of its outline lies on the border of what takes part.",
-        minimum=0.0,
-        maximum=1.0,
-        live=True,
-    )
     cameras: tuple[str, ...] = setting(
-        ("camera",), "Names of the cameras; each has its own settings under its name."
+        ("camera",), "Names of the cameras; the settings of each are under its name."
     )
     max_age_s: float = setting(
         0.5,
-        "Images older than this when their turn comes are dropped and counted.",
+        "Images older than this when they would be processed are dropped and counted.",
         minimum=0.01,
         maximum=60.0,
         live=True,
     )
     silent_after_s: float = setting(
         2.0,
-        "A camera without images for so long is reported by name and its status becomes unknown.",
+        "A camera without images for this time is reported and its status becomes unknown.",
         minimum=0.1,
         maximum=60.0,
     )
@@ -317,115 +289,115 @@ class Settings(EmbeddingSettings):
     )
     allow_add_nominal: bool = setting(
         False,
-        "Whether the service ~/add_nominal may add the last frame of each camera above its "
-        "threshold to the index.",
-    )
-    qos_depth: int = setting(
-        1,
-        "Queue depth of the image subscriptions; only the newest image is used.",
-        minimum=1,
-        maximum=100,
+        "Whether the service ~/add_nominal may add the last frame above the threshold of each "
+        "camera to the index.",
     )
     marker_range_m: float = setting(
         10.0,
-        "Range at which markers are drawn where it is neither measured nor given by the ground.",
+        "Range in metres at which markers are drawn where it is neither measured nor computed "
+        "from the ground plane.",
         minimum=0.1,
         maximum=1000.0,
     )
     overlay_alpha: float = setting(
-        0.5, "Strength of the heatmap in the overlay.", minimum=0.0, maximum=1.0, live=True
+        0.5, "Opacity of the heatmap in the overlay.", minimum=0.0, maximum=1.0, live=True
     )
     camera_settings: Mapping[str, CameraSettings] = dataclasses.field(default_factory=dict)
+    camera_overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not self.segments:
-            for name in ("surroundings_weight", "min_agreement"):
-                if getattr(self, name):
-                    raise SettingsError(
-                        f"setting '{name}': expected 0 with variant '{self.variant}', "
-                        f"found {getattr(self, name):g}"
-                    )
-        elif not self.place_normalisation and (
-            self.scoring.keys() & {"surroundings_weight", "min_agreement"}
-            or self.variant == COMBINED
-        ):
-            raise SettingsError(
-                "setting 'place_normalisation': expected true, for branches are compared by what "
-                "is usual; found false"
-            )
         if not self.cameras or len(set(self.cameras)) != len(self.cameras):
             raise SettingsError(
                 f"setting 'cameras': expected distinct names, found {list(self.cameras)}"
             )
         for camera in self.cameras:
             # Topics are named after cameras, and ROS refuses repeated underscores in them.
-            named = camera.isascii() and camera.isidentifier() and "__" not in camera
-            if not named or camera in _SPECS:
+            valid = camera.isascii() and camera.isidentifier() and "__" not in camera
+            if not valid or camera in _SPECS:
                 raise SettingsError(
-                    "setting 'cameras': expected letters, digits and single underscores and not a "
-                    f"setting's own name, found '{camera}'"
+                    "setting 'cameras': expected names of letters, digits and single underscores "
+                    f"that are not names of settings, found '{camera}'"
                 )
-        for camera in self.camera_settings:
+        for camera in (*self.camera_settings, *self.camera_overrides):
             if camera not in self.cameras:
                 raise UnknownNameError("camera", camera, self.cameras)
         complete = {name: self.camera_settings.get(name, CameraSettings()) for name in self.cameras}
         object.__setattr__(self, "camera_settings", complete)
+        overrides = {name: dict(values) for name, values in self.camera_overrides.items() if values}
+        object.__setattr__(self, "camera_overrides", overrides)
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, Any]) -> Settings:
         """Make settings from flat ROS parameter names ('neighbours', 'front.image_topic').
 
+        Live settings may be overridden for one camera ('front.threshold'); None overrides nothing.
+
         Raises:
-            UnknownNameError: a name is neither a setting nor a camera's setting.
-            SettingsError: a value cannot be taken.
+            UnknownNameError: a name is neither a setting nor a setting of a camera.
+            SettingsError: a value of the wrong type or out of bounds.
         """
         cameras = _SPECS["cameras"].check(parameters.get("cameras", _SPECS["cameras"].default))
         common: dict[str, Any] = {}
         by_camera: dict[str, dict[str, Any]] = {}
-        known = [*_SPECS, *(f"{c}.{s}" for c in cameras for s in _CAMERA_SPECS)]
+        overrides: dict[str, dict[str, Any]] = {}
+        known = [
+            *_SPECS,
+            *(f"{camera}.{key}" for camera in cameras for key in (*_CAMERA_SPECS, *_LIVE_SPECS)),
+        ]
         for name, value in parameters.items():
             camera, dot, key = name.partition(".")
             if name in _SPECS:
                 common[name] = _SPECS[name].check(value)
             elif dot and camera in cameras and key in _CAMERA_SPECS:
                 by_camera.setdefault(camera, {})[key] = _CAMERA_SPECS[key].check(value, name)
+            elif dot and camera in cameras and key in _LIVE_SPECS:
+                if value is not None:
+                    overrides.setdefault(camera, {})[key] = _LIVE_SPECS[key].check(value, name)
             else:
                 raise UnknownNameError("setting", name, known)
-        made = {name: CameraSettings(**values) for name, values in by_camera.items()}
-        return cls(**common, camera_settings=made)
-
-    @classmethod
-    def from_yaml(cls, path: Path, overrides: Mapping[str, Any] | None = None) -> Settings:
-        """Read the node's own YAML ('/**: ros__parameters: ...') or a plain mapping.
-
-        Args:
-            path: YAML file.
-            overrides: flat names that win over the file.
-
-        Raises:
-            SettingsError: the file cannot be read or holds something that cannot be taken.
-        """
-        return cls.from_parameters({**read_parameters_yaml(path), **(overrides or {})})
+        camera_settings = {name: CameraSettings(**values) for name, values in by_camera.items()}
+        return cls(**common, camera_settings=camera_settings, camera_overrides=overrides)
 
     def to_parameters(self) -> dict[str, Any]:
         """Return flat ROS parameter names and values, lists for tuples."""
         flat: dict[str, Any] = {name: getattr(self, name) for name in _SPECS}
         for camera, settings in self.camera_settings.items():
             flat.update({f"{camera}.{key}": getattr(settings, key) for key in _CAMERA_SPECS})
+        for camera, values in self.camera_overrides.items():
+            flat.update({f"{camera}.{key}": value for key, value in values.items()})
         return {k: list(v) if isinstance(v, tuple) else v for k, v in flat.items()}
 
     def replace(self, **changes: Any) -> Settings:
         """Return a checked copy with some settings changed."""
         return dataclasses.replace(self, **changes)
 
+    def with_build_defaults(self) -> Settings:
+        """Return a copy in which `BUILD_DEFAULTS` replace the unset settings."""
+        return self.replace(
+            **{k: v for k, v in BUILD_DEFAULTS.items() if getattr(self, k) == UNSET[k]}
+        )
+
+    def for_camera(self, camera: str) -> Settings:
+        """Return a copy in which the overrides of a camera are in force.
+
+        Raises:
+            UnknownNameError: no such camera.
+        """
+        if camera not in self.cameras:
+            raise UnknownNameError("camera", camera, self.cameras)
+        return self.replace(**self.camera_overrides.get(camera, {}))
+
+    @property
+    def segments(self) -> bool:
+        """Return whether instances are needed."""
+        return self.variant in (INSTANCE, COMBINED)
+
     @property
     def scoring(self) -> dict[str, Any]:
-        """Return what shapes a score besides plain patch distances, where it is in use."""
-        told = {name: getattr(self, name) for name in UNUSED}
-        if not self.place_normalisation:
-            told["usual_kinds"] = 0
-        return {name: value for name, value in told.items() if value != UNUSED[name]}
+        """Return the settings that shape a score; a calibration holds for equal ones only."""
+        names = ("variant", "neighbours", "smoothing", "tail_percent")
+        return {name: getattr(self, name) for name in names}
 
     def index_of(self, camera: str) -> str:
         """Return the index folder of a camera: its own, else the common one, else ''."""
@@ -438,11 +410,15 @@ def setting_specs() -> dict[str, SettingSpec]:
 
 
 def camera_setting_specs() -> dict[str, SettingSpec]:
-    """Return the rows of a camera's settings by name."""
+    """Return the rows of the settings of a camera by name."""
     return dict(_CAMERA_SPECS)
+
+
+def camera_override_specs() -> dict[str, SettingSpec]:
+    """Return the rows of the live settings, which may be overridden for one camera, by name."""
+    return dict(_LIVE_SPECS)
 
 
 _SPECS = specs_of(Settings)
 _CAMERA_SPECS = specs_of(CameraSettings)
-FAMILIES = ("detector", "promptless", "tokens", "universal")
-TOKENS = "tokens"
+_LIVE_SPECS = {name: spec for name, spec in _SPECS.items() if spec.live}

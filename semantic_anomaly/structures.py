@@ -226,10 +226,12 @@ class HeatmapScale:
     Attributes:
         low: distance drawn as 0, the median nominal patch distance.
         high: distance drawn as 1, the threshold.
+        source: what the scale comes from, for titles.
     """
 
     low: float
     high: float
+    source: str = "calibration"
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):

@@ -10,12 +10,13 @@ import pytest
 
 from semantic_anomaly.errors import InputError, SettingsError, UnknownNameError
 from semantic_anomaly.settings import (
+    UNSET,
     CameraSettings,
     Settings,
     camera_setting_specs,
-    read_parameters_yaml,
     setting_specs,
 )
+from semantic_anomaly.settings_schema import read_parameters_yaml
 
 NAN, INFINITY = float("nan"), float("inf")
 ROI = "camera.region_of_interest"
@@ -25,6 +26,10 @@ def written(folder: Path, text: str) -> Path:
     path = folder / "settings.yaml"
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def from_yaml(path: Path, overrides: dict[str, Any] | None = None) -> Settings:
+    return Settings.from_parameters({**read_parameters_yaml(path), **(overrides or {})})
 
 
 def test_defaults_satisfy_their_own_table() -> None:
@@ -77,7 +82,7 @@ def test_takes(name: str, value: Any, expected: Any, reason: str) -> None:
         ("tail_percent", 10**400, "finite"),
         ("tail_percent", 0.0, "at least 0.001"),
         ("tail_percent", False, "expected float, found False"),
-        ("target_false_alarm_rate", 0.0, "at least"),
+        ("target_false_alarm_rate", -0.1, "at least"),
         ("target_false_alarm_rate", 0.6, "at most 0.5"),
         ("search", "fast", "one of auto, exact, graph, found 'fast'"),
         ("search", ["auto"], "expected str"),
@@ -94,7 +99,7 @@ def test_takes(name: str, value: Any, expected: Any, reason: str) -> None:
         ("cameras", ["2nd"], "letters, digits"),
         ("cameras", ["front__left"], "single underscores"),
         ("cameras", ["vörne"], "letters, digits"),
-        ("cameras", ["index"], "not a setting's own name"),
+        ("cameras", ["index"], "not names of settings"),
         ("cameras", [["front"]], "expected str"),
         (ROI, [0.0, 0.0, 1.0, 0.0], "at least 3 pairs"),
         (ROI, [0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.5], "at least 3 pairs"),
@@ -137,6 +142,31 @@ def test_unknown_names_are_refused_with_a_hint(name: str, hint: str) -> None:
         Settings.from_parameters({name: 1})
 
 
+def test_live_settings_may_be_overridden_for_one_camera() -> None:
+    settings = Settings.from_parameters(
+        {
+            **{"cameras": ["front", "rear"], "confirm_count": 2},
+            **{"front.threshold": 1, "front.confirm_count": 3, "rear.threshold": None},
+        }
+    )
+    assert settings.for_camera("front").threshold == 1.0
+    assert settings.for_camera("front").confirm_count == 3
+    assert settings.for_camera("rear").threshold == 0.0
+    assert settings.for_camera("rear").confirm_count == 2
+    assert Settings.from_parameters(settings.to_parameters()) == settings
+    with pytest.raises(SettingsError, match=r"'front\.threshold': expected at most 2"):
+        Settings.from_parameters({"cameras": ["front"], "front.threshold": 3.0})
+    with pytest.raises(UnknownNameError, match="unknown camera 'left'"):
+        settings.for_camera("left")
+
+
+def test_unset_settings_take_the_defaults_of_a_new_index() -> None:
+    complete = Settings(input_size=320).with_build_defaults()
+    assert (complete.backbone, complete.input_size) == ("street_small", 320)
+    assert (complete.variant, complete.segmenter, complete.place_weight) == ("grid", "tokens", 0.2)
+    assert all(getattr(Settings(), name) == value for name, value in UNSET.items())
+
+
 def test_settings_of_an_unknown_camera_are_refused() -> None:
     with pytest.raises(UnknownNameError, match="unknown camera 'back'"):
         Settings(camera_settings={"back": CameraSettings()})
@@ -157,9 +187,9 @@ def test_yaml_of_the_node_and_plain_yaml_say_the_same(tmp_path: Path) -> None:
         "/**:\n  ros__parameters:\n    use_sim_time: true\n    neighbours: 3\n"
         "    camera:\n      image_topic: /a\n    camera.index: /b\n",
     )
-    from_node = Settings.from_yaml(node)
+    from_node = from_yaml(node)
     plain = written(tmp_path, "neighbours: 3\ncamera:\n  image_topic: /a\n  index: /b\n")
-    assert Settings.from_yaml(plain) == from_node
+    assert from_yaml(plain) == from_node
     assert from_node.neighbours == 3
     assert from_node.camera_settings["camera"].image_topic == "/a"
     assert from_node.camera_settings["camera"].index == "/b"
@@ -167,13 +197,13 @@ def test_yaml_of_the_node_and_plain_yaml_say_the_same(tmp_path: Path) -> None:
 
 def test_overrides_win_over_the_file(tmp_path: Path) -> None:
     path = written(tmp_path, "neighbours: 3\nsearch_ef: 5\n")
-    settings = Settings.from_yaml(path, {"neighbours": 4})
+    settings = from_yaml(path, {"neighbours": 4})
     assert (settings.neighbours, settings.search_ef) == (4, 5)
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "/**:\n  ros__parameters:\n"])
 def test_empty_yaml_means_the_defaults(tmp_path: Path, text: str) -> None:
-    assert Settings.from_yaml(written(tmp_path, text)) == Settings()
+    assert from_yaml(written(tmp_path, text)) == Settings()
 
 
 @pytest.mark.parametrize(
@@ -206,7 +236,7 @@ def test_empty_yaml_means_the_defaults(tmp_path: Path, text: str) -> None:
 )
 def test_odd_yaml_is_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(SettingsError, match=message):
-        Settings.from_yaml(written(tmp_path, text))
+        from_yaml(written(tmp_path, text))
 
 
 def test_yaml_that_unfolds_without_end_is_refused_in_few_words(tmp_path: Path) -> None:
@@ -214,14 +244,14 @@ def test_yaml_that_unfolds_without_end_is_refused_in_few_words(tmp_path: Path) -
         f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30)
     ]
     with pytest.raises(InputError) as caught:
-        Settings.from_yaml(written(tmp_path, "\n".join(lists) + "\nlayers: *a29\n"))
+        from_yaml(written(tmp_path, "\n".join(lists) + "\nlayers: *a29\n"))
     assert len(str(caught.value)) < 2000
     maps = ["a0: &a0 {z: 1}"]
     for i in range(1, 8):
         inner = ", ".join(f"k{j}: *a{i - 1}" for j in range(9))
         maps.append(f"a{i}: &a{i} {{{inner}}}")
     with pytest.raises(SettingsError, match="repeat themselves"):
-        Settings.from_yaml(written(tmp_path, "\n".join(maps)))
+        from_yaml(written(tmp_path, "\n".join(maps)))
 
 
 def test_unreadable_files_are_named(tmp_path: Path) -> None:
@@ -247,7 +277,6 @@ def test_live_settings_are_those_that_need_no_new_model_or_topic() -> None:
         "min_area_px",
         "max_area",
         "max_aspect",
-        "max_border_share",
         "max_age_s",
         "overlay_alpha",
     }

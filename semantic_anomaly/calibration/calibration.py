@@ -1,7 +1,7 @@
-"""A threshold with a known false-alarm rate, and p-values, from nominal drives alone.
+"""Calibration: a threshold with a known false-alarm rate, and p-values, from nominal drives alone.
 
-By split conformal prediction (`conformal.py`), of frames and, where asked for, of stretches.
-Frames of one drive resemble each other, so many short drives are worth more than a long one.
+By split conformal prediction (`conformal.py`), of frames and, if a rate is set, of episodes. Frames
+of one drive resemble each other, so many short drives are worth more than one long drive.
 """
 
 from __future__ import annotations
@@ -14,53 +14,57 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from semantic_anomaly.calibration import conformal
-from semantic_anomaly.calibration import format as calibration_file
-from semantic_anomaly.calibration import staleness as renewals
-from semantic_anomaly.calibration.conformal import Stretches, stricter
+from semantic_anomaly.calibration import format as calibration_format
+from semantic_anomaly.calibration.conformal import (
+    EPISODE_SETTINGS,
+    Episodes,
+    allowed,
+    combined_threshold,
+    conformal_threshold,
+    scores_needed,
+)
+from semantic_anomaly.calibration.staleness import StaleEdit, edits_since, staleness_warning
 from semantic_anomaly.errors import CalibrationError, MismatchError, ModelOutputError
 from semantic_anomaly.roi import ImageRegion
-from semantic_anomaly.scoring.normalisation import UsualDistances
+from semantic_anomaly.scoring.normalisation import ScoreNormalisation
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import HeatmapScale
 
 FEW_DRIVES = 5
-_MOST = 2.0
+_MAX_SCORE = 2.0
 
 
 class CalibratedIndex(Protocol):
-    """What a calibration needs to know of an index."""
+    """The part of an index that a calibration depends on."""
 
     @property
     def fingerprint(self) -> str:
-        """Return the digest that names the index."""
+        """Return the digest of the index."""
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Nominal scores, and what they are true for.
+    """Nominal scores, and the conditions under which they hold.
 
     Attributes:
         scores: (n,) float64, ascending: frame scores of nominal drives that the index has not
             seen.
         drives: name and number of frames of each drive.
         target_false_alarm_rate: share of nominal frames that may exceed `threshold`.
-        heatmap_low: median over frames of the frames' median patch distance: what the heatmap
-            shows as typical. Not the median over all patches, which would need all of them.
-        index_fingerprint: the index that gave the distances.
-        neighbours, tail_percent, region: the settings that shape a score.
-        usual: what distances are usual where, by branch, to which the scores are relative; empty:
-            to nothing.
-        scoring: what shapes a score besides plain patch distances; empty: nothing does.
-        camera: name of the camera, for people.
-        dtype: precision of the backbone that ran; empty where it is not known.
-        renewal: edits of the index since the scores were measured, which make a new calibration
-            due; empty: none.
-        stretches: nominal scores by stretch of driving; None: not asked for.
+        heatmap_low: median over frames of the median value of the anomaly map; drawn as 0 in the
+            heatmap.
+        index_fingerprint: digest of the index.
+        scoring: settings that shape a score, as `Settings.scoring`.
+        roi: description of the region of interest.
+        normalisations: score normalisation by stage; empty: scores consist of plain distances.
+        camera: name of the camera.
+        dtype: precision of the backbone, empty if unknown.
+        stale_edits: edits of the index since calibration; empty: none.
+        episodes: nominal scores of episodes; None: no rate of episodes was set.
 
     Raises:
-        CalibrationError: scores are not finite, not sorted, not in [0, 2], not as many as the
-            drives hold, or too few for the rate.
+        CalibrationError: scores that are not finite, not sorted, not in [0, 2] or not as many as
+            the drives have, or too few for the rate.
     """
 
     scores: np.ndarray
@@ -68,15 +72,13 @@ class Calibration:
     target_false_alarm_rate: float
     heatmap_low: float
     index_fingerprint: str
-    neighbours: int
-    tail_percent: float
-    region: Mapping[str, Any]
-    usual: Mapping[str, UsualDistances] = field(default_factory=dict)
-    scoring: Mapping[str, Any] = field(default_factory=dict)
+    scoring: Mapping[str, Any]
+    roi: Mapping[str, Any]
+    normalisations: Mapping[str, ScoreNormalisation] = field(default_factory=dict)
     camera: str = "camera"
     dtype: str = ""
-    renewal: tuple[renewals.Change, ...] = ()
-    stretches: Stretches | None = None
+    stale_edits: tuple[StaleEdit, ...] = ()
+    episodes: Episodes | None = None
 
     def __post_init__(self) -> None:
         scores = self.scores
@@ -96,18 +98,17 @@ class Calibration:
         counts = [count for _, count in self.drives]
         if min(counts, default=0) < 1 or sum(counts) != len(scores):
             raise CalibrationError(
-                f"calibration drives: expected frames of every drive, {len(scores)} in all as "
-                f"there are scores, found {counts}"
+                f"calibration drives: expected frames of every drive, {len(scores)} in all, "
+                f"found {counts}"
             )
-        if self.threshold >= _MOST:
+        if self.threshold >= _MAX_SCORE:
             raise CalibrationError(
-                "calibration scores reach 2 at the threshold, the most there is, which nothing "
-                "could exceed: calibrate with more frames, or of drives like those of the index"
+                "the threshold is 2, the largest possible score, so no anomaly could exceed it: "
+                "calibrate with more frames, or with drives similar to those of the index"
             )
         if self.threshold <= 0.0:
             raise CalibrationError(
-                "calibration scores are 0 up to the threshold: the index has seen these frames; "
-                "calibrate with other drives"
+                "the threshold is 0: the index has seen these frames; calibrate with other drives"
             )
         self.scores.flags.writeable = False
 
@@ -119,27 +120,27 @@ class Calibration:
         heatmap_low: float,
         index: CalibratedIndex,
         settings: Settings,
-        region: ImageRegion,
+        roi: ImageRegion,
         camera: str,
         dtype: str = "",
-        usual: Mapping[str, UsualDistances] | None = None,
-        stretches: Stretches | None = None,
+        normalisations: Mapping[str, ScoreNormalisation] | None = None,
+        episodes: Episodes | None = None,
     ) -> Calibration:
         """Make a calibration from the frame scores of nominal drives.
 
         Args:
-            scores_by_drive: frame scores by drive; all of drives that the index has not seen.
-            heatmap_low: median over frames of the frames' median patch distance.
+            scores_by_drive: frame scores by drive, of drives that the index has not seen.
+            heatmap_low: median over frames of the median value of the anomaly map.
             index: the index that gave the distances.
-            settings: give the target rate and what shapes a score.
-            region: the part of the image that was scored.
+            settings: target rate and settings that shape a score.
+            roi: region of interest of the scores.
             camera: name of the camera.
-            dtype: precision of the backbone that ran.
-            usual: what the scores are relative to.
-            stretches: of the same drives, where a rate of them is asked for.
+            dtype: precision of the backbone.
+            normalisations: score normalisation by stage.
+            episodes: of the same drives, if a rate of episodes is set.
 
         Raises:
-            CalibrationError: too few scores for the target rate, or scores that cannot be.
+            CalibrationError: too few scores for the target rate, or scores out of range.
         """
         drives = tuple((name, len(scores)) for name, scores in scores_by_drive.items())
         if not drives or any(count == 0 for _, count in drives):
@@ -152,14 +153,12 @@ class Calibration:
             target_false_alarm_rate=settings.target_false_alarm_rate,
             heatmap_low=float(heatmap_low),
             index_fingerprint=index.fingerprint,
-            neighbours=settings.neighbours,
-            tail_percent=settings.tail_percent,
-            region=region.describe(),
-            usual=dict(usual or {}),
             scoring=settings.scoring,
+            roi=roi.describe(),
+            normalisations=dict(normalisations or {}),
             camera=camera,
             dtype=dtype,
-            stretches=stretches,
+            episodes=episodes,
         )
 
     @property
@@ -176,22 +175,39 @@ class Calibration:
         """Return the score above which a frame is anomalous at another rate.
 
         Raises:
-            CalibrationError: too few calibration scores for so low a rate.
+            CalibrationError: too few calibration scores for the rate.
         """
-        return conformal.threshold(self.scores, rate, "frames")
+        return conformal_threshold(self.scores, rate, "frames")
+
+    def resolve(self, settings: Settings) -> Settings:
+        """Return settings with the rates of the calibration where none is set.
+
+        Episode length and confirmation come with the rate of episodes, where they have their
+        defaults.
+        """
+        changes: dict[str, Any] = {}
+        if not settings.target_false_alarm_rate:
+            changes["target_false_alarm_rate"] = self.target_false_alarm_rate
+        if self.episodes is not None and not settings.target_episode_rate:
+            changes["target_episode_rate"] = self.episodes.target_episode_rate
+            defaults = Settings()
+            for name in EPISODE_SETTINGS:
+                if getattr(settings, name) == getattr(defaults, name):
+                    changes[name] = getattr(self.episodes, name)
+        return settings.replace(**changes)
 
     def threshold_of(self, settings: Settings) -> float:
-        """Return the score that keeps both promises: of frames and, if one is asked, of stretches.
+        """Return the score that keeps the rates of frames and, if one is set, of episodes.
 
         Raises:
-            CalibrationError: too few frames or stretches for the rate, or no stretches at all.
-            MismatchError: stretches of another length or confirmation.
+            CalibrationError: too few frames or episodes for the rate, or no episodes.
+            MismatchError: episodes of another length or confirmation.
         """
-        of_frames = self.threshold_for(settings.target_false_alarm_rate)
-        return stricter(of_frames, self.stretches, settings)
+        frame_threshold = self.threshold_for(settings.target_false_alarm_rate)
+        return combined_threshold(frame_threshold, self.episodes, settings)
 
     def p_value(self, score: float) -> float:
-        """Return how often nominal frames score at least so high, in (0, 1].
+        """Return the probability that a nominal frame scores at least as high, in (0, 1].
 
         A score exceeds `threshold_for(rate)` exactly when its p-value is at most `rate`.
 
@@ -207,60 +223,58 @@ class Calibration:
         """Return the fixed scale of heatmaps: 0 typical nominal, 1 the threshold."""
         if self.heatmap_low < threshold:
             return HeatmapScale(self.heatmap_low, threshold)
-        # Only a threshold set by hand lies below what is typical.
+        # Only a threshold set by the user can be below the typical value.
         return HeatmapScale(0.0, max(threshold, 1e-6))
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Return sentences on what weakens the promised rate."""
-        found = []
+        """Return warnings about the reliability of the false-alarm rate."""
+        warnings = []
         if len(self.drives) == 1:
-            found.append(
+            warnings.append(
                 "all calibration frames come from one drive: they resemble each other, and the "
                 "false-alarm rate on other drives may be several times the target"
             )
         elif len(self.drives) < FEW_DRIVES:
-            found.append(
-                f"calibration frames come from {len(self.drives)} drives only; "
-                f"{FEW_DRIVES} or more make the false-alarm rate hold on drives not seen"
+            warnings.append(
+                f"calibration frames come from only {len(self.drives)} drives: use {FEW_DRIVES} or "
+                "more for a false-alarm rate that holds on other drives"
             )
-        allowed = conformal.allowed(self.count, self.target_false_alarm_rate)
-        needed = conformal.scores_needed(self.target_false_alarm_rate)
-        if allowed < 3:
-            found.append(
-                f"{self.count} calibration frames are near the least that a rate of "
-                f"{self.target_false_alarm_rate:g} needs ({needed}): the threshold rests on the "
-                f"{'largest score' if allowed == 1 else 'two largest scores'}"
+        may_exceed = allowed(self.count, self.target_false_alarm_rate)
+        if may_exceed < 3:
+            needed = scores_needed(self.target_false_alarm_rate)
+            warnings.append(
+                f"{self.count} calibration frames are few for a rate of "
+                f"{self.target_false_alarm_rate:g} (at least {needed}): the threshold depends on "
+                f"the {'largest score' if may_exceed == 1 else 'two largest scores'}"
             )
-        if self.renewal:
-            found.append(renewals.warning(self.renewal))
-        return tuple(found)
+        if self.stale_edits:
+            warnings.append(staleness_warning(self.stale_edits))
+        return tuple(warnings)
 
-    def carried(self, index: CalibratedIndex, changes: Iterable[renewals.Change]) -> Calibration:
-        """Return this calibration for an edited index: in force, and due for renewal."""
-        since = renewals.after(self.renewal, changes)
-        return replace(self, index_fingerprint=index.fingerprint, renewal=since)
+    def carried(self, index: CalibratedIndex, changes: Iterable[StaleEdit]) -> Calibration:
+        """Return this calibration for an edited index: still in force, but stale."""
+        since = edits_since(self.stale_edits, changes)
+        return replace(self, index_fingerprint=index.fingerprint, stale_edits=since)
 
-    def check(self, index_fingerprint: str, settings: Settings, region: ImageRegion) -> None:
-        """Refuse to be used with another index, region or score than it was made with.
+    def check(self, index_fingerprint: str, settings: Settings, roi: ImageRegion) -> None:
+        """Check that index, settings and region of interest are those of the calibration.
 
         Raises:
-            MismatchError: naming what differs.
+            MismatchError: one of them differs.
         """
+        scoring, expected_scoring = settings.scoring, dict(self.scoring)
         pairs = {
             "index fingerprint": (self.index_fingerprint, index_fingerprint),
-            "setting 'neighbours'": (self.neighbours, settings.neighbours),
-            "setting 'tail_percent'": (self.tail_percent, settings.tail_percent),
-            "setting 'place_normalisation'": (
-                bool(self.usual),
-                settings.place_normalisation,
-            ),
-            "settings of the score": (dict(self.scoring), settings.scoring),
-            "region of interest": (dict(self.region), region.describe()),
+            **{
+                f"setting '{name}'": (expected_scoring.get(name), scoring.get(name))
+                for name in sorted(expected_scoring.keys() | scoring.keys())
+            },
+            "region of interest": (dict(self.roi), roi.describe()),
         }
-        for name, (expected, found) in pairs.items():
-            if expected != found:
-                raise MismatchError(f"calibration: {name}", expected, found, "calibrate again")
+        for name, (expected, given) in pairs.items():
+            if expected != given:
+                raise MismatchError(f"calibration: {name}", expected, given, "calibrate again")
 
     def save(self, index_folder: Path) -> Path:
         """Write the camera's file into the folder of its index, whole or not at all.
@@ -268,12 +282,12 @@ class Calibration:
         Raises:
             ArtefactError: the file cannot be written.
         """
-        return calibration_file.write(index_folder, self._values())
+        return calibration_format.write(index_folder, self._values())
 
     @property
     def sha256(self) -> str:
         """Return the digest that its file carries."""
-        return calibration_file.digest(self._values())
+        return calibration_format.digest(self._values())
 
     @classmethod
     def load(cls, index_folder: Path, camera: str = "") -> Calibration:
@@ -282,16 +296,16 @@ class Calibration:
         Raises:
             CalibrationError: missing, damaged, altered or of another format.
         """
-        return cls.of_file(calibration_file.file_of(index_folder, camera))
+        return cls.of_file(calibration_format.calibration_file(index_folder, camera))
 
     @classmethod
     def of_file(cls, path: Path) -> Calibration:
         """Read a file of a calibration; raises as `load`."""
-        values = calibration_file.read(path)
+        values = calibration_format.read(path)
         try:
             return cls(**values)
         except CalibrationError as error:
             raise CalibrationError(f"calibration of index '{path.parent}': {error}") from error
 
     def _values(self) -> dict[str, Any]:
-        return {each.name: getattr(self, each.name) for each in fields(self)}
+        return {row.name: getattr(self, row.name) for row in fields(self)}

@@ -1,8 +1,10 @@
-"""Frames that say nothing new: those that an index was built from, or that are given twice."""
+"""Data leakage: calibration or test frames that the index was built from."""
 
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,21 +17,29 @@ from semantic_anomaly.structures import Frame
 if TYPE_CHECKING:
     from semantic_anomaly.index.nominal_index import NominalIndex
 
-# Mean difference in grey levels that JPEG leaves between a frame and its thumbnail, and more.
-_SAME_PICTURE = 8.0
+# Largest mean difference in grey levels between a frame and its thumbnail, left by JPEG.
+_SAME_IMAGE = 8.0
+_SOURCE = re.compile(r"(?P<name>.*?)(\[(?P<start>-?\d*):(?P<stop>-?\d*)(:\d*)?\])?( \(\d+\))?")
 _log = logging.getLogger(__name__)
 
 
-class Fresh:
-    """Refuses calibration frames that say nothing new: seen by the index, or given twice."""
+class LeakageCheck:
+    """Refuses calibration frames that the index has seen, or that are given twice."""
 
     def __init__(self, index: NominalIndex) -> None:
         self._index = index
-        self._indexed = frozenset(index.frame_names)
-        self._taken: set[tuple[Path, str]] = set()
+        self._seen: set[tuple[Path, str]] = set()
 
-    def foresee(self, sources: dict[str, FrameSource], needed: int) -> None:
-        """Refuse before hours of embedding what can be foreseen, and warn of likely trouble."""
+    def check_sources(self, sources: Mapping[str, FrameSource], needed: int) -> None:
+        """Check, before frames are embedded, what can be known without them.
+
+        Args:
+            sources: by drive.
+            needed: least number of frames.
+
+        Raises:
+            CalibrationError: too few frames, or the first frame of a source was seen by the index.
+        """
         counts = [source.count for source in sources.values()]
         known = [count for count in counts if count is not None]
         if len(known) == len(counts) and sum(known) < needed:
@@ -37,40 +47,72 @@ class Fresh:
                 f"the target false-alarm rate needs at least {needed} nominal calibration frames, "
                 f"found {sum(known)}"
             )
-        folders = {name.rpartition("/")[0] for name in self._indexed}
         for drive, source in sources.items():
-            refuse_indexed(self._index, next(iter(source)))
-            if source.name in folders:
+            refuse_seen(self._index, next(iter(source)))
+            if source.files and _overlaps(source, self._index.content.source):
                 _log.warning(
-                    "calibration drive '%s' has the name of a drive that the index has seen: if "
-                    "it is the same, its frames resemble those of the index, and the false-alarm "
-                    "rate on other drives will be higher than the target",
+                    "calibration drive '%s' has the name of a drive in the index: if it is the "
+                    "same drive, the false-alarm rate on other drives will exceed the target",
                     drive,
                 )
 
-    def check(self, source: FrameSource, frame: Frame) -> None:
-        """Refuse a frame that was taken before."""
-        refuse_indexed(self._index, frame)
-        taken = source.path.resolve(), frame.name
-        if taken in self._taken:
+    def check_frame(self, source: FrameSource, frame: Frame) -> None:
+        """Check one frame.
+
+        Raises:
+            CalibrationError: the index has seen it, or it was given before.
+        """
+        refuse_seen(self._index, frame)
+        key = source.path.resolve(), frame.name
+        # Arrays have no files: equal names say nothing.
+        if source.files and key in self._seen:
             raise CalibrationError(f"calibration frame '{frame.name}' is given twice")
-        self._taken.add(taken)
+        self._seen.add(key)
+
+    def restart(self) -> None:
+        """Forget which frames were given, before the same frames are read again."""
+        self._seen.clear()
 
 
-def refuse_indexed(index: NominalIndex, frame: Frame) -> None:
-    """Refuse a frame whose picture the index was built from.
+def is_seen(index: NominalIndex, frame: Frame) -> bool:
+    """Return whether the index was built from a frame: the same name and the same image."""
+    # Folders of different drives often have the same name, so the image decides.
+    thumbnail = index.thumbnail(frame.name) if frame.name in index.frame_names else None
+    if thumbnail is None:
+        return False
+    height, width = thumbnail.shape[:2]
+    small = cv2.resize(frame.image, (width, height), interpolation=cv2.INTER_AREA)
+    return float(cv2.absdiff(small, thumbnail).mean()) < _SAME_IMAGE
+
+
+def refuse_seen(index: NominalIndex, frame: Frame) -> None:
+    """Refuse a frame that the index was built from.
 
     Raises:
         CalibrationError: naming the frame.
     """
-    # Folders of different drives often have the same name, so the picture decides.
-    thumbnail = index.thumbnail(frame.name) if frame.name in index.frame_names else None
-    if thumbnail is None:
-        return
-    height, width = thumbnail.shape[:2]
-    small = cv2.resize(frame.image, (width, height), interpolation=cv2.INTER_AREA)
-    if float(cv2.absdiff(small, thumbnail).mean()) < _SAME_PICTURE:
+    if is_seen(index, frame):
         raise CalibrationError(
             f"the index has seen frame '{frame.name}': its score says nothing about new frames; "
-            "take other drives"
+            "use other drives"
         )
+
+
+def _overlaps(source: FrameSource, index_sources: Iterable[str]) -> bool:
+    """Return whether the index has a source of the same name with overlapping frame numbers."""
+    selection = source.selection
+    for text in index_sources:
+        match = _SOURCE.fullmatch(text)
+        if match is None or match["name"] != source.name:
+            continue
+        first, last = selection.start or 0, selection.stop
+        other_first = int(match["start"] or 0)
+        other_last = int(match["stop"]) if match["stop"] else None
+        if min(first, last or 0, other_first, other_last or 0) < 0:
+            # Counted from the end: unknown without the length of the drive.
+            return True
+        before = last is not None and last <= other_first
+        after = other_last is not None and other_last <= first
+        if not (before or after):
+            return True
+    return False

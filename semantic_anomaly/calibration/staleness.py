@@ -1,4 +1,4 @@
-"""What was done to an index since its calibration, and what that means for the calibration."""
+"""Stale calibrations: edits of an index since its calibration, and what they mean for it."""
 
 from __future__ import annotations
 
@@ -8,87 +8,84 @@ from typing import Any
 
 from semantic_anomaly.errors import CalibrationError
 
-_TYPES = {"part": str, "edit": int, "what": str, "undone": bool, "grows": bool, "mixed": bool}
+_TYPES = {"part": str, "edit": int, "summary": str, "undone": bool, "distances_grow": bool}
 
 
 @dataclass(frozen=True)
-class Change:
+class StaleEdit:
     """An edit of the index that was made, or undone, after the calibration.
 
     Attributes:
         part: part of the index that was edited, empty for the index itself.
         edit: number of the edit.
-        what: what the edit does, in words: 'retract 14 entries'.
-        undone: whether it is the edit's end rather than its begin.
-        grows: whether distances can only have grown by it, rather than shrunk.
-        mixed: whether some may have grown and others shrunk, whatever `grows` says.
+        summary: the edit in words: 'retract 14 entries'.
+        undone: whether the edit was undone rather than made.
+        distances_grow: whether distances can only have grown by it, rather than shrunk.
     """
 
     part: str
     edit: int
-    what: str
+    summary: str
     undone: bool
-    grows: bool
-    mixed: bool = False
+    distances_grow: bool
 
     @property
     def text(self) -> str:
-        """Return what was done in words."""
+        """Return the change in words."""
         where = f" in part '{self.part}'" if self.part else ""
-        return f"{'undo: ' * self.undone}{self.what}{where}"
+        return f"{'undo: ' * self.undone}{self.summary}{where}"
 
 
-def after(renewal: Sequence[Change], changes: Iterable[Change]) -> tuple[Change, ...]:
-    """Return what was done since calibration once more is done; what is undone was not done."""
-    since = list(renewal)
+def edits_since(before: Sequence[StaleEdit], changes: Iterable[StaleEdit]) -> tuple[StaleEdit, ...]:
+    """Return the edits since calibration after further changes; undoing one removes it."""
+    since = list(before)
     for change in changes:
-        of_edit = [each for each in since if (each.part, each.edit) == (change.part, change.edit)]
-        if change.undone and of_edit and not of_edit[-1].undone:
+        same_edit = [e for e in since if (e.part, e.edit) == (change.part, change.edit)]
+        if change.undone and same_edit and not same_edit[-1].undone:
             since.reverse()
-            since.remove(of_edit[-1])
+            since.remove(same_edit[-1])
             since.reverse()
         else:
             since.append(change)
     return tuple(since)
 
 
-def warning(renewal: Sequence[Change]) -> str:
-    """Return the sentence that a calibration is due for renewal, and what is wrong until then."""
-    count = f"{len(renewal)} edit{'s' * (len(renewal) != 1)} of the index since calibration"
-    grows = {None if change.mixed else change.grows for change in renewal}
-    if grows == {True}:
+def staleness_warning(stale_edits: Sequence[StaleEdit]) -> str:
+    """Return the warning that a calibration is stale, and what is wrong until it is renewed."""
+    count = f"{len(stale_edits)} edit{'s' * (len(stale_edits) != 1)} of the index since calibration"
+    directions = {edit.distances_grow for edit in stale_edits}
+    if directions == {True}:
         meaning = (
-            "distances can only have grown, so what was found still is, "
-            "but false alarms may exceed the target rate"
+            "distances can only have grown: no more anomalies are missed, but false alarms may "
+            "exceed the target rate"
         )
-    elif grows == {False}:
+    elif directions == {False}:
         meaning = (
-            "distances can only have shrunk, so false alarms stay below the target rate, "
-            "but the threshold and p-values are too high: more may be missed"
+            "distances can only have shrunk: false alarms stay below the target rate, but "
+            "threshold and p-values are too high, and more anomalies may be missed"
         )
     else:
         meaning = (
-            "some distances have grown and others shrunk, so false alarms may exceed the target "
-            "rate, and more may be missed"
+            "some distances have grown and others shrunk: false alarms may exceed the target rate, "
+            "and more anomalies may be missed"
         )
-    listed = ", ".join(change.text for change in renewal)
-    return f"calibration is due for renewal, {count}: {listed}; {meaning}; calibrate again"
+    texts = ", ".join(edit.text for edit in stale_edits)
+    return f"stale calibration, {count}: {texts}; {meaning}; calibrate again"
 
 
-def describe(renewal: Iterable[Change]) -> list[dict[str, Any]]:
+def to_dicts(stale_edits: Iterable[StaleEdit]) -> list[dict[str, Any]]:
     """Return plain values for JSON."""
-    return [asdict(change) for change in renewal]
+    return [asdict(edit) for edit in stale_edits]
 
 
-def from_description(values: Any) -> tuple[Change, ...]:
-    """Return what `describe` described.
+def from_dicts(values: Any) -> tuple[StaleEdit, ...]:
+    """Make edits from the values of `to_dicts`.
 
     Raises:
-        CalibrationError: it describes nothing of the kind.
+        CalibrationError: values of another structure.
     """
     for value in values if isinstance(values, list) else [values]:
-        told = {k: type(v) for k, v in value.items()} if isinstance(value, dict) else {}
-        # Earlier versions knew of no edit that goes either way.
-        if {"mixed": bool, **told} != _TYPES:
-            raise CalibrationError(f"'renewal': expected changes with {sorted(_TYPES)}")
-    return tuple(Change(**value) for value in values)
+        types = {k: type(v) for k, v in value.items()} if isinstance(value, dict) else {}
+        if types != _TYPES:
+            raise CalibrationError(f"'stale_edits': expected edits with {', '.join(_TYPES)}")
+    return tuple(StaleEdit(**value) for value in values)

@@ -1,4 +1,4 @@
-"""The command `semantic-anomaly`: one module a verb, each thin, loaded when it is asked for."""
+"""The command `semantic-anomaly`: one module for each subcommand, imported when it is used."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from typing import NamedTuple
 from semantic_anomaly import __version__
 from semantic_anomaly.errors import InputError, SemanticAnomalyError
 
-DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, BAD_INPUT, INCOMPLETE, INTERRUPTED = 0, 1, 2, 3, 130
+_EXIT_CODES = (
+    "exit codes: 0 complete; 3 finished with losses, which are named; 2 bad input or usage; "
+    "1 any other failure"
+)
 
 
 class _Verb(NamedTuple):
@@ -27,32 +31,32 @@ class _Verb(NamedTuple):
 VERBS = {
     "build-index": _Verb(
         "build_index",
-        "make the index of nominal embeddings from nominal drives",
+        "build the index of nominal embeddings from nominal drives",
         "semantic-anomaly build-index drives/monday 'drives/tuesday[0:600]' --out index",
     ),
     "calibrate": _Verb(
         "calibrate",
-        "make the threshold of an index from nominal drives that it has not seen",
+        "calibrate an index with nominal drives that it has not seen",
         "semantic-anomaly calibrate index drives/wednesday --target-false-alarm-rate 0.01",
     ),
     "evaluate": _Verb(
         "evaluate",
-        "measure the detector on labelled images; write results.json and pictures",
+        "evaluate the detector on labelled images; write results.json and a report",
         "semantic-anomaly evaluate labelled --index index --out report",
     ),
     "score-maps": _Verb(
         "score_maps",
-        "measure score maps of any method as evaluate measures its own",
+        "evaluate the anomaly maps of any method",
         "semantic-anomaly score-maps report/maps labelled --out scored",
     ),
     "compare": _Verb(
         "compare",
-        "put the results of evaluations side by side",
+        "compare the results of evaluations",
         "semantic-anomaly compare report_a report_b",
     ),
     "judge": _Verb(
         "judge",
-        "ask a vision-language model of every frame, for comparison",
+        "ask a vision-language model about every frame, for comparison",
         "semantic-anomaly judge labelled --base-url http://localhost:8000/v1 --model m --out told",
     ),
     "replay": _Verb(
@@ -62,44 +66,47 @@ VERBS = {
     ),
     "inspect-index": _Verb(
         "inspect_index",
-        "check an index folder and say what it holds",
+        "check an index folder and print what it contains",
         "semantic-anomaly inspect-index index --recall",
     ),
     "explain": _Verb(
         "explain",
-        "say which nominal entries explain a part of an image away",
+        "list the nominal entries nearest to a part of an image",
         "semantic-anomaly explain index missed.png --box 310 190 370 240 --out why.jpg",
     ),
     "add-nominal": _Verb(
         "add_nominal",
-        "add nominal frames to an index, against false alarms",
+        "add nominal frames to an index, to remove false alarms",
         "semantic-anomaly add-nominal index drives/friday --frames 12,15-20 --note 'new bridge'",
     ),
     "retract": _Verb(
         "retract",
-        "take entries out of an index, against misses",
+        "retract entries of an index, to find anomalies that it missed",
         "semantic-anomaly retract index --entries 12,15-20 --note 'a cow was in the drive'",
     ),
     "undo-edit": _Verb(
         "undo_edit",
-        "take an addition to an index, or a retraction from it, back",
+        "undo an addition or a retraction",
         "semantic-anomaly undo-edit index 2",
     ),
     "synth": _Verb(
         "synth",
-        "write drives through a synthetic street, with or without anomalies",
+        "write drives on a synthetic street, with or without anomalies",
         "semantic-anomaly synth work/test --drives 2 --frames 80 --anomalies cow",
     ),
     "demo": _Verb(
         "demo",
-        "run the whole path, with the real node, on a synthetic street",
+        "run everything, with the real node, on a synthetic street",
         "semantic-anomaly demo --out demo_output",
     ),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit code: 0 fine, 1 failed, 2 bad input, 130 interrupted.
+    """Run one command and return its exit code.
+
+    0: complete; 3: finished with losses, which are named; 2: bad input or usage; 1: any other
+    failure; 130: interrupted.
 
     Args:
         argv: arguments without the program's name; None: those of this process.
@@ -125,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("semantic-anomaly: interrupted", file=sys.stderr)
             return INTERRUPTED
         except BrokenPipeError:
-            # The reader has had enough (`| head`), and the interpreter would flush once more.
+            # The reader has closed the pipe (`| head`), and the interpreter would flush once more.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return FAILED
 
@@ -133,22 +140,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="semantic-anomaly",
-        description="Is the camera seeing something never seen while the system was safe?",
-        epilog="'semantic-anomaly VERB --help' says more about a verb.",
+        description="Semantic anomaly detection for cameras.",
+        epilog=f"'semantic-anomaly COMMAND --help' describes a command. {_EXIT_CODES}.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     help_debug = "show where in the code an error arose"
     parser.add_argument("--debug", action="store_true", help=help_debug)
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    # Verbs import what is heavy, so only the one that is asked for is loaded.
+    verbs = parser.add_subparsers(dest="verb", metavar="COMMAND", required=True)
+    # Subcommands have heavy imports, so only the one that runs is imported.
     asked = next((argument for argument in arguments if argument in VERBS), None)
     for name, verb in VERBS.items():
         sub = verbs.add_parser(
             name,
             help=verb.summary,
             description=verb.summary[0].upper() + verb.summary[1:] + ".",
-            epilog=f"example: {verb.example}",
+            epilog=f"example: {verb.example}; {_EXIT_CODES}",
             allow_abbrev=False,
         )
         sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=help_debug)

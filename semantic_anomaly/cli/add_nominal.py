@@ -1,4 +1,4 @@
-"""Add nominal frames to an index, against false alarms."""
+"""Add nominal frames to an index, to remove false alarms."""
 
 from __future__ import annotations
 
@@ -35,28 +35,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Embed the frames and add them as one edit."""
+    from semantic_anomaly.detection.detector import resolve_roi, resolve_settings
     from semantic_anomaly.index import edits as index_edits
     from semantic_anomaly.index.nominal_index import NominalIndex
-    from semantic_anomaly.offline import edit_index as edit_saving
-    from semantic_anomaly.roi import ImageRegion
+    from semantic_anomaly.offline.edit_index import save_edited
     from semantic_anomaly.segmentation.embedder import RunningEmbedder
 
     settings, camera = settings_of(args, args.index)
-    region = ImageRegion.from_settings(settings.camera_settings[camera])
     index = NominalIndex.load(args.index)
-    index.check_region(region)
+    settings = resolve_settings(settings, index)
+    roi = resolve_roi(settings.camera_settings[camera], index, None)
+    index.check_region(roi)
     chosen = list(_chosen(args, index))
     embedder = RunningEmbedder.from_settings(settings)
     try:
         index.check_embedder(embedder.identity)
-        index.plan.check_segmenter(embedder.segmenter)
+        if settings.segments:
+            index.check_segmenter(embedder.segmenter)
         frames = ((frame, embedder.embed([frame.image])[0]) for frame in chosen)
         edited, report = index_edits.add_nominal(
-            index, frames, region=region, source=args.source, note=args.note
+            index, frames, region=roi, source=args.source, note=args.note
         )
     finally:
         embedder.close()
-    calibration = edit_saving.save_edited(args.index, index, edited)
+    calibration = save_edited(args.index, index, edited)
     rows = [
         *_edits(index, edited),
         ("patches seen", f"{report.seen}"),
@@ -79,7 +81,7 @@ def _edits(before: NominalIndex, after: NominalIndex) -> Iterator[tuple[str, str
 
 
 def _chosen(args: argparse.Namespace, index: NominalIndex) -> Iterator[Frame]:
-    from semantic_anomaly.calibration.leakage import refuse_indexed
+    from semantic_anomaly.calibration.leakage import refuse_seen
     from semantic_anomaly.io.open import open_source, split_selection
 
     wanted = None if args.frames is None else set(numbers("--frames", args.frames))
@@ -94,7 +96,7 @@ def _chosen(args: argparse.Namespace, index: NominalIndex) -> Iterator[Frame]:
             continue
         found.add(number)
         try:
-            refuse_indexed(index, frame)
+            refuse_seen(index, frame)
         except CalibrationError:
             raise InputError(f"frame '{frame.name}': the index was built from it already") from None
         yield frame

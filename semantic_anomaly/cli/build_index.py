@@ -1,4 +1,4 @@
-"""Make the index of nominal embeddings from nominal drives."""
+"""Build the index of nominal embeddings from nominal drives."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from semantic_anomaly.cli.options import (
     add_detector_options,
+    add_sources_argument,
     add_topic_option,
     positive,
     settings_of,
@@ -16,32 +17,37 @@ from semantic_anomaly.cli.tables import megabytes, table
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `semantic-anomaly build-index`."""
+    add_sources_argument(parser)
     parser.add_argument(
-        "sources",
-        nargs="+",
-        metavar="SOURCE",
-        help="folder of images, video or rosbag2 bag; 'SOURCE[START:STOP]' takes a part of it",
+        "--out", type=Path, required=True, metavar="INDEX", help="folder of the new index"
     )
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="INDEX", help="folder of the index to be"
+        "--force",
+        action="store_true",
+        help="replace an index in --out, with its calibrations and edits",
     )
     parser.add_argument(
-        "--stride", type=positive, default=1, metavar="N", help="take every N-th frame (default 1)"
+        "--stride", type=positive, default=1, metavar="N", help="use every N-th frame (default 1)"
     )
     add_topic_option(parser)
     add_detector_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Build, save and describe an index."""
-    from semantic_anomaly.index.format import refuse_other_folder
+    """Build and write an index and print a summary."""
     from semantic_anomaly.offline.build_index import build_index
 
-    # Before the work rather than after it.
-    refuse_other_folder(args.out)
     settings, camera = settings_of(args)
-    index = build_index(settings, camera, args.sources, topic=args.topic, stride=args.stride)
-    index.save(args.out)
+    index = build_index(
+        args.sources,
+        settings=settings,
+        camera=camera,
+        out=args.out,
+        force=args.force,
+        topic=args.topic,
+        stride=args.stride,
+        progress=True,
+    )
     size = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())
     report = index.report
     rows = [

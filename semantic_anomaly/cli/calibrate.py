@@ -1,4 +1,4 @@
-"""Make the threshold of an index from nominal drives that it has not seen."""
+"""Calibrate an index with nominal drives that it has not seen."""
 
 from __future__ import annotations
 
@@ -8,27 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 from semantic_anomaly.cli.options import (
     add_detector_options,
+    add_sources_argument,
     add_topic_option,
-    load_detector,
     settings_of,
 )
-from semantic_anomaly.cli.tables import drives_listed, figure, table
+from semantic_anomaly.cli.tables import drives_listed, table
 from semantic_anomaly.errors import InputError
+from semantic_anomaly.evaluation.measures import figure, interval
 
 if TYPE_CHECKING:
     from semantic_anomaly.calibration.calibration import Calibration
-    from semantic_anomaly.settings import Settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `semantic-anomaly calibrate`."""
     parser.add_argument("index", type=Path, metavar="INDEX", help="folder of the index")
-    parser.add_argument(
-        "sources",
-        nargs="+",
-        metavar="SOURCE",
-        help="nominal folder of images, video or rosbag2 bag; 'SOURCE[START:STOP]' takes a part",
-    )
+    add_sources_argument(parser)
     parser.add_argument(
         "--target-false-alarm-rate",
         type=float,
@@ -39,27 +34,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--target-episode-rate",
         type=float,
         metavar="RATE",
-        help="share of nominal stretches of --episode-s that may raise an alarm, promised besides "
-        "(default: no such promise); needs every frame of the drives",
+        help="share of nominal episodes of --episode-s seconds that may raise an alarm (default: "
+        "no such rate); needs every frame of the drives",
     )
     parser.add_argument(
         "--check",
         action="store_true",
-        help="write nothing, but say what the present calibration's promise comes to on the "
-        "sources: further nominal drives",
+        help="write nothing; print the false-alarm rates of the calibration on the sources, "
+        "which are further nominal drives",
     )
     parser.add_argument(
         "--episode-s",
         type=float,
         metavar="S",
-        help="length of a stretch of driving (default: the setting, 10)",
+        help="length of an episode in seconds (default: the setting, 10)",
     )
     add_topic_option(parser)
     add_detector_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Calibrate an index, store the calibration in its folder and describe it."""
+    """Calibrate an index, write the calibration to its folder and print a summary."""
     if args.check:
         return _check(args)
     from semantic_anomaly.index.nominal_index import NominalIndex
@@ -73,12 +68,15 @@ def run(args: argparse.Namespace) -> int:
         episode_s=args.episode_s,
     )
     index = NominalIndex.load(args.index)
-    calibration = calibrate(settings, camera, index, args.sources, topic=args.topic)
+    calibration = calibrate(
+        index, args.sources, settings=settings, camera=camera, topic=args.topic, progress=True
+    )
     path = calibration.save(args.index)
+    settings = calibration.resolve(settings.for_camera(camera))
     rows = [
         ("threshold", f"{calibration.threshold_of(settings):.4f}"),
         ("target false-alarm rate", f"{calibration.target_false_alarm_rate:g}"),
-        *_stretches(calibration, settings),
+        *_episode_rows(calibration),
         ("nominal frames", f"{calibration.count}"),
         ("drives", drives_listed(calibration.drives)),
         (
@@ -92,41 +90,45 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _stretches(calibration: Calibration, settings: Settings) -> list[tuple[str, str]]:
-    if calibration.stretches is None:
+def _episode_rows(calibration: Calibration) -> list[tuple[str, str]]:
+    episodes = calibration.episodes
+    if episodes is None:
         return []
-    found = calibration.stretches
-    told = f"{settings.target_episode_rate:g} of stretches of {found.episode_s:g} s"
-    return [("target of stretches", told), ("nominal stretches", f"{len(found.scores)}")]
+    target = f"{episodes.target_episode_rate:g} of episodes of {episodes.episode_s:g} s"
+    return [("target of episodes", target), ("nominal episodes", f"{len(episodes.scores)}")]
 
 
 def _check(args: argparse.Namespace) -> int:
-    from semantic_anomaly.evaluation.realised import realised_rates
+    from semantic_anomaly.detection.detector import load_detector
+    from semantic_anomaly.evaluation.false_alarms import false_alarm_rates
 
     if args.target_false_alarm_rate is not None or args.target_episode_rate is not None:
-        raise InputError("--check: the target rates are the calibration's own, found others given")
+        raise InputError(
+            "--check: the target rates are those of the calibration, found others in the options"
+        )
     settings, camera = settings_of(args, args.index)
-    detector = load_detector(args, settings, camera)
+    detector = load_detector(settings, camera, need_calibration=True)
     length = detector.settings.episode_s if args.episode_s is None else args.episode_s
-    found = realised_rates(detector, args.sources, topic=args.topic, episode_s=length)
-    stretch = f"of {found['stretches']} whole stretches of {length:g} s with an alarm"
-    if promised := detector.settings.target_episode_rate:
-        stretch += f"; target {promised:g}"
-    hour = found["episodes_per_hour"]
+    rates = false_alarm_rates(
+        detector, args.sources, topic=args.topic, episode_s=length, progress=True
+    )
+    frames = f"of {rates['frames']} frames above the threshold; target {rates['target']:g}"
+    episodes = f"of {rates['episodes']} complete episodes of {length:g} s with an alarm"
+    if target := detector.settings.target_episode_rate:
+        episodes += f"; target {target:g}"
+    per_hour = f"{figure(rates['false_alarms_per_hour'], 1)} an hour"
     rows = [
-        _rate(found, "frame", f"of {found['frames']} frames above the threshold; target "
-              f"{found['target']:g}"),
-        _rate(found, "alarm", "of the frames in confirmed alarm"),
-        _rate(found, "stretch", stretch),
-        ("episodes", f"{found['episodes']}", "", f"{figure(hour, 1)} an hour"),
-    ]  # fmt: skip
-    print(table(rows, ("rate", "value", f"95 %, {found['drives']} drives", "remark")))
-    if not found["kept"]:
-        print("warning: more false alarms than promised: calibrate with drives like these")
+        _rate_row(rates, "frame", frames),
+        _rate_row(rates, "alarm", "of the frames in confirmed alarm"),
+        _rate_row(rates, "episode", episodes),
+        ("false alarms", f"{rates['false_alarms']}", "", per_hour),
+    ]
+    print(table(rows, ("rate", "value", f"95 %, {rates['drives']} drives", "remark")))
+    if not rates["kept"]:
+        print("warning: more false alarms than the target: calibrate with drives like these")
     return 0
 
 
-def _rate(found: dict[str, Any], name: str, remark: str) -> tuple[str, ...]:
-    interval = found[f"{name}_rate_interval"]
-    low_high = " to ".join(figure(end) for end in interval or ())
-    return name, figure(found[f"{name}_rate"]), low_high, remark
+def _rate_row(rates: dict[str, Any], name: str, remark: str) -> tuple[str, ...]:
+    bounds = interval(rates[f"{name}_rate_interval"])
+    return name, figure(rates[f"{name}_rate"]), bounds, remark

@@ -1,4 +1,4 @@
-"""What the verbs that edit an index have in common."""
+"""Functions shared by the commands that edit an index."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def with_part(index: NominalIndex, name: str | None, edited: NominalIndex) -> No
 
 
 def after_rows(edited: NominalIndex, calibration: Calibration | None) -> list[tuple[str, str]]:
-    """Return what is to be said after every edit: entries, fingerprint, calibration."""
+    """Return the rows printed after every edit: entries, fingerprint, calibration."""
     told = [("entries", f"{edited.count}"), ("fingerprint", edited.fingerprint[:16])]
     if calibration is None:
         return [*told, ("calibration", "none")]
-    if not calibration.renewal:
+    if not calibration.stale_edits:
         return [*told, ("calibration", "in force")]
     return [*told, *(("warning", sentence) for sentence in calibration.warnings)]

@@ -1,4 +1,4 @@
-"""Say which nominal entries explain a part of an image away."""
+"""List the nominal entries that are nearest to a part of an image."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from semantic_anomaly.cli.edits import part_of
 from semantic_anomaly.cli.options import (
     add_detector_options,
     add_topic_option,
-    load_detector,
     positive,
     settings_of,
 )
@@ -42,12 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=_NEAREST,
         metavar="K",
-        help=f"entries looked at for every patch (default {_NEAREST})",
+        help=f"nearest entries of each patch (default {_NEAREST})",
     )
     parser.add_argument(
         "--part",
         metavar="NAME",
-        help="instances or pairs: what explains the instances of the box; default: its patches",
+        help="'instances': explain the instances in the box; default: its patches",
     )
     add_topic_option(parser)
     add_detector_options(parser)
@@ -56,49 +55,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """List the entries nearest to the patches of a box, and draw them."""
     from semantic_anomaly.detection import explain as explanation
+    from semantic_anomaly.detection.detector import load_detector
     from semantic_anomaly.index import edits as index_edits
     from semantic_anomaly.io.images import write_image
 
     settings, camera = settings_of(args, args.index)
     image = _image(args)
-    detector = load_detector(args, settings, camera)
+    detector = load_detector(settings, camera)
     grid = detector.embedder.embed([image])[0]
     index = part_of(detector.index, args.part)
     box = tuple(args.box)
-    inside = explanation.patches_of_box(grid, detector.region, box)
-    relation: Any = (1.0, 0.0)
+    inside = explanation.patches_of_box(grid, detector.roi, box)
+    gain: Any = 1.0
+    offset: Any = 0.0
     if args.part:
-        embeddings = explanation.instances_of_box(index, grid, detector.region, inside)
+        embeddings = explanation.instances_of_box(grid, detector.roi, inside)
     else:
         embeddings = grid.features[inside]
-        if detector.usual:
-            relation = detector.usual["grid"].relation(inside, embeddings)
-    found = explanation.explain(index, embeddings, args.nearest)
-    listed = found[: args.count]
+        if detector.normalisations:
+            # Distances in the unit of the threshold: unit_mean + unit_deviation * z.
+            normalisation = detector.normalisations["grid"]
+            mean, deviation = normalisation.parameters(inside, embeddings)
+            unit_mean, unit_deviation = normalisation.unit
+            gain = unit_deviation / deviation
+            offset = unit_mean - gain * mean
+    explanations = explanation.explain(index, embeddings, args.nearest, gain=gain, offset=offset)[
+        : args.count
+    ]
     rows = [
         (f"{e.number}", e.frame, f"{e.row}", f"{e.col}", f"{e.distance:.4f}", f"{e.patches}")
-        for e in listed
+        for e in explanations
     ]
-    print(table(rows, ("entry", "frame", "row", "col", "distance", "explains")))
-    told = [("as it is", index)]
-    if len(listed) < index.count:
-        rest = index_edits.retract(index, [each.number for each in listed])
-        told.append((f"without these {len(listed)} entries", rest))
+    print(table(rows, ("entry", "frame", "row", "col", "distance", "patches")))
+    versions = [("with all entries", index)]
+    if len(explanations) < index.count:
+        rest = index_edits.retract(index, [e.number for e in explanations])
+        versions.append((f"without these {len(explanations)} entries", rest))
     summary = []
-    for name, version in told:
-        k = min(settings.neighbours, version.count)
-        distances = relation[0] * version.exact_distances(embeddings, k) + relation[1]
+    for name, version in versions:
+        k = min(detector.settings.neighbours, version.count)
+        distances = offset + gain * version.exact_distances(embeddings, k)
         summary.append((name, f"{max(distances.mean(), 0):.4f}", f"{max(distances.max(), 0):.4f}"))
+    threshold = None if args.part else detector.threshold
     if not args.part:
-        threshold = "-" if detector.threshold is None else f"{detector.threshold:.4f}"
-        summary.append(("threshold of the frame score", threshold, ""))
-    what = "instances" if args.part else "patches"
-    print(f"\ndistances of the {len(embeddings)} {what} of the box")
+        summary.append(("threshold", "-" if threshold is None else f"{threshold:.4f}", ""))
+    unit = "instances" if args.part else "patches"
+    print(f"\ndistances of the {len(embeddings)} {unit} in the box")
     print(table(summary, ("", "mean", "largest")))
     of_part = f" of part '{args.part}'" if args.part else ""
-    print(f"\nnumbers{of_part} are those of index {index.fingerprint[:16]}")
+    print(f"\nentry numbers{of_part} belong to index {index.fingerprint[:16]}")
     if args.out is not None:
-        write_image(args.out, explanation.picture(image, box, index, listed))
+        picture = explanation.draw_explanations(image, box, index, explanations, threshold)
+        write_image(args.out, picture)
         print(f"wrote {args.out}")
     return 0
 

@@ -1,4 +1,4 @@
-"""Check an index folder and say what it holds."""
+"""Check an index folder and print what it contains."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _index_rows(folder: Path, index: NominalIndex) -> list[tuple[str, str]]:
         ("weights", f"sha256 {identity.weights_sha256[:16]}, {identity.dtype}"),
         ("input", f"long side {identity.input_size} px, grid of {identity.patch_px} px"),
         ("camera", index.camera),
-        ("region", whole or ", ".join(
+        ("region of interest", whole or ", ".join(
             [*[f"polygon of {len(polygon)} corners"] * bool(polygon), *["ego mask"] * bool(mask)]
         )),
         ("sources", listed(written["source"])),
@@ -107,22 +107,19 @@ def _calibration_rows(calibration: Calibration) -> list[tuple[str, str]]:
         ("target rate", f"{calibration.target_false_alarm_rate:g}"),
         ("nominal frames", f"{calibration.count}"),
         ("drives", drives),
-        (
-            "score settings",
-            f"neighbours {calibration.neighbours}, tail {calibration.tail_percent:g} %",
-        ),
         *((name, f"{value}") for name, value in calibration.scoring.items()),
-        *_stretch_rows(calibration),
+        *_episode_rows(calibration),
         *(("warning", sentence) for sentence in calibration.warnings),
     ]
 
 
-def _stretch_rows(calibration: Calibration) -> list[tuple[str, str]]:
-    from semantic_anomaly.calibration import conformal
+def _episode_rows(calibration: Calibration) -> list[tuple[str, str]]:
+    from semantic_anomaly.calibration.conformal import conformal_threshold
 
-    made = calibration.stretches
-    if made is None:
+    episodes = calibration.episodes
+    if episodes is None:
         return []
-    told = f"{len(made.scores)} of {made.episode_s:g} s, target {made.target_episode_rate:g}"
-    limit = conformal.threshold(made.scores, made.target_episode_rate, "stretches")
-    return [("threshold of stretches", f"{limit:.4f}"), ("nominal stretches", told)]
+    rate = episodes.target_episode_rate
+    threshold = conformal_threshold(episodes.scores, rate, "episodes")
+    count = f"{len(episodes.scores)} of {episodes.episode_s:g} s, target {rate:g}"
+    return [("threshold of episodes", f"{threshold:.4f}"), ("nominal episodes", count)]

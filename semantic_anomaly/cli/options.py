@@ -1,4 +1,4 @@
-"""The options that every verb with a detector has, and the settings that they make."""
+"""Options that several commands share, and the settings they make."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from semantic_anomaly.settings import Settings
 from semantic_anomaly.settings_schema import read_parameters_yaml
 
 if TYPE_CHECKING:
-    from semantic_anomaly.detection.detector import AnomalyDetector
     from semantic_anomaly.evaluation.components import SizeLimits
 
-# YAML 1.1 takes 1e-3 for a string, for it has no point.
+# YAML 1.1 reads 1e-3 as a string.
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
@@ -23,7 +22,7 @@ def add_detector_options(parser: argparse.ArgumentParser) -> None:
     """Add --settings, --backbone, --set and --camera."""
     group = parser.add_argument_group("detector")
     group.add_argument(
-        "--settings", type=Path, metavar="FILE.yaml", help="the node's own parameter file"
+        "--settings", type=Path, metavar="FILE.yaml", help="parameter file of the node"
     )
     group.add_argument(
         "--backbone",
@@ -38,9 +37,7 @@ def add_detector_options(parser: argparse.ArgumentParser) -> None:
         dest="overrides",
         help="any setting, e.g. --set neighbours=3 --set camera.ego_mask=bonnet.png",
     )
-    group.add_argument(
-        "--camera", metavar="NAME", help="which of the settings' cameras, where it has several"
-    )
+    group.add_argument("--camera", metavar="NAME", help="camera, if the settings have several")
 
 
 def add_components_option(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +46,7 @@ def add_components_option(parser: argparse.ArgumentParser) -> None:
         "--components",
         default="anomaly-track",
         metavar="LIMITS",
-        help="least sizes of components that count: anomaly-track (500 px predicted, 100 px "
+        help="smallest components that count: anomaly-track (500 px predicted, 100 px "
         "anomaly), obstacle-track (50, 10) or PREDICTED,ANOMALY in px (default: %(default)s)",
     )
 
@@ -87,7 +84,7 @@ def component_limits(text: str) -> SizeLimits:
 
 def add_topic_option(parser: argparse.ArgumentParser) -> None:
     """Add --topic."""
-    parser.add_argument("--topic", metavar="T", help="image topic of bags that have several")
+    parser.add_argument("--topic", metavar="T", help="image topic, if a bag has several")
 
 
 def count(text: str) -> int:
@@ -109,15 +106,15 @@ def positive(text: str) -> int:
 def settings_of(
     args: argparse.Namespace, index: Path | None = None, **changes: Any
 ) -> tuple[Settings, str]:
-    """Return the settings that the options make, and the camera's name.
+    """Return the settings made by the options, and the name of the camera.
 
     Args:
         args: with the options of `add_detector_options`.
         index: index folder given on the command line; wins over the settings.
-        changes: settings given by options of their own; None changes nothing.
+        changes: settings with options of their own; None changes nothing.
 
     Raises:
-        SettingsError: a file, name or value cannot be taken, or a camera must be chosen.
+        SettingsError: a file, name or value is not valid, or a camera must be chosen.
         UnknownNameError: no such setting or camera.
     """
     parameters = _parameters(args)
@@ -130,29 +127,19 @@ def settings_of(
     return settings, camera
 
 
-def load_detector(args: argparse.Namespace, settings: Settings, camera: str) -> AnomalyDetector:
-    """Return the detector of a camera, at the rate it was calibrated for where none is given.
-
-    Raises:
-        SemanticAnomalyError: as `AnomalyDetector.load`.
-    """
-    from semantic_anomaly.calibration.calibration import Calibration
-    from semantic_anomaly.calibration.format import file_of
-    from semantic_anomaly.detection.detector import AnomalyDetector
-
-    folder = Path(settings.index_of(camera)).expanduser()
-    if file_of(folder, camera).exists():
-        # A default is not a wish: 'calibrate' was told which rates are wanted.
-        calibration, given = Calibration.load(folder, camera), _parameters(args)
-        promised = {"target_false_alarm_rate": calibration.target_false_alarm_rate}
-        if calibration.stretches is not None:
-            promised |= calibration.stretches.settings
-        settings = settings.replace(**{k: v for k, v in promised.items() if k not in given})
-    return AnomalyDetector.load(settings, camera)
+def add_sources_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the positional argument for one or more sources."""
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="folder of images, video, rosbag2 bag, image files, 'pattern*.png' or @list.txt; "
+        "'SOURCE[START:STOP]' selects frames",
+    )
 
 
 def _parameters(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what was given: the settings file, over it --set, over it --backbone."""
+    """Return parameters: of the settings file, overridden by --set, overridden by --backbone."""
     parameters = read_parameters_yaml(args.settings) if args.settings else {}
     parameters.update(_override(item) for item in args.overrides)
     if args.backbone:
@@ -163,7 +150,7 @@ def _parameters(args: argparse.Namespace) -> dict[str, Any]:
 def _camera(settings: Settings, name: str | None) -> str:
     if name is None and len(settings.cameras) > 1:
         raise SettingsError(
-            "settings name several cameras, choose one with --camera: "
+            "the settings have several cameras, choose one with --camera: "
             + ", ".join(settings.cameras)
         )
     camera = settings.cameras[0] if name is None else name
@@ -184,5 +171,5 @@ def _override(item: str) -> tuple[str, Any]:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise SettingsError(f"option --set: '{text}' is not a YAML value") from error
-    # Whoever writes --set ego_mask= means an empty text.
+    # --set ego_mask= means an empty text.
     return name, "" if value is None and not text.strip() else value

@@ -1,4 +1,4 @@
-"""Take entries out of an index, against misses."""
+"""Retract entries of an index, to find anomalies that it missed."""
 
 from __future__ import annotations
 
@@ -29,11 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Take out everything that the options name, as one edit."""
-    from semantic_anomaly.index import edits as entry_numbers
+    """Retract all entries that the options name, as one edit."""
     from semantic_anomaly.index import edits as index_edits
     from semantic_anomaly.index.nominal_index import NominalIndex
-    from semantic_anomaly.offline import edit_index as edit_saving
+    from semantic_anomaly.offline.edit_index import save_edited
 
     if (args.near is None) != (args.within is None):
         raise InputError("--near and --within: expected both or neither")
@@ -43,14 +42,14 @@ def run(args: argparse.Namespace) -> int:
     index = part_of(whole, args.part)
     named = numbers("--entries", args.entries) if args.entries is not None else []
     if args.frame is not None:
-        named += entry_numbers.of_frame(index, args.frame)
+        named += index_edits.of_frame(index, args.frame)
     if args.near is not None:
-        named += entry_numbers.near(index, args.near, args.within)
+        named += index_edits.near(index, args.near, args.within)
     edited = index_edits.retract(index, named, note=args.note)
     after = with_part(whole, args.part, edited)
-    calibration = edit_saving.save_edited(args.index, whole, after)
+    calibration = save_edited(args.index, whole, after)
     last = edited.edits[-1]
     print(table([("edit", f"{last.number}: {last.what}"), *after_rows(after, calibration)]))
     part = f" --part {args.part}" if args.part else ""
-    print(f"take it back with: semantic-anomaly undo-edit {args.index} {last.number}{part}")
+    print(f"undo with: semantic-anomaly undo-edit {args.index} {last.number}{part}")
     return 0

@@ -1,4 +1,4 @@
-"""Take an edit of an index back."""
+"""Undo an edit of an index."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Undo one edit: what it took out returns exactly, what it added goes."""
+    """Undo one edit: retracted entries return, added entries are removed."""
     from semantic_anomaly.index import edits as index_edits
     from semantic_anomaly.index.nominal_index import NominalIndex
-    from semantic_anomaly.offline import edit_index as edit_saving
+    from semantic_anomaly.offline.edit_index import save_edited
 
     whole = NominalIndex.load(args.index)
     edited, edit = index_edits.undo(part_of(whole, args.part), args.number)
     after = with_part(whole, args.part, edited)
-    calibration = edit_saving.save_edited(args.index, whole, after)
+    calibration = save_edited(args.index, whole, after)
     print(table([("undone", f"{edit.number}: {edit.what}"), *after_rows(after, calibration)]))
     return 0

@@ -3,99 +3,123 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from semantic_anomaly.embedding.identity import Embedder
 from semantic_anomaly.errors import SourceError
 from semantic_anomaly.io.sources import FrameSource
 from semantic_anomaly.offline.drives import (
+    Sources,
     camera_roi,
     embedded_frames,
-    given_or_loaded_embedder,
+    frame_total,
     open_drives,
+    settings_of,
 )
 from semantic_anomaly.roi import ImageRegion
 from semantic_anomaly.settings import Settings
 
-_log = logging.getLogger(__name__)
-
 if TYPE_CHECKING:
     from semantic_anomaly.index.nominal_index import NominalIndex
 
+_log = logging.getLogger(__name__)
+
 
 def build_index(
-    settings: Settings,
-    camera: str,
-    sources: Sequence[str | Path],
+    sources: Sources,
     *,
+    settings: Settings | None = None,
+    camera: str = "camera",
+    out: str | Path | None = None,
+    force: bool = False,
     topic: str | None = None,
     embedder: Embedder | None = None,
     stride: int = 1,
-    progress: bool = True,
+    progress: bool = False,
+    **overrides: Any,
 ) -> NominalIndex:
     """Build the nominal index of a camera from nominal drives, in bounded memory.
 
+    Example:
+        >>> index = build_index("drives/nominal", backbone="dinov2_small", out="index")
+
     Args:
-        settings: backbone, region and how the index is made.
-        camera: one of `settings.cameras`.
-        sources: folders, videos or bags, each with or without a selection ('drive[0:56]').
+        sources: folders, videos, bags, image files or RGB arrays; see `open_drives`.
+        settings: None: all defaults.
+        camera: one of the cameras of the settings.
+        out: folder to which the index is written; None: it is not written.
+        force: replace an index in `out`, with its calibrations and edits.
         topic: image topic of bags that have several.
-        embedder: one already loaded.
-        stride: take every so manieth frame.
+        embedder: already loaded; None: loaded from the settings.
+        stride: use every stride-th frame.
         progress: show a progress bar on a terminal.
+        **overrides: values of single settings, such as `backbone` or `input_size`.
 
     Raises:
-        UnknownNameError: no such camera.
+        UnknownNameError: no such camera or setting.
         SourceError: a source has no usable frames.
-        SemanticAnomalyError: the backbone cannot be loaded, or what it gives is not finite.
+        ArtefactError: `out` has an index and `force` is false, or it cannot be written.
+        SemanticAnomalyError: the backbone cannot be loaded, or returns values that are not finite.
     """
+    from semantic_anomaly.index.format import refuse_existing
     from semantic_anomaly.index.nominal_index import NominalIndex
+    from semantic_anomaly.segmentation.embedder import RunningEmbedder
 
-    region = camera_roi(settings, camera)
-    opened = open_drives(sources, topic)
     if stride < 1:
         raise SourceError(f"stride: expected at least 1, found {stride}")
-    embedder, own = given_or_loaded_embedder(settings, embedder)
+    if out is not None:
+        # Before the work rather than after it.
+        refuse_existing(Path(out).expanduser(), force)
+    settings = settings_of(settings, overrides).with_build_defaults()
+    roi = camera_roi(settings, camera)
+    drives = open_drives(sources, topic)
+    loaded = RunningEmbedder.from_settings(settings) if embedder is None else None
+    embedder = embedder or loaded
+    assert embedder is not None
     try:
-        _log_predicted_size(settings, region, opened, embedder, stride)
-        frames = (pair for _, pair in embedded_frames(opened, embedder, "index", stride, progress))
-        return NominalIndex.build(
-            frames,
+        _log_predicted_size(settings, roi, drives, embedder, stride)
+        frames = embedded_frames(
+            drives, embedder, stride=stride, description="index", progress=progress
+        )
+        index = NominalIndex.build(
+            ((item.frame, item.grid) for item in frames),
             identity=embedder.identity,
-            region=region,
+            region=roi,
             settings=settings,
-            source=list(opened),
+            source=list(drives),
             camera=camera,
             segmenter=embedder.segmenter if settings.segments else None,
         )
     finally:
-        if own:
-            own.close()
+        if loaded is not None:
+            loaded.close()
+    if out is not None:
+        index.save(Path(out), force=force)
+    return index
 
 
 def _log_predicted_size(
     settings: Settings,
-    region: ImageRegion,
-    sources: dict[str, FrameSource],
+    roi: ImageRegion,
+    drives: Mapping[str, FrameSource],
     embedder: Embedder,
     stride: int,
 ) -> None:
-    """Say beforehand how large the index may become."""
+    """Log how large the index may become."""
     from semantic_anomaly.index.nominal_index import NominalIndex
 
-    image_hw = next(iter(next(iter(sources.values())))).image_hw
-    patches = int(region.patch_mask(embedder.grid_hw(image_hw), image_hw).sum())
+    image_hw = next(iter(next(iter(drives.values())))).image_hw
+    patches = int(roi.patch_mask(embedder.grid_hw(image_hw), image_hw).sum())
     dim = embedder.identity.dim
-    counts = [source.count for source in sources.values()]
-    most = NominalIndex.predicted_bytes(settings.max_entries, dim, settings.graph_m)
-    text = f"predicted size: at most {most / 1e6:.0f} MB ({settings.max_entries} entries)"
-    if all(count is not None for count in counts):
-        frames = sum(-(-(count or 0) // stride) for count in counts)
-        every = NominalIndex.predicted_bytes(frames * patches, dim, settings.graph_m)
+    largest = NominalIndex.predicted_bytes(settings.max_entries, dim)
+    text = f"predicted size: at most {largest / 1e6:.0f} MB ({settings.max_entries} entries)"
+    frames = frame_total(drives, stride)
+    if frames is not None:
+        every = NominalIndex.predicted_bytes(frames * patches, dim)
         text += (
-            f"; {every / 1e6:.0f} MB if every patch of the {frames} frames were stored "
-            f"({patches} a frame)"
+            f"; {every / 1e6:.0f} MB if all patches of the {frames} frames were stored "
+            f"({patches} per frame)"
         )
     _log.info("%s", text)

@@ -1,131 +1,180 @@
-"""Index and calibration from recorded drives, with the same code that runs on the vehicle."""
+"""Calibrate an index with nominal drives that it has not seen, scored as the detector does."""
 
 from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from semantic_anomaly.calibration.calibration import Calibration
-from semantic_anomaly.calibration.conformal import Stretches, scores_needed
-from semantic_anomaly.calibration.leakage import Fresh
-from semantic_anomaly.detection.detector import AnomalyDetector
+from semantic_anomaly.calibration.conformal import Episodes, scores_needed
+from semantic_anomaly.calibration.leakage import LeakageCheck
+from semantic_anomaly.detection.detector import resolve_roi, resolve_settings
 from semantic_anomaly.embedding.identity import Embedder
+from semantic_anomaly.io.sources import FrameSource
 from semantic_anomaly.offline.drives import (
-    camera_roi,
+    Sources,
+    drive_names,
     embedded_frames,
-    given_or_loaded_embedder,
     open_drives,
-    sources_by_drive,
+    settings_of,
 )
-from semantic_anomaly.scoring.normalisation import PlaceSums, anchors_of, usual_of_others
-from semantic_anomaly.settings import Settings
+from semantic_anomaly.scoring.distances import FrameScorer
+from semantic_anomaly.scoring.normalisation import (
+    NormalisationSums,
+    class_anchors,
+    normalisations_without,
+)
+from semantic_anomaly.settings import DEFAULT_FALSE_ALARM_RATE, Settings
+from semantic_anomaly.structures import PatchGrid
 
 if TYPE_CHECKING:
     from semantic_anomaly.index.nominal_index import NominalIndex
 
-FOLDS, STRETCH_FRAMES = 5, 10
+FOLDS, FOLD_FRAMES = 5, 10
+_FRAME_PERIOD_NS = 100_000_000
 _log = logging.getLogger(__name__)
 
 
 def calibrate(
-    settings: Settings,
-    camera: str,
     index: NominalIndex,
-    sources: Sequence[str | Path],
+    sources: Sources | Mapping[str, Iterable[PatchGrid]],
     *,
+    settings: Settings | None = None,
+    camera: str | None = None,
+    out: str | Path | None = None,
     topic: str | None = None,
     embedder: Embedder | None = None,
-    progress: bool = True,
+    progress: bool = False,
+    **overrides: Any,
 ) -> Calibration:
-    """Calibrate an index with nominal drives that it has not seen, scored as the detector does.
+    """Calibrate an index with nominal drives that it has not seen.
 
-    Every source counts as a drive of its own, also a selection of one; a folder whose labels name
-    the drives of its images, as many drives as they name. With `place_normalisation`
-    frames are read twice: for what is usual at every place, then for scores relative to what is
-    usual in the drives of other folds (cross-conformal prediction, Vovk 2015).
+    Frames are scored twice: for the score normalisation, then for scores standardised by the drives
+    of the other folds (cross-conformal prediction, Vovk 2015). Every source is one drive; a folder
+    whose labels name the drives of its images is as many drives.
+
+    Example:
+        >>> calibration = calibrate(index, ["drives/b", "drives/c"], out="index")
 
     Args:
-        settings: give the target rate and what shapes a score.
-        camera: one of `settings.cameras`.
-        index: the index to be calibrated.
-        sources: folders, videos or bags, each with or without a selection ('drive[60:90]').
+        index: the index.
+        sources: folders, videos, bags, image files or RGB arrays, see `open_drives`; or patch grids
+            by drive, in memory.
+        settings: None: all defaults.
+        camera: one of the cameras of the settings; None: the first.
+        out: index folder to which the calibration is written; None: it is not written.
         topic: image topic of bags that have several.
-        embedder: one already loaded.
+        embedder: already loaded; None: loaded from the backbone of the index.
         progress: show a progress bar on a terminal.
+        **overrides: values of single settings, such as `target_false_alarm_rate`.
 
     Raises:
-        UnknownNameError: no such camera.
+        UnknownNameError: no such camera or setting.
         SourceError: a source has no usable frames.
         CalibrationError: the index has seen frames of a source, or there are too few frames for
             the target rate.
-        SemanticAnomalyError: backbone, index and region do not agree.
+        SemanticAnomalyError: backbone, index and region of interest do not match.
     """
-    region = camera_roi(settings, camera)
-    opened = open_drives(sources, topic)
-    embedder, own = given_or_loaded_embedder(settings, embedder)
+    settings = settings_of(settings, overrides)
+    camera = settings.cameras[0] if camera is None else camera
+    if not settings.target_false_alarm_rate:
+        settings = settings.replace(target_false_alarm_rate=DEFAULT_FALSE_ALARM_RATE)
+    settings = resolve_settings(settings.for_camera(camera), index)
+    roi = resolve_roi(settings.camera_settings[camera], index, None)
+    index.check_region(roi)
+    index.configure_search(settings.search, settings.search_ef)
+    names: list[str]
+    loaded = None
+    if isinstance(sources, Mapping):
+        names, dtype = list(sources), index.identity.dtype
+        frames = partial(_grid_frames, sources)
+    else:
+        drives = open_drives(sources, topic)
+        leakage = LeakageCheck(index)
+        leakage.check_sources(drives, scores_needed(settings.target_false_alarm_rate))
+        if embedder is None:
+            from semantic_anomaly.segmentation.embedder import RunningEmbedder
+
+            embedder = loaded = RunningEmbedder.from_settings(settings)
+        index.check_embedder(embedder.identity)
+        if settings.segments:
+            index.check_segmenter(embedder.segmenter)
+        names, dtype = drive_names(drives), embedder.identity.dtype
+        frames = partial(_source_frames, drives, embedder, leakage, progress)
     try:
-        index.configure_search(settings.search, settings.search_ef)
-        fresh = Fresh(index)
-        fresh.foresee(opened, scores_needed(settings.target_false_alarm_rate))
-        drives = sources_by_drive(opened)
-        folds: dict[int, dict[str, PlaceSums]] = defaultdict(dict)
-        anchors = anchors_of(index.content.embeddings, settings.usual_kinds)
-        if settings.place_normalisation:
-            detector = AnomalyDetector(embedder, index, None, settings, region)
-            for number, (drive, (frame, grid)) in enumerate(
-                embedded_frames(opened, embedder, "usual distances", 1, progress)
-            ):
-                fresh.check(drives[drive], frame)
-                fold = _fold(list(drives), drive, number)
-                for branch, found in detector.plain_distances(grid).items():
-                    sums = folds[fold].setdefault(branch, PlaceSums(anchors))
-                    sums.add(found.values, found.inside, found.embeddings)
-        detectors: dict[int, AnomalyDetector] = {}
+        scorer = FrameScorer(index, settings, roi)
+        sums: dict[int, dict[str, NormalisationSums]] = defaultdict(dict)
+        anchors = class_anchors(index.content.embeddings)
+        for number, (drive, _, grid) in enumerate(frames("score normalisation")):
+            fold = _fold(names, drive, number)
+            for stage, distance_map in scorer.distance_maps(grid).items():
+                stage_sums = sums[fold].setdefault(stage, NormalisationSums(anchors))
+                stage_sums.add(distance_map.values, distance_map.inside, distance_map.embeddings)
+        by_fold = {fold: normalisations_without(sums, fold) for fold in sums}
         scores: dict[str, list[float]] = {}
-        stamps: dict[str, list[int]] = {}
+        stamps_ns: dict[str, list[int]] = {}
         medians: list[float] = []
-        for number, (drive, (frame, grid)) in enumerate(
-            embedded_frames(opened, embedder, "calibrate", 1, progress)
-        ):
-            if not folds:
-                fresh.check(drives[drive], frame)
-            fold = _fold(list(drives), drive, number)
-            if fold not in detectors:
-                usual = usual_of_others(folds, fold)
-                detectors[fold] = AnomalyDetector(embedder, index, None, settings, region, usual)
-            score, distances = detectors[fold].score(grid)
-            scores.setdefault(drive, []).append(score)
-            stamps.setdefault(drive, []).append(frame.stamp_ns)
-            inside = region.patch_mask(grid.grid_hw, grid.image_hw)
-            medians.append(float(np.median(distances[inside])))
-        calibration = Calibration.fit(
-            scores,
-            heatmap_low=float(np.median(medians)),
-            index=index,
-            settings=settings,
-            region=region,
-            camera=camera,
-            dtype=embedder.identity.dtype,
-            usual=usual_of_others(folds, None),
-            stretches=Stretches.of_drives(scores, stamps, settings)
-            if settings.target_episode_rate
-            else None,
-        )
+        for number, (drive, stamp_ns, grid) in enumerate(frames("calibration scores")):
+            frame_score = scorer.score(grid, by_fold[_fold(names, drive, number)], None)
+            scores.setdefault(drive, []).append(frame_score.score)
+            stamps_ns.setdefault(drive, []).append(stamp_ns)
+            inside = roi.patch_mask(grid.grid_hw, grid.image_hw)
+            medians.append(float(np.median(frame_score.anomaly_map[inside])))
     finally:
-        if own:
-            own.close()
-    for sentence in calibration.warnings:
-        _log.warning("%s", sentence)
+        if loaded is not None:
+            loaded.close()
+    calibration = Calibration.fit(
+        scores,
+        heatmap_low=float(np.median(medians)) if medians else 0.0,
+        index=index,
+        settings=settings,
+        roi=roi,
+        camera=camera,
+        dtype=dtype,
+        normalisations=normalisations_without(sums, None),
+        episodes=Episodes.of_drives(scores, stamps_ns, settings)
+        if settings.target_episode_rate
+        else None,
+    )
+    for warning in calibration.warnings:
+        _log.warning("%s", warning)
+    if out is not None:
+        calibration.save(Path(out).expanduser())
     return calibration
 
 
 def _fold(drives: Sequence[str], drive: str, number: int) -> int:
-    """Return the fold of a frame: drives are kept whole; of a single one, stretches."""
+    """Return the fold of a frame: the folds of drives, or of parts of a single drive."""
     if len(drives) > 1:
         return drives.index(drive) % FOLDS
-    return number // STRETCH_FRAMES % FOLDS
+    return number // FOLD_FRAMES % FOLDS
+
+
+def _grid_frames(
+    grids_by_drive: Mapping[str, Iterable[PatchGrid]], description: str
+) -> Iterator[tuple[str, int, PatchGrid]]:
+    """Yield drive, stamp in nanoseconds and embeddings of every frame."""
+    for drive, grids in grids_by_drive.items():
+        for number, grid in enumerate(grids):
+            yield drive, number * _FRAME_PERIOD_NS, grid
+
+
+def _source_frames(
+    drives: Mapping[str, FrameSource],
+    embedder: Embedder,
+    leakage: LeakageCheck,
+    progress: bool,
+    description: str,
+) -> Iterator[tuple[str, int, PatchGrid]]:
+    """Yield drive, stamp in nanoseconds and embeddings of every frame."""
+    items = embedded_frames(drives, embedder, description=description, progress=progress)
+    for drive, source, frame, grid in items:
+        leakage.check_frame(source, frame)
+        yield drive, frame.stamp_ns, grid
+    leakage.restart()

@@ -1,12 +1,13 @@
-"""Nominal drives: opened sources, their names, and their frames with embeddings."""
+"""Nominal drives: opened sources by name, and their frames with embeddings."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 from tqdm import tqdm
 
 from semantic_anomaly.embedding.identity import Embedder
@@ -17,87 +18,149 @@ from semantic_anomaly.roi import ImageRegion
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import Frame, PatchGrid
 
-if TYPE_CHECKING:
-    from semantic_anomaly.segmentation.embedder import RunningEmbedder
+# One source, several sources, or images: as files or as (height, width, 3) uint8 RGB arrays.
+Sources: TypeAlias = "str | Path | np.ndarray | FrameSource | Sequence[Any]"
 
 # Larger batches gain a few percent on a CPU and cost memory with every image.
 BATCH_FRAMES = 4
 
 
+class DriveFrame(NamedTuple):
+    """A frame of a drive with its embeddings.
+
+    Attributes:
+        drive: name of the drive.
+        source: the source of the frame.
+        frame: the image.
+        grid: its patch embeddings.
+    """
+
+    drive: str
+    source: FrameSource
+    frame: Frame
+    grid: PatchGrid
+
+
+def settings_of(settings: Settings | None, overrides: Mapping[str, Any]) -> Settings:
+    """Return settings with values of single settings replaced.
+
+    Raises:
+        SettingsError: a value of the wrong type or out of bounds.
+        UnknownNameError: no such setting.
+    """
+    parameters = {} if settings is None else settings.to_parameters()
+    values = {k: str(v) if isinstance(v, Path) else v for k, v in overrides.items()}
+    return Settings.from_parameters({**parameters, **values})
+
+
 def camera_roi(settings: Settings, camera: str) -> ImageRegion:
-    """Return the region of interest of a camera; raise UnknownNameError for an unknown camera."""
+    """Return the region of interest of a camera.
+
+    Raises:
+        UnknownNameError: no such camera.
+    """
     if camera not in settings.cameras:
         raise UnknownNameError("camera", camera, settings.cameras)
     return ImageRegion.from_settings(settings.camera_settings[camera])
 
 
-def given_or_loaded_embedder(
-    settings: Settings, given: Embedder | None
-) -> tuple[Embedder, RunningEmbedder | None]:
-    """Return the embedder to use, and once more if it was made here and is to be closed here."""
-    if given is not None:
-        return given, None
-    from semantic_anomaly.segmentation.embedder import RunningEmbedder
+def open_drives(sources: Sources, topic: str | None = None) -> dict[str, FrameSource]:
+    """Return opened sources by name: the name of the source with its selection, made unique.
 
-    made = RunningEmbedder.from_settings(settings)
-    return made, made
+    Args:
+        sources: one source, or a sequence of sources, each anything that `open_source` takes. A
+            sequence of arrays or of image files is one source.
+        topic: image topic of bags that have several.
 
-
-def open_drives(sources: Sequence[str | Path], topic: str | None) -> dict[str, FrameSource]:
-    """Return opened sources by drive: their names with the selection, told apart by number."""
-    if not sources:
+    Raises:
+        SourceError: no sources, a source without frames, or one given twice.
+    """
+    items = list(sources) if _is_several(sources) else [sources]
+    if not items:
         raise SourceError("sources: expected at least one drive, found none")
-    opened: dict[str, FrameSource] = {}
-    for given in sources:
-        source = open_source(given, topic=topic)
-        for other in opened.values():
-            same = source.path.resolve() == other.path.resolve()
-            if same and source.selection == other.selection:
-                raise SourceError(f"source '{given}' is given twice")
-        drive = source.name + _selected(source.selection)
-        number = 2
-        while drive in opened:
-            drive, number = f"{source.name}{_selected(source.selection)} ({number})", number + 1
-        opened[drive] = source
-    return opened
+    drives: dict[str, FrameSource] = {}
+    for item in items:
+        source = item if isinstance(item, FrameSource) else open_source(item, topic=topic)
+        if any(source.reads_same(other) for other in drives.values()):
+            raise SourceError(f"source '{item}' is given twice")
+        stem = source.name + _selection_text(source.selection)
+        drive, number = stem, 2
+        while drive in drives:
+            drive, number = f"{stem} ({number})", number + 1
+        drives[drive] = source
+    return drives
 
 
-def sources_by_drive(sources: Mapping[str, FrameSource]) -> dict[str, FrameSource]:
-    """Return the source of every drive; a folder may name several."""
-    return {
-        _named(name, source, drive): source
+def drive_names(sources: Mapping[str, FrameSource]) -> list[str]:
+    """Return the names of all drives; the labels of a folder may name several."""
+    return [
+        _drive_name(name, source, drive)
         for name, source in sources.items()
         for drive in source.drives
-    }
+    ]
 
 
-def _named(name: str, source: FrameSource, drive: str) -> str:
-    return f"{name}/{drive}" if len(source.drives) > 1 else name
-
-
-def _selected(selection: slice) -> str:
-    parts = (selection.start, selection.stop, selection.step)
-    if parts == (None, None, None):
-        return ""
-    listed = ["" if part is None else str(part) for part in parts]
-    return f"[{':'.join(listed if parts[2] is not None else listed[:2])}]"
+def frame_total(sources: Mapping[str, FrameSource], stride: int = 1) -> int | None:
+    """Return the number of frames, None if a source does not announce it."""
+    counts = [source.count for source in sources.values()]
+    known = [-(-count // stride) for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
 
 
 def embedded_frames(
-    sources: dict[str, FrameSource], embedder: Embedder, what: str, stride: int, progress: bool
-) -> Iterator[tuple[str, tuple[Frame, PatchGrid]]]:
-    """Yield every frame with its embeddings and its drive, a batch at a time."""
-    counts = [source.count for source in sources.values()]
-    known = [-(-count // stride) for count in counts if count is not None]
-    total = sum(known) if len(known) == len(counts) else None
+    sources: Mapping[str, FrameSource],
+    embedder: Embedder,
+    *,
+    stride: int = 1,
+    description: str = "frames",
+    progress: bool = False,
+) -> Iterator[DriveFrame]:
+    """Yield every frame with its embeddings, embedded in batches.
+
+    Args:
+        sources: by name, from `open_drives`.
+        embedder: computes the embeddings.
+        stride: use every stride-th frame of each source.
+        description: of the progress bar.
+        progress: show a progress bar on a terminal.
+    """
     # None shows the bar on a terminal only.
     disable = None if progress else True
-    with tqdm(total=total, desc=what, unit="frame", disable=disable) as bar:
-        for drive, source in sources.items():
-            bar.set_postfix_str(drive, refresh=False)
+    total = frame_total(sources, stride)
+    with tqdm(total=total, desc=description, unit="frame", disable=disable) as bar:
+        for name, source in sources.items():
+            bar.set_postfix_str(name, refresh=False)
             frames = itertools.islice(source, 0, None, stride)
             while batch := list(itertools.islice(frames, BATCH_FRAMES)):
                 grids = embedder.embed([frame.image for frame in batch])
                 for frame, grid in zip(batch, grids, strict=True):
-                    yield _named(drive, source, source.drive_of(frame)), (frame, grid)
+                    drive = _drive_name(name, source, source.drive_of(frame))
+                    yield DriveFrame(drive, source, frame, grid)
                 bar.update(len(batch))
+
+
+def _is_several(sources: Sources) -> bool:
+    """Return whether sources are several, rather than one source or the images of one."""
+    if isinstance(sources, str | Path | np.ndarray | FrameSource):
+        return False
+    if all(isinstance(item, np.ndarray) for item in sources):
+        return not len(sources)
+    return not all(_is_image_file(item) for item in sources)
+
+
+def _is_image_file(item: Any) -> bool:
+    from semantic_anomaly.io.sources import IMAGE_SUFFIXES
+
+    return isinstance(item, str | Path) and Path(item).suffix.lower() in IMAGE_SUFFIXES
+
+
+def _drive_name(name: str, source: FrameSource, drive: str) -> str:
+    return f"{name}/{drive}" if len(source.drives) > 1 else name
+
+
+def _selection_text(selection: slice) -> str:
+    parts = (selection.start, selection.stop, selection.step)
+    if parts == (None, None, None):
+        return ""
+    texts = ["" if part is None else str(part) for part in parts]
+    return f"[{':'.join(texts if parts[2] is not None else texts[:2])}]"

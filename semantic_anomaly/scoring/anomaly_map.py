@@ -1,9 +1,7 @@
-"""From patch distances to the score of a frame.
+"""The anomaly map of a frame and the anomaly score: smoothing, and the mean of the largest values.
 
-The map that a frame's score is made of: distances relative to their place, smoothed.
-
-A thing covers neighbouring patches, the error of a single one does not: maps are smoothed by a
-Gaussian, as those of PatchCore (Roth et al. 2022) and PaDiM (Defard et al. 2021) are.
+An anomaly covers neighbouring patches, the error of a single distance does not. Maps are therefore
+smoothed by a Gaussian, as those of PatchCore (Roth et al. 2022) and PaDiM (Defard et al. 2021).
 """
 
 from __future__ import annotations
@@ -16,98 +14,72 @@ import numpy as np
 
 from semantic_anomaly.errors import ModelOutputError
 
+# The kernel reaches two standard deviations; 5 % of a Gaussian lie beyond.
+_KERNEL_DEVIATIONS = 2.0
+
 
 def tail_count(count: int, tail_percent: float) -> int:
-    """Return how many of `count` distances make the tail: at least one, rounded up."""
-    # The small term keeps 1000 * 16.1 / 100 at 161, where the product lands a little above.
+    """Return the number of values in the tail of `count` values: at least one, rounded up."""
+    # The small term keeps 1000 * 16.1 / 100 at 161, where the product is slightly larger.
     return min(count, max(1, math.ceil(count * tail_percent / 100.0 - 1e-9)))
 
 
-def tail_mean(distances: np.ndarray, tail_percent: float) -> float:
-    """Return the mean of the largest distances: AnomalyDINO's score (Damm et al. 2024).
+def tail_mean(values: np.ndarray, tail_percent: float) -> float:
+    """Return the mean of the largest values: the score of AnomalyDINO (Damm et al. 2024).
 
     Args:
-        distances: (n,) patch distances.
-        tail_percent: share of the patches that is averaged, in (0, 100].
+        values: (n,) values of the anomaly map inside the region of interest.
+        tail_percent: share of the values that is averaged, in (0, 100].
 
     Raises:
-        ModelOutputError: no distances, or one that is not finite.
+        ModelOutputError: no values, or one that is not finite.
     """
-    if distances.ndim != 1 or not len(distances):
-        raise ModelOutputError(f"distances: expected non-empty (n,), found {distances.shape}")
-    # NaN compares false with any threshold, and would pass for nominal.
-    if not np.isfinite(distances).all():
-        raise ModelOutputError("distances: expected finite numbers, found NaN or infinity")
-    size = tail_count(len(distances), tail_percent)
-    tail = np.partition(distances, len(distances) - size)[-size:]
+    if values.ndim != 1 or not len(values):
+        raise ModelOutputError(f"anomaly map: expected non-empty (n,), found {values.shape}")
+    # NaN compares false with any threshold, and would be called nominal.
+    if not np.isfinite(values).all():
+        raise ModelOutputError("anomaly map: expected finite numbers, found NaN or infinity")
+    size = tail_count(len(values), tail_percent)
+    tail = np.partition(values, len(values) - size)[-size:]
     return float(tail.mean(dtype=np.float64))
 
 
-# Beyond two deviations lie 5 % of a Gaussian's weight.
-_DEVIATIONS = 2.0
-
-
-class ScoreMap:
-    """How the values that are scored follow from plain distances; they grow where those grow.
-
-    Args:
-        inside: (rows, cols) bool, the n patches that take part.
-        relation: (n,) factors > 0 and offsets of what is usual at their place; None: nothing is.
-        smoothing: deviation of the Gaussian in patches, >= 0; 0: none.
-    """
-
-    def __init__(
-        self,
-        inside: np.ndarray,
-        relation: tuple[np.ndarray, np.ndarray] | None,
-        smoothing: float,
-    ) -> None:
-        self._inside, self._relation, self._smoothing = inside, relation, smoothing
-
-    def values(self, distances: np.ndarray) -> np.ndarray:
-        """Return (n,) float32 in [0, 2] of (n,) float32 plain distances in [0, 2]."""
-        if self._relation is not None:
-            factor, offset = self._relation
-            # Clipped, so that scores and heatmaps keep the range of distances.
-            distances = np.clip(factor * distances + offset, 0.0, 2.0)
-        if not self._smoothing:
-            return distances
-        painted = np.zeros(self._inside.shape, np.float32)
-        painted[self._inside] = distances
-        return smoothed(painted, self._inside, self._smoothing)[self._inside]
-
-    def made_of(self, chosen: np.ndarray) -> np.ndarray:
-        """Return (n,) bool: the distances that the (n,) bool chosen values are made of."""
-        if not self._smoothing or not chosen.any():
-            return chosen
-        painted = np.zeros(self._inside.shape, np.uint8)
-        painted[self._inside] = chosen
-        side = _side(self._smoothing)
-        near: np.ndarray = cv2.dilate(painted, np.ones((side, side), np.uint8))[self._inside] > 0
-        return near
-
-
 def smoothed(values: np.ndarray, inside: np.ndarray, smoothing: float) -> np.ndarray:
-    """Return (rows, cols) float32 means of neighbouring values, weighted by a Gaussian.
+    """Return (rows, cols) float32: means of neighbouring values weighted by a Gaussian.
 
-    What takes no part, and what lies beyond the image, weighs nothing.
+    Patches outside the region of interest or the image have no weight:
+    smoothed = G * (values inside) / G * inside, with the Gaussian G.
 
     Args:
         values: (rows, cols) float32.
-        inside: (rows, cols) bool, what takes part; the others are 0.
-        smoothing: deviation of the Gaussian in patches, >= 0; 0: none.
+        inside: (rows, cols) bool, the region of interest; the result is 0 outside.
+        smoothing: standard deviation of the Gaussian in patches, >= 0; 0: none.
     """
     if not smoothing:
         return values
     present = inside.astype(np.float32)
-    weight = _weight(present.tobytes(), present.shape, smoothing)
+    weight = _weight(present.tobytes(), present.shape, smoothing)  # (rows, cols)
     blurred = _blurred(values * present, smoothing)
-    found = np.zeros(values.shape, np.float32)
-    np.divide(blurred, weight, out=found, where=inside)
-    return found
+    result = np.zeros(values.shape, np.float32)
+    np.divide(blurred, weight, out=result, where=inside)
+    return result
 
 
-# A camera keeps its region of interest.
+def smoothing_support(chosen: np.ndarray, smoothing: float) -> np.ndarray:
+    """Return (rows, cols) bool: the patches that the chosen smoothed values depend on.
+
+    Args:
+        chosen: (rows, cols) bool.
+        smoothing: as in `smoothed`.
+    """
+    if not smoothing or not chosen.any():
+        return chosen
+    side = _kernel_side(smoothing)
+    support: np.ndarray = cv2.dilate(chosen.view(np.uint8), np.ones((side, side), np.uint8)) > 0
+    return support
+
+
+# The region of interest of a camera does not change from frame to frame.
 @lru_cache(maxsize=32)
 def _weight(present: bytes, grid_hw: tuple[int, int], smoothing: float) -> np.ndarray:
     weight = _blurred(np.frombuffer(present, np.float32).reshape(grid_hw), smoothing)
@@ -116,9 +88,9 @@ def _weight(present: bytes, grid_hw: tuple[int, int], smoothing: float) -> np.nd
 
 
 def _blurred(values: np.ndarray, smoothing: float) -> np.ndarray:
-    side = (_side(smoothing),) * 2
-    return cv2.GaussianBlur(values, side, smoothing, borderType=cv2.BORDER_CONSTANT)
+    kernel_hw = (_kernel_side(smoothing),) * 2
+    return cv2.GaussianBlur(values, kernel_hw, smoothing, borderType=cv2.BORDER_CONSTANT)
 
 
-def _side(smoothing: float) -> int:
-    return 2 * math.ceil(_DEVIATIONS * smoothing) + 1
+def _kernel_side(smoothing: float) -> int:
+    return 2 * math.ceil(_KERNEL_DEVIATIONS * smoothing) + 1

@@ -1,12 +1,13 @@
-"""Kinds of patches: those whose embeddings have the same of some index entries as the nearest.
+"""Score normalisation: nominal distances by image cell and by patch class.
 
-What distance is usual where in the image and for what, and how unusual another one is there.
+Nominal distances differ over the image: buildings vary from street to street, the road hardly does.
+Standardised by mean and deviation of nominal distances in the same cell of the image, as PaDiM does
+with its Gaussians (Defard et al. 2021, arXiv 2011.08785), a small object on the road outweighs a
+new building. Distances also differ by what is seen. They are therefore standardised once more over
+the patches of a class: those whose embeddings have the same anchor entry as the nearest.
 
-Nominal distances differ over the image: houses vary from street to street, the road hardly does.
-Standardised by the mean and deviation of nominal frames at the same place, as PaDiM does with its
-Gaussians (Defard et al. 2021, arXiv 2011.08785), a small thing on the road outweighs a new house.
-They differ by what is seen, too: what is left is standardised once more over patches of a kind,
-those whose embeddings have the same of some index entries as the nearest (`Kinds`).
+    z_cell = (d - mean_cell) / deviation_cell          mean and deviation interpolated between cells
+    z      = (z_cell - mean_class) / deviation_class
 """
 
 from __future__ import annotations
@@ -23,18 +24,32 @@ import numpy as np
 from semantic_anomaly.errors import CalibrationError
 from semantic_anomaly.structures import UNIT_NORM_TOLERANCE
 
-_ENTRIES_A_KIND = 8
-_MOST_DEVIATIONS = 1e6
+# Cells over the image: coarse enough that a few frames fill them.
+CELLS_HW = (18, 32)
+MAX_CLASSES = 256
+_ENTRIES_PER_CLASS = 8
 _SEED = 100
+# Least deviation of a cell as a share of the median one: where nothing ever changed, any small
+# change would count as an anomaly.
+_LEAST_CELL_DEVIATION = 0.25
+# Least deviation of a class, in deviations of the cell.
+_LEAST_CLASS_DEVIATION = 0.7
+# A cell seen in fewer frames takes the statistics of all cells: an instance has one value for all
+# of its patches, and a single one has no deviation.
+_LEAST_FRAMES = 5
+# Prior of a class: as if seen in that many frames with the statistics of its cells. Patches of one
+# frame resemble each other, so a few frames say little.
+_PRIOR_FRAMES = 40
+_MAX_DEVIATIONS = 1e6
 
 
 @dataclass(frozen=True, eq=False)
-class Kinds:
-    """Kinds of patches, and what is usual for each beyond what is usual at its place.
+class PatchClasses:
+    """Classes of patches with the mean and deviation of z_cell in each.
 
     Attributes:
-        anchors: (kinds, dim) float32 unit vectors; a patch is of the kind of the nearest.
-        mean, deviation: (kinds,) float32, in deviations of the place; deviations > 0.
+        anchors: (classes, dim) float32 unit vectors; a patch belongs to the nearest.
+        mean, deviation: (classes,) float32, in deviations of the cell; deviations > 0.
 
     Raises:
         CalibrationError: other shapes, or numbers out of range.
@@ -50,163 +65,160 @@ class Kinds:
         dtypes = {self.anchors.dtype, self.mean.dtype, self.deviation.dtype}
         if not count or shapes != ((count,),) * 3 or dtypes != {np.dtype(np.float32)}:
             raise CalibrationError(
-                f"usual distances: kinds: expected float32 anchors (kinds, dim), means and "
-                f"deviations (kinds,), found {self.anchors.shape} and {shapes[1:]}"
+                f"score normalisation: patch classes: expected float32 anchors (classes, dim), "
+                f"means and deviations (classes,), found {self.anchors.shape} and {shapes[1:]}"
             )
-        lengths = np.linalg.norm(self.anchors, axis=1)
+        norms = np.linalg.norm(self.anchors, axis=1)
         # NaN fails the comparisons.
-        sound = np.all(np.abs(lengths - 1) <= UNIT_NORM_TOLERANCE)
-        if not (sound and np.all(np.abs(self.mean) <= _MOST_DEVIATIONS)):
-            raise CalibrationError("usual distances: kinds: expected unit anchors, finite means")
-        if not np.all((self.deviation > 0) & (self.deviation <= _MOST_DEVIATIONS)):
-            raise CalibrationError("usual distances: kinds: expected deviations above 0")
+        unit = np.all(np.abs(norms - 1) <= UNIT_NORM_TOLERANCE)
+        if not (unit and np.all(np.abs(self.mean) <= _MAX_DEVIATIONS)):
+            raise CalibrationError(
+                "score normalisation: patch classes: expected unit anchors and finite means"
+            )
+        if not np.all((self.deviation > 0) & (self.deviation <= _MAX_DEVIATIONS)):
+            raise CalibrationError(
+                "score normalisation: patch classes: expected deviations above 0"
+            )
 
 
-def kind_of(embeddings: np.ndarray | None, anchors: np.ndarray) -> np.ndarray:
-    """Return (n,) int64: of (n, dim) float32 embeddings the rows of the nearest anchors.
+def class_anchors(entries: np.ndarray, classes: int = MAX_CLASSES) -> np.ndarray | None:
+    """Return (classes, dim) float32 entries of an index as anchors of patch classes.
+
+    They are chosen by a fixed seed. Near-duplicates are not in an index, so its entries are spread
+    over everything seen. A small index has one class for every eight entries; None for less than 2.
+
+    Args:
+        entries: (n, dim) float32, unit norm.
+        classes: largest number of classes.
+    """
+    count = min(classes, len(entries) // _ENTRIES_PER_CLASS)
+    if count < 2:
+        return None
+    rows = np.random.default_rng(_SEED).choice(len(entries), count, replace=False)
+    return np.ascontiguousarray(entries[np.sort(rows)])
+
+
+def class_of(embeddings: np.ndarray, anchors: np.ndarray) -> np.ndarray:
+    """Return (n,) int64: the row of the nearest anchor of each embedding.
 
     Args:
         embeddings: (n, dim) float32, unit norm.
-        anchors: (kinds, dim) float32, unit norm.
+        anchors: (classes, dim) float32, unit norm.
 
     Raises:
-        CalibrationError: no embeddings, or of another dimension than the anchors.
+        CalibrationError: embeddings of another dimension than the anchors.
     """
-    # Calibrations are read where torch need not be.
+    # Calibrations are read by commands that need no torch.
     from semantic_anomaly.linalg import inner_products
 
-    if embeddings is None or embeddings.shape[-1] != anchors.shape[1]:
-        found = "none" if embeddings is None else embeddings.shape
+    if embeddings.shape[-1] != anchors.shape[1]:
         raise CalibrationError(
-            f"usual distances: expected embeddings (n, {anchors.shape[1]}) as those of their "
-            f"kinds, found {found}"
+            f"score normalisation: expected embeddings (n, {anchors.shape[1]}) as the patch "
+            f"classes have, found {embeddings.shape}"
         )
     return inner_products(embeddings, anchors.T).argmax(axis=1)
 
 
-def anchors_of(entries: np.ndarray, kinds: int) -> np.ndarray | None:
-    """Return (kinds, dim) float32: some of the (n, dim) entries of an index, None for 0 kinds.
-
-    Chosen by a fixed seed. Entries leave out what is alike, so that they are spread over what
-    there is without more ado. Of a small index they are fewer, one for every eighth entry.
-    """
-    count = min(kinds, len(entries) // _ENTRIES_A_KIND)
-    if count < 2:
-        return None
-    chosen = np.random.default_rng(_SEED).choice(len(entries), count, replace=False)
-    return np.ascontiguousarray(entries[np.sort(chosen)])
-
-
-# Cells over the image: coarse enough that a few frames fill them.
-CELLS_HW = (18, 32)
-# A place where nothing ever changed would make a mountain of a molehill.
-_LEAST_DEVIATION = 0.25
-# In deviations of the place.
-_LEAST_OF_KIND = 0.7
-# Frames that must have shown something at a place before it is believed to be usual there: an
-# instance has one value for all of its patches, and a single one no deviation at all.
-_LEAST_FRAMES = 5
-# Frames in which a kind is taken to have been as usual as its place, before any was seen: patches
-# of one frame resemble each other, and a few frames say little.
-_PRIOR_FRAMES = 40
-
-
-class PlaceSums:
-    """Collects nominal distances by kind and cell of the image, in memory that does not grow.
+class NormalisationSums:
+    """Sums of nominal distances by patch class and image cell, in memory of fixed size.
 
     Args:
-        anchors: (kinds, dim) float32; None: all patches are of one kind.
+        anchors: (classes, dim) float32; None: all patches are of one class.
     """
 
     def __init__(self, anchors: np.ndarray | None = None) -> None:
         self._anchors = anchors
-        kinds = 1 if anchors is None else len(anchors)
-        # Patches, their sum, and their squares' sum.
-        self._sums = np.zeros((3, kinds, *CELLS_HW), np.float64)
+        classes = 1 if anchors is None else len(anchors)
+        # Number of patches, sum of distances, sum of squares.
+        self._sums = np.zeros((3, classes, *CELLS_HW), np.float64)
         self._frames = np.zeros(CELLS_HW, np.int64)
-        self._frames_of_kind = np.zeros(kinds, np.int64)
+        self._frames_of_class = np.zeros(classes, np.int64)
 
-    def add(
-        self, distances: np.ndarray, inside: np.ndarray, embeddings: np.ndarray | None = None
-    ) -> None:
-        """Take in the distances of a nominal frame.
+    def add(self, distances: np.ndarray, inside: np.ndarray, embeddings: np.ndarray) -> None:
+        """Add the distances of a nominal frame.
 
         Args:
             distances: (rows, cols) float32.
-            inside: (rows, cols) bool, the n patches that take part.
-            embeddings: (n, dim) float32, of those; needed where there are kinds.
+            inside: (rows, cols) bool, the n patches that have a distance.
+            embeddings: (n, dim) float32, of those patches.
         """
-        cell = _cell_of(distances.shape)[inside]
+        cell = _cell_of(distances.shape)[inside]  # (n,)
         self._frames.flat[np.unique(cell)] += 1
         if self._anchors is not None:
-            kind = kind_of(embeddings, self._anchors)
-            self._frames_of_kind[np.unique(kind)] += 1
-            cell = cell + self._frames.size * kind
+            patch_class = class_of(embeddings, self._anchors)  # (n,)
+            self._frames_of_class[np.unique(patch_class)] += 1
+            cell = cell + self._frames.size * patch_class
         values = distances[inside].astype(np.float64)
         powers = np.ones_like(values), values, values**2
         for total, weights in zip(self._sums, powers, strict=True):
             total += np.bincount(cell, weights, minlength=total.size).reshape(total.shape)
 
-    def __add__(self, other: PlaceSums) -> PlaceSums:
-        added = PlaceSums(self._anchors)
-        added._sums = self._sums + other._sums
-        added._frames = self._frames + other._frames
-        added._frames_of_kind = self._frames_of_kind + other._frames_of_kind
-        return added
+    def __add__(self, other: NormalisationSums) -> NormalisationSums:
+        total = NormalisationSums(self._anchors)
+        total._sums = self._sums + other._sums
+        total._frames = self._frames + other._frames
+        total._frames_of_class = self._frames_of_class + other._frames_of_class
+        return total
 
     @property
     def empty(self) -> bool:
-        """Return whether nothing was taken in."""
+        """Return whether no frame was added."""
         return not self._sums[0].any()
 
-    def usual(self) -> UsualDistances:
-        """Return mean and deviation by cell; cells of hardly any frame get those of all.
+    def normalisation(self) -> ScoreNormalisation:
+        """Return mean and deviation by cell and class.
+
+        Cells seen in fewer than 5 frames take the statistics of all cells.
 
         Raises:
-            CalibrationError: nothing was taken in, or all distances are the same.
+            CalibrationError: no frame was added.
         """
         if self.empty:
-            raise CalibrationError("usual distances: expected nominal frames, found none")
-        by_cell = self._sums.sum(axis=1)
+            raise CalibrationError("score normalisation: expected nominal frames, found none")
+        count, sums, squares = self._sums.sum(axis=1)  # each CELLS_HW
         known = self._frames >= _LEAST_FRAMES
         if not known.any():
-            known = by_cell[0] > 0
-        patches, summed, squares = by_cell.sum(axis=(1, 2))
-        count = np.where(known, by_cell[0], 1)
-        mean = np.where(known, by_cell[1] / count, summed / patches)
-        variance = np.maximum(by_cell[2] / count - mean**2, 0)
+            known = count > 0
+        all_mean = sums.sum() / count.sum()
+        divisor = np.where(known, count, 1)
+        mean = np.where(known, sums / divisor, all_mean)
+        variance = np.maximum(squares / divisor - mean**2, 0)
         typical = float(np.sqrt(np.median(variance[known])))
         if typical < 1e-6:
-            # Nearly every place was seen but once: what is usual is the same everywhere.
+            # Nearly every cell was seen only once: use the statistics of all cells everywhere.
             known = np.zeros_like(known)
-            mean = np.full_like(mean, summed / patches)
-            typical = float(np.sqrt(max(squares / patches - (summed / patches) ** 2, 0)))
-        least = max(_LEAST_DEVIATION * typical, 1e-6)
+            mean = np.full_like(mean, all_mean)
+            typical = float(np.sqrt(max(squares.sum() / count.sum() - all_mean**2, 0)))
+        least = max(_LEAST_CELL_DEVIATION * typical, 1e-6)
         deviation = np.where(known, np.maximum(np.sqrt(variance), least), max(typical, least))
-        kinds = None if self._anchors is None else self._kinds(self._anchors, mean, deviation)
-        return UsualDistances(mean.astype(np.float32), deviation.astype(np.float32), kinds)
+        classes = None if self._anchors is None else self._classes(self._anchors, mean, deviation)
+        return ScoreNormalisation(mean.astype(np.float32), deviation.astype(np.float32), classes)
 
-    def _kinds(self, anchors: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> Kinds:
-        """Return what is usual for each kind, of the deviations from what is usual by cell."""
-        count, summed, squares = self._sums
-        relative = (summed - mean * count) / deviation
-        relative_squares = (squares - 2 * mean * summed + mean**2 * count) / deviation**2
-        patches = count.sum(axis=(1, 2))
-        # As many patches in each of those frames as in the ones that showed the kind.
-        prior = _PRIOR_FRAMES * np.maximum(patches, 1) / np.maximum(self._frames_of_kind, 1)
-        own = relative.sum(axis=(1, 2)) / (patches + prior)
-        variance = (relative_squares.sum(axis=(1, 2)) + prior) / (patches + prior) - own**2
-        spread = np.sqrt(np.maximum(variance, _LEAST_OF_KIND**2))
-        return Kinds(anchors, own.astype(np.float32), spread.astype(np.float32))
+    def _classes(
+        self, anchors: np.ndarray, mean: np.ndarray, deviation: np.ndarray
+    ) -> PatchClasses:
+        """Return mean and deviation of z_cell by class, from the joint sums."""
+        count, sums, squares = self._sums  # each (classes, *CELLS_HW)
+        z = (sums - mean * count) / deviation
+        z_squares = (squares - 2 * mean * sums + mean**2 * count) / deviation**2
+        patches = count.sum(axis=(1, 2))  # (classes,)
+        # The prior frames have as many patches of the class as the frames that showed it.
+        prior = _PRIOR_FRAMES * np.maximum(patches, 1) / np.maximum(self._frames_of_class, 1)
+        class_mean = z.sum(axis=(1, 2)) / (patches + prior)
+        variance = (z_squares.sum(axis=(1, 2)) + prior) / (patches + prior) - class_mean**2
+        class_deviation = np.sqrt(np.maximum(variance, _LEAST_CLASS_DEVIATION**2))
+        return PatchClasses(
+            anchors, class_mean.astype(np.float32), class_deviation.astype(np.float32)
+        )
 
 
 @dataclass(frozen=True, eq=False)
-class UsualDistances:
-    """Mean and deviation of nominal distances by cell of the image.
+class ScoreNormalisation:
+    """Mean and deviation of nominal distances by image cell and by patch class.
 
     Attributes:
         mean, deviation: `CELLS_HW` float32, means in [0, 2], deviations > 0.
-        kinds: what is usual besides, by kind of patch; None: the same for all.
+        classes: mean and deviation of z_cell by patch class; None: one class.
 
     Raises:
         CalibrationError: other shapes, or numbers out of range.
@@ -214,8 +226,8 @@ class UsualDistances:
 
     mean: np.ndarray
     deviation: np.ndarray
-    kinds: Kinds | None = None
-    _relations: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = field(
+    classes: PatchClasses | None = None
+    _by_grid: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = field(
         default_factory=dict, init=False, repr=False
     )
 
@@ -223,109 +235,117 @@ class UsualDistances:
         for name, values in (("mean", self.mean), ("deviation", self.deviation)):
             if values.shape != CELLS_HW or values.dtype != np.float32:
                 raise CalibrationError(
-                    f"usual distances: {name}: expected {CELLS_HW} float32, found {values.shape} "
-                    f"{values.dtype}"
+                    f"score normalisation: {name}: expected {CELLS_HW} float32, "
+                    f"found {values.shape} {values.dtype}"
                 )
         # NaN fails the comparisons.
         if not np.all((self.mean >= 0) & (self.mean <= 2)):
-            raise CalibrationError("usual distances: expected means in [0, 2]")
+            raise CalibrationError("score normalisation: expected means in [0, 2]")
         if not np.all((self.deviation > 0) & (self.deviation <= 2)):
-            raise CalibrationError("usual distances: expected deviations above 0")
+            raise CalibrationError("score normalisation: expected deviations above 0, at most 2")
 
-    def relation(
-        self, inside: np.ndarray, embeddings: np.ndarray | None = None
+    def parameters(
+        self, inside: np.ndarray, embeddings: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return factor and offset, (n,) float32, that make a distance a relative one.
-
-        A relative distance is the distance that would be as unusual at a typical place: mean and
-        deviation of all cells take the place of the patch's own, interpolated between cells.
+        """Return mean and deviation, (n,) float32 each, such that z = (d - mean) / deviation.
 
         Args:
-            inside: (rows, cols) bool, the n patches that take part.
-            embeddings: (n, dim) float32, of those; needed where there are kinds.
+            inside: (rows, cols) bool, the n patches that have a distance.
+            embeddings: (n, dim) float32, of those patches.
 
         Raises:
-            CalibrationError: embeddings of another dimension than those of the kinds.
+            CalibrationError: embeddings of another dimension than the patch classes have.
         """
         grid_hw = (inside.shape[0], inside.shape[1])
-        if grid_hw not in self._relations:
+        if grid_hw not in self._by_grid:
             mean, deviation = (
                 cv2.resize(values, grid_hw[::-1], interpolation=cv2.INTER_LINEAR)
                 for values in (self.mean, self.deviation)
             )
-            factor = np.float32(self.deviation.mean()) / deviation
-            offset = np.float32(self.mean.mean()) - factor * mean
-            self._relations[grid_hw] = factor, offset
-        factor, offset = (each[inside] for each in self._relations[grid_hw])
-        if self.kinds is None:
-            return factor, offset
-        kind = kind_of(embeddings, self.kinds.anchors)
-        mean, deviation = self.typical
-        spread = self.kinds.deviation[kind]
-        beyond = offset - np.float32(mean) - np.float32(deviation) * self.kinds.mean[kind]
-        return factor / spread, np.float32(mean) + beyond / spread
+            self._by_grid[grid_hw] = mean, deviation
+        mean, deviation = (values[inside] for values in self._by_grid[grid_hw])  # (n,)
+        if self.classes is None:
+            return mean, deviation
+        patch_class = class_of(embeddings, self.classes.anchors)  # (n,)
+        # z = ((d - mean) / deviation - class_mean) / class_deviation
+        mean = mean + deviation * self.classes.mean[patch_class]
+        return mean, deviation * self.classes.deviation[patch_class]
 
     @property
-    def typical(self) -> tuple[float, float]:
-        """Return mean and deviation at a typical place: those of relative distances."""
+    def unit(self) -> tuple[float, float]:
+        """Return mean and deviation over all cells: z * deviation + mean is a distance again."""
         return float(self.mean.mean()), float(self.deviation.mean())
 
-    def describe(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
-        told: dict[str, Any] = {"mean": _told(self.mean), "deviation": _told(self.deviation)}
-        if self.kinds is not None:
-            told["kinds"] = {name: _told(values) for name, values in vars(self.kinds).items()}
-        return told
+        values: dict[str, Any] = {
+            "mean": _plain(self.mean),
+            "deviation": _plain(self.deviation),
+            "classes": None,
+        }
+        if self.classes is not None:
+            classes = self.classes
+            values["classes"] = {
+                name: _plain(getattr(classes, name)) for name in ("anchors", "mean", "deviation")
+            }
+        return values
 
     @classmethod
-    def from_description(cls, values: Mapping[str, Any]) -> UsualDistances:
-        """Return what `describe` described.
+    def from_dict(cls, values: Any) -> ScoreNormalisation:
+        """Make a normalisation from the values of `to_dict`.
 
         Raises:
-            CalibrationError: it describes nothing of the kind.
+            CalibrationError: keys missing or unknown, or values that are no numbers in range.
         """
-        kinds = None
-        if isinstance(values, Mapping) and "kinds" in values:
-            kinds = Kinds(**_read(values["kinds"], {"anchors", "mean", "deviation"}))
-            values = {name: each for name, each in values.items() if name != "kinds"}
-        return cls(**_read(values, {"mean", "deviation"}), kinds=kinds)
+        if not isinstance(values, Mapping) or set(values) != {"mean", "deviation", "classes"}:
+            raise CalibrationError("score normalisation: expected mean, deviation and classes")
+        classes = values["classes"]
+        if classes is not None:
+            if not isinstance(classes, Mapping) or set(classes) != {"anchors", "mean", "deviation"}:
+                raise CalibrationError(
+                    "score normalisation: patch classes: expected anchors, mean and deviation"
+                )
+            classes = PatchClasses(**{name: _float32(rows) for name, rows in classes.items()})
+        return cls(_float32(values["mean"]), _float32(values["deviation"]), classes)
 
 
-def _told(values: np.ndarray) -> list[Any]:
-    # Nine digits are a float32, no more and no less; the rest would be noise to digest.
+def normalisations_without(
+    folds: Mapping[int, Mapping[str, NormalisationSums]], left_out: int | None
+) -> dict[str, ScoreNormalisation]:
+    """Return the normalisation of each stage from all folds but one.
+
+    So no frame is standardised by itself. If only one fold has frames, it is used nevertheless.
+
+    Args:
+        folds: sums of each stage by fold.
+        left_out: fold to leave out; None: none.
+    """
+    normalisations = {}
+    for stage in sorted({name for sums in folds.values() for name in sums}):
+        filled = {
+            fold: sums[stage]
+            for fold, sums in folds.items()
+            if stage in sums and not sums[stage].empty
+        }
+        if not filled:
+            continue
+        others = [sums for fold, sums in filled.items() if fold != left_out]
+        normalisations[stage] = reduce(add, others or filled.values()).normalisation()
+    return normalisations
+
+
+def _plain(values: np.ndarray) -> list[Any]:
+    # Nine digits identify a float32; more would be noise in the digest.
     if values.ndim > 1:
-        return [_told(row) for row in values]
+        return [_plain(row) for row in values]
     return [float(f"{value:.9g}") for value in values]
 
 
-def _read(values: Any, names: set[str]) -> dict[str, Any]:
-    if not isinstance(values, Mapping) or set(values) != names:
-        raise CalibrationError(f"usual distances: expected {', '.join(sorted(names))}")
+def _float32(rows: Any) -> np.ndarray:
     try:
-        return {name: np.array(rows, np.float32) for name, rows in values.items()}
+        return np.array(rows, np.float32)
     except (TypeError, ValueError) as error:
-        raise CalibrationError(f"usual distances: no table of numbers: {error}") from error
-
-
-def usual_of_others(
-    folds: Mapping[int, Mapping[str, PlaceSums]], left_out: int | None
-) -> dict[str, UsualDistances]:
-    """Return what is usual in all folds but one, by branch, so that no frame is its own measure.
-
-    Where a single fold has frames, they are: a calibration so small promises little in any case.
-    """
-    usual = {}
-    for branch in sorted({name for sums in folds.values() for name in sums}):
-        held = {
-            fold: sums[branch]
-            for fold, sums in folds.items()
-            if branch in sums and not sums[branch].empty
-        }
-        if not held:
-            continue
-        others = [sums for fold, sums in held.items() if fold != left_out]
-        usual[branch] = reduce(add, others or held.values()).usual()
-    return usual
+        raise CalibrationError(f"score normalisation: not a table of numbers: {error}") from error
 
 
 @lru_cache(maxsize=8)
@@ -334,6 +354,6 @@ def _cell_of(grid_hw: tuple[int, int]) -> np.ndarray:
         np.minimum(np.arange(n) * cells // n, cells - 1)
         for n, cells in zip(grid_hw, CELLS_HW, strict=True)
     )
-    cell = rows[:, None] * CELLS_HW[1] + cols[None]
+    cell = rows[:, None] * CELLS_HW[1] + cols[None]  # (rows, cols)
     cell.flags.writeable = False
     return cell

@@ -12,16 +12,16 @@ from semantic_anomaly.calibration.calibration import Calibration
 from semantic_anomaly.calibration.conformal import scores_needed
 from semantic_anomaly.errors import CalibrationError, MismatchError, ModelOutputError
 from semantic_anomaly.roi import ImageRegion
-from semantic_anomaly.scoring.normalisation import CELLS_HW, UsualDistances
+from semantic_anomaly.scoring.normalisation import CELLS_HW, ScoreNormalisation
 from semantic_anomaly.settings import Settings
 
 FINGERPRINT = "f" * 64
 RIGHT_HALF = ImageRegion(((0.5, 0.0), (1.0, 0.0), (1.0, 1.0), (0.5, 1.0)))
 
 
-def usual() -> UsualDistances:
+def usual() -> ScoreNormalisation:
     mean = np.linspace(0.01, 0.2, CELLS_HW[0] * CELLS_HW[1], dtype=np.float32).reshape(CELLS_HW)
-    return UsualDistances(mean, mean / 3)
+    return ScoreNormalisation(mean, mean / 3)
 
 
 def fitted(
@@ -34,10 +34,10 @@ def fitted(
         heatmap_low=0.05,
         index=SimpleNamespace(fingerprint=FINGERPRINT),
         settings=Settings(target_false_alarm_rate=rate),
-        region=region or ImageRegion(),
+        roi=region or ImageRegion(),
         camera="camera",
         dtype="float32",
-        usual={"grid": usual()},
+        normalisations={"grid": usual()},
     )
 
 
@@ -147,12 +147,12 @@ def test_p_values_of_nominal_scores_are_not_too_small_too_often() -> None:
     ("count", "rate", "drives", "expected"),
     [
         (500, 0.1, 1, ["one drive"]),
-        (500, 0.1, 3, ["3 drives only"]),
+        (500, 0.1, 3, ["only 3 drives"]),
         (500, 0.1, 5, []),
-        (99, 0.01, 5, ["rests on the largest score"]),
-        (250, 0.01, 5, ["rests on the two largest scores"]),
+        (99, 0.01, 5, ["depends on the largest score"]),
+        (250, 0.01, 5, ["depends on the two largest scores"]),
         (300, 0.01, 5, []),
-        (9, 0.1, 1, ["one drive", "rests on the largest score"]),
+        (9, 0.1, 1, ["one drive", "depends on the largest score"]),
     ],
 )
 def test_warnings(count: int, rate: float, drives: int, expected: list[str]) -> None:
@@ -180,7 +180,7 @@ def test_scores_that_cannot_be_are_refused(scores: dict[str, list[float]], messa
             heatmap_low=0.05,
             index=SimpleNamespace(fingerprint=FINGERPRINT),
             settings=Settings(target_false_alarm_rate=0.1),
-            region=ImageRegion(),
+            roi=ImageRegion(),
             camera="camera",
         )
 
@@ -225,5 +225,5 @@ def test_scores_cannot_be_written_to() -> None:
 
 
 def test_a_threshold_that_nothing_can_exceed_is_refused() -> None:
-    with pytest.raises(CalibrationError, match="which nothing could exceed"):
+    with pytest.raises(CalibrationError, match="no anomaly could exceed"):
         fitted(np.append(np.linspace(0.1, 1.0, 30), [2.0] * 10))

@@ -11,14 +11,14 @@ import pytest
 from worlds.colours import ColourEmbedder, make_detector, street
 
 from semantic_anomaly.calibration.calibration import Calibration
-from semantic_anomaly.calibration.format import files
+from semantic_anomaly.calibration.format import calibration_files
 from semantic_anomaly.cli import main
-from semantic_anomaly.detection.detector import AnomalyDetector
+from semantic_anomaly.detection.detector import load_detector
 from semantic_anomaly.errors import ArtefactError, CalibrationError
 from semantic_anomaly.index import edits as index_edits
 from semantic_anomaly.index.format import refuse_other_folder
 from semantic_anomaly.index.nominal_index import NominalIndex
-from semantic_anomaly.offline import edit_index as edit_saving
+from semantic_anomaly.offline.edit_index import save_edited
 from semantic_anomaly.roi import ImageRegion
 from semantic_anomaly.settings import Settings
 
@@ -28,8 +28,8 @@ def calibration(camera: str, highest: float, fingerprint: str = "f" * 64) -> Cal
         {"a": np.linspace(0.001, highest, 40).tolist()},
         heatmap_low=0.0005,
         index=SimpleNamespace(fingerprint=fingerprint),
-        settings=Settings(target_false_alarm_rate=0.05, place_normalisation=False),
-        region=ImageRegion(),
+        settings=Settings(target_false_alarm_rate=0.05),
+        roi=ImageRegion(),
         camera=camera,
     )
 
@@ -39,7 +39,7 @@ def test_each_camera_has_its_own_file(tmp_path: Path) -> None:
     assert names == ["calibration.json", "calibration.rear.json"]
     calibration("front", 0.3).save(tmp_path)
     calibration("rear", 0.4).save(tmp_path)
-    assert [path.name for path in files(tmp_path)] == names
+    assert [path.name for path in calibration_files(tmp_path)] == names
     read = {c: Calibration.load(tmp_path, c) for c in ("front", "rear", "left")}
     assert read["front"].scores[-1] == 0.3 and read["rear"].scores[-1] == 0.4
     assert read["left"].camera == "front", "what has none of its own shares the first"
@@ -63,18 +63,17 @@ def test_cameras_of_one_index_decide_by_their_own(
     settings = Settings.from_parameters(
         {
             **{"cameras": ["front", "rear", "left"], "index": str(folder)},
-            **{"place_normalisation": False, "target_false_alarm_rate": 0.05},
+            **{"target_false_alarm_rate": 0.05, "smoothing": 0.8},
         }
     )
     with caplog.at_level(logging.WARNING):
-        found = {
-            c: AnomalyDetector.load(settings, c, embedder=ColourEmbedder())
-            for c in settings.cameras
-        }
+        found = {c: load_detector(settings, c, embedder=ColourEmbedder()) for c in settings.cameras}
     odd = street(5, odd=True)
     said = {camera: one.detect(odd).decision.value for camera, one in found.items()}
     assert said == {"front": "anomaly", "rear": "nominal", "left": "anomaly"}
-    assert [r.message for r in caplog.records] == ["camera 'left': calibrated for 'front'"]
+    assert [r.message for r in caplog.records] == [
+        "camera 'left': using the calibration of 'front'"
+    ]
 
 
 def test_edits_carry_all_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,11 +83,11 @@ def test_edits_carry_all_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[s
     for camera in ("front", "rear"):
         calibration(camera, 0.1, index.fingerprint).save(folder)
     before = NominalIndex.load(folder)
-    edit_saving.save_edited(folder, before, index_edits.retract(before, [0]))
-    for path in files(folder):
+    save_edited(folder, before, index_edits.retract(before, [0]))
+    for path in calibration_files(folder):
         carried = Calibration.of_file(path)
-        assert carried.renewal and carried.index_fingerprint != index.fingerprint
-    assert len(files(folder)) == 2
+        assert carried.stale_edits and carried.index_fingerprint != index.fingerprint
+    assert len(calibration_files(folder)) == 2
     assert main(["inspect-index", str(folder)]) == 0
     told = capsys.readouterr().out
     assert told.count("calibration of camera") == 2 and "rear" in told

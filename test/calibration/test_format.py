@@ -16,16 +16,16 @@ from semantic_anomaly.calibration.calibration import Calibration
 from semantic_anomaly.calibration.format import FILE_NAME
 from semantic_anomaly.errors import ArtefactError, CalibrationError
 from semantic_anomaly.roi import ImageRegion
-from semantic_anomaly.scoring.normalisation import CELLS_HW, UsualDistances
+from semantic_anomaly.scoring.normalisation import CELLS_HW, ScoreNormalisation
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.storage import canonical_json, sha256_bytes
 
 REGION = ImageRegion(((0.5, 0.0), (1.0, 0.0), (1.0, 1.0), (0.5, 1.0)))
 
 
-def usual() -> UsualDistances:
+def usual() -> ScoreNormalisation:
     mean = np.linspace(0.01, 0.2, CELLS_HW[0] * CELLS_HW[1], dtype=np.float32).reshape(CELLS_HW)
-    return UsualDistances(mean, mean / 3)
+    return ScoreNormalisation(mean, mean / 3)
 
 
 def fitted(scores: np.ndarray, drives: int = 1) -> Calibration:
@@ -35,10 +35,10 @@ def fitted(scores: np.ndarray, drives: int = 1) -> Calibration:
         heatmap_low=0.05,
         index=SimpleNamespace(fingerprint="f" * 64),
         settings=Settings(target_false_alarm_rate=0.1),
-        region=REGION,
+        roi=REGION,
         camera="camera",
         dtype="float32",
-        usual={"grid": usual()},
+        normalisations={"grid": usual()},
     )
 
 
@@ -56,8 +56,8 @@ def test_round_trip_keeps_every_bit(tmp_path: Path) -> None:
     assert read.scores.dtype == np.float64
     for name in ("drives", "target_false_alarm_rate", "heatmap_low", "index_fingerprint"):
         assert getattr(read, name) == getattr(written, name)
-    assert set(read.usual) == set(written.usual) == {"grid"}
-    both = read.usual["grid"], written.usual["grid"]
+    assert set(read.normalisations) == set(written.normalisations) == {"grid"}
+    both = read.normalisations["grid"], written.normalisations["grid"]
     np.testing.assert_array_equal(both[0].mean, both[1].mean)
     np.testing.assert_array_equal(both[0].deviation, both[1].deviation)
     assert read.threshold == written.threshold and read.dtype == "float32"
@@ -101,20 +101,20 @@ def edited(pattern: bytes, replacement: bytes) -> Callable[[bytes], bytes]:
         (lambda content: b"\x80" + content, "not JSON"),
         (lambda content: content + b"{}", "not JSON"),
         (lambda content: b"[" * 100000, "not JSON"),
-        (lambda content: b"[]", "expected format 2 to 4, found 'list'"),
-        (lambda content: b"{}", "expected format 2 to 4, found None"),
+        (lambda content: b"[]", "expected format 1, found 'list'"),
+        (lambda content: b"{}", "expected format 1, found None"),
         (edited(rb"0\.012", b"0.013"), "altered or damaged"),
-        (edited(rb"0\.012", b"NaN"), "NaN is no number"),
-        (edited(rb"0\.012", b"Infinity"), "no number"),
-        (edited(rb"0\.012", b"1e999"), "no number"),
+        (edited(rb"0\.012", b"NaN"), "NaN is not a finite number"),
+        (edited(rb"0\.012", b"Infinity"), "not a finite number"),
+        (edited(rb"0\.012", b"1e999"), "not a finite number"),
         (edited(rb'"sha256":"', b'"sha256":"0'), "altered or damaged"),
-        (resealed(lambda b: b.update(format=1)), "expected format 2 to 4, found 1"),
-        (resealed(lambda b: b.pop("camera")), "differing in: camera"),
-        (resealed(lambda b: b.update(extra=1)), "differing in: extra"),
-        (resealed(lambda b: b.update(neighbours="1")), "'neighbours' is of type str"),
-        (resealed(lambda b: b.update(neighbours=True)), "'neighbours' is of type bool"),
-        (resealed(lambda b: b.update(neighbours=1.5)), "'neighbours' is of type float"),
-        (resealed(lambda b: b.update(scores="0.1")), "'scores' is of type str"),
+        (resealed(lambda b: b.update(format=2)), "expected format 1, found 2"),
+        (resealed(lambda b: b.pop("camera")), "differing: camera"),
+        (resealed(lambda b: b.update(extra=1)), "differing: extra"),
+        (resealed(lambda b: b.update(heatmap_low=1)), "'heatmap_low' has the type int"),
+        (resealed(lambda b: b.update(episodes=[])), "'episodes' has the type list"),
+        (resealed(lambda b: b.update(stale_edits=[{}])), "stale_edits"),
+        (resealed(lambda b: b.update(scores="0.1")), "'scores' has the type str"),
         (resealed(lambda b: b["scores"].reverse()), "ascending order"),
         (resealed(lambda b: b["scores"].append(None)), "not a number"),
         (resealed(lambda b: b["scores"].append("0.9")), "not a number"),
@@ -127,10 +127,10 @@ def edited(pattern: bytes, replacement: bytes) -> Callable[[bytes], bytes]:
         (resealed(lambda b: b.update(heatmap_low=-1.0)), "heatmap_low"),
         (resealed(lambda b: b.update(target_false_alarm_rate=0.0)), "target_false_alarm_rate"),
         (resealed(lambda b: b.update(target_false_alarm_rate=0.001)), "needs at least 999"),
-        (resealed(lambda b: b.update(drives=[["drive_0", 20]])), "'drives' holds"),
-        (resealed(lambda b: b["drives"][0].update(frames=20.0)), "'drives' holds"),
+        (resealed(lambda b: b.update(drives=[["drive_0", 20]])), "'drives' contains"),
+        (resealed(lambda b: b["drives"][0].update(frames=20.0)), "'drives' contains"),
         (resealed(lambda b: b["drives"][0].update(frames=-20)), r"found \[-20\]"),
-        (resealed(lambda b: b.update(region=[])), "'region' is of type list"),
+        (resealed(lambda b: b.update(roi=[])), "'roi' has the type list"),
     ],
 )
 def test_damaged_or_altered_files_are_refused(

@@ -12,16 +12,21 @@ import pytest
 from worlds.colours import ColourEmbedder, street
 from worlds.nominal_drives import SETTINGS, Countdown, calibrated, write_drives
 
-from semantic_anomaly.detection.detector import AnomalyDetector
-from semantic_anomaly.errors import IndexMismatchError, MismatchError, SourceError, UnknownNameError
+from semantic_anomaly.detection.detector import AnomalyDetector, load_detector
+from semantic_anomaly.errors import (
+    ArtefactError,
+    IndexMismatchError,
+    SourceError,
+    UnknownNameError,
+)
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.io.open import open_source
 from semantic_anomaly.offline.build_index import build_index
 from semantic_anomaly.offline.calibrate import _fold, calibrate
 from semantic_anomaly.roi import ImageRegion
-from semantic_anomaly.scoring.normalisation import PlaceSums, anchors_of
+from semantic_anomaly.scoring.normalisation import NormalisationSums, class_anchors
 from semantic_anomaly.settings import Settings
-from semantic_anomaly.structures import Decision, Frame
+from semantic_anomaly.structures import Decision
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +36,7 @@ def drives(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def index(drives: Path) -> NominalIndex:
-    return build_index(SETTINGS, "camera", [drives / "index"], embedder=ColourEmbedder())
+    return build_index([drives / "index"], settings=SETTINGS, embedder=ColourEmbedder())
 
 
 def test_index_holds_the_drive_and_names_it(index: NominalIndex, drives: Path) -> None:
@@ -52,22 +57,22 @@ def test_index_holds_the_drive_and_names_it(index: NominalIndex, drives: Path) -
 
 
 @pytest.mark.parametrize(("stride", "frames"), [(1, 10), (2, 5), (3, 4), (10, 1), (99, 1)])
-def test_stride_takes_every_so_manieth_frame(drives: Path, stride: int, frames: int) -> None:
+def test_stride_uses_every_nth_frame(drives: Path, stride: int, frames: int) -> None:
     built = build_index(
-        SETTINGS, "camera", [drives / "index"], embedder=ColourEmbedder(), stride=stride
+        [drives / "index"], settings=SETTINGS, embedder=ColourEmbedder(), stride=stride
     )
     assert built.report.frames == frames
 
 
 def test_frames_go_through_the_backbone_in_batches_of_four(drives: Path) -> None:
     embedder = Countdown()
-    build_index(SETTINGS, "camera", [drives / "index", drives / "b"], embedder=embedder)
+    build_index([drives / "index", drives / "b"], settings=SETTINGS, embedder=embedder)
     assert embedder.batches == [4, 4, 2, 4, 2]
 
 
 def test_index_of_selections_names_them(drives: Path) -> None:
     sources = [f"{drives / 'a'}[0:2]", f"{drives / 'b'}[1:6:2]"]
-    built = build_index(SETTINGS, "camera", sources, embedder=ColourEmbedder())
+    built = build_index(sources, settings=SETTINGS, embedder=ColourEmbedder())
     assert built.manifest["written"]["source"] == ["a[0:2]", "b[1:6:2]"]
     assert built.report.frames == 5
 
@@ -77,91 +82,115 @@ def test_predicted_size_is_reported_beforehand(
 ) -> None:
     with caplog.at_level(logging.INFO, logger="semantic_anomaly.offline"):
         build_index(
-            SETTINGS.replace(max_entries=1000000),
-            "camera",
             [drives / "index"],
+            settings=SETTINGS,
+            max_entries=1000000,
             embedder=ColourEmbedder(),
             stride=2,
         )
     (record,) = caplog.records
-    most = NominalIndex.predicted_bytes(1000000, 4, SETTINGS.graph_m) / 1e6
+    most = NominalIndex.predicted_bytes(1000000, 4) / 1e6
     assert f"at most {most:.0f} MB (1000000 entries)" in record.message
-    assert "every patch of the 5 frames were stored (144 a frame)" in record.message
+    assert "all patches of the 5 frames were stored (144 per frame)" in record.message
 
 
 def test_progress_stays_off_what_is_no_terminal(
     drives: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    build_index(SETTINGS, "camera", [drives / "b"], embedder=ColourEmbedder())
+    build_index([drives / "b"], settings=SETTINGS, embedder=ColourEmbedder(), progress=True)
     assert capfd.readouterr() == ("", "")
 
 
-def test_calibration_scores_frames_as_the_detector_does(index: NominalIndex, drives: Path) -> None:
-    plain = SETTINGS.replace(place_normalisation=False)
-    made = calibrate(
-        plain, "camera", index, [drives / "a", drives / "b"], embedder=ColourEmbedder()
-    )
-    assert made.drives == (("a", 7), ("b", 6)) and made.dtype == "float32"
-    assert not made.usual
-    detector = AnomalyDetector(ColourEmbedder(), index, None, plain, ImageRegion())
-    frames: list[Frame] = [*open_source(drives / "a"), *open_source(drives / "b")]
-    results = [detector.detect(frame) for frame in frames]
-    np.testing.assert_array_equal(made.scores, sorted(result.score for result in results))
-    grids = [ColourEmbedder().embed([frame.image])[0] for frame in frames]
-    medians = [np.median(detector.score(grid)[1]) for grid in grids]
-    assert made.heatmap_low == pytest.approx(np.median(medians))
-    made.check(index.fingerprint, plain, ImageRegion())
-    with pytest.raises(MismatchError, match="place_normalisation"):
-        made.check(index.fingerprint, SETTINGS, ImageRegion())
-
-
-def test_scores_are_relative_to_what_is_usual_in_other_drives(
-    index: NominalIndex, drives: Path
-) -> None:
+def test_scores_are_standardised_by_the_other_drives(index: NominalIndex, drives: Path) -> None:
     made = calibrated(index, [drives / "a", drives / "b"])
-    plain = AnomalyDetector(ColourEmbedder(), index, None, SETTINGS, ImageRegion())
+    assert made.drives == (("a", 7), ("b", 6)) and made.dtype == "float32"
+    plain = AnomalyDetector(index, settings=SETTINGS, embedder=ColourEmbedder())
     embedded = {
         name: [ColourEmbedder().embed([frame.image])[0] for frame in open_source(drives / name)]
         for name in ("a", "b")
     }
-    anchors = anchors_of(index.content.embeddings, SETTINGS.usual_kinds)
+    anchors = class_anchors(index.content.embeddings)
     assert anchors is not None
-    sums = {name: PlaceSums(anchors) for name in embedded}
+    sums = {name: NormalisationSums(anchors) for name in embedded}
     for name, grids in embedded.items():
         for grid in grids:
-            found = plain.plain_distances(grid)["grid"]
-            sums[name].add(found.values, found.inside, found.embeddings)
-    scores = []
+            distance_map = plain.distance_maps(grid)["grid"]
+            sums[name].add(distance_map.values, distance_map.inside, distance_map.embeddings)
+    scores, medians = [], []
     for name, other in (("a", "b"), ("b", "a")):
-        relative = AnomalyDetector(
-            ColourEmbedder(), index, None, SETTINGS, ImageRegion(), {"grid": sums[other].usual()}
+        detector = AnomalyDetector(
+            index,
+            settings=SETTINGS,
+            embedder=ColourEmbedder(),
+            normalisations={"grid": sums[other].normalisation()},
         )
-        scores += [relative.score(grid)[0] for grid in embedded[name]]
+        results = [detector.score(grid) for grid in embedded[name]]
+        scores += [result.score for result in results]
+        medians += [np.median(result.anomaly_map) for result in results]
     np.testing.assert_array_equal(made.scores, sorted(scores))
-    assert set(made.usual) == {"grid"}
-    whole, of_both = made.usual["grid"], (sums["a"] + sums["b"]).usual()
+    assert made.heatmap_low == pytest.approx(np.median(medians))
+    assert set(made.normalisations) == {"grid"}
+    whole, of_both = made.normalisations["grid"], (sums["a"] + sums["b"]).normalisation()
     np.testing.assert_array_equal(whole.mean, of_both.mean)
-    assert whole.kinds is not None and of_both.kinds is not None
-    np.testing.assert_array_equal(whole.kinds.mean, of_both.kinds.mean)
-    np.testing.assert_array_equal(whole.kinds.anchors, anchors)
+    assert whole.classes is not None and of_both.classes is not None
+    np.testing.assert_array_equal(whole.classes.mean, of_both.classes.mean)
+    np.testing.assert_array_equal(whole.classes.anchors, anchors)
 
 
-def test_a_single_drive_is_parted_into_stretches(index: NominalIndex, drives: Path) -> None:
+def test_patch_grids_in_memory_give_the_same_calibration(index: NominalIndex, drives: Path) -> None:
+    grids = {
+        name: [ColourEmbedder().embed([frame.image])[0] for frame in open_source(drives / name)]
+        for name in ("a", "b")
+    }
+    from_grids = calibrate(index, grids, settings=SETTINGS)
+    from_files = calibrated(index, [drives / "a", drives / "b"])
+    assert from_grids.sha256 == from_files.sha256
+
+
+def test_arrays_and_lists_of_files_are_sources(drives: Path) -> None:
+    files = sorted((drives / "index").iterdir())
+    arrays = [frame.image for frame in open_source(drives / "index")]
+    of_folder, of_files, of_arrays = (
+        build_index(sources, settings=SETTINGS, embedder=ColourEmbedder())
+        for sources in (drives / "index", files, arrays)
+    )
+    assert of_files.fingerprint == of_folder.fingerprint
+    np.testing.assert_array_equal(of_arrays.content.embeddings, of_folder.content.embeddings)
+
+
+def test_an_existing_index_is_replaced_only_with_force(
+    index: NominalIndex, drives: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "index"
+    build = {"settings": SETTINGS, "embedder": ColourEmbedder(), "out": folder}
+    build_index(drives / "index", **build)
+    calibrate(index, [drives / "a", drives / "b"], settings=SETTINGS, out=folder,
+              embedder=ColourEmbedder())  # fmt: skip
+    embedder = Countdown()
+    with pytest.raises(ArtefactError, match=r"entries.*1 calibration.*force"):
+        build_index(drives / "b", **{**build, "embedder": embedder})
+    assert embedder.batches == [], "refused before the work"
+    assert (folder / "calibration.json").is_file()
+    build_index(drives / "b", force=True, **build)
+    assert not (folder / "calibration.json").exists()
+
+
+def test_a_single_drive_is_split_into_folds(index: NominalIndex, drives: Path) -> None:
     assert [_fold(["a"], "a", n) for n in (0, 9, 10, 49, 50)] == [0, 0, 1, 4, 0]
-    # Too short for two stretches: what is usual is taken from itself.
+    # Too short for two folds: it is standardised by itself.
     made = calibrate(
-        SETTINGS.replace(target_false_alarm_rate=0.2),
-        "camera",
         index,
         [drives / "a"],
+        settings=SETTINGS,
+        target_false_alarm_rate=0.2,
         embedder=ColourEmbedder(),
     )
-    assert made.usual and made.count == 7
+    assert made.normalisations and made.count == 7
 
 
 def test_calibrated_detector_finds_what_is_odd(index: NominalIndex, drives: Path) -> None:
     made = calibrated(index, [drives / "a", drives / "b", drives / "c"])
-    detector = AnomalyDetector(ColourEmbedder(), index, made, SETTINGS, ImageRegion())
+    detector = AnomalyDetector(index, made, settings=SETTINGS, embedder=ColourEmbedder())
     assert detector.detect(street(1, odd=True)).decision is Decision.ANOMALY
 
 
@@ -169,14 +198,14 @@ def test_typical_distance_ignores_what_takes_no_part(drives: Path) -> None:
     roi = {"camera.region_of_interest": [0.0, 0.0, 0.2, 0.0, 0.2, 1.0, 0.0, 1.0]}
     settings = Settings.from_parameters({**SETTINGS.to_parameters(), **roi})
     arguments: dict[str, Any] = {"embedder": ColourEmbedder()}
-    built = build_index(settings, "camera", [drives / "index"], **arguments)
-    made = calibrate(settings, "camera", built, [drives / "a", drives / "b"], **arguments)
+    built = build_index([drives / "index"], settings=settings, **arguments)
+    made = calibrate(built, [drives / "a", drives / "b"], settings=settings, **arguments)
     # Four fifths of the patches lie outside, and count as 0 in the map.
     assert made.heatmap_low > 0
 
 
 def build(sources: list[Any], camera: str = "camera", **more: Any) -> None:
-    build_index(SETTINGS, camera, sources, embedder=ColourEmbedder(), **more)
+    build_index(sources, settings=SETTINGS, camera=camera, embedder=ColourEmbedder(), **more)
 
 
 @pytest.mark.parametrize(
@@ -201,10 +230,9 @@ def test_calibration_by_a_mismatching_backbone_is_refused(
 ) -> None:
     with pytest.raises(IndexMismatchError):
         calibrate(
-            SETTINGS,
-            "camera",
             index,
             [drives / "a", drives / "b"],
+            settings=SETTINGS,
             embedder=ColourEmbedder(weights="1" * 64),
         )
 
@@ -215,10 +243,13 @@ def test_the_real_backbone_is_made_from_the_settings(
     settings = SETTINGS.replace(
         backbone=str(tiny_backbone), input_size=126, index=str(tmp_path / "index")
     )
-    built = build_index(settings, "camera", [drives / "index"])
-    built.save(tmp_path / "index")
-    made = calibrate(settings, "camera", built, [drives / "a", drives / "b"])
-    made.save(tmp_path / "index")
-    detector = AnomalyDetector.load(settings, "camera", need_calibration=True)
+    built = build_index([drives / "index"], settings=settings, out=tmp_path / "index")
+    calibrate(built, [drives / "a", drives / "b"], settings=settings, out=tmp_path / "index")
+    # Backbone, input size and rate come from the folder.
+    only_folder = Settings(index=str(tmp_path / "index"))
+    detector = load_detector(only_folder, "camera", need_calibration=True)
+    assert detector.settings.backbone == str(tiny_backbone)
+    assert detector.settings.input_size == 126
+    assert detector.settings.target_false_alarm_rate == 0.1
     result = detector.detect(street(1))
     assert result.decision is not Decision.UNKNOWN and result.heatmap.shape == (72, 128)

@@ -24,7 +24,7 @@ def drives(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def index(drives: Path) -> NominalIndex:
-    return build_index(SETTINGS, "camera", [drives / "index"], embedder=ColourEmbedder())
+    return build_index([drives / "index"], settings=SETTINGS, embedder=ColourEmbedder())
 
 
 def test_a_folder_has_the_drives_that_its_labels_name(
@@ -69,7 +69,7 @@ def test_another_drive_in_a_folder_of_the_same_name_is_taken(
         other = 255 - street(number).image
         cv2.imwrite(str(tmp_path / "index" / f"{number:03d}.png"), other)
     assert calibrated(index, [tmp_path / "index"]).count == 10
-    assert "has the name of a drive that the index has seen" in caplog.text
+    assert "has the name of a drive in the index" in caplog.text
 
 
 def test_frames_given_twice_by_overlapping_selections_are_refused(
@@ -86,18 +86,25 @@ def test_too_few_frames_are_refused_before_any_is_embedded(
     embedder = Countdown()
     settings = SETTINGS.replace(target_false_alarm_rate=0.01)
     with pytest.raises(CalibrationError, match=r"needs at least 99 .*found 13"):
-        calibrate(settings, "camera", index, [drives / "a", drives / "b"], embedder=embedder)
+        calibrate(index, [drives / "a", drives / "b"], settings=settings, embedder=embedder)
     assert embedder.batches == []
 
 
-def test_selections_of_one_drive_are_drives_and_warn(
-    drives: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("head", "tail", "warns"),
+    [("[0:2]", "[2:7]", False), ("[4:7]", "[0:4]", False), ("", "[2:7]", True),
+     ("[0:6]", "[-1:]", True), ("[0:3]", "[1::3]", True)],
+)  # fmt: skip
+def test_selections_of_one_drive_are_compared_by_frame(
+    drives: Path, caplog: pytest.LogCaptureFixture, head: str, tail: str, warns: bool
 ) -> None:
-    head, tail = f"{drives / 'a'}[0:2]", f"{drives / 'a'}[2:7]"
-    built = build_index(SETTINGS, "camera", [head], embedder=ColourEmbedder())
-    made = calibrated(built, [tail, drives / "b"])
-    assert made.drives == (("a[2:7]", 5), ("b", 6))
-    assert "'a[2:7]' has the name of a drive that the index has seen" in caplog.text
+    built = build_index(
+        [f"{drives / 'a'}{head}"], settings=SETTINGS, embedder=ColourEmbedder(), dedup_distance=2.0
+    )
+    # Nearly all frames are suppressed as near-duplicates, so their images are not in the index.
+    made = calibrated(built, [f"{drives / 'a'}{tail}", drives / "b", drives / "c"])
+    assert made.drives[0][0] == f"a{tail}"
+    assert ("has the name of a drive in the index" in caplog.text) == warns
     assert "'b' has the name" not in caplog.text
 
 
@@ -105,7 +112,7 @@ def test_warnings_of_the_calibration_are_logged(
     index: NominalIndex, drives: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     calibrated(index, [drives / "a", drives / "b"])
-    assert "2 drives only" in caplog.text and "rests on the largest score" in caplog.text
+    assert "only 2 drives" in caplog.text and "depends on the largest score" in caplog.text
 
 
 def test_too_few_frames_say_how_many_are_needed(index: NominalIndex, drives: Path) -> None:

@@ -1,4 +1,4 @@
-"""An edited index is saved with its calibration, which says that it is due for renewal."""
+"""An edited index is saved with its calibration, which becomes stale."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from semantic_anomaly.detection.detector import AnomalyDetector
 from semantic_anomaly.errors import CalibrationError, MismatchError
 from semantic_anomaly.index import edits as index_edits
 from semantic_anomaly.index.nominal_index import NominalIndex
-from semantic_anomaly.offline import edit_index as edit_saving
+from semantic_anomaly.offline.edit_index import save_edited
 from semantic_anomaly.roi import ImageRegion
 from semantic_anomaly.storage import canonical_json, sha256_bytes
 
@@ -34,28 +34,33 @@ def calibrated(tmp_path: Path) -> tuple[Path, AnomalyDetector]:
 def edit(folder: Path, *numbers: int) -> tuple[NominalIndex, Calibration]:
     before = NominalIndex.load(folder)
     edited = index_edits.retract(before, numbers) if numbers else index_edits.undo(before)[0]
-    calibration = edit_saving.save_edited(folder, before, edited)
+    calibration = save_edited(folder, before, edited)
     assert calibration is not None
     return edited, calibration
 
 
-def test_a_calibration_goes_along_and_says_that_it_is_due(
+def test_a_calibration_goes_along_and_becomes_stale(
     calibrated: tuple[Path, AnomalyDetector],
 ) -> None:
     folder, detector = calibrated
     before = (folder / "calibration.json").read_bytes()
     edited, calibration = edit(folder, 0, 1)
     loaded = Calibration.load(folder)
-    assert loaded.index_fingerprint == edited.fingerprint and loaded.renewal == calibration.renewal
+    assert (
+        loaded.index_fingerprint == edited.fingerprint
+        and loaded.stale_edits == calibration.stale_edits
+    )
     assert loaded.threshold == detector.threshold
     assert "1 edit of the index since calibration: retract 2 entries" in loaded.warnings[-1]
     assert "false alarms may exceed" in loaded.warnings[-1]
-    AnomalyDetector(detector.embedder, NominalIndex.load(folder), loaded, detector.settings, WHOLE)
+    AnomalyDetector(
+        NominalIndex.load(folder), loaded, settings=detector.settings, embedder=detector.embedder
+    )
     both = NominalIndex.load(folder)
     frame = street(5000, odd=True)
     grid = ColourEmbedder().embed([frame.image])[0]
     more, _ = index_edits.add_nominal(both, [(frame, grid)], region=WHOLE, source="s")
-    edit_saving.save_edited(folder, both, more)
+    save_edited(folder, both, more)
     last = Calibration.load(folder).warnings[-1]
     assert (
         "2 edits" in last and "retract 2 entries, add 1 frame;" in last and "others shrunk" in last
@@ -71,11 +76,11 @@ def test_undoing_what_was_calibrated_is_a_change_too(
 ) -> None:
     folder, _ = calibrated
     edited, calibration = edit(folder, 0, 1)
-    dataclasses.replace(calibration, renewal=()).save(folder)
+    dataclasses.replace(calibration, stale_edits=()).save(folder)
     _, undone = edit(folder)
     assert "undo: retract 2 entries" in undone.warnings[-1] and "shrunk" in undone.warnings[-1]
     _, again = edit(folder, 0, 1)
-    assert again.index_fingerprint == edited.fingerprint and len(again.renewal) == 2
+    assert again.index_fingerprint == edited.fingerprint and len(again.stale_edits) == 2
 
 
 def test_nothing_is_saved_over_another_state(calibrated: tuple[Path, AnomalyDetector]) -> None:
@@ -83,22 +88,22 @@ def test_nothing_is_saved_over_another_state(calibrated: tuple[Path, AnomalyDete
     before = NominalIndex.load(folder)
     edit(folder, 3)
     with pytest.raises(MismatchError, match="edited meanwhile"):
-        edit_saving.save_edited(folder, before, index_edits.retract(before, [4]))
+        save_edited(folder, before, index_edits.retract(before, [4]))
     strange = dataclasses.replace(Calibration.load(folder), index_fingerprint="0" * 64)
     strange.save(folder)
     with pytest.raises(MismatchError, match="calibrate again"):
         edit(folder, 5)
 
 
-def test_a_renewal_of_another_kind_is_refused(calibrated: tuple[Path, AnomalyDetector]) -> None:
+def test_stale_edits_of_another_form_is_refused(calibrated: tuple[Path, AnomalyDetector]) -> None:
     folder, _ = calibrated
     edit(folder, 3)
     path = folder / "calibration.json"
     body = json.loads(path.read_text())
     del body["sha256"]
     for forged in ([{"edit": 1}], "text", [1]):
-        body["renewal"] = forged
+        body["stale_edits"] = forged
         sealed = {**body, "sha256": sha256_bytes(canonical_json(body).encode())}
         path.write_text(canonical_json(sealed))
-        with pytest.raises(CalibrationError, match="renewal"):
+        with pytest.raises(CalibrationError, match="stale_edits"):
             Calibration.load(folder)

@@ -1,9 +1,8 @@
-"""Grid, instances, pairs and scenes: each by itself, together, and with parts that do not fit."""
+"""Anomaly maps of patches, of instances and of both; exactness of the refined search."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +12,20 @@ from worlds.colours import IMAGE_HW, LEFT_HALF, ODD_BOX, PATCH, ColourEmbedder, 
 from worlds.segmented_streets import ByRule, SegmentedColours, build, every_patch, halves, nothing
 
 from semantic_anomaly.calibration.calibration import Calibration
-from semantic_anomaly.detection.detector import AnomalyDetector
+from semantic_anomaly.detection.detector import AnomalyDetector, load_detector
 from semantic_anomaly.errors import (
     IndexMismatchError,
     MismatchError,
     ModelOutputError,
     SettingsError,
 )
-from semantic_anomaly.index.build import INSTANCES, PAIRS, SCENES
+from semantic_anomaly.index.build import INSTANCES
 from semantic_anomaly.io.images import write_image
 from semantic_anomaly.offline.build_index import build_index
 from semantic_anomaly.offline.calibrate import calibrate
 from semantic_anomaly.roi import ImageRegion
 from semantic_anomaly.scoring.distances import NO_INSTANCES
-from semantic_anomaly.scoring.normalisation import CELLS_HW, UsualDistances
+from semantic_anomaly.scoring.normalisation import CELLS_HW, ScoreNormalisation
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import Decision, PatchGrid
 
@@ -39,11 +38,11 @@ ODD = (
 
 
 def made(**changes: Any) -> Settings:
-    return Settings.from_parameters({**BASE, **changes})
+    return Settings.from_parameters({**BASE, "variant": "grid", **changes})
 
 
-def flat(mean: float, deviation: float) -> UsualDistances:
-    return UsualDistances(
+def flat(mean: float, deviation: float) -> ScoreNormalisation:
+    return ScoreNormalisation(
         np.full(CELLS_HW, mean, np.float32), np.full(CELLS_HW, deviation, np.float32)
     )
 
@@ -51,12 +50,17 @@ def flat(mean: float, deviation: float) -> UsualDistances:
 def detector(
     settings: Settings,
     embedder: SegmentedColours | None = None,
-    usual: Mapping[str, UsualDistances] | None = None,
+    usual: Mapping[str, ScoreNormalisation] | None = None,
     region: ImageRegion = WHOLE,
 ) -> AnomalyDetector:
     embedder = embedder or SegmentedColours()
+    if region.polygon_xy:
+        corners = [value for corner in region.polygon_xy for value in corner]
+        settings = Settings.from_parameters(
+            {**settings.to_parameters(), "camera.region_of_interest": corners}
+        )
     index = build(embedder, settings, region=region)
-    return AnomalyDetector(embedder, index, None, settings, region, usual)
+    return AnomalyDetector(index, settings=settings, embedder=embedder, normalisations=usual)
 
 
 @pytest.fixture(scope="module")
@@ -71,21 +75,21 @@ def drives(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_instances_of_one_patch_each_are_the_grid() -> None:
-    plain = {"place_normalisation": False}
     embedder = SegmentedColours(ByRule(every_patch))
-    instances = detector(made(variant="instance", **plain), embedder)
-    grid = AnomalyDetector(embedder, instances.index, None, made(**plain), WHOLE)
-    for _, one in embedder.frames([40, 41], odd=True):
-        for mine, other in zip(instances.score(one), grid.score(one), strict=True):
-            np.testing.assert_allclose(mine, other, atol=1e-6)
+    instances = detector(made(variant="instance"), embedder)
+    patches = detector(made(), embedder)
+    for _, grid in embedder.frames([40, 41], odd=True):
+        of_instances, of_patches = instances.score(grid), patches.score(grid)
+        assert of_instances.score == pytest.approx(of_patches.score, abs=1e-6)
+        np.testing.assert_allclose(of_instances.anomaly_map, of_patches.anomaly_map, atol=1e-6)
 
 
 def test_an_odd_instance_stands_out_as_a_whole() -> None:
-    found = detector(made(variant="instance", place_normalisation=False),
+    found = detector(made(variant="instance"),
                      SegmentedColours(ByRule(halves)))  # fmt: skip
     (_, odd), (_, nominal) = (found.embedder.frames([50], odd=o)[0] for o in (True, False))
-    score, distances = found.score(odd)
-    assert score > 10 * found.score(nominal)[0]
+    distances = found.score(odd).anomaly_map
+    assert found.score(odd).score > 10 * found.score(nominal).score
     inside = distances[ODD]
     assert np.ptp(inside) < 1e-6 and inside.min() == distances.max()
     outside = distances.copy()
@@ -94,12 +98,12 @@ def test_an_odd_instance_stands_out_as_a_whole() -> None:
 
 
 def test_no_instances_falls_to_the_grid_and_says_so() -> None:
-    settings = made(variant="instance", place_normalisation=False)
+    settings = made(variant="instance")
     index = build(SegmentedColours(), settings)
     silent = SegmentedColours(ByRule(nothing))
     silent.segmenter = SegmentedColours().segmenter
-    there = AnomalyDetector(silent, index, None, settings, WHOLE)
-    grid = AnomalyDetector(silent, index, None, made(place_normalisation=False), WHOLE)
+    there = AnomalyDetector(index, settings=settings, embedder=silent)
+    grid = detector(made(), silent)
     frame = street(60, odd=True)
     result = there.detect(frame)
     assert result.note == NO_INSTANCES
@@ -112,95 +116,43 @@ def test_uncovered_places_are_scored_by_the_grid() -> None:
         return halves(image, grid_hw)[:1]
 
     embedder = SegmentedColours(ByRule(sky_alone))
-    settings = made(variant="instance", place_normalisation=False)
+    settings = made(variant="instance")
     found = detector(settings, embedder)
-    grid = AnomalyDetector(embedder, found.index, None, made(place_normalisation=False), WHOLE)
+    grid = detector(made(), embedder)
     frame, one = embedder.frames([61], odd=True)[0]
-    mixed, plain = found.score(one)[1], grid.score(one)[1]
+    mixed, plain = found.score(one).anomaly_map, grid.score(one).anomaly_map
     middle = IMAGE_HW[0] // PATCH // 2
     np.testing.assert_allclose(mixed[middle:], plain[middle:], atol=1e-6)
     assert np.ptp(mixed[:middle]) < 1e-6 < np.ptp(plain[:middle])
     assert not found.detect(frame).note
 
 
-def test_branches_are_averaged_in_deviations() -> None:
-    usual = {"grid": flat(0.1, 0.02), INSTANCES: flat(0.05, 0.01), PAIRS: flat(0.01, 0.005)}
-    settings = made(variant="combined", surroundings_weight=0.3)
+def test_stages_are_averaged_in_deviations() -> None:
+    usual = {"grid": flat(0.1, 0.02), INSTANCES: flat(0.05, 0.01)}
+    settings = made(variant="combined")
     embedder = SegmentedColours(ByRule(halves))
     found = detector(settings, embedder, usual)
     _, one = embedder.frames([62], odd=True)[0]
-    plain = found.plain_distances(one)
+    plain = found.distance_maps(one)
     assert set(plain) == set(usual)
-    mean = np.mean([(plain[b].values - u.typical[0]) / u.typical[1] for b, u in usual.items()], 0)
+    mean = np.mean([(plain[b].values - u.unit[0]) / u.unit[1] for b, u in usual.items()], 0)
     wanted = np.clip(0.1 + 0.02 * mean, 0, 2)
-    score, distances = found.score(one)
-    np.testing.assert_allclose(distances, wanted, atol=1e-5)
-    assert score == pytest.approx(wanted.max(), abs=1e-5)
+    frame_score = found.score(one)
+    np.testing.assert_allclose(frame_score.anomaly_map, wanted, atol=1e-5)
+    assert frame_score.score == pytest.approx(wanted.max(), abs=1e-5)
     result = found.detect(street(62, odd=True))
     for branch, value in result.parts.items():
-        top = ((plain[branch].values - usual[branch].typical[0]) / usual[branch].typical[1]).max()
+        top = ((plain[branch].values - usual[branch].unit[0]) / usual[branch].unit[1]).max()
         assert value == pytest.approx(top, rel=1e-3)
-
-
-def test_the_pair_is_relative_to_its_surroundings() -> None:
-    settings = made(variant="instance", surroundings_weight=0.4)
-    embedder = SegmentedColours(ByRule(halves))
-    found = detector(settings, embedder, {"grid": flat(0.1, 0.1), INSTANCES: flat(0.1, 0.1)})
-    _, one = embedder.frames([63], odd=True)[0]
-    pairs, instances = (found.plain_distances(one)[name].values for name in (PAIRS, INSTANCES))
-    # Familiar surroundings explain nothing: the pair is as far as the instance, by its weight.
-    assert pairs[ODD].max() == pytest.approx(0.6 * instances[ODD].max(), rel=0.05)
-    assert (pairs >= 0).all()
-
-
-def test_an_instance_counts_when_its_patches_agree() -> None:
-    usual = {"grid": flat(0.002, 0.002), INSTANCES: flat(0.0001, 0.0001)}
-    embedder = SegmentedColours(ByRule(halves))
-    _, odd = embedder.frames([64], odd=True)[0]
-    # An embedding that is odd although no patch of it is: all of its patches on one side.
-    tinted = odd.features.copy()
-    rows = tinted.shape[0] // 2
-    tinted[:rows] += 0.02
-    tinted /= np.linalg.norm(tinted, axis=2, keepdims=True)
-    grid = replace(odd, features=tinted.astype(np.float32))
-    maps = {}
-    for agreement in (0.0, 0.5):
-        settings = made(variant="instance", min_agreement=agreement)
-        maps[agreement] = detector(settings, embedder, usual).score(grid)[1]
-    np.testing.assert_array_equal(maps[0.0][ODD], maps[0.5][ODD])
-    assert maps[0.5][:rows].max() < 0.5 * maps[0.0][:rows].max()
-
-
-def test_scenes_compare_with_the_frames_that_look_alike() -> None:
-    embedder = SegmentedColours()
-    plain = {"place_normalisation": False, "dedup_distance": 0.0}
-    every = made(scene_frames=1000, **plain)
-    index = build(embedder, every)
-    _, one = embedder.frames([70], odd=True)[0]
-    exact = AnomalyDetector(embedder, index, None, made(search="exact", **plain), WHOLE).score(one)
-    for mine, other in zip(
-        AnomalyDetector(embedder, index, None, every, WHOLE).score(one), exact, strict=True
-    ):
-        np.testing.assert_allclose(mine, other, atol=1e-6)
-    single = AnomalyDetector(embedder, index, None, made(scene_frames=1, **plain), WHOLE)
-    scenes = index.parts[SCENES].content
-    nearest = int(
-        (scenes.embeddings @ (one.global_feature / np.linalg.norm(one.global_feature))).argmax()
-    )
-    rows = index.content.entries[:, 0] == nearest
-    wanted = 1 - (one.features.reshape(-1, 4) @ index.content.embeddings[rows].T).max(axis=1)
-    np.testing.assert_allclose(single.score(one)[1].ravel(), wanted, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("built", "wanted", "message"),
     [
-        ({}, {"variant": "instance"}, "instances: expected a part of them, found none"),
-        ({"variant": "instance"}, {"variant": "combined", "surroundings_weight": 0.3},
-         "surroundings_weight: expected 0.0, found 0.3"),
-        ({"variant": "instance", "surroundings_weight": 0.2},
-         {"variant": "instance", "surroundings_weight": 0.3}, "expected 0.2, found 0.3"),
-        ({}, {"scene_frames": 5}, "scenes: expected a part of them, found none"),
+        ({}, {"variant": "instance"}, "'variant': expected grid, found instance"),
+        ({"variant": "instance"}, {"variant": "combined"}, "expected instance, found combined"),
+        ({}, {"input_size": 640}, "'input_size': expected 128, found 640"),
+        ({}, {"place_weight": 0.5}, "'place_weight': expected 0.0, found 0.5"),
     ],
 )  # fmt: skip
 def test_an_index_without_what_is_needed_is_refused(
@@ -209,39 +161,20 @@ def test_an_index_without_what_is_needed_is_refused(
     embedder = SegmentedColours()
     index = build(embedder, made(**built))
     with pytest.raises(IndexMismatchError, match=message):
-        AnomalyDetector(embedder, index, None, made(**wanted), WHOLE)
+        AnomalyDetector(index, settings=made(**wanted), embedder=embedder)
 
 
 def test_another_segmenter_or_none_is_refused() -> None:
     settings = made(variant="instance")
     index = build(SegmentedColours(), settings)
     with pytest.raises(IndexMismatchError, match="segmenter: expected tokens"):
-        AnomalyDetector(SegmentedColours(ByRule(halves)), index, None, settings, WHOLE)
+        AnomalyDetector(index, settings=settings, embedder=SegmentedColours(ByRule(halves)))
     with pytest.raises(SettingsError, match="needs a segmenter"):
-        AnomalyDetector(ColourEmbedder(), index, None, settings, WHOLE)
-
-
-@pytest.mark.parametrize(
-    "parameters",
-    [
-        {"surroundings_weight": 0.3},
-        {"min_agreement": 0.3},
-        {"variant": "combined", "place_normalisation": False},
-        {"variant": "instance", "min_agreement": 0.3, "place_normalisation": False},
-        {"variant": "instance", "surroundings_weight": 1.0},
-        {"variant": "instance", "surroundings_weight": -0.1},
-        {"variant": "objects"},
-        {"segmenter": "sam"},
-        {"scene_frames": -1},
-    ],
-)
-def test_settings_that_cannot_be_are_refused(parameters: dict[str, Any]) -> None:
-    with pytest.raises(SettingsError):
-        Settings.from_parameters(parameters)
+        AnomalyDetector(index, settings=settings, embedder=ColourEmbedder())
 
 
 def test_grids_without_instances_are_refused() -> None:
-    found = detector(made(variant="instance", place_normalisation=False))
+    found = detector(made(variant="instance"))
     _, one = found.embedder.frames([80])[0]
     bare = PatchGrid(one.features, one.global_feature, one.image_hw)
     with pytest.raises(ModelOutputError, match="segmented"):
@@ -249,33 +182,74 @@ def test_grids_without_instances_are_refused() -> None:
 
 
 def test_the_region_of_interest_holds_for_all_branches() -> None:
-    settings = made(variant="combined", surroundings_weight=0.3)
-    usual = {"grid": flat(0.1, 0.02), INSTANCES: flat(0.05, 0.01), PAIRS: flat(0.01, 0.005)}
+    settings = made(variant="combined")
+    usual = {"grid": flat(0.1, 0.02), INSTANCES: flat(0.05, 0.01)}
     found = detector(settings, SegmentedColours(), usual, LEFT_HALF)
     # The odd thing lies to the right.
     _, one = found.embedder.frames([81], odd=True)[0]
-    assert not found.score(one)[1][:, 8:].any()
-    assert found.score(one)[0] < 0.2
+    assert not found.score(one).anomaly_map[:, 8:].any()
+    assert found.score(one).score < 0.2
 
 
 def test_built_calibrated_and_read_back_it_says_the_same(drives: Path, tmp_path: Path) -> None:
-    settings = made(variant="combined", surroundings_weight=0.3, min_agreement=0.2, scene_frames=6)
+    settings = made(variant="combined")
     embedder = SegmentedColours()
-    index = build_index(settings, "camera", [drives / "index"], embedder=embedder)
-    assert set(index.parts) == {INSTANCES, PAIRS, SCENES}
+    index = build_index([drives / "index"], settings=settings, embedder=embedder)
+    assert set(index.parts) == {INSTANCES}
     sources = [drives / name for name in "abc"]
-    calibration = calibrate(settings, "camera", index, sources, embedder=embedder)
-    assert set(calibration.usual) == {"grid", INSTANCES, PAIRS}
+    calibration = calibrate(index, sources, settings=settings, embedder=embedder)
+    assert set(calibration.normalisations) == {"grid", INSTANCES}
     assert calibration.scoring == settings.scoring
     index.save(tmp_path / "index")
     calibration.save(tmp_path / "index")
-    running = settings.replace(index=str(tmp_path / "index"))
-    loaded = AnomalyDetector.load(running, "camera", embedder=embedder)
-    direct = AnomalyDetector(embedder, index, calibration, settings, WHOLE)
+    running = Settings(index=str(tmp_path / "index"), smoothing=0.0)
+    loaded = load_detector(running, "camera", embedder=embedder)
+    direct = AnomalyDetector(index, calibration, settings=settings, embedder=embedder)
     for frame in (street(90), street(91, odd=True)):
         assert said(loaded.detect(frame)) == said(direct.detect(frame))
     assert loaded.detect(street(92, odd=True)).decision is Decision.ANOMALY
     assert loaded.detect(street(93)).decision is Decision.NOMINAL
     assert Calibration.load(tmp_path / "index").sha256 == calibration.sha256
-    with pytest.raises(MismatchError, match="settings of the score"):
-        AnomalyDetector.load(running.replace(min_agreement=0.4), "camera", embedder=embedder)
+    with pytest.raises(MismatchError, match="setting 'smoothing': expected 0.0, found 0.5"):
+        load_detector(running.replace(smoothing=0.5), "camera", embedder=embedder)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.8])
+@pytest.mark.parametrize("variant", ["grid", "combined"])
+def test_scores_and_values_above_the_threshold_are_those_of_an_exact_search(
+    monkeypatch: pytest.MonkeyPatch, smoothing: float, variant: str
+) -> None:
+    embedder = SegmentedColours(ByRule(halves))
+    settings = made(variant=variant, smoothing=smoothing, dedup_distance=0.0)
+    approximate = detector(settings.replace(search="graph"), embedder)
+    exact = detector(settings.replace(search="exact"), embedder)
+    true_distances = approximate.index.exact_distances
+    noise = np.random.default_rng(0)
+
+    def overestimated(embeddings: np.ndarray, k: int) -> np.ndarray:
+        """Return upper bounds as a poor graph gives them: some far too large."""
+        errors = noise.exponential(0.02, len(embeddings)) * (noise.random(len(embeddings)) < 0.3)
+        return np.minimum(true_distances(embeddings, k) + errors.astype(np.float32), 2.0)
+
+    searched: list[int] = []
+
+    def counted(embeddings: np.ndarray, k: int) -> np.ndarray:
+        searched.append(len(embeddings))
+        return true_distances(embeddings, k)
+
+    monkeypatch.setattr(approximate.index, "distances", overestimated)
+    monkeypatch.setattr(approximate.index, "exact_distances", counted)
+    for seed in range(100, 106):
+        _, grid = embedder.frames([seed], odd=seed % 2 == 0)[0]
+        expected = exact.score(grid)
+        for threshold in (None, float(np.quantile(expected.anomaly_map, 0.8))):
+            searched.clear()
+            found = approximate._scorer.score(grid, {}, threshold)
+            assert found.score == pytest.approx(expected.score, abs=1e-6)
+            assert len(searched) <= 2
+            if threshold is not None:
+                above = expected.anomaly_map > threshold
+                np.testing.assert_array_equal(found.anomaly_map > threshold, above)
+                np.testing.assert_allclose(
+                    found.anomaly_map[above], expected.anomaly_map[above], atol=1e-6
+                )

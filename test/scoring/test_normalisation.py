@@ -1,4 +1,4 @@
-"""What is usual where, and distances relative to it."""
+"""Mean and deviation by image cell and patch class, and standardised distances."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from semantic_anomaly.errors import CalibrationError
-from semantic_anomaly.scoring.normalisation import CELLS_HW, PlaceSums, UsualDistances
+from semantic_anomaly.scoring.normalisation import CELLS_HW, NormalisationSums, ScoreNormalisation
 
 GRID = (36, 64)
 EVERYWHERE = np.ones(GRID, bool)
@@ -21,21 +21,24 @@ def nominal(rng: np.random.Generator, count: int) -> list[np.ndarray]:
     ]
 
 
-def collected(frames: list[np.ndarray], inside: np.ndarray = EVERYWHERE) -> PlaceSums:
-    sums = PlaceSums()
+def collected(frames: list[np.ndarray], inside: np.ndarray = EVERYWHERE) -> NormalisationSums:
+    sums = NormalisationSums()
     for frame in frames:
-        sums.add(frame, inside)
+        sums.add(frame, inside, np.zeros((int(inside.sum()), 4), np.float32))
     return sums
 
 
-def relative(usual: UsualDistances, distances: np.ndarray) -> np.ndarray:
-    factor, offset = usual.relation(np.ones(distances.shape, bool))
-    return (factor * distances.ravel() + offset).reshape(distances.shape)
+def relative(usual: ScoreNormalisation, distances: np.ndarray) -> np.ndarray:
+    inside = np.ones(distances.shape, bool)
+    mean, deviation = usual.parameters(inside, np.zeros((distances.size, 4), np.float32))
+    unit_mean, unit_deviation = usual.unit
+    z = (distances.ravel() - mean) / deviation
+    return (unit_mean + unit_deviation * z).reshape(distances.shape)
 
 
 def test_mean_and_deviation_are_those_of_the_cell(rng: np.random.Generator) -> None:
     frames = nominal(rng, 30)
-    usual = collected(frames).usual()
+    usual = collected(frames).normalisation()
     cell = np.stack(frames)[:, 4:6, 10:12]
     assert usual.mean[2, 5] == pytest.approx(cell.mean(), rel=1e-5)
     assert usual.deviation[2, 5] == pytest.approx(cell.std(), rel=1e-4)
@@ -44,12 +47,12 @@ def test_mean_and_deviation_are_those_of_the_cell(rng: np.random.Generator) -> N
 def test_frames_may_be_collected_in_parts(rng: np.random.Generator) -> None:
     frames = nominal(rng, 8)
     whole, parts = collected(frames), collected(frames[:3]) + collected(frames[3:])
-    np.testing.assert_array_equal(whole.usual().mean, parts.usual().mean)
-    assert PlaceSums().empty and not parts.empty
+    np.testing.assert_array_equal(whole.normalisation().mean, parts.normalisation().mean)
+    assert NormalisationSums().empty and not parts.empty
 
 
 def test_relative_distances_are_alike_everywhere(rng: np.random.Generator) -> None:
-    usual = collected(nominal(rng, 200)).usual()
+    usual = collected(nominal(rng, 200)).normalisation()
     fresh = np.stack([relative(usual, frame) for frame in nominal(rng, 40)])
     upper, lower = fresh[:, :14], fresh[:, 22:]
     assert upper.mean() == pytest.approx(lower.mean(), rel=0.05)
@@ -60,7 +63,7 @@ def test_relative_distances_are_alike_everywhere(rng: np.random.Generator) -> No
 
 
 def test_relation_keeps_the_order_of_distances_at_a_place(rng: np.random.Generator) -> None:
-    factor, _ = collected(nominal(rng, 5)).usual().relation(EVERYWHERE)
+    factor, _ = collected(nominal(rng, 5)).normalisation().relation(EVERYWHERE)
     assert (factor > 0).all()
 
 
@@ -70,7 +73,7 @@ def test_only_patches_inside_count_and_are_returned(rng: np.random.Generator) ->
     frames = nominal(rng, 10)
     for frame in frames:
         frame[:, 32:] = 2.0
-    usual = collected(frames, inside).usual()
+    usual = collected(frames, inside).normalisation()
     # Cells of which nothing is known get what is typical of the others.
     assert usual.mean.max() < 0.5
     factor, offset = usual.relation(inside)
@@ -79,11 +82,11 @@ def test_only_patches_inside_count_and_are_returned(rng: np.random.Generator) ->
 
 @pytest.mark.parametrize("grid", [(5, 7), (18, 32), (90, 160), (1, 1)])
 def test_any_grid_will_do(grid: tuple[int, int]) -> None:
-    sums = PlaceSums()
+    sums = NormalisationSums()
     rng = np.random.default_rng(0)
     for _ in range(5):
         sums.add(rng.random(grid, np.float32), np.ones(grid, bool))
-    usual = sums.usual()
+    usual = sums.normalisation()
     factor, offset = usual.relation(np.ones(grid, bool))
     assert np.isfinite(factor).all() and np.isfinite(offset).all()
     assert len(factor) == grid[0] * grid[1]
@@ -93,48 +96,47 @@ def test_a_place_that_never_changed_does_not_explode(rng: np.random.Generator) -
     frames = nominal(rng, 20)
     for frame in frames:
         frame[20:22, 20:22] = 0.03
-    factor, _ = collected(frames).usual().relation(EVERYWHERE)
+    factor, _ = collected(frames).normalisation().relation(EVERYWHERE)
     assert factor.max() < 20
 
 
 def test_what_hardly_any_frame_showed_is_not_believed(rng: np.random.Generator) -> None:
     # An instance has one value for all of its patches: alone in a cell, no deviation at all.
-    sums = PlaceSums()
+    sums = NormalisationSums()
     for _ in range(60):
         row, col = rng.integers(0, 33), rng.integers(0, 61)
         values, inside = np.zeros(GRID, np.float32), np.zeros(GRID, bool)
         inside[row : row + 3, col : col + 3] = True
         values[inside] = rng.normal(0.3, 0.05)
-        sums.add(values, inside)
-    usual = sums.usual()
+        sums.add(values, inside, np.zeros((9, 4), np.float32))
+    usual = sums.normalisation()
     assert usual.deviation.min() > 0.005
     assert np.median(usual.mean) == pytest.approx(0.3, abs=0.05)
-    factor, offset = usual.relation(EVERYWHERE)
-    assert (factor * 0.45 + offset).max() < 1.0
+    assert relative(usual, np.full(GRID, 0.45, np.float32)).max() < 1.0
 
 
 def test_a_single_value_everywhere_has_some_deviation() -> None:
-    usual = collected([np.full(GRID, 0.2, np.float32)] * 3).usual()
+    usual = collected([np.full(GRID, 0.2, np.float32)] * 3).normalisation()
     assert (usual.deviation > 0).all()
 
 
 def test_nothing_and_nonsense_are_refused() -> None:
     with pytest.raises(CalibrationError, match="found none"):
-        PlaceSums().usual()
+        NormalisationSums().normalisation()
     good = np.full(CELLS_HW, 0.1, np.float32)
     with pytest.raises(CalibrationError, match="expected"):
-        UsualDistances(good[:2], good)
+        ScoreNormalisation(good[:2], good)
     with pytest.raises(CalibrationError, match="means in"):
-        UsualDistances(good * np.nan, good)
+        ScoreNormalisation(good * np.nan, good)
     with pytest.raises(CalibrationError, match="above 0"):
-        UsualDistances(good, good * 0)
+        ScoreNormalisation(good, good * 0)
     for values in ({}, [], {"mean": [[1]], "deviation": "x"}, {"mean": good.tolist()}):
         with pytest.raises(CalibrationError):
-            UsualDistances.from_description(values)
+            ScoreNormalisation.from_dict(values)
 
 
 def test_descriptions_keep_every_bit(rng: np.random.Generator) -> None:
-    usual = collected(nominal(rng, 3)).usual()
-    again = UsualDistances.from_description(usual.describe())
+    usual = collected(nominal(rng, 3)).normalisation()
+    again = ScoreNormalisation.from_dict(usual.to_dict())
     np.testing.assert_array_equal(again.mean, usual.mean)
     np.testing.assert_array_equal(again.deviation, usual.deviation)

@@ -21,10 +21,6 @@ ODD_BOX = (80, 32, 104, 56)
 LEFT_HALF = ImageRegion(((0.0, 0.0), (0.5, 0.0), (0.5, 1.0), (0.0, 1.0)))
 
 
-# Scores of fixed calibrations are relative to nothing.
-PLAIN = {"place_normalisation": False, "smoothing": 0.0}
-
-
 class ColourEmbedder:
     """Embeds each patch of 8 pixels by its mean colour, as a unit vector of four numbers."""
 
@@ -79,40 +75,46 @@ def street(seed: int, odd: bool = False, image_hw: tuple[int, int] = IMAGE_HW) -
 def make_detector(
     *,
     calibrated: bool = True,
-    region: ImageRegion | None = None,
+    roi: ImageRegion | None = None,
     embedder: ColourEmbedder | None = None,
     frames: int = 30,
     **changes: Any,
 ) -> AnomalyDetector:
-    region = region or ImageRegion()
+    """Return a detector of plain distances: no score normalisation, no smoothing."""
+    roi = roi or ImageRegion()
     embedder = embedder or ColourEmbedder()
-    made = {"target_false_alarm_rate": 0.05, "dedup_distance": 0.001, **PLAIN, **changes}
-    settings = Settings.from_parameters(made)
+    parameters = {
+        **{"target_false_alarm_rate": 0.05, "dedup_distance": 0.001, "smoothing": 0.0},
+        **{"variant": "grid", **changes},
+    }
+    if roi.polygon_xy:
+        parameters["camera.region_of_interest"] = [v for xy in roi.polygon_xy for v in xy]
+    settings = Settings.from_parameters(parameters)
     base = settings.replace(threshold=0.0, target_false_alarm_rate=0.05)
     nominal = (street(seed) for seed in range(frames))
     index = NominalIndex.build(
         ((frame, embedder.embed([frame.image])[0]) for frame in nominal),
         identity=embedder.identity,
-        region=region,
+        region=roi,
         settings=base,
         source=["drive"],
     )
     if not calibrated:
-        return AnomalyDetector(embedder, index, None, settings, region)
-    scorer = AnomalyDetector(embedder, index, None, base, region)
+        return AnomalyDetector(index, settings=settings, embedder=embedder)
+    scorer = AnomalyDetector(index, settings=base, embedder=embedder)
     scores = [
-        scorer.score(embedder.embed([street(seed).image])[0])[0] for seed in range(1000, 1040)
+        scorer.score(embedder.embed([street(seed).image])[0]).score for seed in range(1000, 1040)
     ]
     calibration = Calibration.fit(
         {"a": scores[:20], "b": scores[20:]},
         heatmap_low=0.001,
         index=index,
-        settings=base,
-        region=region,
+        settings=scorer.settings,
+        roi=roi,
         camera="camera",
         dtype=embedder.identity.dtype,
     )
-    return AnomalyDetector(embedder, index, calibration, settings, region)
+    return AnomalyDetector(index, calibration, settings=settings, embedder=embedder)
 
 
 def said(result: AnomalyResult) -> tuple[Any, ...]:

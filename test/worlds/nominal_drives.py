@@ -39,6 +39,6 @@ def write_drives(root: Path) -> Path:
 
 
 def calibrated(index: NominalIndex, sources: list[Any], **changes: Any) -> Calibration:
-    """Return what nominal drives make of an index."""
+    """Return the calibration of an index by nominal drives."""
     settings = SETTINGS.replace(**changes)
-    return calibrate(settings, "camera", index, sources, embedder=ColourEmbedder())
+    return calibrate(index, sources, settings=settings, embedder=ColourEmbedder())
