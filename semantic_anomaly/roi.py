@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -14,6 +16,9 @@ import numpy as np
 from semantic_anomaly.errors import ImageError, SettingsError
 from semantic_anomaly.settings import CameraSettings
 from semantic_anomaly.structures import PatchGrid, Regions
+
+# Polygons are compared on a grid of so many rows and columns.
+_COMPARED_HW = (500, 500)
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,16 @@ class ImageRegion:
     def patch_mask(self, grid_hw: tuple[int, int], image_hw: tuple[int, int]) -> np.ndarray:
         """Return (rows, cols) bool, true where at least half of a patch takes part."""
         return _patch_mask(self, grid_hw, image_hw)
+
+    def is_within(self, description: Mapping[str, Any]) -> bool:
+        """Return whether the polygon lies inside that of a description; ego masks do not matter.
+
+        Args:
+            description: what `describe` returned.
+        """
+        outer = ImageRegion(tuple((x, y) for x, y in description["polygon_xy"]))
+        inside = outer.pixel_mask(_COMPARED_HW)
+        return bool(inside[ImageRegion(self.polygon_xy).pixel_mask(_COMPARED_HW)].all())
 
     def describe(self) -> dict[str, object]:
         """Return what manifests store and compare: the polygon and the ego mask's sha256."""

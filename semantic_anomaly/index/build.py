@@ -1,116 +1,162 @@
-"""Nominal frames as an index takes them in: whole grids, parts of them, or places of any kind.
+"""Choosing, in one pass and with bounded memory, which nominal embeddings an index stores.
 
-Choosing, in one pass and with bounded memory, which nominal embeddings an index stores.
-
-What an index holds besides patches: instances, pairs with surroundings, and whole scenes.
-
-Each is a part of the index, an index of its own with the same manifest, checks and edits.
+A stage is one path from a patch grid to embeddings: the patches themselves, or instances pooled
+over masks. Each stage has its own entries.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any
 
 import cv2
 import numpy as np
 
-from semantic_anomaly.embedding.identity import SegmenterIdentity
-from semantic_anomaly.errors import (
-    ArtefactError,
-    IndexFormatError,
-    IndexMismatchError,
-    ModelOutputError,
-)
+from semantic_anomaly.errors import ArtefactError, IndexMismatchError
+from semantic_anomaly.index.hnsw import HnswGraph
 from semantic_anomaly.index.search import nearest_similarities
 from semantic_anomaly.io.images import encode_jpeg
 from semantic_anomaly.linalg import inner_products
 from semantic_anomaly.roi import ImageRegion, patch_regions
-from semantic_anomaly.segmentation.masks import Instances, instances_of, pairs_of
-from semantic_anomaly.settings import Settings
-from semantic_anomaly.storage import canonical_json
+from semantic_anomaly.segmentation.masks import instances_of
 from semantic_anomaly.structures import Frame, PatchGrid
+
+INSTANCES = "instances"
+# Frame and grid, and (rows, cols) bool where not all of the frame is nominal.
+NominalFrame = tuple[Frame, PatchGrid] | tuple[Frame, PatchGrid, np.ndarray]
+
+_THUMBNAIL_PX = 320
+# Below, a product with all stored embeddings is as quick as the graph, and has no error.
+_EXACT_UP_TO = 20_000
+_BLOCK = 2048
+# A dedup_distance of -1 is measured on so many frames, with at most so many queries per frame.
+_MEASURED_FRAMES = 8
+_MEASURED_QUERIES = 512
 
 
 @dataclass(frozen=True, eq=False)
-class NominalPlaces:
-    """Embeddings of some places of a nominal frame, which need not be its patches.
+class FrameEmbeddings:
+    """The embeddings that a nominal frame gives to a stage.
 
     Attributes:
         frame: the frame.
-        grid_hw: (rows, cols) of the grid that the places are told in.
-        places: (n, 2) int, row and col of each.
+        grid_hw: (rows, cols) of its patch grid.
+        cells: (n, 2) int, row and col of each embedding in that grid.
         embeddings: (n, dim) float32, unit norm.
-
-    Raises:
-        ModelOutputError: shapes that do not agree, or places outside the grid.
     """
 
     frame: Frame
     grid_hw: tuple[int, int]
-    places: np.ndarray
+    cells: np.ndarray
     embeddings: np.ndarray
 
-    def __post_init__(self) -> None:
-        shapes = self.places.shape, self.embeddings.shape
-        if shapes[0] != (len(self.embeddings), 2) or len(shapes[1]) != 2:
-            raise ModelOutputError(
-                f"frame '{self.frame.name}': expected (n, 2) places and (n, dim) embeddings, "
-                f"found {shapes[0]} and {shapes[1]}"
-            )
-        if not np.all((self.places >= 0) & (self.places < self.grid_hw)):
-            raise ModelOutputError(
-                f"frame '{self.frame.name}': expected places in a grid of {self.grid_hw}"
-            )
 
-
-# Frame and grid, and (rows, cols) bool where not all of the frame is nominal; or places of it.
-NominalFrame = tuple[Frame, PatchGrid] | tuple[Frame, PatchGrid, np.ndarray] | NominalPlaces
-
-
-def nominal_patches(
-    given: tuple[Frame, PatchGrid] | tuple[Frame, PatchGrid, np.ndarray], region: ImageRegion
-) -> NominalPlaces:
-    """Return the patches of a nominal frame that take part.
-
-    Args:
-        given: frame, grid and, where not all of it is nominal, (rows, cols) bool.
-        region: patches outside take no part.
+def patch_embeddings(nominal_frame: NominalFrame, roi: ImageRegion) -> FrameEmbeddings:
+    """Return the nominal patches of a frame inside the region of interest.
 
     Raises:
-        SettingsError: no patch lies in the region.
+        SettingsError: no patch lies in the region of interest.
     """
-    frame, grid, *nominal = given
-    regions = patch_regions(grid, region)
-    wanted = regions.label_map >= 0
+    frame, grid, *nominal = nominal_frame
+    regions = patch_regions(grid, roi)
+    inside = regions.label_map >= 0
     for mask in nominal:
-        wanted &= mask
-    rows, cols = np.nonzero(wanted)
-    embeddings = regions.embeddings[regions.label_map[rows, cols]]
-    return NominalPlaces(frame, grid.grid_hw, np.stack([rows, cols], axis=1), embeddings)
+        inside &= mask
+    cells = np.argwhere(inside)
+    return FrameEmbeddings(
+        frame, grid.grid_hw, cells, regions.embeddings[regions.label_map[inside]]
+    )
 
 
-THUMBNAIL_PX = 320
-# Below, a product with all stored embeddings is as quick as the graph, and has no error.
-_EXACT_UP_TO = 20_000
-_BLOCK = 2048
-GRAPH_SEED = 100
-# Neighbours of a place resemble it because they see the same.
-_SURROUNDINGS = 4
-_SUITABLE_QUERIES = 512
-_SUITABLE_FRAMES = 8
+def instance_embeddings(nominal_frame: NominalFrame, roi: ImageRegion) -> FrameEmbeddings:
+    """Return the instances of a frame that are nominal on all patches that they cover.
+
+    Raises:
+        ModelOutputError: the frame was not segmented.
+    """
+    frame, grid, *nominal = nominal_frame
+    instances = instances_of(grid, roi)
+    cells, embeddings = instances.places, instances.embeddings
+    for mask in nominal:
+        kept = ~(instances.shares[:, ~mask] > 0).any(axis=1)
+        cells, embeddings = cells[kept], embeddings[kept]
+    return FrameEmbeddings(frame, grid.grid_hw, cells, embeddings)
 
 
-class Graph(Protocol):
-    """What suppression needs of a graph that grows."""
+def nearest_in_frame(frame_embeddings: FrameEmbeddings, min_cells_apart: int) -> np.ndarray:
+    """Return (n,) cosine distances from embeddings to the nearest other one of the same frame.
 
-    def add(self, embeddings: np.ndarray) -> None:
-        """Add (n, dim) float32 under the next labels."""
+    Args:
+        frame_embeddings: of one frame.
+        min_cells_apart: embeddings fewer rows and columns apart are not compared.
+    """
+    cells, embeddings = frame_embeddings.cells, frame_embeddings.embeddings
+    # Some queries are enough, spread over the image.
+    queries = np.linspace(0, len(cells) - 1, min(len(cells), _MEASURED_QUERIES)).astype(int)
+    apart = np.abs(cells[queries, None] - cells[None]).max(axis=2)  # (queries, n)
+    compared = (apart >= min_cells_apart) & (queries[:, None] != np.arange(len(cells)))
+    products = inner_products(embeddings[queries], embeddings.T)
+    products = np.where(compared, products, -1.0)[compared.any(axis=1)]
+    return np.asarray(1.0 - products.max(axis=1, initial=-1.0))
 
-    def similarities(self, embeddings: np.ndarray) -> np.ndarray:
-        """Return (n,) float32: inner product with the nearest that the graph finds."""
+
+@dataclass(frozen=True)
+class Stage:
+    """One path from a patch grid to embeddings.
+
+    Attributes:
+        embeddings_of: what a nominal frame gives to the stage.
+        distances_of: distances between the embeddings of one frame, see `suitable_distance`.
+        dedup_share: `dedup_distance` as a share of the median of these distances.
+        needs_distances: whether it is an error if there are none; otherwise all is stored.
+    """
+
+    embeddings_of: Callable[[NominalFrame, ImageRegion], FrameEmbeddings]
+    distances_of: Callable[[NominalFrame, ImageRegion], np.ndarray]
+    dedup_share: float
+    needs_distances: bool
+
+    def suitable_distance(self, distances: Sequence[np.ndarray]) -> float:
+        """Return a `dedup_distance` that suits the backbone that made some frames.
+
+        Distances of one backbone are ten times those of another. The median distance from an
+        embedding to the nearest other one of its own image tells how far apart things that are
+        alike lie; it does not depend on how fast the frames of a drive change.
+
+        Args:
+            distances: `distances_of` of some frames.
+
+        Raises:
+            ArtefactError: there are no distances, and the stage needs them.
+        """
+        joined = np.concatenate(distances) if distances else np.empty(0)
+        if len(joined):
+            return float(np.clip(self.dedup_share * np.median(joined), 0.0, 2.0))
+        if self.needs_distances:
+            raise ArtefactError(
+                f"index: dedup_distance -1: expected grids of more than {_NEIGHBOURHOOD} patches a "
+                "side; set the distance"
+            )
+        return 0.0
+
+
+# Patches near a patch resemble it because they see the same.
+_NEIGHBOURHOOD = 4
+PATCH_STAGE = Stage(
+    patch_embeddings,
+    # On the whole image, so that the distance does not depend on the region of interest.
+    lambda f, roi: nearest_in_frame(patch_embeddings(f[:2], ImageRegion()), _NEIGHBOURHOOD + 1),
+    # Half of it stores four times as much.
+    dedup_share=1.0,
+    needs_distances=True,
+)
+INSTANCE_STAGE = Stage(
+    instance_embeddings,
+    lambda f, roi: nearest_in_frame(instance_embeddings(f, roi), 0),
+    dedup_share=0.5,
+    needs_distances=False,
+)
 
 
 @dataclass(frozen=True)
@@ -131,11 +177,11 @@ class FrameRecord:
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What became of the patches that an index was built from.
+    """What became of the embeddings that an index was built from.
 
     Attributes:
         frames: frames read.
-        seen: patches that took part.
+        seen: embeddings that took part.
         stored: entries of the index.
         suppressed: nearer than `dedup_distance` to a stored one.
         dropped: new, but `max_entries` was reached.
@@ -153,79 +199,64 @@ class BuildReport:
 
 
 class Selection:
-    """Embeddings chosen from a stream: each new one at least `dedup_distance` from those before.
+    """The entries of a stage: each embedding at least `dedup_distance` from those before it.
 
     The greedy cover of one pass: everything seen lies within `dedup_distance` of something
-    stored, the very first included, unless `max_entries` is reached. Memory grows with what is
-    stored, not with what is seen.
+    stored, unless `max_entries` is reached. Memory grows with what is stored, not with what is
+    seen.
 
     Args:
-        graph: empty; takes the stored embeddings once they are many.
+        stage: gives the embeddings of frames.
         dim: length of an embedding.
-        dedup_distance: cosine distance; 0 stores everything.
+        roi: what lies outside takes no part.
+        dedup_distance: cosine distance; 0 stores everything; -1: measured on the first frames.
         max_entries: most that are stored.
+
+    Attributes:
+        dedup_distance: as measured, if it was -1.
+        frames: frames that entries point to.
+        graph: of the entries, complete after `finish`.
     """
 
-    def __init__(self, graph: Graph, dim: int, dedup_distance: float, max_entries: int) -> None:
-        self._graph = graph
-        self._graphed = 0
-        self._dedup = dedup_distance
-        self._most = max_entries
-        self._vectors = np.empty((min(max_entries, 4096), dim), np.float32)
-        self._entries = np.empty((len(self._vectors), 3), np.int32)
-        self._counts = {"frames": 0, "seen": 0, "stored": 0, "suppressed": 0, "dropped": 0}
+    def __init__(
+        self, stage: Stage, dim: int, roi: ImageRegion, dedup_distance: float, max_entries: int
+    ) -> None:
+        self.dedup_distance = dedup_distance
+        self.graph = HnswGraph.empty(dim)
         self.frames: list[FrameRecord] = []
+        self._stage, self._roi = stage, roi
+        self._in_graph = 0
+        self._max_entries = max_entries
+        self._embeddings = np.empty((min(max_entries, 4096), dim), np.float32)
+        self._entries = np.empty((len(self._embeddings), 3), np.int32)
+        self._counts = {"frames": 0, "seen": 0, "stored": 0, "suppressed": 0, "dropped": 0}
+        self._waiting: list[FrameEmbeddings] = []
+        self._distances: list[np.ndarray] = []
+
+    @property
+    def count(self) -> int:
+        """Return the number of entries."""
+        return self._counts["stored"]
 
     @property
     def embeddings(self) -> np.ndarray:
-        """Return (stored, dim) float32."""
-        return self._vectors[: self._counts["stored"]]
+        """Return (count, dim) float32."""
+        return self._embeddings[: self.count]
 
     @property
     def entries(self) -> np.ndarray:
-        """Return (stored, 3) int32: frame, row, col."""
-        return self._entries[: self._counts["stored"]]
+        """Return (count, 3) int32: frame, row, col."""
+        return self._entries[: self.count]
 
     @property
     def report(self) -> BuildReport:
-        """Return what became of the patches so far."""
+        """Return what became of the embeddings so far."""
         return BuildReport(**self._counts)
-
-    def extend(self, frames: Iterable[NominalFrame], region: ImageRegion) -> None:
-        """Take in the patches of frames that lie in the region.
-
-        Args:
-            frames: with their grids and, where not all of a frame is nominal, its nominal patches.
-            region: patches outside take no part.
-
-        Raises:
-            IndexMismatchError: a grid of another dimension.
-        """
-        for given in frames:
-            found = given if isinstance(given, NominalPlaces) else nominal_patches(given, region)
-            dim = self._vectors.shape[1]
-            if found.embeddings.shape[1] != dim:
-                raise IndexMismatchError(
-                    f"frame '{found.frame.name}': embedding dimension",
-                    dim,
-                    found.embeddings.shape[1],
-                )
-            number = np.full((len(found.places), 1), len(self.frames))
-            places = np.concatenate([number, found.places], axis=1)
-            before = self._counts["stored"]
-            for start in range(0, len(places), _BLOCK):
-                part = slice(start, start + _BLOCK)
-                self._take(found.embeddings[part], places[part])
-            self._counts["frames"] += 1
-            self._counts["seen"] += len(places)
-            if self._counts["stored"] > before:
-                picture = _thumbnail(found.frame.image)
-                self.frames.append(FrameRecord(found.frame.name, *found.grid_hw, picture))
 
     def resume(
         self, embeddings: np.ndarray, entries: np.ndarray, frames: Sequence[FrameRecord]
     ) -> None:
-        """Begin with what an index holds, before anything else is taken in.
+        """Begin with what an index holds, before any frame is added.
 
         Args:
             embeddings: (n, dim) float32, at most `max_entries`.
@@ -235,112 +266,119 @@ class Selection:
         self._store(embeddings, entries)
         self.frames = list(frames)
 
-    def finish(self) -> BuildReport:
-        """Put what is not yet in the graph there, and return the report.
+    def add(self, nominal_frame: NominalFrame) -> None:
+        """Take in what a frame gives to the stage.
 
         Raises:
-            ArtefactError: nothing was stored.
+            IndexMismatchError: embeddings of another dimension.
         """
-        if not self._counts["stored"]:
-            raise ArtefactError(
-                f"index: expected nominal patches, found none in {self._counts['frames']} frames"
+        frame_embeddings = self._stage.embeddings_of(nominal_frame, self._roi)
+        found, dim = frame_embeddings.embeddings.shape[1], self._embeddings.shape[1]
+        if found != dim:
+            raise IndexMismatchError(
+                f"frame '{frame_embeddings.frame.name}': embedding dimension", dim, found
             )
-        self._graph.add(self.embeddings[self._graphed :])
-        self._graphed = self._counts["stored"]
-        return self.report
+        self._counts["frames"] += 1
+        self._counts["seen"] += len(frame_embeddings.embeddings)
+        if not len(frame_embeddings.embeddings):
+            return
+        if self.dedup_distance >= 0.0:
+            self._take(frame_embeddings)
+            return
+        self._waiting.append(frame_embeddings)
+        self._distances.append(self._stage.distances_of(nominal_frame, self._roi))
+        if len(self._waiting) == _MEASURED_FRAMES:
+            self._take_waiting()
 
-    def _take(self, embeddings: np.ndarray, places: np.ndarray) -> None:
-        new = self._new_among(embeddings)
-        room = self._most - self._counts["stored"]
-        self._counts["suppressed"] += len(embeddings) - len(new)
-        self._counts["dropped"] += max(0, len(new) - room)
-        self._store(embeddings[new[:room]], places[new[:room]])
+    def finish(self) -> None:
+        """Take in what is waiting, and complete the graph.
 
-    def _new_among(self, embeddings: np.ndarray) -> np.ndarray:
-        if self._dedup <= 0.0:
+        Raises:
+            ArtefactError: as `Stage.suitable_distance`.
+        """
+        if self._waiting:
+            self._take_waiting()
+        if self.count:
+            self._complete_graph()
+            self.graph.trim()
+
+    def _take_waiting(self) -> None:
+        self.dedup_distance = self._stage.suitable_distance(self._distances)
+        for frame_embeddings in self._waiting:
+            self._take(frame_embeddings)
+        self._waiting.clear()
+
+    def _take(self, frame_embeddings: FrameEmbeddings) -> None:
+        """Store what is new of a frame, and the frame if anything is."""
+        cells, before = frame_embeddings.cells, self.count
+        frame_number = np.full((len(cells), 1), len(self.frames))
+        entries = np.concatenate([frame_number, cells], axis=1)  # (n, 3)
+        for start in range(0, len(entries), _BLOCK):
+            block = frame_embeddings.embeddings[start : start + _BLOCK]
+            new = self._new_rows(block)
+            stored = new[: self._max_entries - self.count]
+            self._counts["suppressed"] += len(block) - len(new)
+            self._counts["dropped"] += len(new) - len(stored)
+            self._store(block[stored], entries[start + stored])
+        if self.count > before:
+            thumbnail = _thumbnail(frame_embeddings.frame.image)
+            name, grid_hw = frame_embeddings.frame.name, frame_embeddings.grid_hw
+            self.frames.append(FrameRecord(name, *grid_hw, thumbnail))
+
+    def _new_rows(self, embeddings: np.ndarray) -> np.ndarray:
+        """Return the rows that are far enough from all entries and from the rows before them."""
+        if self.dedup_distance == 0.0:
             return np.arange(len(embeddings))
-        limit = np.float32(1.0 - self._dedup)
+        limit = np.float32(1.0 - self.dedup_distance)
         candidates = np.flatnonzero(self._similarities(embeddings) <= limit)
-        rows = embeddings[candidates]
-        products = inner_products(rows, rows.T)
-        alive = np.ones(len(rows), bool)
-        for position in range(len(rows)):
-            if alive[position]:
-                alive[position + 1 :] &= products[position, position + 1 :] <= limit
-        return candidates[alive]
+        products = inner_products(embeddings[candidates], embeddings[candidates].T)
+        is_new = np.ones(len(candidates), bool)
+        for position in range(len(candidates)):
+            if is_new[position]:
+                is_new[position + 1 :] &= products[position, position + 1 :] <= limit
+        return candidates[is_new]
 
     def _similarities(self, embeddings: np.ndarray) -> np.ndarray:
-        if not self._counts["stored"]:
+        """Return (n,) inner products with the nearest entry."""
+        if not self.count:
             return np.full(len(embeddings), -1.0, np.float32)
-        if self._counts["stored"] <= _EXACT_UP_TO:
+        if self.count <= _EXACT_UP_TO:
             return nearest_similarities(embeddings, self.embeddings, 1)[:, 0]
-        if self._graphed < self._counts["stored"]:
-            self._graph.add(self.embeddings[self._graphed :])
-            self._graphed = self._counts["stored"]
-        return self._graph.similarities(embeddings)
+        self._complete_graph()
+        return self.graph.similarities(embeddings, 1)[:, 0]
 
-    def _store(self, embeddings: np.ndarray, places: np.ndarray) -> None:
-        stored = self._counts["stored"]
-        needed = stored + len(embeddings)
-        if needed > len(self._vectors):
-            size = min(self._most, max(needed, 2 * len(self._vectors)))
-            self._vectors = _grown(self._vectors, size)
-            self._entries = _grown(self._entries, size)
-        self._vectors[stored:needed] = embeddings
-        self._entries[stored:needed] = places
-        self._counts["stored"] = needed
+    def _complete_graph(self) -> None:
+        if self._in_graph < self.count:
+            self.graph.add(self.embeddings[self._in_graph :])
+            self._in_graph = self.count
 
-
-def suited(
-    frames: Iterable[NominalFrame], settings: Settings
-) -> tuple[Iterable[NominalFrame], Settings]:
-    """Return all frames, and settings whose `dedup_distance` is one.
-
-    Raises:
-        ArtefactError: as `suitable_distance`.
-    """
-    if settings.dedup_distance >= 0:
-        return frames, settings
-    stream = iter(frames)
-    first = list(itertools.islice(stream, _SUITABLE_FRAMES))
-    if first:
-        distance = suitable_distance(f[1] for f in first if not isinstance(f, NominalPlaces))
-        settings = settings.replace(dedup_distance=distance)
-    return itertools.chain(first, stream), settings
+    def _store(self, embeddings: np.ndarray, entries: np.ndarray) -> None:
+        before, count = self.count, self.count + len(embeddings)
+        if count > len(self._embeddings):
+            size = min(self._max_entries, max(count, 2 * len(self._embeddings)))
+            self._embeddings = _enlarged(self._embeddings, size)
+            self._entries = _enlarged(self._entries, size)
+        self._embeddings[before:count] = embeddings
+        self._entries[before:count] = entries
+        self._counts["stored"] = count
 
 
-def suitable_distance(grids: Iterable[PatchGrid]) -> float:
-    """Return a `dedup_distance` that suits the backbone that made some grids.
-
-    Distances of one backbone are ten times those of another. The median distance from a place to
-    the nearest other place of its own image, its surroundings left out, tells how far apart things
-    that are alike lie; it does not depend on how fast the frames of a drive change. Half of it
-    stores four times as much.
+def select(frames: Iterable[NominalFrame], selections: Sequence[Selection]) -> None:
+    """Add nominal frames to all selections, and finish them.
 
     Raises:
-        ArtefactError: no grid with places far enough apart.
+        IndexMismatchError: embeddings of another dimension.
+        ModelOutputError: a selection of instances, and a frame that was not segmented.
+        ArtefactError: as `Stage.suitable_distance`.
     """
-    found = []
-    for grid in grids:
-        rows, cols = np.divmod(np.arange(grid.grid_hw[0] * grid.grid_hw[1]), grid.grid_hw[1])
-        flat = grid.features.reshape(-1, grid.dim)
-        # Some queries are enough, spread over the image.
-        chosen = np.linspace(0, len(flat) - 1, min(len(flat), _SUITABLE_QUERIES)).astype(int)
-        apart = np.maximum(
-            np.abs(rows[chosen, None] - rows[None]), np.abs(cols[chosen, None] - cols[None])
-        )
-        products = np.where(apart > _SURROUNDINGS, inner_products(flat[chosen], flat.T), -1.0)
-        found.append(1.0 - products[(apart > _SURROUNDINGS).any(axis=1)].max(axis=1, initial=-1.0))
-    distances = np.concatenate(found) if found else np.zeros(0)
-    if not len(distances):
-        raise ArtefactError(
-            f"index: dedup_distance -1: expected grids of more than {_SURROUNDINGS} places a side; "
-            "set the distance"
-        )
-    return float(np.median(distances))
+    for nominal_frame in frames:
+        for selection in selections:
+            selection.add(nominal_frame)
+    for selection in selections:
+        selection.finish()
 
 
-def _grown(array: np.ndarray, size: int) -> np.ndarray:
+def _enlarged(array: np.ndarray, size: int) -> np.ndarray:
     larger: np.ndarray = np.empty((size, array.shape[1]), array.dtype)
     larger[: len(array)] = array
     return larger
@@ -348,219 +386,6 @@ def _grown(array: np.ndarray, size: int) -> np.ndarray:
 
 def _thumbnail(image: np.ndarray) -> bytes:
     height, width = image.shape[:2]
-    scale = min(1.0, THUMBNAIL_PX / max(height, width))
+    scale = min(1.0, _THUMBNAIL_PX / max(height, width))
     size: Any = (max(1, round(width * scale)), max(1, round(height * scale)))
     return encode_jpeg(cv2.resize(image, size, interpolation=cv2.INTER_AREA), 85)
-
-
-INSTANCES, PAIRS, SCENES = "instances", "pairs", "scenes"
-# Of the first frames, which say how far apart instances that are alike lie.
-_MEASURED_FRAMES = 8
-_SUITABLE_SHARE = 0.5
-
-
-@dataclass(frozen=True)
-class PartPlan:
-    """Which parts an index has, and what they are made with.
-
-    Attributes:
-        segmenter: that finds the instances; None: there is no such part.
-        surroundings_weight: of the pairs, in [0, 1); 0: there is no such part.
-        scenes: whether global features are kept.
-    """
-
-    segmenter: SegmenterIdentity | None = None
-    surroundings_weight: float = 0.0
-    scenes: bool = False
-
-    @classmethod
-    def of_settings(cls, settings: Settings, segmenter: SegmenterIdentity | None) -> PartPlan:
-        """Return the plan of an index that is to serve these settings."""
-        weight = settings.surroundings_weight if segmenter else 0.0
-        return cls(segmenter, weight, settings.scene_frames > 0)
-
-    @classmethod
-    def of_made(cls, made: Mapping[str, Mapping[str, Any]]) -> PartPlan:
-        """Return the plan that parts were made by, from what `made` says of each of them.
-
-        Parts of other names are none of its business.
-
-        Raises:
-            IndexFormatError: it says nothing of the kind.
-        """
-        told = {name: each for name, each in made.items() if name in (INSTANCES, PAIRS, SCENES)}
-        segmenter, weight = None, 0.0
-        try:
-            if INSTANCES in told:
-                segmenter = SegmenterIdentity.from_dict(told[INSTANCES]["segmenter"])
-            if PAIRS in told:
-                weight = told[PAIRS]["surroundings_weight"]
-            plan = cls(segmenter, weight, SCENES in told)
-            sound = not weight or (type(weight) is float and 0.0 < weight < 1.0)
-            agree = sound and canonical_json(plan.made) == canonical_json(told)
-        except (KeyError, TypeError, ValueError) as error:
-            raise IndexFormatError(f"parts of an index: {type(error).__name__}: {error}") from error
-        if not agree:
-            raise IndexFormatError(
-                f"parts of an index: expected what they are made with to agree, found {told!r:.300}"
-            )
-        return plan
-
-    @property
-    def made(self) -> dict[str, dict[str, Any]]:
-        """Return what the manifest of each part says of how its embeddings are made."""
-        parts: dict[str, dict[str, Any]] = {}
-        if self.segmenter is not None:
-            parts[INSTANCES] = {"segmenter": self.segmenter.to_dict()}
-            if self.surroundings_weight:
-                weight = {"surroundings_weight": self.surroundings_weight}
-                parts[PAIRS] = {**parts[INSTANCES], **weight}
-        if self.scenes:
-            parts[SCENES] = {"scenes": "global_feature"}
-        return parts
-
-    def check(self, wanted: PartPlan) -> None:
-        """Refuse to serve what needs other parts.
-
-        Args:
-            wanted: what the running settings need.
-
-        Raises:
-            IndexMismatchError: naming the part, what is needed and what there is.
-        """
-        advice = "build the index again with the settings it is to be used with"
-        if wanted.segmenter is not None:
-            if self.segmenter is None:
-                raise IndexMismatchError("index: instances", "a part of them", "none", advice)
-            self.check_segmenter(wanted.segmenter)
-        weights = self.surroundings_weight, wanted.surroundings_weight
-        if wanted.surroundings_weight and weights[0] != weights[1]:
-            raise IndexMismatchError("index: surroundings_weight", *weights, advice)
-        if wanted.scenes and not self.scenes:
-            raise IndexMismatchError("index: scenes", "a part of them", "none", advice)
-
-    def check_segmenter(self, running: SegmenterIdentity | None) -> None:
-        """Raise IndexMismatchError where the parts' instances are another segmenter's."""
-        if self.segmenter is not None and not (running and self.segmenter.matches(running)):
-            found = f"{running.family} {running.digest[:12]}" if running else "none"
-            raise IndexMismatchError(
-                "index: segmenter",
-                f"{self.segmenter.family} {self.segmenter.digest[:12]}",
-                found,
-                "set 'variant', 'segmenter' and 'segmenter_model' as it was built, or build again",
-            )
-
-    def places(self, given: NominalFrame, region: ImageRegion) -> dict[str, NominalPlaces]:
-        """Return what a nominal frame gives to each part; nothing of frames without grids.
-
-        An instance is nominal where all that it covers is, and a scene where all of it is.
-
-        Raises:
-            ModelOutputError: instances are wanted and the frame was not segmented.
-        """
-        if isinstance(given, NominalPlaces):
-            return {}
-        frame, grid, *masks = given
-        nominal = masks[0] if masks else None
-        found: dict[str, NominalPlaces] = {}
-        if self.scenes and (nominal is None or nominal.all()):
-            whole = unit_scene(grid)[None]
-            place = np.zeros((1, 2), np.int64)
-            found[SCENES] = NominalPlaces(frame, grid.grid_hw, place, whole)
-        if self.segmenter is None:
-            return found
-        instances = instances_of(grid, region)
-        if nominal is not None:
-            kept = ~(instances.shares[:, ~nominal] > 0).any(axis=1)
-            instances = Instances(instances.embeddings[kept], instances.shares[kept])
-        places = instances.places
-        found[INSTANCES] = NominalPlaces(frame, grid.grid_hw, places, instances.embeddings)
-        if self.surroundings_weight:
-            pairs = pairs_of(grid, instances, region, self.surroundings_weight, nominal)
-            found[PAIRS] = NominalPlaces(frame, grid.grid_hw, places, pairs.embeddings)
-        return found
-
-
-def unit_scene(grid: PatchGrid) -> np.ndarray:
-    """Return (dim,) float32, the global feature of an image as a unit vector."""
-    whole = grid.global_feature.astype(np.float32)
-    return np.asarray(whole / max(float(np.linalg.norm(whole)), 1e-12), np.float32)
-
-
-_GraphType = TypeVar("_GraphType", bound=Graph)
-
-
-class PartSelections(Generic[_GraphType]):
-    """Chooses the entries of the parts while the frames of an index pass by.
-
-    Args:
-        plan: which parts.
-        settings: `dedup_distance`, `max_entries`.
-        region: what takes part.
-        new_graph: makes an empty graph for a dimension.
-    """
-
-    def __init__(
-        self,
-        plan: PartPlan,
-        settings: Settings,
-        region: ImageRegion,
-        new_graph: Callable[[int], _GraphType],
-    ) -> None:
-        self._plan, self._settings, self._region = plan, settings, region
-        self._new_graph = new_graph
-        self._waiting: dict[str, list[NominalPlaces]] = {}
-        self.settings: dict[str, Settings] = {}
-        self.selections: dict[str, Selection] = {}
-        self.graphs: dict[str, _GraphType] = {}
-
-    def watch(self, frames: Iterable[NominalFrame]) -> Iterator[NominalFrame]:
-        """Yield the frames as they are, having taken what they give to the parts."""
-        for given in frames:
-            for name, places in self._plan.places(given, self._region).items():
-                if len(places.embeddings):
-                    self._take(name, places)
-            yield given
-
-    def finish(self) -> None:
-        """Take what is still waiting, and put everything into the graphs."""
-        for name in list(self._waiting):
-            self._begin(name)
-        for selection in self.selections.values():
-            selection.finish()
-
-    def _take(self, name: str, places: NominalPlaces) -> None:
-        if name in self.selections:
-            self.selections[name].extend([places], self._region)
-            return
-        waiting = self._waiting.setdefault(name, [])
-        waiting.append(places)
-        if len(waiting) == _MEASURED_FRAMES:
-            self._begin(name)
-
-    def _begin(self, name: str) -> None:
-        waiting = self._waiting.pop(name)
-        dim = waiting[0].embeddings.shape[1]
-        settings = self._settings
-        if name == SCENES:
-            settings = settings.replace(dedup_distance=0.0)
-        elif settings.dedup_distance < 0.0:
-            settings = settings.replace(dedup_distance=_suitable_distance(waiting))
-        graph = self._new_graph(dim)
-        selection = Selection(graph, dim, settings.dedup_distance, settings.max_entries)
-        selection.extend(waiting, self._region)
-        self.settings[name], self.selections[name] = settings, selection
-        self.graphs[name] = graph
-
-
-def _suitable_distance(frames: Iterable[NominalPlaces]) -> float:
-    """Return half the median distance from an instance to the nearest other one of its image."""
-    nearest = [np.zeros(0)]
-    for places in frames:
-        if len(places.embeddings) < 2:
-            continue
-        products = places.embeddings @ places.embeddings.T
-        np.fill_diagonal(products, -1.0)
-        nearest.append(1.0 - products.max(axis=1))
-    distances = np.concatenate(nearest)
-    return float(np.clip(_SUITABLE_SHARE * np.median(distances), 0, 1)) if len(distances) else 0.0

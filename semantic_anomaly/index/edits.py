@@ -1,25 +1,30 @@
-"""The entries of an index that a user names: by number, by frame, by nearness to another one.
+"""Edits of an index: nominal frames added, entries retracted, and either undone exactly.
 
-Edits of an index: nominal frames added, entries taken out, and either taken back exactly.
-
-Entries have numbers. An edit leaves the numbers of the others as they are; only undoing an
+Entries have numbers. An edit leaves the numbers of the other entries as they are; only undoing an
 addition moves the numbers of what was added after it.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from typing import NamedTuple
 
 import numpy as np
 
 from semantic_anomaly.errors import InputError, UnknownNameError
-from semantic_anomaly.index.build import SCENES, BuildReport, FrameRecord, NominalFrame, Selection
+from semantic_anomaly.index.build import (
+    INSTANCE_STAGE,
+    INSTANCES,
+    PATCH_STAGE,
+    BuildReport,
+    FrameRecord,
+    NominalFrame,
+    Selection,
+    Stage,
+    select,
+)
 from semantic_anomaly.index.content import ADD, RETRACT, Edit, IndexContent, Retracted
-from semantic_anomaly.index.hnsw import GrowingGraph
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.linalg import inner_products
 from semantic_anomaly.roi import ImageRegion
@@ -31,16 +36,13 @@ def rows_of(content: IndexContent, numbers: Sequence[int]) -> np.ndarray:
     Raises:
         InputError: no such entry, or one that is retracted.
     """
-    live = content.numbers
-    gone = content.retracted.entries if content.retracted is not None else np.zeros((0, 5), int)
-    asked = np.asarray(list(numbers), np.int64)
-    total = len(live) + len(gone)
-    for number in asked[(asked < 0) | (asked >= total)][:1]:
-        raise InputError(f"entry {number}: expected a number from 0 to {total - 1}")
-    for number in asked[np.isin(asked, gone[:, 3])][:1]:
-        edit = gone[gone[:, 3] == number, 4][0]
-        raise InputError(f"entry {number}: it is taken out already, by edit {edit}")
-    return np.searchsorted(live, asked)
+    requested = np.asarray(list(numbers), np.int64)
+    edits = _retracting_edits(content)
+    for number in requested[(requested < 0) | (requested >= len(edits))][:1]:
+        raise InputError(f"entry {number}: expected a number from 0 to {len(edits) - 1}")
+    for number in requested[edits[requested] > 0][:1]:
+        raise InputError(f"entry {number}: it is retracted already, by edit {edits[number]}")
+    return np.searchsorted(content.numbers, requested)
 
 
 def of_frame(index: NominalIndex, name: str) -> list[int]:
@@ -50,13 +52,13 @@ def of_frame(index: NominalIndex, name: str) -> list[int]:
         UnknownNameError: the index has no such frame.
         InputError: several frames have the name.
     """
-    places = [place for place, known in enumerate(index.frame_names) if known == name]
-    if not places:
+    frames = [number for number, known in enumerate(index.frame_names) if known == name]
+    if not frames:
         raise UnknownNameError("frame of the index", name, index.frame_names[:20])
-    if len(places) > 1:
-        raise InputError(f"frame '{name}': {len(places)} frames have this name; name entries")
+    if len(frames) > 1:
+        raise InputError(f"frame '{name}': {len(frames)} frames have this name; name entries")
     content = index.content
-    return [int(n) for n in content.numbers[content.entries[:, 0] == places[0]]]
+    return [int(n) for n in content.numbers[content.entries[:, 0] == frames[0]]]
 
 
 def near(index: NominalIndex, number: int, within: float) -> list[int]:
@@ -68,24 +70,16 @@ def near(index: NominalIndex, number: int, within: float) -> list[int]:
         within: in [0, 2].
 
     Raises:
-        InputError: no such entry, or a distance that cannot be.
+        InputError: no such entry, or a distance out of range.
     """
     if not 0.0 <= within <= 2.0:
         raise InputError(f"distance: expected a number in [0, 2], found {within}")
     content = index.content
     row = int(rows_of(content, [number])[0])
-    similar = inner_products(content.embeddings[row : row + 1], content.embeddings.T)[0]
-    found = 1.0 - similar <= within
-    found[row] = True
-    return [int(n) for n in content.numbers[found]]
-
-
-class _Ledger(NamedTuple):
-    """Every entry there is, in the order of their numbers, and which edit took it out (0: none)."""
-
-    embeddings: np.ndarray
-    entries: np.ndarray
-    edits: np.ndarray
+    products = inner_products(content.embeddings[row : row + 1], content.embeddings.T)[0]
+    is_near = 1.0 - products <= within
+    is_near[row] = True
+    return [int(n) for n in content.numbers[is_near]]
 
 
 def add_nominal(
@@ -98,73 +92,43 @@ def add_nominal(
 ) -> tuple[NominalIndex, BuildReport]:
     """Return the index with nominal frames added as one edit, and what became of their patches.
 
-    Its parts take what the frames have for them, by edits of their own that are undone with it;
-    where nothing of the patches is new, they alone have edits. Near-duplicates of what there is
-    are left out, as when it was built.
+    The part of instances gets the instances of the frames, by an edit of its own that is undone
+    with it; if no patch is new, it alone has an edit. Near-duplicates of entries are left out, as
+    when the index was built.
 
     Args:
         index: to be edited; stays as it is.
         frames: made by the index's own embedder.
-        region: the index's own region.
+        region: patches outside take no part; a part of the index's own region.
         source: where the frames come from.
         note: why.
 
     Raises:
-        IndexMismatchError: another region, or a grid of another dimension.
+        IndexMismatchError: a region outside the index's own, or a grid of another dimension.
         InputError: the index is full, or has everything already.
         ModelOutputError: the index has instances, and the frames were not segmented.
     """
     index.check_region(region)
-    plan, beside = index.plan, defaultdict[str, list[NominalFrame]](list)
-
-    def watched() -> Iterator[NominalFrame]:
-        for given in frames:
-            for name, places in plan.places(given, region).items():
-                beside[name].append(places)
-            yield given
-
-    edit = _edit(index.content, ADD, 0, note, 0, source)
-    made, report = _grown("index", index, watched(), region, edit)
-    parts = dict(index.parts)
-    for name, given in beside.items():
-        own = replace(edit, number=_edit(parts[name].content, ADD, 0, note).number)
-        parts[name], _ = _grown(f"part '{name}' of the index", parts[name], given, region, own)
-    # A scene is taken in whatever it resembles, so that it is no sign of anything new.
-    grown = [n for n, part in index.parts.items() if n != SCENES and parts[n] is not part]
-    if made is index and not grown:
+    patches = _resumed("index", index, PATCH_STAGE, region)
+    part, selections = index.parts.get(INSTANCES), [patches]
+    if part is not None:
+        name = f"part '{INSTANCES}' of the index"
+        selections.append(_resumed(name, part, INSTANCE_STAGE, region))
+    select(frames, selections)
+    report = replace(patches.report, stored=patches.count - index.count)
+    edit = _new_edit(index.content, ADD, note=note, source=source)
+    edited = _with_addition(index, patches, edit)
+    if part is not None:
+        number = _new_edit(part.content, ADD).number
+        edited_part = _with_addition(part, selections[1], replace(edit, number=number))
+        if edited_part is not part:
+            return edited.with_parts({INSTANCES: edited_part}), report
+    if edited is index:
         raise InputError(
             f"index: expected new patches, found all {report.seen} of {report.frames} frames "
             f"nearer than {index.content.limits['dedup_distance']:g} to entries of the index"
         )
-    made = made.with_parts(parts) if parts else made
-    return made, replace(report, stored=made.count - index.count)
-
-
-def _grown(
-    what: str, index: NominalIndex, frames: Iterable[NominalFrame], region: ImageRegion, edit: Edit
-) -> tuple[NominalIndex, BuildReport]:
-    """Return an index or a part after an addition, the same one if nothing was new."""
-    content = index.content
-    dedup, most = content.limits["dedup_distance"], int(content.limits["max_entries"])
-    if index.count >= most:
-        raise InputError(f"{what}: expected room for more than {most} entries, found none")
-    graph = GrowingGraph(index.dim, content.graph["m"], content.graph["ef_construction"])
-    selection = Selection(graph, index.dim, dedup, most)
-    selection.resume(content.embeddings, content.entries, content.frames)
-    selection.extend(frames, region)
-    report = selection.finish()
-    added = report.stored - index.count
-    if not added:
-        return index, report
-    brought = len(selection.frames) - len(content.frames)
-    changed = replace(
-        content,
-        embeddings=selection.embeddings.copy(),
-        entries=selection.entries.copy(),
-        frames=tuple(selection.frames),
-        edits=(*content.edits, replace(edit, entries=added, frames=brought)),
-    )
-    return index.with_content(changed, graph), report
+    return edited, report
 
 
 def retract(index: NominalIndex, numbers: Sequence[int], *, note: str = "") -> NominalIndex:
@@ -179,128 +143,166 @@ def retract(index: NominalIndex, numbers: Sequence[int], *, note: str = "") -> N
         InputError: no numbers, no such entry, one that is retracted already, or all of them.
     """
     content = index.content
-    taken = np.unique(rows_of(content, numbers))
-    if not len(taken):
+    rows = np.unique(rows_of(content, numbers))
+    if not len(rows):
         raise InputError("retract: expected at least one entry, found none")
-    if len(taken) == index.count:
+    if len(rows) == index.count:
         raise InputError(f"retract: expected some entries to stay, found all {index.count} named")
-    edit = _edit(content, RETRACT, len(taken), note)
-    ledger = _ledger(content)
-    ledger.edits[content.numbers[taken]] = edit.number
-    return index.with_content(_content(content, ledger, (*content.edits, edit), content.frames))
+    edit = _new_edit(content, RETRACT, entries=len(rows), note=note)
+    ledger = _Ledger.of(content)
+    ledger.edits[content.numbers[rows]] = edit.number
+    return index.with_content(ledger.to_content(content, (*content.edits, edit)))
 
 
 def undo(index: NominalIndex, number: int | None = None) -> tuple[NominalIndex, Edit]:
-    """Return the index without an edit, and the edit: what it took out is back, what it added gone.
+    """Return the index without an edit, and the edit.
 
-    What an addition gave to the parts of the index goes with it.
+    What the edit retracted is back and what it added is gone, from the part of instances too.
 
     Args:
         index: to be edited; stays as it is.
         number: of the edit; None: the last one.
 
     Raises:
-        InputError: no such edit, a later one took out entries that it added, or what returns
+        InputError: no such edit, a later one retracted entries that it added, or what returns
             does not fit into the index.
     """
     content = index.content
     if not content.edits:
         raise InputError("undo: expected an edit of the index, found none")
-    known = {edit.number: edit for edit in content.edits}
-    if number is not None and number not in known:
-        raise InputError(f"undo: expected one of the edits {sorted(known)}, found {number}")
-    edit = content.edits[-1] if number is None else known[number]
-    others = tuple(each for each in content.edits if each is not edit)
-    ledger, frames = _ledger(content), content.frames
-    if edit.kind == RETRACT:
-        room = int(content.limits["max_entries"]) - index.count
+    by_number = {edit.number: edit for edit in content.edits}
+    if number is not None and number not in by_number:
+        raise InputError(f"undo: expected one of the edits {sorted(by_number)}, found {number}")
+    edit = content.edits[-1] if number is None else by_number[number]
+    others = tuple(other for other in content.edits if other is not edit)
+    ledger = _Ledger.of(content)
+    if edit.kind == ADD:
+        ledger = ledger.without_addition(content.edits, edit)
+    else:
+        room = max(int(content.limits["max_entries"]) - index.count, 0)
         if edit.entries > room:
             raise InputError(
                 f"undo: expected room for the {edit.entries} entries of edit {edit.number}, found "
-                f"{max(room, 0)}; undo an addition first"
+                f"{room}; undo an addition first"
             )
         ledger.edits[ledger.edits == edit.number] = 0
-    else:
-        ledger, frames = _without_addition(content, ledger, edit)
-    undone = index.with_content(_content(content, ledger, others, frames))
-    parts = {name: _undone_with(name, part, edit) for name, part in index.parts.items()}
-    return (undone.with_parts(parts) if parts else undone), edit
+    undone = index.with_content(ledger.to_content(content, others))
+    for name, part in index.parts.items():
+        for own in part.edits:
+            if edit.kind == own.kind == ADD and (own.when, own.source) == (edit.when, edit.source):
+                try:
+                    undone_part = undo(part, own.number)[0]
+                    undone = undone.with_parts({**undone.parts, name: undone_part})
+                except InputError as error:
+                    raise InputError(f"part '{name}': {error}") from error
+    return undone, edit
 
 
-def _undone_with(name: str, part: NominalIndex, edit: Edit) -> NominalIndex:
-    """Return a part without what an addition to its index gave to it."""
-    for own in part.edits:
-        if edit.kind == own.kind == ADD and (own.when, own.source) == (edit.when, edit.source):
-            try:
-                return undo(part, own.number)[0]
-            except InputError as error:
-                raise InputError(f"part '{name}': {error}") from error
-    return part
+def _resumed(name: str, index: NominalIndex, stage: Stage, region: ImageRegion) -> Selection:
+    """Return a selection that begins with the entries of an index or a part."""
+    content, limits = index.content, index.content.limits
+    max_entries = int(limits["max_entries"])
+    if index.count >= max_entries:
+        raise InputError(f"{name}: expected room for more than {max_entries} entries, found none")
+    selection = Selection(stage, index.dim, region, limits["dedup_distance"], max_entries)
+    selection.resume(content.embeddings, content.entries, content.frames)
+    return selection
 
 
-def _edit(
-    content: IndexContent, kind: str, entries: int, note: str, frames: int = 0, source: str = ""
+def _with_addition(index: NominalIndex, selection: Selection, edit: Edit) -> NominalIndex:
+    """Return an index with a resumed selection as one edit, itself if nothing was new."""
+    content, added = index.content, selection.count - index.count
+    if not added:
+        return index
+    frames = len(selection.frames) - len(content.frames)
+    changed = replace(
+        content,
+        embeddings=selection.embeddings.copy(),
+        entries=selection.entries.copy(),
+        frames=tuple(selection.frames),
+        edits=(*content.edits, replace(edit, entries=added, frames=frames)),
+    )
+    return index.with_content(changed, selection.graph)
+
+
+def _new_edit(
+    content: IndexContent, kind: str, *, entries: int = 0, note: str = "", source: str = ""
 ) -> Edit:
     number = 1 + max((edit.number for edit in content.edits), default=0)
     when = datetime.now(timezone.utc).isoformat(timespec="microseconds")
-    return Edit(number, kind, entries, frames, when, note, source)
+    return Edit(number, kind, entries, 0, when, note, source)
 
 
-def _ledger(content: IndexContent) -> _Ledger:
-    gone = content.retracted
-    if gone is None:
-        edits = np.zeros(len(content.embeddings), np.int32)
-        return _Ledger(content.embeddings, content.entries, edits)
-    total, live, out = len(content.embeddings) + len(gone.entries), content.numbers, gone.entries
-    ledger = _Ledger(
-        np.empty((total, content.embeddings.shape[1]), np.float32),
-        np.empty((total, 3), np.int32),
-        np.zeros(total, np.int32),
-    )
-    ledger.embeddings[live], ledger.embeddings[out[:, 3]] = content.embeddings, gone.embeddings
-    ledger.entries[live], ledger.entries[out[:, 3]] = content.entries, out[:, :3]
-    ledger.edits[out[:, 3]] = out[:, 4]
-    return ledger
+def _retracting_edits(content: IndexContent) -> np.ndarray:
+    """Return (total,) int32, number of the edit that retracted each entry, 0 for none."""
+    if content.retracted is None:
+        return np.zeros(len(content.embeddings), np.int32)
+    retracted = content.retracted.entries
+    edits = np.zeros(len(content.embeddings) + len(retracted), np.int32)
+    edits[retracted[:, 3]] = retracted[:, 4]
+    return edits
 
 
-def _content(
-    content: IndexContent,
-    ledger: _Ledger,
-    edits: tuple[Edit, ...],
-    frames: tuple[FrameRecord, ...],
-) -> IndexContent:
-    live, gone = ledger.edits == 0, np.flatnonzero(ledger.edits)
-    retracted = None
-    if len(gone):
-        told = np.column_stack([ledger.entries[gone], gone, ledger.edits[gone]]).astype(np.int32)
-        retracted = Retracted(ledger.embeddings[gone], np.ascontiguousarray(told))
-    return replace(
-        content,
-        embeddings=ledger.embeddings[live],
-        entries=ledger.entries[live],
-        retracted=retracted,
-        edits=edits,
-        frames=frames,
-    )
+@dataclass(frozen=True, eq=False)
+class _Ledger:
+    """All entries, the retracted ones too, in the order of their numbers.
 
+    Attributes:
+        embeddings: (total, dim) float32.
+        entries: (total, 3) int32: frame, row, col.
+        edits: (total,) int32, number of the edit that retracted each entry, 0 for none.
+        frames: the frames that entries point to.
+    """
 
-def _without_addition(
-    content: IndexContent, ledger: _Ledger, edit: Edit
-) -> tuple[_Ledger, tuple[FrameRecord, ...]]:
-    """Return what is left without the entries and frames of an addition."""
-    later = [e for e in content.edits if e.kind == ADD and e.number >= edit.number]
-    first = len(ledger.edits) - sum(e.entries for e in later)
-    added = slice(first, first + edit.entries)
-    if takers := sorted({*ledger.edits[added].tolist()} - {0}):
-        raise InputError(
-            f"undo: edit {edit.number} cannot be undone while edit {takers[0]} takes out entries "
-            "that it added; undo that one first"
+    embeddings: np.ndarray
+    entries: np.ndarray
+    edits: np.ndarray
+    frames: tuple[FrameRecord, ...]
+
+    @classmethod
+    def of(cls, content: IndexContent) -> _Ledger:
+        embeddings, entries = content.embeddings, content.entries
+        if content.retracted is not None:
+            retracted = content.retracted
+            numbers = np.concatenate([content.numbers, retracted.entries[:, 3]])
+            order = np.argsort(numbers)
+            embeddings = np.concatenate([embeddings, retracted.embeddings])[order]
+            entries = np.concatenate([entries, retracted.entries[:, :3]])[order]
+        return cls(embeddings, entries, _retracting_edits(content), content.frames)
+
+    def to_content(self, content: IndexContent, edits: tuple[Edit, ...]) -> IndexContent:
+        """Return a content with these entries, frames and edits."""
+        live, numbers = self.edits == 0, np.flatnonzero(self.edits)
+        retracted = None
+        if len(numbers):
+            columns = self.entries[numbers], numbers, self.edits[numbers]
+            rows = np.column_stack(columns).astype(np.int32)
+            retracted = Retracted(self.embeddings[numbers], np.ascontiguousarray(rows))
+        return replace(
+            content,
+            embeddings=self.embeddings[live],
+            entries=self.entries[live],
+            retracted=retracted,
+            edits=edits,
+            frames=self.frames,
         )
-    start = len(content.frames) - sum(e.frames for e in later)
-    entries = np.delete(ledger.entries, added, axis=0)
-    entries[entries[:, 0] >= start, 0] -= edit.frames
-    rest = _Ledger(
-        np.delete(ledger.embeddings, added, axis=0), entries, np.delete(ledger.edits, added)
-    )
-    frames = content.frames[:start] + content.frames[start + edit.frames :]
-    return rest, frames
+
+    def without_addition(self, edits: Sequence[Edit], edit: Edit) -> _Ledger:
+        """Return the ledger without the entries and frames of an addition."""
+        from_here = [e for e in edits if e.kind == ADD and e.number >= edit.number]
+        start = len(self.edits) - sum(e.entries for e in from_here)
+        added = slice(start, start + edit.entries)
+        if retracting := sorted({*self.edits[added].tolist()} - {0}):
+            raise InputError(
+                f"undo: edit {edit.number} cannot be undone while edit {retracting[0]} takes out "
+                "entries that it added; undo that one first"
+            )
+        first_frame = len(self.frames) - sum(e.frames for e in from_here)
+        entries = np.delete(self.entries, added, axis=0)
+        entries[entries[:, 0] >= first_frame, 0] -= edit.frames
+        return _Ledger(
+            np.delete(self.embeddings, added, axis=0),
+            entries,
+            np.delete(self.edits, added),
+            self.frames[:first_frame] + self.frames[first_frame + edit.frames :],
+        )

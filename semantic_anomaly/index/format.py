@@ -1,31 +1,24 @@
-"""The index folder: what is written, and everything that is checked before it is believed."""
+"""The index folder: writing it, and all checks before anything in it is used."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from semantic_anomaly.calibration.format import is_calibration
-from semantic_anomaly.embedding.identity import EmbedderIdentity
-from semantic_anomaly.errors import ArtefactError, IndexFormatError
-from semantic_anomaly.index.build import BuildReport, FrameRecord
-from semantic_anomaly.index.content import (
-    FORMAT,
-    FORMAT_VERSION,
-    Edit,
-    IndexContent,
-    Retracted,
-    edits_agree,
-)
-from semantic_anomaly.index.hnsw import check_graph_file
+from semantic_anomaly.embedding.identity import EmbedderIdentity, SegmenterIdentity
+from semantic_anomaly.errors import ArtefactError, IndexFormatError, SettingsError
+from semantic_anomaly.index.build import INSTANCES, BuildReport, FrameRecord
+from semantic_anomaly.index.content import FORMAT, FORMAT_VERSION, Edit, IndexContent, Retracted
+from semantic_anomaly.index.hnsw import HnswGraph, graph_parameters
+from semantic_anomaly.index.search import are_unit_vectors
+from semantic_anomaly.roi import ImageRegion
 from semantic_anomaly.storage import canonical_json, sha256_bytes, sha256_file
-from semantic_anomaly.structures import UNIT_NORM_TOLERANCE
 
 MANIFEST = "manifest.json"
 GRAPH = "graph.hnsw"
@@ -33,20 +26,26 @@ EMBEDDINGS = "embeddings.npy"
 ENTRIES = "entries.npy"
 FRAMES = "frames"
 RETRACTED = ("retracted_embeddings.npy", "retracted_entries.npy")
-# Version 1 is version 2 without edits and parts.
-_READABLE = (1, FORMAT_VERSION)
-_OWN_NAMES = frozenset({MANIFEST, GRAPH, EMBEDDINGS, ENTRIES, FRAMES, *RETRACTED})
+_OWN_NAMES = frozenset({MANIFEST, GRAPH, EMBEDDINGS, ENTRIES, FRAMES, *RETRACTED, INSTANCES})
 _FRAME_FILE = re.compile(rf"{FRAMES}/\d{{6,}}\.jpg")
+_CALIBRATION_FILE = re.compile(r"calibration(\.[A-Za-z_][A-Za-z0-9_]*)?\.json")
 _KEYS = {"format", "format_version", "fingerprint", "content", "written", "files", "sha256"}
+_SETTINGS = {"backbone", "variant", "segmenter_model"}
 _PIECE = 65536
 
 
-def write_content(folder: Path, content: IndexContent, manifest: Mapping[str, Any]) -> None:
-    """Write everything but the graph, which must be there already, into an empty folder.
+def is_calibration_file(name: str) -> bool:
+    """Return whether a file of an index folder is a calibration by its name."""
+    return _CALIBRATION_FILE.fullmatch(name) is not None
+
+
+def write_content(folder: Path, content: IndexContent, graph: HnswGraph) -> None:
+    """Write an index, without its parts, into an empty folder.
 
     Raises:
         OSError: it cannot be written.
     """
+    graph.save(folder / GRAPH)
     np.save(folder / EMBEDDINGS, content.embeddings)
     np.save(folder / ENTRIES, content.entries)
     (folder / FRAMES).mkdir()
@@ -60,9 +59,9 @@ def write_content(folder: Path, content: IndexContent, manifest: Mapping[str, An
     files = {
         n: {"bytes": (folder / n).stat().st_size, "sha256": sha256_file(folder / n)} for n in names
     }
-    whole = {**manifest, "files": files}
-    whole["sha256"] = sha256_bytes(canonical_json(whole).encode())
-    (folder / MANIFEST).write_bytes(_manifest_bytes(whole))
+    manifest = {**content.manifest(), "files": files}
+    manifest["sha256"] = sha256_bytes(canonical_json(manifest).encode())
+    (folder / MANIFEST).write_bytes(_manifest_bytes(manifest))
 
 
 def read_content(folder: Path) -> tuple[IndexContent, dict[str, Any]]:
@@ -76,10 +75,23 @@ def read_content(folder: Path) -> tuple[IndexContent, dict[str, Any]]:
         _check_files(folder, manifest["files"], manifest["content"])
         return _read_content(folder, manifest), manifest
     except OSError as error:
-        raise _wrong(folder, "readable files", f"{error.filename}: {error.strerror}") from error
-    # What a manifest of other types and numbers may raise on the way.
+        raise _unreadable(folder, error) from error
+    # A manifest of other types and numbers may raise any of these.
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise _wrong(folder, "a complete manifest", f"{type(error).__name__}: {error}") from error
+
+
+def read_graph(folder: Path, content: IndexContent, manifest: Mapping[str, Any]) -> HnswGraph:
+    """Return the graph of an index folder after checking its file.
+
+    Raises:
+        IndexFormatError: changed since the folder was read, or not the graph of its embeddings.
+    """
+    try:
+        _check_file(folder, GRAPH, manifest["files"][GRAPH])
+        return HnswGraph.load(folder / GRAPH, content.embeddings)
+    except OSError as error:
+        raise _unreadable(folder, error) from error
 
 
 def fingerprint_of(folder: Path) -> str:
@@ -91,51 +103,60 @@ def fingerprint_of(folder: Path) -> str:
     try:
         return str(_read_manifest(folder)["fingerprint"])
     except OSError as error:
-        raise _wrong(folder, "readable files", f"{error.filename}: {error.strerror}") from error
+        raise _unreadable(folder, error) from error
 
 
-def check_graph(folder: Path, content: IndexContent, manifest: Mapping[str, Any]) -> None:
-    """Check the graph file again, right before hnswlib reads it.
+def refuse_existing(folder: Path, force: bool) -> None:
+    """Refuse a folder that is not an index, or is one and may not be replaced.
+
+    Args:
+        folder: of the index to be.
+        force: whether an index there may be replaced.
 
     Raises:
-        IndexFormatError: changed since the folder was read, or not the graph of its embeddings.
+        ArtefactError: says what the folder holds.
     """
-    try:
-        _check_file(folder, GRAPH, manifest["files"][GRAPH])
-        check_graph_file(folder / GRAPH, content.embeddings, content.graph["m"])
-    except OSError as error:
-        raise _wrong(folder, "readable files", f"{error.filename}: {error.strerror}") from error
-
-
-def refuse_other_folder(folder: Path) -> None:
-    """Raise ArtefactError where a folder holds anything besides an index."""
-    inside = list(folder.iterdir()) if folder.is_dir() else []
-    names = {p.name for p in inside if not _is_index(p)}
-    foreign = sorted(n for n in _not_own(names) if not n.startswith("."))
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise ArtefactError(
+            f"cannot write index '{folder}': expected a folder or nothing there, found another file"
+        )
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    foreign = sorted(
+        n for n in names - _OWN_NAMES if not n.startswith(".") and not is_calibration_file(n)
+    )
     if foreign or (names and MANIFEST not in names):
         found = ", ".join(foreign[:3]) or "no manifest.json"
         raise ArtefactError(
             f"cannot write index '{folder}': the folder exists and is not an index: {found}"
         )
+    if names and not force:
+        raise ArtefactError(
+            f"index '{folder}' exists {_inventory(folder)}; pass --force to replace it"
+        )
 
 
-def _is_index(folder: Path) -> bool:
-    if not folder.is_dir() or folder.is_symlink():
-        return False
-    names = {p.name for p in folder.iterdir()}
-    return MANIFEST in names and not _not_own(names)
-
-
-def _not_own(names: Iterable[str]) -> set[str]:
-    return {name for name in names if name not in _OWN_NAMES and not is_calibration(name)}
+def _inventory(folder: Path) -> str:
+    """Return in words what would be lost with an index."""
+    try:
+        content = _read_manifest(folder)["content"]
+        entries, frames = content["count"], len(content["frames"])
+        edits = len(content.get("edits", []))
+    except (OSError, IndexFormatError, AttributeError, KeyError, TypeError):
+        return "and cannot be read"
+    calibrations = sum(is_calibration_file(path.name) for path in folder.iterdir())
+    return (
+        f"with {entries} entries of {frames} frames, "
+        f"{calibrations} calibration{'s' * (calibrations != 1)} and "
+        f"{edits} edit{'s' * (edits != 1)}"
+    )
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
-        raise _wrong(folder, "an index folder", "none there")
+        raise _wrong(folder, "an index folder", "no folder")
     path = folder / MANIFEST
     if not path.is_file() or path.is_symlink():
-        raise _wrong(folder, "manifest.json", "none: not an index")
+        raise _wrong(folder, "manifest.json", "no such file: not an index")
     raw = path.read_bytes()
     try:
         manifest = json.loads(raw)
@@ -143,9 +164,11 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise _wrong(folder, "manifest.json as JSON", str(error)) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise _wrong(folder, f"manifest.json of format {FORMAT}", "another")
-    found = manifest.get("format_version")
-    if type(found) is not int or found not in _READABLE:
-        raise _wrong(folder, f"format version 1 or {FORMAT_VERSION}", f"{found!r}; build it again")
+    version = manifest.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise _wrong(
+            folder, f"format version {FORMAT_VERSION}", f"{version!r}; build the index again"
+        )
     if set(manifest) != _KEYS:
         raise _wrong(folder, f"manifest.json with {sorted(_KEYS)}", sorted(manifest))
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
@@ -157,20 +180,22 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 def _check_files(folder: Path, files: Any, described: Mapping[str, Any]) -> None:
     needed = {GRAPH, EMBEDDINGS, ENTRIES, *(RETRACTED if "retracted" in described else ())}
-    odd = [n for n in files if n not in needed and not _FRAME_FILE.fullmatch(n)]
-    if odd or not needed <= set(files):
+    foreign = [n for n in files if n not in needed and not _FRAME_FILE.fullmatch(n)]
+    if foreign or not needed <= set(files):
         raise _wrong(folder, f"a manifest that lists {sorted(needed)}", sorted(files)[:5])
     parts = set(described.get("parts", {}))
-    if linked := sorted(name for name in parts if (folder / name).is_symlink()):
-        raise _wrong(folder, f"a folder '{linked[0]}'", "a link")
-    # The parts' own files are checked by the same reader, against manifests of their own.
-    relative = (p.relative_to(folder) for p in folder.rglob("*"))
-    present = {p.as_posix() for p in relative if p.parts[0] not in parts}
-    # Hidden names are what an interrupted write of a calibration may leave.
+    if not parts <= {INSTANCES}:
+        raise _wrong(folder, f"at most the part '{INSTANCES}'", sorted(parts)[:5])
+    if any((folder / name).is_symlink() for name in parts):
+        raise _wrong(folder, f"a folder '{INSTANCES}'", "a link")
+    # The files of the parts are checked against manifests of their own.
+    relative = (path.relative_to(folder) for path in folder.rglob("*"))
+    present = {path.as_posix() for path in relative if path.parts[0] not in parts}
+    # An interrupted write of a calibration may leave hidden files.
     extra = sorted(
         n
         for n in present - set(files) - {MANIFEST, FRAMES}
-        if not (n.startswith(".") or is_calibration(n))
+        if not (n.startswith(".") or is_calibration_file(n))
     )
     if extra:
         raise _wrong(folder, "only files of the manifest", extra[0])
@@ -190,55 +215,66 @@ def _check_file(folder: Path, name: str, facts: Mapping[str, Any]) -> None:
 
 
 def _read_content(folder: Path, manifest: Mapping[str, Any]) -> IndexContent:
-    described = manifest["content"]
+    described, written = manifest["content"], manifest["written"]
     dim, count = described["dim"], described["count"]
-    identity = EmbedderIdentity.from_dict(described["identity"])
-    frames = tuple(
-        FrameRecord(str(name), int(rows), int(cols), (folder / _frame_file(n)).read_bytes())
-        for n, (name, rows, cols) in enumerate(described["frames"])
-    )
+    segmenter = described.get("segmenter")
+    if set(written["settings"]) != _SETTINGS:
+        raise _wrong(folder, f"settings {sorted(_SETTINGS)}", sorted(written["settings"]))
+    if described["graph"] != graph_parameters():
+        raise _wrong(
+            folder, f"a graph of {graph_parameters()}", f"{described['graph']}; build it again"
+        )
     content = IndexContent(
-        identity=identity,
-        region=described["region"],
+        identity=EmbedderIdentity.from_dict(described["identity"]),
+        roi=_read_roi(folder, described["roi"]),
         camera=str(described["camera"]),
-        source=tuple(map(str, manifest["written"]["source"])),
+        source=tuple(map(str, written["source"])),
+        settings={name: str(value) for name, value in written["settings"].items()},
         embeddings=_read_array(folder, EMBEDDINGS, (count, dim), np.float32),
         entries=_read_array(folder, ENTRIES, (count, 3), np.int32),
-        frames=frames,
+        frames=tuple(
+            FrameRecord(str(name), int(rows), int(cols), (folder / _frame_file(n)).read_bytes())
+            for n, (name, rows, cols) in enumerate(described["frames"])
+        ),
         report=BuildReport(**{f.name: described["build"][f.name] for f in fields(BuildReport)}),
-        graph={key: int(described["graph"][key]) for key in ("m", "ef_construction", "seed")},
         search_ef=int(described["search_ef"]),
         limits=described["limits"],
         edits=_read_edits(folder, manifest),
         retracted=_read_retracted(folder, described, dim),
+        segmenter=None if segmenter is None else SegmenterIdentity.from_dict(segmenter),
         parts={str(name): str(value) for name, value in described.get("parts", {}).items()},
-        made=described.get("made", {}),
     )
-    if min(content.search_ef, content.graph["m"]) < 1:
-        raise _wrong(folder, "search_ef and m of at least 1", "less")
-    if identity.dim != dim or len(frames) != sum(
-        _FRAME_FILE.fullmatch(name) is not None for name in manifest["files"]
-    ):
+    if content.search_ef < 1:
+        raise _wrong(folder, "search_ef of at least 1", content.search_ef)
+    frame_files = sum(_FRAME_FILE.fullmatch(name) is not None for name in manifest["files"])
+    if content.identity.dim != dim or len(content.frames) != frame_files:
         raise _wrong(folder, "a manifest that agrees with itself", f"dim {dim}")
     _check_arrays(folder, content)
-    if not edits_agree(content):
-        raise _wrong(folder, "edits that agree with what they took out", "others")
+    if not content.edits_agree():
+        raise _wrong(folder, "edits that agree with the retracted entries", "others")
     if content.manifest()["fingerprint"] != manifest["fingerprint"]:
         raise _wrong(folder, f"content of fingerprint {manifest['fingerprint']}", "another")
     return content
 
 
+def _read_roi(folder: Path, roi: Mapping[str, Any]) -> Mapping[str, Any]:
+    polygon = tuple((float(x), float(y)) for x, y in roi["polygon_xy"])
+    try:
+        ImageRegion(polygon)
+    except SettingsError as error:
+        raise _wrong(folder, "a region of interest", str(error)) from error
+    return {**roi, "ego_mask_sha256": str(roi["ego_mask_sha256"])}
+
+
 def _read_edits(folder: Path, manifest: Mapping[str, Any]) -> tuple[Edit, ...]:
     described = manifest["content"].get("edits", [])
-    written = manifest["written"].get("edits", [])
     edits = []
-    for facts, rest in zip(described, written, strict=True):
-        number, kind, entries, frames = facts
-        texts = rest["when"], rest["note"], rest["source"]
-        plain = [type(v) for v in (number, entries, frames)] == [int] * 3
-        if not plain or not all(type(text) is str for text in texts) or len(rest) != 3:
+    for facts, texts in zip(described, manifest["written"]["edits"], strict=True):
+        edit = Edit(*facts, **texts)
+        types = [type(getattr(edit, f.name)) for f in fields(Edit)]
+        if len(facts) != 4 or types != [int, str, int, int, str, str, str]:
             raise _wrong(folder, "edits of numbers and texts", "others")
-        edits.append(Edit(number, kind, entries, frames, *texts))
+        edits.append(edit)
     return tuple(edits)
 
 
@@ -264,20 +300,17 @@ def _read_array(folder: Path, name: str, shape: tuple[int, int], dtype: Any) -> 
 def _check_arrays(folder: Path, content: IndexContent) -> None:
     if not len(content.embeddings):
         raise _wrong(folder, "entries", "none")
-    held = [(content.embeddings, content.entries)]
+    arrays = [(content.embeddings, content.entries)]
     if content.retracted is not None:
-        held.append((content.retracted.embeddings, content.retracted.entries[:, :3]))
-    grids = np.array([(f.rows, f.cols) for f in content.frames], np.int64).reshape(-1, 2)
-    for embeddings, entries in held:
+        arrays.append((content.retracted.embeddings, content.retracted.entries[:, :3]))
+    grids_hw = np.array([(f.rows, f.cols) for f in content.frames], np.int64).reshape(-1, 2)
+    for embeddings, entries in arrays:
         for start in range(0, len(embeddings), _PIECE):
-            part = embeddings[start : start + _PIECE]
-            squares = np.einsum("nd,nd->n", part, part)
-            # NaN compares false, so the test is written to fail on it.
-            if not np.all(np.abs(squares - 1.0) <= 2 * UNIT_NORM_TOLERANCE):
+            if not are_unit_vectors(embeddings[start : start + _PIECE]):
                 raise _wrong(folder, "finite embeddings of unit norm", "others")
-        frame, places = entries[:, 0], entries[:, 1:]
-        inside = (frame >= 0).all() and (frame < len(grids)).all() and (places >= 0).all()
-        if not inside or not (places < grids[frame]).all():
+        frame, cells = entries[:, 0], entries[:, 1:]
+        inside = (frame >= 0).all() and (frame < len(grids_hw)).all() and (cells >= 0).all()
+        if not inside or not (cells < grids_hw[frame]).all():
             raise _wrong(folder, "entries that point into their frames", "others")
 
 
@@ -291,3 +324,7 @@ def _manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
 
 def _wrong(folder: Path, expected: str, found: object) -> IndexFormatError:
     return IndexFormatError(f"index '{folder}': expected {expected}, found {found}")
+
+
+def _unreadable(folder: Path, error: OSError) -> IndexFormatError:
+    return _wrong(folder, "readable files", f"{error.filename}: {error.strerror}")

@@ -1,9 +1,7 @@
-"""The structure of an hnswlib 0.8 graph file, checked before hnswlib reads it.
+"""The graph of the approximate nearest-neighbour search (HNSW, Malkov and Yashunin 2018).
 
-hnswlib follows whatever offsets, counts and ids a file names, out of its own memory if need be,
-and stores neither dimension nor space. A file that passes here leads it nowhere else.
-
-A graph of hnswlib that grows while an index is built.
+hnswlib follows whatever offsets, counts and ids a file names, out of its own memory if need be, and
+stores neither dimension nor space. So a graph file is checked before hnswlib reads it.
 """
 
 from __future__ import annotations
@@ -15,85 +13,177 @@ import hnswlib
 import numpy as np
 
 from semantic_anomaly.errors import IndexFormatError
-from semantic_anomaly.index.build import GRAPH_SEED
 
+# Links per entry, and breadth of the search while the graph is built.
+M, EF_CONSTRUCTION = 16, 100
+_SEED = 100
+# Breadth of the search for near-duplicates while an index is built.
+_BUILD_EF = 64
 _HEADER = struct.Struct("<QQQQQQiIQQQdQ")
 _LABEL_BYTES = 8
-# Levels fall off by a factor of m >= 2; more than this never comes of drawing them.
-_MOST_LEVELS = 64
+# Levels fall off by a factor of M >= 2; drawing them never gives more than this.
+_MAX_LEVELS = 64
+_PIECE = 65536
 
 
-def predicted_graph_bytes(count: int, dim: int, m: int) -> int:
+class HnswGraph:
+    """A graph of unit vectors in inner-product space that grows in the order of its vectors.
+
+    Vectors are added by one thread, so that equal vectors give equal graphs.
+    """
+
+    def __init__(self, index: hnswlib.Index) -> None:
+        self._index = index
+
+    @classmethod
+    def empty(cls, dim: int) -> HnswGraph:
+        """Return a graph without vectors."""
+        index = hnswlib.Index("ip", dim)
+        index.init_index(0, M=M, ef_construction=EF_CONSTRUCTION, random_seed=_SEED)
+        return cls(index)
+
+    @classmethod
+    def build(cls, embeddings: np.ndarray) -> HnswGraph:
+        """Return the graph of (n, dim) float32 unit vectors."""
+        graph = cls.empty(embeddings.shape[1])
+        graph.add(embeddings)
+        graph.trim()
+        return graph
+
+    @classmethod
+    def load(cls, path: Path, embeddings: np.ndarray) -> HnswGraph:
+        """Read the graph of (n, dim) float32 unit vectors from a file.
+
+        Raises:
+            IndexFormatError: the file is not the graph of these vectors.
+            OSError: the file cannot be read.
+        """
+        check_graph_file(path, embeddings)
+        index = hnswlib.Index("ip", embeddings.shape[1])
+        try:
+            index.load_index(str(path), max_elements=len(embeddings))
+        except RuntimeError as error:
+            # hnswlib crashes at the next query of an index that it failed to load.
+            raise IndexFormatError(f"{path.name}: {error}") from error
+        return cls(index)
+
+    def save(self, path: Path) -> None:
+        """Write the graph. hnswlib reports neither a full disk nor a short write."""
+        self._index.save_index(str(path))
+
+    def add(self, embeddings: np.ndarray) -> None:
+        """Add (n, dim) float32 unit vectors under the next labels."""
+        count = self._index.get_current_count()
+        total = count + len(embeddings)
+        if total > self._index.get_max_elements():
+            self._index.resize_index(max(total, 2 * count))
+        self._index.add_items(embeddings, np.arange(count, total), num_threads=1)
+
+    def trim(self) -> None:
+        """Free the room for more vectors. `load` accepts only files without such room."""
+        self._index.resize_index(self._index.get_current_count())
+
+    def similarities(self, queries: np.ndarray, k: int, ef: int = _BUILD_EF) -> np.ndarray:
+        """Return (n, k) float32 inner products with the k nearest vectors that the graph finds.
+
+        Args:
+            queries: (n, dim) float32, unit norm.
+            k: >= 1.
+            ef: breadth of the search.
+
+        Raises:
+            RuntimeError: fewer than k vectors are within reach: a graph of few links can be in
+                pieces.
+        """
+        if not len(queries):
+            return np.empty((0, k), np.float32)
+        self._index.set_ef(max(ef, k))
+        _, distances = self._index.knn_query(queries, k)
+        similarities: np.ndarray = 1.0 - distances
+        return similarities
+
+
+def graph_parameters() -> dict[str, int]:
+    """Return what the graph of equal vectors depends on, for the manifest."""
+    return {"m": M, "ef_construction": EF_CONSTRUCTION, "seed": _SEED}
+
+
+def predicted_graph_bytes(count: int, dim: int) -> int:
     """Return about how many bytes a graph of `count` vectors takes in file and memory."""
-    upper_levels = 1.0 / (m - 1)
-    return _HEADER.size + round(count * (_element_bytes(dim, m) + 4 + upper_levels * _upper(m)))
+    upper_levels = 1.0 / (M - 1)
+    return _HEADER.size + round(count * (_element_bytes(dim) + 4 + upper_levels * _level_bytes()))
 
 
-def check_graph_file(path: Path, embeddings: np.ndarray, m: int) -> None:
+def check_graph_file(path: Path, embeddings: np.ndarray) -> None:
     """Check that a file is the graph of exactly these vectors, labelled by their row.
 
     Args:
-        path: file that hnswlib wrote in space 'ip'.
+        path: hnswlib 0.8 file of a graph in space 'ip' with `M` links per entry.
         embeddings: (count, dim) float32.
-        m: links per entry the graph was made with.
 
     Raises:
-        IndexFormatError: another length, layout, count, link or vector; says which.
+        IndexFormatError: another length, layout, count, link or vector.
+        OSError: the file cannot be read.
     """
     count, dim = embeddings.shape
     data = np.fromfile(path, np.uint8)
-    size = _element_bytes(dim, m)
+    size = _element_bytes(dim)
     if len(data) < _HEADER.size + count * (size + 4):
         raise _wrong(f"at least {_HEADER.size + count * (size + 4)} bytes", len(data))
     header = _HEADER.unpack(data[: _HEADER.size].tobytes())
-    links_bytes = 2 * m * 4 + 4
     found = (*header[:6], *header[8:11])
-    expected = (0, count, count, size, links_bytes + dim * 4, links_bytes, m, 2 * m, m)
+    links_bytes = _link_bytes()
+    expected = (0, count, count, size, links_bytes + dim * 4, links_bytes, M, 2 * M, M)
     if found != expected:
         raise _wrong(f"header {expected}", found)
     elements = data[_HEADER.size : _HEADER.size + count * size].reshape(count, size)
-    _check_elements(elements, embeddings, m)
-    _check_upper_levels(data[_HEADER.size + count * size :], count, m, header[6], header[7])
+    _check_elements(elements, embeddings)
+    _check_upper_levels(data[_HEADER.size + count * size :], count, header[6], header[7])
 
 
-def _element_bytes(dim: int, m: int) -> int:
-    return 2 * m * 4 + 4 + dim * 4 + _LABEL_BYTES
+def _link_bytes() -> int:
+    """Return the bytes of the links of an entry on the lowest level."""
+    return 2 * M * 4 + 4
 
 
-def _upper(m: int) -> int:
-    return m * 4 + 4
+def _level_bytes() -> int:
+    """Return the bytes of the links of an entry on one upper level."""
+    return M * 4 + 4
 
 
-def _check_elements(elements: np.ndarray, embeddings: np.ndarray, m: int) -> None:
+def _element_bytes(dim: int) -> int:
+    return _link_bytes() + dim * 4 + _LABEL_BYTES
+
+
+def _check_elements(elements: np.ndarray, embeddings: np.ndarray) -> None:
     count = len(embeddings)
-    vectors = elements[:, 2 * m * 4 + 4 : -_LABEL_BYTES]
-    # By pieces, for a view of bytes at odd offsets is copied before it can be compared.
-    for start in range(0, count, 65536):
-        part = slice(start, start + 65536)
-        stored = np.ascontiguousarray(vectors[part]).view("<f4")
-        if not np.array_equal(stored, embeddings[part]):
+    # In pieces, because a view of bytes at odd offsets is copied before it can be compared.
+    for start in range(0, count, _PIECE):
+        piece = elements[start : start + _PIECE]
+        vectors = np.ascontiguousarray(piece[:, _link_bytes() : -_LABEL_BYTES]).view("<f4")
+        if not np.array_equal(vectors, embeddings[start : start + _PIECE]):
             raise _wrong("the vectors of embeddings.npy", "others")
-        labels = np.ascontiguousarray(elements[part, -_LABEL_BYTES:]).view("<u8")[:, 0]
+        labels = np.ascontiguousarray(piece[:, -_LABEL_BYTES:]).view("<u8")[:, 0]
         if not np.array_equal(labels, np.arange(start, start + len(labels))):
             raise _wrong("labels in row order", "others")
-        links = np.ascontiguousarray(elements[part, : 2 * m * 4 + 4]).view("<u4")
-        _check_links(links, count, 2 * m)
+        links = np.ascontiguousarray(piece[:, : _link_bytes()]).view("<u4")
+        _check_links(links, count, 2 * M)
 
 
-def _check_links(links: np.ndarray, count: int, most: int) -> None:
-    # The number is 16 bits wide; the byte after it is the mark of deleted entries.
+def _check_links(links: np.ndarray, count: int, max_links: int) -> None:
+    # The number is 16 bits wide; the byte after it marks deleted entries.
     numbers = links[:, 0]
-    if numbers.max() > most:
-        raise _wrong(f"at most {most} links an entry and none deleted", int(numbers.max()))
-    used = np.arange(most) < numbers[:, None]
+    if numbers.max() > max_links:
+        raise _wrong(f"at most {max_links} links per entry and none deleted", int(numbers.max()))
+    used = np.arange(max_links) < numbers[:, None]
     ids = links[:, 1:][used]
     if len(ids) and ids.max() >= count:
         raise _wrong(f"links to entries below {count}", int(ids.max()))
 
 
-def _check_upper_levels(tail: np.ndarray, count: int, m: int, top: int, entry: int) -> None:
+def _check_upper_levels(tail: np.ndarray, count: int, top_level: int, entry_point: int) -> None:
     data = tail.tobytes()
-    step, offset = _upper(m), 0
+    step, offset = _level_bytes(), 0
     levels = np.zeros(count, np.int32)
     starts: list[tuple[int, int]] = []
     for element in range(count):
@@ -102,62 +192,28 @@ def _check_upper_levels(tail: np.ndarray, count: int, m: int, top: int, entry: i
         (size,) = struct.unpack_from("<I", data, offset)
         offset += 4
         if size:
-            if size % step or size // step > _MOST_LEVELS or offset + size > len(data):
+            if size % step or size // step > _MAX_LEVELS or offset + size > len(data):
                 raise _wrong(f"upper levels of {step} bytes each", f"{size} bytes")
             levels[element] = size // step
             starts.extend((offset + i * step, i + 1) for i in range(size // step))
             offset += size
     if offset != len(data):
         raise _wrong("nothing after the upper levels", f"{len(data) - offset} bytes more")
-    if entry >= count or levels[entry] != top or levels.max() != top:
-        raise _wrong(f"an entry point on the top level {levels.max()}", f"{entry} on {top}")
+    if entry_point >= count or levels[entry_point] != top_level or levels.max() != top_level:
+        raise _wrong(
+            f"an entry point on the top level {levels.max()}", f"{entry_point} on {top_level}"
+        )
     if not starts:
         return
-    where, level = (np.array(v) for v in zip(*starts, strict=True))
-    links = np.ascontiguousarray(tail[where[:, None] + np.arange(step)]).view("<u4")
-    _check_links(links, count, m)
+    offsets, level = (np.array(v) for v in zip(*starts, strict=True))
+    links = np.ascontiguousarray(tail[offsets[:, None] + np.arange(step)]).view("<u4")
+    _check_links(links, count, M)
     # A link on a level leads only to entries that have that level.
-    used = np.arange(m) < links[:, :1]
-    reach = levels[np.where(used, links[:, 1:], 0)]
-    if (used & (reach < level[:, None])).any():
+    used = np.arange(M) < links[:, :1]
+    link_levels = levels[np.where(used, links[:, 1:], 0)]
+    if (used & (link_levels < level[:, None])).any():
         raise _wrong("links to entries of the same level", "links to lower ones")
 
 
 def _wrong(expected: str, found: object) -> IndexFormatError:
     return IndexFormatError(f"graph.hnsw: expected {expected}, found {found}")
-
-
-_BUILD_EF = 64
-
-
-class GrowingGraph:
-    """A graph in space 'ip' that takes unit vectors in order; one thread, so always the same.
-
-    Args:
-        dim: length of a vector.
-        m, ef_construction: links an entry, and breadth of the search while it grows.
-    """
-
-    def __init__(self, dim: int, m: int, ef_construction: int) -> None:
-        self.index = hnswlib.Index("ip", dim)
-        self.index.init_index(0, M=m, ef_construction=ef_construction, random_seed=GRAPH_SEED)
-        self.index.set_ef(_BUILD_EF)
-
-    def add(self, embeddings: np.ndarray) -> None:
-        """Add (n, dim) float32 under the next labels."""
-        count = self.index.get_current_count()
-        labels = np.arange(count, count + len(embeddings))
-        if count + len(embeddings) > self.index.get_max_elements():
-            self.index.resize_index(max(count + len(embeddings), 2 * count))
-        self.index.add_items(embeddings, labels, num_threads=1)
-
-    def similarities(self, embeddings: np.ndarray) -> np.ndarray:
-        """Return (n,) float32: inner product with the nearest that the graph finds."""
-        _, distances = self.index.knn_query(embeddings, 1)
-        return np.asarray(1.0 - distances[:, 0])
-
-    def finished(self) -> hnswlib.Index:
-        """Return the graph without room for more."""
-        # A saved file says how many entries there is room for, and readers insist on none more.
-        self.index.resize_index(self.index.get_current_count())
-        return self.index

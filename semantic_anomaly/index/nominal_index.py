@@ -1,7 +1,4 @@
-"""What an index says of itself, and whether it belongs to what is running.
-
-The nominal index: build, distances, neighbours, save, load. The only place with hnswlib.
-"""
+"""The nominal index: build, distances, neighbours, save, load."""
 
 from __future__ import annotations
 
@@ -10,46 +7,204 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import hnswlib
 import numpy as np
 
 from semantic_anomaly.embedding.identity import EmbedderIdentity, SegmenterIdentity
-from semantic_anomaly.errors import ArtefactError, IndexFormatError
+from semantic_anomaly.errors import ArtefactError, IndexFormatError, IndexMismatchError
 from semantic_anomaly.index.build import (
+    INSTANCE_STAGE,
+    INSTANCES,
+    PATCH_STAGE,
     BuildReport,
     NominalFrame,
-    PartPlan,
-    PartSelections,
     Selection,
-    suited,
+    select,
 )
-from semantic_anomaly.index.content import Edit, IndexContent, check_part, check_part_name
+from semantic_anomaly.index.content import Edit, IndexContent
 from semantic_anomaly.index.format import (
-    GRAPH,
-    check_graph,
     read_content,
-    refuse_other_folder,
+    read_graph,
+    refuse_existing,
     write_content,
 )
-from semantic_anomaly.index.hnsw import GrowingGraph, predicted_graph_bytes
-from semantic_anomaly.index.search import NeighbourSearch, Ranking, nearest_entries
+from semantic_anomaly.index.hnsw import HnswGraph, predicted_graph_bytes
+from semantic_anomaly.index.search import NeighbourSearch
 from semantic_anomaly.io.images import decode_compressed
 from semantic_anomaly.roi import ImageRegion
-from semantic_anomaly.settings import Settings
+from semantic_anomaly.settings import GRID, Settings
 from semantic_anomaly.storage import atomic_folder
 from semantic_anomaly.structures import NominalExample
 
 
-class DescribedIndex:
-    """What an index says of itself; made by `NominalIndex` alone."""
+class NominalIndex:
+    """Nominal embeddings, the frames that they come from, and the search for the nearest of them.
 
-    _content: IndexContent
-    _manifest: dict[str, Any]
-    _folder: Path | None
+    k-nearest-neighbour distances as in AnomalyDINO (Damm et al. 2024), with a graph (HNSW,
+    Malkov and Yashunin 2018) where there are many entries. Made by `build` or `load`.
+
+    Example:
+        >>> index = NominalIndex.load("index")
+        >>> distances = index.distances(grid.features.reshape(-1, grid.dim), k=1)
+
+    Args:
+        content: what the index holds.
+        manifest: as read from a folder; None: made of the content.
+        graph: of the content's embeddings in their order; None: read or built when it is needed.
+        folder: that the index was loaded from.
+        parts: indexes of other embeddings of the frames, by name; see `parts`.
+    """
+
+    def __init__(
+        self,
+        content: IndexContent,
+        *,
+        manifest: dict[str, Any] | None = None,
+        graph: HnswGraph | None = None,
+        folder: Path | None = None,
+        parts: Mapping[str, NominalIndex] | None = None,
+    ) -> None:
+        self._content = content
+        self._manifest = content.manifest() if manifest is None else manifest
+        self._graph = graph
+        self._folder = folder
+        self._parts = dict(parts or {})
+        self._search = NeighbourSearch(
+            content.embeddings, self._ready_graph, self._name, content.search_ef
+        )
+
+    @classmethod
+    def build(
+        cls,
+        frames: Iterable[NominalFrame],
+        *,
+        identity: EmbedderIdentity,
+        region: ImageRegion,
+        settings: Settings,
+        source: Sequence[str] = (),
+        camera: str = "camera",
+        segmenter: SegmenterIdentity | None = None,
+        backbone: str = "",
+    ) -> NominalIndex:
+        """Build an index in one pass; memory grows with what is stored, not with what is seen.
+
+        Args:
+            frames: nominal frames and grids, and (rows, cols) bool where not all is nominal.
+            identity: of the embedder that made the grids.
+            region: patches outside take no part.
+            settings: `dedup_distance`, `max_entries`, `search_ef`, and for `fixed_settings`:
+                `backbone`, `variant` and `segmenter_model`.
+            source, camera: names of the sources and the camera, for the manifest.
+            segmenter: that made the instances of the grids; None: no part of instances is built.
+            backbone: from which the embedder can be loaded; default: that of the settings, or
+                else the identity's `model_id`.
+
+        Raises:
+            IndexMismatchError: a grid of another dimension than the identity's.
+            ArtefactError: there is no nominal patch, or grids are too small to measure
+                `dedup_distance`.
+            ModelOutputError: there is a segmenter, and a grid without instances.
+        """
+
+        def index_of(selection: Selection, segmenter: SegmenterIdentity | None) -> NominalIndex:
+            content = IndexContent(
+                identity=identity,
+                roi=region.describe(),
+                camera=camera,
+                source=tuple(source),
+                settings={
+                    "backbone": backbone or settings.backbone or identity.model_id,
+                    "variant": settings.variant or GRID,
+                    "segmenter_model": settings.segmenter_model,
+                },
+                embeddings=selection.embeddings.copy(),
+                entries=selection.entries.copy(),
+                frames=tuple(selection.frames),
+                report=selection.report,
+                search_ef=settings.search_ef,
+                limits={
+                    "dedup_distance": selection.dedup_distance,
+                    "max_entries": settings.max_entries,
+                },
+                segmenter=segmenter,
+            )
+            return cls(content, graph=selection.graph)
+
+        patches, instances = (
+            Selection(stage, identity.dim, region, settings.dedup_distance, settings.max_entries)
+            for stage in (PATCH_STAGE, INSTANCE_STAGE)
+        )
+        select(frames, [patches] if segmenter is None else [patches, instances])
+        if not patches.count:
+            raise ArtefactError(
+                f"index: expected nominal patches, found none in {patches.report.frames} frames"
+            )
+        index = index_of(patches, None)
+        if instances.count:
+            index = index.with_parts({INSTANCES: index_of(instances, segmenter)})
+        return index
+
+    @classmethod
+    def load(cls, folder: str | Path) -> NominalIndex:
+        """Read an index folder; the graph itself is read, and checked, when it is first needed.
+
+        Raises:
+            IndexFormatError: missing, incomplete, damaged, tampered with, or of another version.
+            IndexMismatchError: a part that belongs to another index.
+        """
+        folder = Path(folder).expanduser()
+        content, manifest = read_content(folder)
+        parts = {name: cls.load(folder / name) for name in content.parts}
+        for name, part in parts.items():
+            if part.fingerprint != content.parts[name]:
+                raise IndexFormatError(
+                    f"index '{folder}': part '{name}': expected fingerprint "
+                    f"{content.parts[name]}, found {part.fingerprint}"
+                )
+            _check_part(content, name, part.content)
+        return cls(content, manifest=manifest, folder=folder, parts=parts)
+
+    def save(
+        self,
+        folder: str | Path,
+        beside: Callable[[Path], object] | None = None,
+        force: bool = False,
+    ) -> None:
+        """Write the index as a whole, read it back, and only then put it in place.
+
+        hnswlib reports neither a full disk nor a short write, so its file is checked byte by byte.
+
+        Args:
+            folder: of the index to be.
+            beside: writes more into the folder, such as calibrations, before it is put in place.
+            force: replace another index there, with its calibrations. The folder that this index
+                was loaded from or saved to is replaced without it.
+
+        Raises:
+            ArtefactError: the folder holds another index or something else, or it cannot be
+                written.
+        """
+        folder = Path(folder).expanduser()
+        refuse_existing(folder, force or self._folder == folder)
+        with atomic_folder(folder, replace=True) as temporary:
+            write_content(temporary, self._content, self._ready_graph())
+            for name, part in self._parts.items():
+                (temporary / name).mkdir()
+                write_content(temporary / name, part.content, part._ready_graph())
+            try:
+                written = NominalIndex.load(temporary)
+                for index in (written, *written.parts.values()):
+                    index._ready_graph()
+            except IndexFormatError as error:
+                raise ArtefactError(f"cannot write index '{folder}': {error}") from error
+            if beside is not None:
+                beside(temporary)
+        self._manifest, self._folder = written.manifest, folder
+        for name, part in self._parts.items():
+            part._manifest, part._folder = written.parts[name].manifest, folder / name
 
     @property
     def content(self) -> IndexContent:
-        """Return all that it holds, besides the graph; not to be changed."""
+        """Return all that the index holds, besides the graph; not to be changed."""
         return self._content
 
     @property
@@ -58,9 +213,34 @@ class DescribedIndex:
         return self._content.identity
 
     @property
+    def backbone(self) -> str:
+        """Return the backbone as it was given: shipped name, hub id or folder."""
+        return self._content.settings["backbone"]
+
+    @property
+    def segmenter(self) -> SegmenterIdentity | None:
+        """Return the segmenter of the part of instances, None without such a part."""
+        return self._parts[INSTANCES].content.segmenter if INSTANCES in self._parts else None
+
+    @property
+    def fixed_settings(self) -> dict[str, Any]:
+        """Return the settings that the index fixes, by name; of a segmenter, if it needs one."""
+        fixed = {
+            "backbone": self.backbone,
+            "layers": self.identity.layers,
+            "input_size": self.identity.input_size,
+            "place_weight": self.identity.place_weight,
+            "variant": self._content.settings["variant"],
+        }
+        if self.segmenter is not None:
+            fixed["segmenter"] = self.segmenter.family
+            fixed["segmenter_model"] = self._content.settings["segmenter_model"]
+        return fixed
+
+    @property
     def region_description(self) -> dict[str, Any]:
         """Return `ImageRegion.describe()` of the build."""
-        return dict(self._content.region)
+        return dict(self._content.roi)
 
     @property
     def camera(self) -> str:
@@ -109,188 +289,93 @@ class DescribedIndex:
                 return decode_compressed(frame.thumbnail, "jpeg")
         return None
 
-    def check_embedder(self, identity: EmbedderIdentity) -> None:
-        """Raise IndexMismatchError where the running embedder's space is another one."""
-        self._content.check_embedder(identity, self._name)
-
-    def check_region(self, region: ImageRegion) -> None:
-        """Raise IndexMismatchError where region of interest or ego mask are others."""
-        self._content.check_region(region, self._name)
-
     @staticmethod
-    def predicted_bytes(count: int, dim: int, m: int) -> int:
+    def predicted_bytes(count: int, dim: int) -> int:
         """Return about how many bytes an index takes on disk, thumbnails and manifest aside."""
-        return predicted_graph_bytes(count, dim, m) + count * (4 * dim + 12)
-
-    @property
-    def _name(self) -> str:
-        return f"index '{self._folder}'" if self._folder else "index"
-
-
-class NominalIndex(DescribedIndex):
-    """Nominal embeddings, where they come from, and the search for the nearest of them.
-
-    k-nearest-neighbour distances as in AnomalyDINO (Damm et al. 2024), with a graph (HNSW,
-    Malkov and Yashunin 2018) where there are many entries. Made by `build` or `load`.
-    """
-
-    def __init__(
-        self,
-        content: IndexContent,
-        manifest: dict[str, Any],
-        graph: hnswlib.Index | None,
-        folder: Path | None,
-        parts: Mapping[str, NominalIndex] | None = None,
-    ) -> None:
-        self._content = content
-        self._manifest = manifest
-        self._graph = graph
-        self._folder = folder
-        self._parts = dict(parts or {})
-        self._search = NeighbourSearch(
-            content.embeddings, self._ready_graph, self._name, content.search_ef
-        )
-
-    @classmethod
-    def build(
-        cls,
-        frames: Iterable[NominalFrame],
-        *,
-        identity: EmbedderIdentity,
-        region: ImageRegion,
-        settings: Settings,
-        source: Sequence[str] = (),
-        camera: str = "camera",
-        segmenter: SegmenterIdentity | None = None,
-    ) -> NominalIndex:
-        """Build an index in one pass; memory grows with what is stored, not with what is seen.
-
-        Parts for instances, their surroundings and scenes are made as the settings need them.
-
-        Args:
-            frames: nominal frames and grids, and (rows, cols) bool where not all is nominal.
-            identity: of the embedder that made them.
-            region: patches outside take no part.
-            settings: `dedup_distance`, `max_entries`, and the graph's.
-            source, camera: names of the sources and the camera, for the manifest.
-            segmenter: that gave the grids their instances; None: they have none.
-
-        Raises:
-            IndexMismatchError: a grid of another dimension than the identity's.
-            ArtefactError: there is no nominal patch.
-            ModelOutputError: there is a segmenter, and a grid without instances.
-        """
-
-        def new_graph(dim: int) -> GrowingGraph:
-            return GrowingGraph(dim, settings.graph_m, settings.graph_ef_construction)
-
-        plan = PartPlan.of_settings(settings, segmenter)
-        beside = PartSelections(plan, settings, region, new_graph)
-        frames, settings = suited(beside.watch(frames), settings)
-        graph = new_graph(identity.dim)
-        selection = Selection(graph, identity.dim, settings.dedup_distance, settings.max_entries)
-        selection.extend(frames, region)
-        selection.finish()
-        told = region, settings, source, camera
-        content = IndexContent.of_selection(selection, identity, *told)
-        index = cls(content, content.manifest(), graph.finished(), None)
-        beside.finish()
-        parts = {}
-        for name, chosen in beside.selections.items():
-            own = replace(identity, dim=chosen.embeddings.shape[1])
-            told = region, beside.settings[name], source, camera
-            content = IndexContent.of_selection(chosen, own, *told, made=plan.made[name])
-            grown = beside.graphs[name].finished()
-            parts[name] = cls(content, content.manifest(), grown, None)
-        return index.with_parts(parts) if parts else index
-
-    @classmethod
-    def load(cls, folder: Path) -> NominalIndex:
-        """Read an index folder; the graph itself is read, and checked, when it is first needed.
-
-        Raises:
-            IndexFormatError: missing, incomplete, damaged, tampered with, or of another version.
-        """
-        folder = Path(folder).expanduser()
-        content, manifest = read_content(folder)
-        for name in content.parts:
-            check_part_name(name)
-        parts = {name: cls.load(folder / name) for name in content.parts}
-        for name, part in parts.items():
-            expected = content.parts[name]
-            if part.fingerprint != expected:
-                raise IndexFormatError(
-                    f"index '{folder}': part '{name}': expected fingerprint {expected}, "
-                    f"found {part.fingerprint}"
-                )
-            check_part(content, name, part.content)
-        loaded = cls(content, manifest, None, folder, parts)
-        loaded.plan  # noqa: B018 Reading it checks it.
-        return loaded
-
-    def save(self, folder: Path, beside: Callable[[Path], object] | None = None) -> None:
-        """Write the index as a whole, read it back, and only then put it in place.
-
-        An index that was there is replaced, its calibration with it. hnswlib reports neither a
-        full disk nor a short write, so what it wrote is checked byte by byte.
-
-        Args:
-            folder: of the index to be.
-            beside: writes more into the folder, its calibration say, before it is put in place.
-
-        Raises:
-            ArtefactError: the folder holds something else, or it cannot be written.
-        """
-        folder = Path(folder).expanduser()
-        refuse_other_folder(folder)
-        with atomic_folder(folder, replace=True) as temporary:
-            self._write(temporary)
-            try:
-                written = NominalIndex.load(temporary)
-                for index in (written, *written.parts.values()):
-                    index._ready_graph()
-            except IndexFormatError as error:
-                raise ArtefactError(f"cannot write index '{folder}': {error}") from error
-            if beside is not None:
-                beside(temporary)
-        self._manifest, self._folder = written.manifest, folder
-        for name, part in self._parts.items():
-            part._manifest, part._folder = written.parts[name].manifest, folder / name
+        return predicted_graph_bytes(count, dim) + count * (4 * dim + 12)
 
     @property
     def parts(self) -> Mapping[str, NominalIndex]:
-        """Return the parts by name: indexes of their own, of other embeddings of the frames."""
+        """Return the parts by name: indexes of other embeddings of the frames, `INSTANCES`."""
         return dict(self._parts)
-
-    @property
-    def plan(self) -> PartPlan:
-        """Return which parts there are, and what they are made with."""
-        return PartPlan.of_made({name: part.content.made for name, part in self._parts.items()})
 
     def with_parts(self, parts: Mapping[str, NominalIndex]) -> NominalIndex:
         """Return this index with these parts and no others; their fingerprints enter its own.
 
         Raises:
-            ArtefactError: a name that no part can have, or a part with parts.
-            IndexMismatchError: a part of another embedder, its dimension aside, or region.
+            ArtefactError: a part of another name than `INSTANCES`, or not one of instances.
+            IndexMismatchError: a part of another embedder or region of interest.
         """
         for name, part in parts.items():
-            check_part(self._content, name, part.content)
-        prints = {name: part.fingerprint for name, part in parts.items()}
-        content = replace(self._content, parts=prints)
-        return NominalIndex(content, content.manifest(), self._ready_graph(), None, parts)
+            _check_part(self._content, name, part.content)
+        fingerprints = {name: part.fingerprint for name, part in parts.items()}
+        content = replace(self._content, parts=fingerprints)
+        return NominalIndex(content, graph=self._ready_graph(), parts=parts)
 
-    def with_content(
-        self, content: IndexContent, graph: GrowingGraph | None = None
-    ) -> NominalIndex:
+    def with_content(self, content: IndexContent, graph: HnswGraph | None = None) -> NominalIndex:
         """Return an index of other content with the same parts.
 
         Args:
             content: what it holds.
-            graph: of the content's embeddings in their order; None: made when it is needed.
+            graph: of the content's embeddings in their order; None: built when it is needed.
         """
-        ready = graph.finished() if graph else None
-        return NominalIndex(content, content.manifest(), ready, None, self._parts)
+        return NominalIndex(content, graph=graph, parts=self._parts)
+
+    def check_embedder(self, identity: EmbedderIdentity) -> None:
+        """Raise IndexMismatchError if the running embedder's space is another one."""
+        difference = self.identity.difference(identity)
+        if difference is not None:
+            name, expected, found = difference
+            raise IndexMismatchError(
+                f"{self._name}: {name} of the embedder",
+                expected,
+                found,
+                "use the settings it was built with, or build it again",
+            )
+
+    def check_segmenter(self, running: SegmenterIdentity | None) -> None:
+        """Raise IndexMismatchError if instances of the running segmenter cannot be compared.
+
+        Args:
+            running: the segmenter; None: no instances are needed.
+        """
+        if running is None:
+            return
+        expected = self.segmenter
+        if expected is None:
+            raise IndexMismatchError(
+                f"{self._name}: instances", "a part of them", "none", "build the index again"
+            )
+        if not expected.matches(running):
+            raise IndexMismatchError(
+                f"{self._name}: segmenter",
+                f"{expected.family} {expected.digest[:12]}",
+                f"{running.family} {running.digest[:12]}",
+                "use the settings it was built with, or build it again",
+            )
+
+    def check_region(self, region: ImageRegion) -> None:
+        """Check that a region of interest is a part of the index's own.
+
+        Raises:
+            IndexMismatchError: it reaches outside, or the index has another ego mask.
+        """
+        running = region.describe()
+        expected, found = self._content.roi["ego_mask_sha256"], running["ego_mask_sha256"]
+        if expected and expected != found:
+            raise IndexMismatchError(
+                f"{self._name}: ego mask",
+                expected,
+                found or "none",
+                "set the mask it was built with",
+            )
+        if not region.is_within(self._content.roi):
+            raise IndexMismatchError(
+                f"{self._name}: region of interest",
+                f"a part of the index's own {self._content.roi['polygon_xy']}",
+                running["polygon_xy"] or "the whole image",
+                "build the index again",
+            )
 
     def configure_search(self, search: str, ef: int) -> None:
         """Choose how `distances` searches, reading the graph if it is to be used.
@@ -304,52 +389,51 @@ class NominalIndex(DescribedIndex):
         """
         self._search.configure(search, ef)
 
-    def distances(
-        self,
-        embeddings: np.ndarray,
-        k: int,
-        *,
-        exact_above: float | None = None,
-        exact_top: int = 0,
-        ranking: Ranking | None = None,
-    ) -> np.ndarray:
+    @property
+    def search_is_exact(self) -> bool:
+        """Return whether `distances` are exact rather than upper bounds."""
+        return self._search.is_exact
+
+    def distances(self, embeddings: np.ndarray, k: int) -> np.ndarray:
         """Return (n,) float32 mean cosine distances in [0, 2] to the k nearest entries.
 
-        The graph can only overestimate a distance, never hide an anomaly. Checking the large
-        ones exactly makes decisions those of an exact search.
+        Of a graph search these are upper bounds: it never hides an anomaly. `exact_distances` of
+        the large ones make decisions those of an exact search.
 
         Args:
             embeddings: (n, dim) float32, unit norm.
             k: 1 to count.
-            exact_above: distances above are exact.
-            exact_top: so many of the largest are exact, hence exactly the largest there are.
-            ranking: what is large, and made of which distances; None: distances themselves.
 
         Raises:
             IndexMismatchError: another dimension, or k out of range.
             ModelOutputError: embeddings that are not finite or not of unit norm.
         """
-        return self._search.distances(embeddings, k, exact_above, exact_top, ranking)
+        return self._search.distances(embeddings, k)
 
     def exact_distances(self, embeddings: np.ndarray, k: int) -> np.ndarray:
         """Return what `distances` returns, by a product with every entry."""
         return self._search.exact_distances(embeddings, k)
 
     def nearest(self, embedding: np.ndarray) -> NominalExample:
-        """Return the entry nearest to an embedding (dim,), found exactly; raises as `distances`."""
+        """Return the entry nearest to an embedding (dim,), searched exactly.
+
+        Raises:
+            IndexMismatchError, ModelOutputError: as `distances`.
+        """
         return self.nearest_many(embedding[None])[0]
 
     def nearest_many(self, embeddings: np.ndarray) -> list[NominalExample]:
         """Return the entries nearest to embeddings (n, dim), reading the entries once for all."""
-        queries = self._search.checked(embeddings, 1)
-        rows, similarities = nearest_entries(queries, self._content.embeddings)
-        found = []
-        for row_of_entry, similarity in zip(rows.tolist(), similarities.tolist(), strict=True):
-            number, row, col = (int(v) for v in self._content.entries[row_of_entry])
+        rows, similarities = self._search.nearest_rows(embeddings, 1)
+        examples = []
+        for (entry,), (similarity,) in zip(rows.tolist(), similarities.tolist(), strict=True):
+            number, row, col = self._content.entries[entry].tolist()
             frame = self._content.frames[number]
             distance = min(max(1.0 - similarity, 0.0), 2.0)
-            found.append(NominalExample(frame.name, row, col, (frame.rows, frame.cols), distance))
-        return found
+            examples.append(
+                NominalExample(frame.name, row, col, (frame.rows, frame.cols), distance)
+            )
+        return examples
 
     def recall(self, queries: np.ndarray | int, k: int) -> dict[str, float]:
         """Return how the graph search at the current breadth compares with the exact one.
@@ -365,27 +449,34 @@ class NominalIndex(DescribedIndex):
         """
         return self._search.recall(queries, k)
 
-    def _write(self, folder: Path) -> None:
-        self._ready_graph().save_index(str(folder / GRAPH))
-        write_content(folder, self._content, self._content.manifest())
-        for name, part in self._parts.items():
-            (folder / name).mkdir()
-            part._write(folder / name)
+    @property
+    def _name(self) -> str:
+        return f"index '{self._folder}'" if self._folder else "index"
 
-    def _ready_graph(self) -> hnswlib.Index:
+    def _ready_graph(self) -> HnswGraph:
         if self._graph is None:
             if self._folder is None:
-                content = self._content
-                made = GrowingGraph(self.dim, content.graph["m"], content.graph["ef_construction"])
-                made.add(content.embeddings)
-                self._graph = made.finished()
-                return self._graph
-            check_graph(self._folder, self._content, self._manifest)
-            # After a failed load hnswlib crashes at the next query, so a failure keeps nothing.
-            graph = hnswlib.Index("ip", self.dim)
-            try:
-                graph.load_index(str(self._folder / GRAPH), max_elements=self.count)
-            except RuntimeError as error:
-                raise IndexFormatError(f"{self._name}: {GRAPH}: {error}") from error
-            self._graph = graph
+                self._graph = HnswGraph.build(self._content.embeddings)
+            else:
+                self._graph = read_graph(self._folder, self._content, self._manifest)
         return self._graph
+
+
+def _check_part(content: IndexContent, name: str, part: IndexContent) -> None:
+    """Refuse an index that cannot be a part of another one.
+
+    Raises:
+        ArtefactError: another name than `INSTANCES`, or not an index of instances.
+        IndexMismatchError: another embedder, its dimension aside, or another region of interest.
+    """
+    if name != INSTANCES or part.segmenter is None or part.parts:
+        raise ArtefactError(f"part '{name}' of an index: expected '{INSTANCES}', found another one")
+    expected = replace(content.identity, dim=part.identity.dim)
+    difference = expected.difference(part.identity)
+    if difference is not None:
+        field, *values = difference
+        raise IndexMismatchError(f"part '{name}' of an index: {field}", *values)
+    if dict(part.roi) != dict(content.roi):
+        raise IndexMismatchError(
+            f"part '{name}' of an index: region of interest", dict(content.roi), dict(part.roi)
+        )
