@@ -1,18 +1,24 @@
-"""The machinery of the settings table: one row a setting, checks, and the YAML that fills it."""
+"""Rows of the settings tables: declaration, checks, and reading of parameter files."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from array import array
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from reprlib import repr as short
+from reprlib import Repr
 from typing import Any
 
 from semantic_anomaly.errors import SettingsError
+
+# Nested lists of YAML aliases would fill pages.
+_REPR = Repr()
+_REPR.maxlevel = 2
+short = _REPR.repr
 
 
 def setting(
@@ -23,29 +29,29 @@ def setting(
     maximum: float | None = None,
     choices: tuple[str, ...] = (),
     live: bool = False,
+    path: bool = False,
 ) -> Any:
-    """Return the dataclass field of one setting; its arguments are those of `SettingSpec`."""
+    """Return the dataclass field of one setting; for the arguments see `SettingSpec`."""
     metadata = {
-        "description": description,
-        "minimum": minimum,
-        "maximum": maximum,
-        "choices": choices,
-        "live": live,
+        **{"description": description, "minimum": minimum, "maximum": maximum},
+        **{"choices": choices, "live": live, "path": path},
     }
     return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class SettingSpec:
-    """One row of the table.
+    """One row of a settings table.
 
     Attributes:
-        name: as in YAML, without a camera's prefix.
-        default: its Python type (bool, int, float, str, tuple) is the setting's type.
-        element: type of the elements where the default is a tuple, else the type itself.
-        minimum, maximum: inclusive bounds of numbers, None where there is none.
-        choices: the strings allowed, empty for any.
+        name: as in YAML, without the prefix of a camera.
+        default: its type (bool, int, float, str or tuple) is the type of the setting.
+        element: type of the elements if the default is a tuple, otherwise the type of the default.
+        description: for the parameter file, the node and the README.
+        minimum, maximum: inclusive bounds of numbers, None if unbounded.
+        choices: allowed strings, empty if any is allowed.
         live: may change while the node runs.
+        path: is always a file or folder, never a name or hub id.
     """
 
     name: str
@@ -56,18 +62,19 @@ class SettingSpec:
     maximum: float | None
     choices: tuple[str, ...]
     live: bool
+    path: bool
 
     @property
     def is_list(self) -> bool:
-        """Return whether the setting holds several values."""
+        """Return whether the setting is a list."""
         return isinstance(self.default, tuple)
 
     def check(self, value: Any, name: str = "") -> Any:
-        """Return the value in the setting's own type.
+        """Return the value converted to the type of the setting: lists to tuples, int to float.
 
         Args:
             value: from YAML, a ROS parameter or a caller.
-            name: full name for the message, with the camera's prefix.
+            name: name for errors, with the prefix of a camera; empty: that of the row.
 
         Raises:
             SettingsError: wrong type, out of bounds, or not one of the choices.
@@ -82,11 +89,11 @@ class SettingSpec:
     def _check_one(self, value: Any, name: str) -> Any:
         if self.element is float and type(value) is int:
             value = float(value) if abs(value) < 1 << 53 else math.inf
-        found: type = type(value)
-        if found is not self.element:
+        value_type: type = type(value)
+        if value_type is not self.element:
             raise SettingsError(
                 f"setting '{name}': expected {self.element.__name__}, "
-                f"found {short(value)} ({found.__name__})"
+                f"found {short(value)} ({value_type.__name__})"
             )
         if self.element is float and not math.isfinite(value):
             raise SettingsError(f"setting '{name}': expected a finite number, found {value}")
@@ -106,11 +113,11 @@ class SettingSpec:
 def refuse_fixed(
     before: Mapping[str, Any], after: Mapping[str, Any], specs: Mapping[str, SettingSpec]
 ) -> None:
-    """Refuse changes of settings that are read at the start only.
+    """Refuse changes of settings that are not live.
 
     Args:
         before, after: flat parameters.
-        specs: rows by name, without a camera's prefix.
+        specs: rows by name, without the prefix of a camera.
 
     Raises:
         SettingsError: naming the first setting that is not live and differs.
@@ -125,10 +132,13 @@ def refuse_fixed(
 
 
 def read_parameters_yaml(path: Path) -> dict[str, Any]:
-    """Return flat parameters of a ROS parameter file, or of a plain YAML mapping.
+    """Return the flat parameters ('front.index') of a ROS parameter file or a plain YAML mapping.
+
+    Paths are returned as written; see `resolve_paths`.
 
     Raises:
-        SettingsError: unreadable, not YAML, not a mapping, or parameters of several nodes.
+        SettingsError: unreadable, not YAML, not a mapping, a name given twice, or parameters of
+            several nodes.
     """
     import yaml
 
@@ -136,7 +146,7 @@ def read_parameters_yaml(path: Path) -> dict[str, Any]:
         content = Path(path).read_bytes()
     except OSError as error:
         raise SettingsError(f"settings file '{path}': {error.strerror}") from error
-    # PyYAML lets whatever its constructors raise on odd tags and dates escape.
+    # PyYAML passes on any error that its constructors raise on unusual tags and dates.
     try:
         _refuse_duplicates(yaml.compose(content, Loader=yaml.SafeLoader), path)
         document = yaml.safe_load(content)
@@ -159,13 +169,44 @@ def read_parameters_yaml(path: Path) -> dict[str, Any]:
         )
     flat: dict[str, Any] = {}
     _flatten(parameters, "", flat)
-    # use_sim_time belongs to every ROS node, not to the detector.
+    # A parameter of every ROS node, not of the detector.
     flat.pop("use_sim_time", None)
     return flat
 
 
+def resolve_paths(
+    values: Mapping[str, Any], specs: Mapping[str, SettingSpec], folder: Path
+) -> dict[str, Any]:
+    """Return parameters in which relative paths are resolved against a folder.
+
+    Paths are the values of rows marked `path`, where '~' is expanded, and other texts that begin
+    with './' or '../', such as a backbone folder. Empty and absolute paths stay as they are.
+
+    Args:
+        values: flat parameters, as from `read_parameters_yaml`.
+        specs: rows of all settings by name, without the prefix of a camera.
+        folder: that of the parameter file.
+
+    Raises:
+        SettingsError: '~' cannot be expanded.
+    """
+    resolved = dict(values)
+    for name, value in values.items():
+        spec = specs.get(name.rpartition(".")[2])
+        if spec is None or not isinstance(value, str) or not value:
+            continue
+        if spec.path or value.startswith(("./", "../")):
+            try:
+                path = Path(value).expanduser() if spec.path else Path(value)
+            except RuntimeError as error:
+                raise SettingsError(f"setting '{name}': '{value}': {error}") from error
+            # Normalised, so that one folder has one name.
+            resolved[name] = os.path.normpath(Path(folder).absolute() / path)
+    return resolved
+
+
 def _refuse_duplicates(node: Any, path: Path) -> None:
-    # YAML readers keep the last of two equal keys, and the first would be lost without a word.
+    # YAML readers silently keep the last of two equal keys.
     pending, seen = [node], set()
     while pending:
         node = pending.pop()
@@ -185,7 +226,7 @@ def _flatten(tree: Mapping[str, Any], prefix: str, flat: dict[str, Any]) -> None
     for key, value in tree.items():
         name = f"{prefix}{key}"
         if name.count(".") > 8 or len(flat) > 10000:
-            raise SettingsError(f"settings nest too deep or repeat themselves at '{short(name)}'")
+            raise SettingsError(f"settings nest too deep or repeat themselves at {short(name)}")
         if isinstance(value, Mapping):
             _flatten(value, f"{name}.", flat)
         elif name in flat:
@@ -208,7 +249,7 @@ def specs_of(owner: type) -> dict[str, SettingSpec]:
 
 
 def check_fields(settings: Any) -> None:
-    """Check a settings object in its making, and bring its values into their own types.
+    """Check the values of a new settings object and convert them to the types of their rows.
 
     Raises:
         SettingsError: a value of the wrong type or out of bounds.

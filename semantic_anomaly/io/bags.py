@@ -1,7 +1,8 @@
-"""Frames from rosbag2 bags (sqlite3 and mcap) by the rosbags library; needs no ROS."""
+"""Read frames from rosbag2 bags (sqlite3 and mcap) with the rosbags library; needs no ROS."""
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -23,26 +24,37 @@ COMPRESSED_TYPE = "sensor_msgs/msg/CompressedImage"
 
 
 class BagSource(FrameSource):
-    """The images of one topic of a rosbag2 bag, in the order of recording.
+    """The images of one topic of a rosbag2 bag, in order of recording.
 
-    Every iteration counts what it reads: a bag that yields another number of images than it
-    announces raises SourceError at the end, for an index or a calibration made of half a drive
-    looks like any other.
+    Iterating raises SourceError at the end if the number of images read differs from the number
+    that the bag announces: an index built from half a drive would look like any other.
+
+    Args:
+        path: bag folder, .mcap or .db3 file.
+        topic: image topic, needed if the bag has several.
+        selection: slice of the images to read.
+        name: name of the source, instead of that of the folder or file.
 
     Attributes:
         topic: the image topic that is read.
-        compressed: whether it carries CompressedImage.
+        compressed: whether its type is CompressedImage.
 
     Raises:
-        SourceError: the bag cannot be opened, has no such topic, no images, or images on several
+        SourceError: the bag cannot be opened, has no such topic or no images, or has several image
             topics and none is chosen.
     """
 
     def __init__(
-        self, path: Path, *, topic: str | None = None, selection: slice = slice(None)
+        self,
+        path: Path,
+        *,
+        topic: str | None = None,
+        selection: slice = slice(None),
+        name: str = "",
     ) -> None:
         resolved = path.resolve()
-        super().__init__(path, resolved.stem if path.is_file() else resolved.name, selection)
+        default = resolved.stem if path.is_file() else resolved.name
+        super().__init__([path], name or default, selection)
         with _opened(path) as reader:
             topics = {
                 name: (info.msgtype or "several types", info.msgcount)
@@ -52,7 +64,7 @@ class BagSource(FrameSource):
         self._type, self._announced = topics[self.topic]
         self.compressed = self._type == COMPRESSED_TYPE
         if not self._announced:
-            raise SourceError(f"bag '{path}': topic '{self.topic}' holds no messages")
+            raise SourceError(f"bag '{path}': topic '{self.topic}' has no messages")
 
     def _total(self, *, exact: bool) -> int:
         return self._announced
@@ -71,28 +83,24 @@ class BagSource(FrameSource):
             )
 
     def _messages(self, wanted: range) -> Iterator[tuple[int, Any]]:
-        """Yield time in the bag and message, None in place of a message that is not wanted."""
+        """Yield recording time in ns and message, None for messages that are not wanted."""
         with _opened(self.path) as reader:
-            stream, store, index = self._raw_messages(reader), _typestore(), 0
-            while True:
+            stream = reader.messages(reader.topics[self.topic].connections)
+            for index in itertools.count():
                 try:
                     item = next(stream, None)
                     if item is None:
                         return
-                    bag_time_ns, raw = item
-                    message = store.deserialize_cdr(raw, self._type) if index in wanted else None
-                # Damaged bags raise whatever the parser happens to stumble over.
+                    _, bag_time_ns, raw = item
+                    wants = index in wanted
+                    message = _typestore().deserialize_cdr(raw, self._type) if wants else None
+                # Damaged bags raise any kind of error.
                 except Exception as error:
                     raise SourceError(
                         f"bag '{self.path}' is damaged: message {index} of {self._announced} of "
                         f"topic '{self.topic}' cannot be read ({_first_line(error)})"
                     ) from error
                 yield bag_time_ns, message
-                index += 1
-
-    def _raw_messages(self, reader: Reader) -> Iterator[tuple[int, bytes]]:
-        for _, bag_time_ns, raw in reader.messages(reader.topics[self.topic].connections):
-            yield bag_time_ns, raw
 
     def _frame(self, index: int, bag_time_ns: int, message: Any) -> Frame:
         stamp = message.header.stamp
@@ -131,8 +139,8 @@ def _opened(path: Path) -> Iterator[Reader]:
         raise SourceError(f"bag '{path}': {error}") from error
     except Exception as error:
         raise SourceError(
-            f"bag '{path}' cannot be opened ({_first_line(error)}): it is damaged, was cut off or "
-            "is no bag; 'mcap recover' may save an mcap file, 'ros2 bag reindex' the metadata"
+            f"bag '{path}' cannot be opened ({_first_line(error)}): damaged, truncated or no bag; "
+            "'mcap recover' may restore an mcap file, 'ros2 bag reindex' the metadata"
         ) from error
     try:
         yield reader
@@ -143,21 +151,21 @@ def _opened(path: Path) -> Iterator[Reader]:
 
 def _check_databases(path: Path) -> None:
     for file in path.glob("*.db3") if path.is_dir() else [path] * (path.suffix == ".db3"):
-        # rosbags reads the database alone, without what a killed recorder left in a journal.
+        # rosbags reads only the database, not messages that a killed recorder left in a journal.
         for journal in (Path(f"{file}-wal"), Path(f"{file}-journal")):
             if journal.is_file() and journal.stat().st_size:
                 raise SourceError(
-                    f"the recorder did not finish: {journal.name} holds messages, which "
-                    f"'sqlite3 {file.name} \"PRAGMA wal_checkpoint\"' moves into the database"
+                    f"the recorder did not finish: {journal.name} has messages; "
+                    f"'sqlite3 {file.name} \"PRAGMA wal_checkpoint\"' moves them into the database"
                 )
         with file.open("rb") as database:
             head = database.read(100)
         page_bytes, pages = struct.unpack_from(">H10xI", head, 16)
         announced = (65536 if page_bytes == 1 else page_bytes) * pages
-        # SQLite takes what is missing from the last page for zeros: black pixels, and no error.
+        # SQLite reads missing bytes of the last page as zeros: black pixels, and no error.
         if file.stat().st_size < announced:
             raise SourceError(
-                f"{file.name} was cut off: {file.stat().st_size} of {announced} bytes are there"
+                f"{file.name} is truncated: expected {announced} bytes, found {file.stat().st_size}"
             )
 
 
@@ -165,8 +173,8 @@ def _check_databases(path: Path) -> None:
 def _typestore() -> Typestore:
     from rosbags.typesys import Stores, get_typestore
 
-    # Image and CompressedImage are the same in every distribution of ROS 2, so what a bag says of
-    # its other types, or leaves unsaid, does not matter.
+    # Image and CompressedImage are the same in every ROS 2 distribution, so the type definitions in
+    # the bag are not needed.
     return get_typestore(Stores.ROS2_HUMBLE)
 
 
@@ -180,11 +188,11 @@ def _choose_topic(path: Path, topics: Mapping[str, tuple[str, int]], wanted: str
             f"{COMPRESSED_TYPE}"
         )
     elif not images:
-        raise SourceError(f"bag '{path}' has no image topic; it holds: {_listed(topics)}")
+        raise SourceError(f"bag '{path}' has no image topic; its topics: {_listed(topics)}")
     elif wanted is not None:
         problem = f"has no topic '{wanted}'"
     elif len(images) > 1:
-        problem = "has several image topics, choose one of them as the topic"
+        problem = "has several image topics, choose one"
     else:
         return next(iter(images))
     raise SourceError(f"bag '{path}': {problem}; image topics: {_listed(images)}")

@@ -1,17 +1,13 @@
-"""What the bytes of a compressed image claim to be, read before any decoder sees them.
+"""Convert image bytes to RGB arrays and back: raw ROS encodings, JPEG, PNG, WebP, BMP and TIFF.
 
-OpenCV 4.10 and 4.11 fill the missing rows of a truncated JPEG with stale memory, often the previous
-frame, and every version takes memory for whatever size a header claims.
-
-Image bytes, raw or compressed, to RGB arrays; used alike by the node, bags and folders.
-
-Everything that arrives is checked against what it claims to be before OpenCV sees it: sizes before
-memory is taken, end markers before decoding.
+Node, bags and folders use the same functions. Sizes are checked before memory is allocated, and
+compressed data for its end before it is decoded: OpenCV 4.10 and 4.11 fill the missing rows of a
+truncated JPEG with stale memory, often the previous frame, and every version allocates whatever
+size a header claims.
 """
 
 from __future__ import annotations
 
-import os
 import struct
 from array import array
 from pathlib import Path
@@ -21,80 +17,12 @@ import numpy as np
 
 from semantic_anomaly import MAX_IMAGE_PIXELS
 from semantic_anomaly.errors import ImageError
-
-
-def inspect_image(data: bytes) -> tuple[str, int, int]:
-    """Return kind, width and height in pixels of a JPEG, PNG, WebP or BMP that has its end.
-
-    Raises:
-        ImageError: another kind, a header that cannot be read, or data that ends too early.
-    """
-    kinds = {
-        "JPEG": (data[:3] == b"\xff\xd8\xff", _inspect_jpeg),
-        "PNG": (data[:8] == b"\x89PNG\r\n\x1a\n", _inspect_png),
-        "WebP": (data[:4] == b"RIFF" and data[8:12] == b"WEBP", _inspect_webp),
-        "BMP": (data[:2] == b"BM", _inspect_bmp),
-    }
-    for kind, (recognised, inspect) in kinds.items():
-        if recognised:
-            try:
-                width, height, complete = inspect(data)
-            except (IndexError, ValueError, struct.error) as error:
-                raise ImageError(f"{kind} image is truncated or damaged in its header") from error
-            if not complete:
-                raise ImageError(f"{kind} image is truncated: {len(data)} bytes, end not found")
-            return kind, width, height
-    found = f"bytes {data[:4].hex(' ')} ..." if data else "no bytes"
-    raise ImageError(f"compressed image: expected JPEG, PNG, WebP or BMP, found {found}")
-
-
-def _inspect_jpeg(data: bytes) -> tuple[int, int, bool]:
-    position, width, height, marker = 2, 0, 0, 0
-    while marker != 0xDA:
-        position = data.index(b"\xff", position)
-        while data[position] == 0xFF:
-            position += 1
-        marker = data[position]
-        position += 1
-        if marker == 0x01 or 0xD0 <= marker <= 0xD8:
-            continue
-        (length,) = struct.unpack_from(">H", data, position)
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height, width = struct.unpack_from(">HH", data, position + 3)
-        position += length
-    # An end marker before the scan belongs to a preview picture.
-    return width, height, data.rfind(b"\xff\xd9", position) >= 0
-
-
-def _inspect_png(data: bytes) -> tuple[int, int, bool]:
-    width, height = struct.unpack_from(">II", data, 16)
-    return width, height, b"IEND\xaeB`\x82" in data[-4096:]
-
-
-def _inspect_webp(data: bytes) -> tuple[int, int, bool]:
-    complete = len(data) >= 8 + struct.unpack_from("<I", data, 4)[0]
-    chunk = data[12:16]
-    if chunk == b"VP8X":
-        sides = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
-    elif chunk == b"VP8L":
-        (bits,) = struct.unpack_from("<I", data, 21)
-        sides = ((bits >> shift & 0x3FFF) + 1 for shift in (0, 14))
-    else:
-        sides = (side & 0x3FFF for side in struct.unpack_from("<HH", data, 26))
-    width, height = sides
-    return width, height, complete
-
-
-def _inspect_bmp(data: bytes) -> tuple[int, int, bool]:
-    (size,) = struct.unpack_from("<I", data, 2)
-    width, height = struct.unpack_from("<ii", data, 18)
-    return width, abs(height), len(data) >= size
-
+from semantic_anomaly.storage import atomic_write_bytes
 
 BytesLike = bytes | bytearray | memoryview | array | np.ndarray
-# Encoding: channels, bytes a channel, OpenCV's conversion to RGB or None where it is RGB already.
-# cv_bridge takes the nameless 8UC3 and 16UC3 for BGR; so do we. ROS names Bayer patterns by the
-# first two pixels of the first two rows.
+# Encoding: channels, bytes per channel, OpenCV's conversion to RGB (None: already RGB).
+# 8UC3 and 16UC3 name no channel order; like cv_bridge, they are read as BGR. ROS names Bayer
+# patterns by the first two pixels of the first two rows.
 _PACKED: dict[str, tuple[int, int, int | None]] = {
     "rgb8": (3, 1, None),
     "bgr8": (3, 1, cv2.COLOR_BGR2RGB),
@@ -126,10 +54,11 @@ _PLANAR = {"nv12": cv2.COLOR_YUV2RGB_NV12, "nv21": cv2.COLOR_YUV2RGB_NV21}
 _DEPTH = {"32FC1": ("f4", 1.0), "16UC1": ("u2", 1e-3), "mono16": ("u2", 1e-3)}
 RAW_ENCODINGS = (*_PACKED, *_PLANAR)
 DEPTH_ENCODINGS = tuple(_DEPTH)
+_TIFF_TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}
 
 
 class UnsupportedEncodingError(ImageError):
-    """The encoding of a raw image is not one of those that can be decoded."""
+    """The encoding of a raw image is not supported."""
 
     def __init__(self, encoding: str, supported: tuple[str, ...]) -> None:
         self.encoding = encoding
@@ -143,20 +72,21 @@ def decode_raw(
 ) -> np.ndarray:
     """Return a raw ROS image as (height, width, 3) uint8 RGB.
 
-    8-bit RGB is returned as a view of `data`, possibly read-only and with padded rows; everything
-    else is a new array. Of 16-bit channels the upper 8 bits are kept. YUV is ITU-R BT.601.
+    `rgb8` is returned as a view of `data`, possibly read-only and with padded rows; every other
+    encoding gives a new array. 16-bit channels are reduced to their upper 8 bits. YUV is ITU-R
+    BT.601.
 
     Args:
-        encoding: name as in sensor_msgs/Image, one of `RAW_ENCODINGS`.
-        height: rows.
-        width: pixels a row.
-        step: bytes a row, padding included.
-        is_bigendian: whether channels of 16 bits are big-endian.
+        encoding: as in sensor_msgs/Image, one of `RAW_ENCODINGS`.
+        height: number of rows.
+        width: pixels per row.
+        step: bytes per row, including padding.
+        is_bigendian: whether 16-bit channels are big-endian.
         data: exactly height * step bytes (NV12 and NV21: height * 3 / 2 * step).
 
     Raises:
         UnsupportedEncodingError: another encoding.
-        ImageError: size, step and length of the data do not agree, or are out of bounds.
+        ImageError: size, step and length of the data disagree or are out of bounds.
     """
     if encoding in _PLANAR:
         _check_even(encoding, height, width, both=True)
@@ -186,14 +116,14 @@ def decode_raw(
 def decode_depth(
     encoding: str, height: int, width: int, step: int, is_bigendian: bool, data: BytesLike
 ) -> np.ndarray:
-    """Return a raw ROS depth image as (height, width) float32 metres, 0 where there is none.
+    """Return a raw ROS depth image as (height, width) float32 in metres, 0 where unknown.
 
-    32FC1 holds metres, 16UC1 and mono16 millimetres (REP 118); values that are negative, infinite
-    or not a number become 0. Arguments as of `decode_raw`.
+    32FC1 holds metres, 16UC1 and mono16 millimetres (REP 118). Negative, infinite and NaN values
+    become 0. The arguments are those of `decode_raw`.
 
     Raises:
         UnsupportedEncodingError: another encoding.
-        ImageError: size, step and length of the data do not agree, or are out of bounds.
+        ImageError: size, step and length of the data disagree or are out of bounds.
     """
     if encoding not in _DEPTH:
         raise UnsupportedEncodingError(encoding, DEPTH_ENCODINGS)
@@ -204,7 +134,7 @@ def decode_depth(
     depth = np.ascontiguousarray(rows[:, :row_bytes]).view(dtype).astype(np.float32)
     if scale != 1.0:
         depth *= np.float32(scale)
-    # NaN compares false.
+    # Negated: NaN compares false.
     depth[~((depth > 0) & (depth < np.inf))] = 0
     return depth
 
@@ -212,38 +142,73 @@ def decode_depth(
 def decode_compressed(data: BytesLike, format: str = "") -> np.ndarray:
     """Return a compressed image as (height, width, 3) uint8 RGB.
 
-    JPEG, PNG, WebP and BMP are told apart by their content. Alpha is dropped, gray becomes RGB,
-    of 16 bits the upper 8 are kept, and an orientation in EXIF is ignored.
+    The format is recognised by content: JPEG, PNG, WebP, BMP, or the first image of a TIFF. Alpha
+    is dropped, grey becomes RGB, 16-bit channels are reduced to their upper 8 bits. An orientation
+    in EXIF is ignored; that of a TIFF is applied.
 
     Args:
         data: the whole compressed image.
         format: as in sensor_msgs/CompressedImage, e.g. "jpeg" or "rgb8; jpeg compressed bgr8".
 
     Raises:
-        ImageError: depth images, other formats, truncated or damaged data, or more than
-            `MAX_IMAGE_PIXELS` pixels.
+        ImageError: a depth image, another format, truncated or damaged data, floating-point
+            channels, or more than `MAX_IMAGE_PIXELS` pixels.
     """
     if "compressedDepth" in format:
-        raise ImageError(
-            f"format {format[:60]!r} is a depth image; expected a JPEG, PNG or WebP colour image"
-        )
+        raise ImageError(f"format {format[:60]!r}: expected a colour image, found a depth image")
     content = _as_bytes(data)
     kind, width, height = inspect_image(content.tobytes())
     _check_size(height, width)
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    if kind == "TIFF":
+        # Otherwise OpenCV scales 16 bits to 8 instead of keeping the upper ones.
+        flags |= cv2.IMREAD_ANYDEPTH
     try:
-        image = cv2.imdecode(content, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        image = cv2.imdecode(content, flags)
     except cv2.error as error:
         raise ImageError(f"{kind} image cannot be decoded: {error.err}") from error
     if image is None:
         raise ImageError(f"{kind} image of {width}x{height} pixels cannot be decoded")
     if image.shape != (height, width, 3):
-        found = f"{image.shape[1]}x{image.shape[0]}"
-        raise ImageError(f"{kind} image is damaged: expected {width}x{height}, decoded {found}")
-    # image_transport: what stands behind the semicolon is the channel order that was given to
-    # OpenCV's encoder, which takes everything for BGR.
+        raise ImageError(
+            f"{kind} image is damaged: expected {width}x{height}, "
+            f"decoded {image.shape[1]}x{image.shape[0]}"
+        )
+    if image.dtype == np.uint16:
+        image = (image >> 8).astype(np.uint8)
+    if image.dtype != np.uint8:
+        raise ImageError(f"{kind} image: expected 8 or 16 bits per channel, found {image.dtype}")
+    # image_transport: after the semicolon stands the channel order that OpenCV's encoder was given;
+    # the encoder takes every order for BGR.
     if "compressed rgb" in format:
         return image
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def inspect_image(data: bytes) -> tuple[str, int, int]:
+    """Return format, width and height in pixels of a whole compressed image, without decoding it.
+
+    Raises:
+        ImageError: not a JPEG, PNG, WebP, BMP or TIFF; an unreadable header; or truncated data.
+    """
+    kinds = {
+        "JPEG": (data[:3] == b"\xff\xd8\xff", _inspect_jpeg),
+        "PNG": (data[:8] == b"\x89PNG\r\n\x1a\n", _inspect_png),
+        "WebP": (data[:4] == b"RIFF" and data[8:12] == b"WEBP", _inspect_webp),
+        "BMP": (data[:2] == b"BM", _inspect_bmp),
+        "TIFF": (data[:4] in (b"II*\0", b"MM\0*"), _inspect_tiff),
+    }
+    for kind, (matches, inspect) in kinds.items():
+        if matches:
+            try:
+                width, height, complete = inspect(data)
+            except (LookupError, ValueError, struct.error) as error:
+                raise ImageError(f"{kind} image is truncated or damaged in its header") from error
+            if not complete:
+                raise ImageError(f"{kind} image is truncated: {len(data)} bytes, end not found")
+            return kind, width, height
+    start = f"bytes {data[:4].hex(' ')} ..." if data else "no bytes"
+    raise ImageError(f"compressed image: expected JPEG, PNG, WebP, BMP or TIFF, found {start}")
 
 
 def encode_jpeg(rgb: np.ndarray, quality: int = 90) -> bytes:
@@ -265,7 +230,7 @@ def encode_png(rgb: np.ndarray) -> bytes:
 
 
 def read_image(path: Path) -> np.ndarray:
-    """Return an image file (JPEG, PNG, WebP, BMP) as (height, width, 3) uint8 RGB.
+    """Return an image file (JPEG, PNG, WebP, BMP, TIFF) as (height, width, 3) uint8 RGB.
 
     Raises:
         ImageError: the file cannot be read or decoded; names the file.
@@ -279,27 +244,86 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def write_image(path: Path, rgb: np.ndarray) -> None:
-    """Write (height, width, 3) uint8 RGB or (height, width) uint8 as .png, .jpg or .jpeg, whole or
-    not at all.
+    """Write (height, width, 3) uint8 RGB or (height, width) uint8 as .png, .jpg or .jpeg.
+
+    The file is replaced as a whole; missing parent folders are created.
 
     Raises:
-        ImageError: another suffix, shape or dtype, or the file cannot be written.
+        ImageError: another suffix, shape or dtype.
+        ArtefactError: the file cannot be written; an existing one is unchanged.
     """
-    path = Path(path)
     encoders = {".png": encode_png, ".jpg": encode_jpeg, ".jpeg": encode_jpeg}
-    if path.suffix.lower() not in encoders:
-        raise ImageError(f"image '{path}': expected a name in .png, .jpg or .jpeg")
-    content = encoders[path.suffix.lower()](rgb)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ImageError(f"image '{path}' cannot be written: {error.strerror}") from error
+    suffix = Path(path).suffix.lower()
+    if suffix not in encoders:
+        raise ImageError(f"image '{path}': expected a name ending in .png, .jpg or .jpeg")
+    atomic_write_bytes(Path(path), encoders[suffix](rgb))
+
+
+def _inspect_jpeg(data: bytes) -> tuple[int, int, bool]:
+    position, width, height, marker = 2, 0, 0, 0
+    while marker != 0xDA:
+        position = data.index(b"\xff", position)
+        while data[position] == 0xFF:
+            position += 1
+        marker = data[position]
+        position += 1
+        if marker == 0x01 or 0xD0 <= marker <= 0xD8:
+            continue
+        (length,) = struct.unpack_from(">H", data, position)
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height, width = struct.unpack_from(">HH", data, position + 3)
+        position += length
+    # An end marker before the scan belongs to an embedded preview.
+    return width, height, data.rfind(b"\xff\xd9", position) >= 0
+
+
+def _inspect_png(data: bytes) -> tuple[int, int, bool]:
+    width, height = struct.unpack_from(">II", data, 16)
+    return width, height, b"IEND\xaeB`\x82" in data[-4096:]
+
+
+def _inspect_webp(data: bytes) -> tuple[int, int, bool]:
+    complete = len(data) >= 8 + struct.unpack_from("<I", data, 4)[0]
+    chunk = data[12:16]
+    if chunk == b"VP8X":
+        sides = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
+    elif chunk == b"VP8L":
+        (bits,) = struct.unpack_from("<I", data, 21)
+        sides = ((bits >> shift & 0x3FFF) + 1 for shift in (0, 14))
+    else:
+        sides = (side & 0x3FFF for side in struct.unpack_from("<HH", data, 26))
+    width, height = sides
+    return width, height, complete
+
+
+def _inspect_bmp(data: bytes) -> tuple[int, int, bool]:
+    (size,) = struct.unpack_from("<I", data, 2)
+    width, height = struct.unpack_from("<ii", data, 18)
+    return width, abs(height), len(data) >= size
+
+
+def _inspect_tiff(data: bytes) -> tuple[int, int, bool]:
+    order = "<" if data[:2] == b"II" else ">"
+    (start,) = struct.unpack_from(f"{order}I", data, 4)
+    (entries,) = struct.unpack_from(f"{order}H", data, start)
+    tags: dict[int, tuple[int, ...]] = {}
+    end = start + 2 + 12 * entries
+    for entry in range(start + 2, end, 12):
+        tag, type_, count = struct.unpack_from(f"{order}HHI", data, entry)
+        size, at = count * _TIFF_TYPE_BYTES.get(type_, 0), entry + 8
+        # Values of more than four bytes are elsewhere in the file.
+        if size > 4:
+            (at,) = struct.unpack_from(f"{order}I", data, at)
+            end = max(end, at + size)
+        if tag in (256, 257, 273, 274, 279, 324, 325) and type_ in (3, 4):
+            tags[tag] = struct.unpack_from(f"{order}{count}{'H' if type_ == 3 else 'I'}", data, at)
+    (width,), (height,) = tags[256], tags[257]
+    # Orientations from 5 on swap the sides.
+    if tags.get(274, (1,))[0] > 4:
+        width, height = height, width
+    # Offsets and lengths of the strips, or else of the tiles.
+    chunks = zip(*((tags[273], tags[279]) if 273 in tags else (tags[324], tags[325])), strict=True)
+    return width, height, max(end, *(offset + length for offset, length in chunks)) <= len(data)
 
 
 def _encode(suffix: str, rgb: np.ndarray, options: list[int]) -> bytes:

@@ -1,66 +1,115 @@
-"""Frames from a folder of images, a video or a rosbag2 bag, named alike: 'folder[0:56]'.
-
-Folders of images as drives, with what a labels.json beside them says of stamps and drives.
-"""
+"""Frame sources: image files, RGB arrays and videos; `open_source` makes the right one."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 import re
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import cv2
+import numpy as np
 
 from semantic_anomaly.errors import ImageError, SourceError
 from semantic_anomaly.io.images import read_image
 from semantic_anomaly.structures import Frame
 
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm")
 BAG_SUFFIXES = (".mcap", ".db3")
 FRAME_PERIOD_NS = 100_000_000
+# Images that cannot be read; a folder that holds some is reported.
+_UNREAD_SUFFIXES = (
+    *(".avif", ".cr2", ".dng", ".exr", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".nef"),
+    *(".pbm", ".pgm", ".pnm", ".ppm", ".raw", ".tga"),
+)
+_LISTED_LINKS = 5
+_log = logging.getLogger(__name__)
 
 
 class FrameSource(ABC):
-    """Frames of one size in the order of time; can be iterated over any number of times.
+    """Frames of one size in order of time; can be iterated over any number of times.
 
     Attributes:
-        path: folder or file.
-        name: short name, the first part of every frame's name; the same for every selection.
-        selection: which frames are wanted, as a Python slice with a positive step.
+        paths: folders or files that are read; empty for arrays.
+        name: short name; the first part of every frame's name unless frames of several folders
+            are read. The same for every selection.
+        selection: slice of the frames to read, with a positive step.
+        files: the files that hold the frames; those of a bag or video are its path.
 
     Raises:
-        SourceError: while iterating, when the source turns out to be damaged or empty.
-        ImageError: while iterating, when a frame cannot be decoded or differs in size.
+        SourceError: while iterating, if the source is damaged or has no frames.
+        ImageError: while iterating, if a frame cannot be decoded or differs in size.
     """
 
-    def __init__(self, path: Path, name: str, selection: slice = slice(None)) -> None:
-        self.path = path
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        name: str,
+        selection: slice = slice(None),
+        files: Sequence[Path] | None = None,
+    ) -> None:
+        self.paths = tuple(paths)
         self.name = name
         self.selection = selection
+        self.files = self.paths if files is None else tuple(files)
+
+    @property
+    def path(self) -> Path:
+        """Return the folder or file; of several folders the one that contains them."""
+        if len(self.paths) > 1:
+            return Path(os.path.commonpath([path.resolve() for path in self.paths]))
+        return self.paths[0] if self.paths else Path(self.name)
 
     @property
     def count(self) -> int | None:
-        """Return how many frames are announced, None when unknown; a video may hold fewer."""
+        """Return the announced number of frames, None if unknown; a video may hold fewer."""
         total = self._total(exact=False)
         return None if total is None else len(range(*self.selection.indices(total)))
 
     @property
     def drives(self) -> tuple[str, ...]:
-        """Return the names of the drives that the selected frames are of, one '' if unknown."""
+        """Return the names of the drives of the selected frames, ('',) if unknown."""
         return ("",)
 
     def drive_of(self, frame: Frame) -> str:
         """Return the drive of a frame of this source, one of `drives`."""
         return ""
 
+    def reads_same(self, other: FrameSource) -> bool:
+        """Return whether another source reads the same selection of the same files."""
+        return (
+            bool(self.files)
+            and self.selection == other.selection
+            and len(self.files) == len(other.files)
+            and all(a.samefile(b) for a, b in zip(self.files, other.files, strict=True))
+        )
+
+    def no_frames(self) -> SourceError:
+        """Return the error of a source or selection without frames."""
+        text = f"source '{self.path}': expected frames, found none"
+        if self.selection != slice(None):
+            parts = (self.selection.start, self.selection.stop, self.selection.step)
+            text += f" in [{':'.join('' if part is None else str(part) for part in parts)}]"
+            total = self._total(exact=False)
+            text += "" if total is None else f" of {total}"
+        return SourceError(text)
+
     def __iter__(self) -> Iterator[Frame]:
+        start, stop, step = self.selection.start, self.selection.stop, self.selection.step or 1
+        if (start or 0) < 0 or (stop or 0) < 0:
+            wanted = range(*self.selection.indices(self._total(exact=True) or 0))
+        else:
+            wanted = range(start or 0, sys.maxsize if stop is None else stop, step)
         first: Frame | None = None
-        for frame in self._read(self._wanted()):
+        for frame in self._read(wanted):
             first = first or frame
             if frame.image_hw != first.image_hw:
                 raise ImageError(
@@ -69,46 +118,117 @@ class FrameSource(ABC):
                 )
             yield frame
         if first is None:
-            raise SourceError(f"source '{self.path}': expected frames, found none{self._chosen()}")
+            raise self.no_frames()
 
     @abstractmethod
     def _total(self, *, exact: bool) -> int | None:
-        """Return the frames of the whole source; never None when it must be exact."""
+        """Return the number of frames without a selection; never None if it must be exact."""
 
     @abstractmethod
     def _read(self, wanted: range) -> Iterator[Frame]:
-        """Yield the frames whose index is wanted; the range may reach beyond the end."""
+        """Yield the frames whose index is in `wanted`, which may reach beyond the end."""
 
-    def _wanted(self) -> range:
-        start, stop, step = self.selection.start, self.selection.stop, self.selection.step or 1
-        if (start or 0) < 0 or (stop or 0) < 0:
-            return range(*self.selection.indices(self._total(exact=True) or 0))
-        return range(start or 0, sys.maxsize if stop is None else stop, step)
 
-    def _chosen(self) -> str:
-        if self.selection == slice(None):
-            return ""
-        parts = (self.selection.start, self.selection.stop, self.selection.step)
-        total = self._total(exact=False)
-        listed = ":".join("" if part is None else str(part) for part in parts)
-        return f" in [{listed}]" + ("" if total is None else f" of {total}")
+class ImageFiles(FrameSource):
+    """Image files in the given order.
+
+    Frames are named 'folder/file.png', without a subfolder `images`, and with more parent folders
+    where names would repeat. A labels.json in a folder, or beside its subfolder `images`, gives
+    stamps (`stamp_s`) and drives (`drive`) if it does so for every file; otherwise frames are
+    100 ms apart. Files of several folders are of several drives.
+
+    Args:
+        files: image files; see `folder_images` for those of a folder.
+        selection: slice of the files to read.
+        name: replaces the folder in frame names, or precedes several folders.
+
+    Raises:
+        SourceError: a file is given twice, or a labels.json has a stamp for some files only.
+    """
+
+    def __init__(
+        self, files: Sequence[Path], selection: slice = slice(None), name: str = ""
+    ) -> None:
+        by_folder: dict[Path, list[Path]] = {}
+        for file in files:
+            by_folder.setdefault(file.parent, []).append(file)
+        folders = [_without_images(folder) for folder in by_folder]
+        super().__init__(folders, name or "images", selection, files)
+        self._names = _frame_names(files)
+        several = len({_folder_of(frame) for frame in self._names}) > 1
+        if name:
+            tails = self._names if several else [file.name for file in files]
+            self._names = [f"{name}/{tail}" for tail in tails]
+        elif files:
+            self.name = self.path.resolve().name if several else _folder_of(self._names[0])
+        labels = {folder: _read_labels(folder, rows) for folder, rows in by_folder.items()}
+        self._stamps_ns, self._drives = [], {}
+        for index, (file, frame) in enumerate(zip(files, self._names, strict=True)):
+            stamps_ns, drives = labels[file.parent]
+            self._stamps_ns.append(stamps_ns.get(file.name, index * FRAME_PERIOD_NS))
+            parts = (_folder_of(frame) if several else "", drives.get(file.name, ""))
+            self._drives[frame] = "/".join(filter(None, parts))
+
+    @property
+    def drives(self) -> tuple[str, ...]:
+        """Return the names of the drives of the selected frames, ('',) if unknown."""
+        return tuple(dict.fromkeys(self._drives[name] for name in self._names[self.selection]))
+
+    def drive_of(self, frame: Frame) -> str:
+        """Return the drive of a frame of this source, one of `drives`."""
+        return self._drives.get(frame.name, "")
+
+    def _total(self, *, exact: bool) -> int:
+        return len(self.files)
+
+    def _read(self, wanted: range) -> Iterator[Frame]:
+        for index in range(wanted.start, min(wanted.stop, len(self.files)), wanted.step):
+            image = read_image(self.files[index])
+            yield Frame(image, self._stamps_ns[index], name=self._names[index])
+
+
+class Arrays(FrameSource):
+    """RGB images in memory, 100 ms apart, named 'array/000000'.
+
+    Args:
+        images: (height, width, 3) or (n, height, width, 3) uint8 RGB, or a sequence of the former.
+        name: replaces 'array' in frame names.
+
+    Raises:
+        ImageError: another shape or dtype.
+    """
+
+    def __init__(self, images: np.ndarray | Sequence[Any], name: str = "") -> None:
+        super().__init__((), name or "array")
+        if isinstance(images, np.ndarray) and images.ndim != 4:
+            images = [images]
+        self._frames = [
+            Frame(np.ascontiguousarray(image), i * FRAME_PERIOD_NS, name=f"{self.name}/{i:06d}")
+            for i, image in enumerate(images)
+        ]
+
+    def _total(self, *, exact: bool) -> int:
+        return len(self._frames)
+
+    def _read(self, wanted: range) -> Iterator[Frame]:
+        yield from self._frames[wanted.start : wanted.stop : wanted.step]
 
 
 class Video(FrameSource):
-    """The frames of a video file, stamped by the frame rate, by 10 Hz where it has none.
+    """The frames of a video file, stamped by its frame rate, or by 10 Hz if it has none.
 
     Raises:
         SourceError: the file cannot be opened as a video.
     """
 
-    def __init__(self, path: Path, selection: slice = slice(None)) -> None:
-        super().__init__(path, path.stem, selection)
+    def __init__(self, path: Path, selection: slice = slice(None), name: str = "") -> None:
+        super().__init__([path], name or path.stem, selection)
         capture = self._open()
         announced, rate = (capture.get(key) for key in (cv2.CAP_PROP_FRAME_COUNT, cv2.CAP_PROP_FPS))
         if not capture.grab():
             raise SourceError(f"video '{path}': expected frames, found none that can be decoded")
         capture.release()
-        # Streams without an index announce nothing, or negative nonsense.
+        # Streams without an index announce no number, or a negative one.
         self._announced = int(announced) if 0 < announced < 1e9 else None
         self._period_ns = 1e9 / rate if 0 < rate < 1e6 else float(FRAME_PERIOD_NS)
 
@@ -116,8 +236,8 @@ class Video(FrameSource):
         capture = cv2.VideoCapture(str(self.path))
         if not capture.isOpened():
             raise SourceError(
-                f"video '{self.path}' cannot be opened: it is damaged, cut off, or of a codec that "
-                "this build of OpenCV lacks"
+                f"video '{self.path}' cannot be opened: it is damaged, truncated, or uses a codec "
+                "that this build of OpenCV lacks"
             )
         return capture
 
@@ -136,126 +256,118 @@ class Video(FrameSource):
             while index < wanted.stop and capture.grab():
                 if index in wanted:
                     done, image = capture.retrieve()
-                    name = f"{self.name}/{index:06d}"
                     if not done or image is None or image.ndim != 3:
                         raise ImageError(f"video '{self.path}': frame {index} cannot be decoded")
                     rgb = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-                    yield Frame(rgb, round(index * self._period_ns), name=name)
+                    yield Frame(
+                        rgb, round(index * self._period_ns), name=f"{self.name}/{index:06d}"
+                    )
                 index += 1
         finally:
             capture.release()
 
 
+def folder_images(path: Path) -> list[Path]:
+    """Return the images of a folder, or of its subfolder `images`, in natural order of names.
+
+    Hidden files are skipped. Images of other formats are reported in one warning.
+
+    Raises:
+        SourceError: no images, or links to images that do not exist.
+    """
+    folder = path / "images" if (path / "images").is_dir() else path
+    try:
+        entries = [file for file in folder.iterdir() if not file.name.startswith(".")]
+    except OSError as error:
+        raise SourceError(f"folder '{folder}': {error.strerror}") from error
+    entries.sort(key=lambda file: natural(file.name))
+    candidates = [file for file in entries if file.suffix.lower() in IMAGE_SUFFIXES]
+    broken = [file.name for file in candidates if file.is_symlink() and not file.exists()]
+    if broken:
+        more = "" if len(broken) <= _LISTED_LINKS else f" and {len(broken) - _LISTED_LINKS} more"
+        raise SourceError(
+            f"folder '{folder}': expected image files, found broken links: "
+            f"{', '.join(broken[:_LISTED_LINKS])}{more}"
+        )
+    images = [file for file in candidates if file.is_file()]
+    suffixes = [file.suffix.lower() for file in entries]
+    unread = [suffix for suffix in suffixes if suffix in _UNREAD_SUFFIXES]
+    unread_text = f"{len(unread)} images of other formats ({', '.join(sorted(set(unread)))})"
+    if not images:
+        text = f"folder '{folder}': expected images ({', '.join(IMAGE_SUFFIXES)}), found "
+        text += unread_text if unread else "none"
+        for bag in [file for file in entries if file.suffix.lower() in BAG_SUFFIXES][:1]:
+            text += f"; {bag.name} lacks its metadata.yaml ('ros2 bag reindex' creates one)"
+        raise SourceError(text)
+    if unread:
+        _log.warning("folder '%s': left out %s", folder, unread_text)
+    return images
+
+
 def is_bag(path: Path) -> bool:
     """Return whether a path is a rosbag2 folder or one of its files."""
-    named = path.is_file() and path.suffix.lower() in BAG_SUFFIXES
-    return named or (path / "metadata.yaml").is_file()
+    bag_file = path.is_file() and path.suffix.lower() in BAG_SUFFIXES
+    return bag_file or (path / "metadata.yaml").is_file()
+
+
+def natural(name: str) -> tuple[list[str | int], str]:
+    """Return a sort key that orders numbers in names by value: 'a2' before 'a10'."""
+    pieces = re.split(r"(\d+)", name)
+    return [int(p) if p.isdecimal() else p.lower() for p in pieces], name
 
 
 def _size(frame: Frame) -> str:
     return f"{frame.image_hw[1]}x{frame.image_hw[0]}"
 
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+def _folder_of(frame_name: str) -> str:
+    return frame_name.rpartition("/")[0]
 
 
-class ImageFolder(FrameSource):
-    """The images of a folder, or of its subfolder `images`, in natural order of their names.
+def _without_images(folder: Path) -> Path:
+    return folder.parent if folder.name == "images" else folder
 
-    Stamps are taken from `stamp_s` in a labels.json beside the images or the subfolder, else one
-    frame follows the other after 100 ms; drives from `drive`, where it is given for every image.
+
+def _frame_names(files: Sequence[Path]) -> list[str]:
+    """Return 'folder/file.png' of each file, with more parent folders where names would repeat."""
+    folders = {folder: folder.resolve() for folder in {file.parent for file in files}}
+    parts = {folder: _without_images(resolved).parts for folder, resolved in folders.items()}
+    for depth in range(1, max(map(len, parts.values()), default=1) + 1):
+        names = ["/".join((*parts[file.parent][-depth:], file.name)) for file in files]
+        if len(set(names)) == len(names):
+            return names
+    repeated = Counter(names).most_common(1)[0][0]
+    raise SourceError(f"image '{files[names.index(repeated)]}' is given twice")
+
+
+def _read_labels(folder: Path, files: list[Path]) -> tuple[dict[str, int], dict[str, str]]:
+    """Return stamps in ns and drives by file name; empty where labels.json has none.
 
     Raises:
-        SourceError: no images, or a labels.json that does not give every image a stamp.
+        SourceError: the labels cannot be read, or only some files have a stamp.
     """
-
-    def __init__(self, path: Path, selection: slice = slice(None)) -> None:
-        folder = path / "images" if (path / "images").is_dir() else path
-        resolved = folder.resolve()
-        name = resolved.parent.name if resolved.name == "images" else resolved.name
-        super().__init__(path, name, selection)
-        try:
-            files = [f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES]
-        except OSError as error:
-            raise SourceError(f"folder '{folder}': {error.strerror}") from error
-        self.files = sorted(
-            (f for f in files if f.is_file() and not f.name.startswith(".")),
-            key=lambda file: natural(file.name),
-        )
-        if not self.files:
-            raise SourceError(
-                f"folder '{folder}': expected images ({', '.join(IMAGE_SUFFIXES)}), found none"
-                + _bag_remark(folder)
-            )
-        beside = [folder / "labels.json"]
-        if resolved.name == "images":
-            beside.append(resolved.parent / "labels.json")
-        labels = next((file for file in beside if file.is_file()), None)
-        rows = _read_labels(labels) if labels else {}
-        self._stamps_ns = _stamps(rows, labels, self.files)
-        self._drives = _drives(rows, self.files)
-
-    @property
-    def drives(self) -> tuple[str, ...]:
-        """Return the drives that the labels name."""
-        chosen = self.files[self.selection]
-        return tuple(dict.fromkeys(self._drives.get(file.name, "") for file in chosen))
-
-    def drive_of(self, frame: Frame) -> str:
-        """Return the drive of a frame of this folder."""
-        return self._drives.get(frame.name.rpartition("/")[2], "")
-
-    def _total(self, *, exact: bool) -> int:
-        return len(self.files)
-
-    def _read(self, wanted: range) -> Iterator[Frame]:
-        for index in range(wanted.start, min(wanted.stop, len(self.files)), wanted.step):
-            file = self.files[index]
-            stamp_ns = self._stamps_ns.get(file.name, index * FRAME_PERIOD_NS)
-            yield Frame(read_image(file), stamp_ns, name=f"{self.name}/{file.name}")
-
-
-def natural(name: str) -> tuple[list[str | int], str]:
-    """Return a key that sorts names as people do: 2 before 10."""
-    pieces = re.split(r"(\d+)", name)
-    return [int(p) if p.isdecimal() else p.lower() for p in pieces], name
-
-
-def _bag_remark(folder: Path) -> str:
-    bags = sorted(f.name for f in folder.iterdir() if f.suffix.lower() in BAG_SUFFIXES)
-    return f"; {bags[0]} lacks its metadata.yaml ('ros2 bag reindex' makes one)" if bags else ""
-
-
-def _read_labels(labels: Path) -> dict[str, dict[str, Any]]:
-    """Return what labels say by file name; other things than objects say nothing."""
+    resolved = folder.resolve()
+    places = [folder, resolved.parent] if resolved.name == "images" else [folder]
+    labels = next((p / "labels.json" for p in places if (p / "labels.json").is_file()), None)
+    if labels is None:
+        return {}, {}
     try:
-        rows = json.loads(labels.read_text(encoding="utf-8"))
+        content = json.loads(labels.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SourceError(f"labels '{labels}' cannot be read: {error}") from error
-    rows = rows if isinstance(rows, dict) else {}
-    return {name: row for name, row in rows.items() if isinstance(row, dict)}
-
-
-def _stamps(
-    rows: dict[str, dict[str, Any]], labels: Path | None, files: list[Path]
-) -> dict[str, int]:
-    """Return nanoseconds by file name; empty when the labels hold no stamps at all."""
-    stamps = {name: row["stamp_s"] for name, row in rows.items() if "stamp_s" in row}
-    if not stamps:
-        return {}
-    for file in files:
-        stamp: Any = stamps.get(file.name)
-        number = isinstance(stamp, int | float) and not isinstance(stamp, bool)
-        if not number or not math.isfinite(stamp):
-            raise SourceError(
-                f"labels '{labels}': expected a stamp_s in seconds for '{file.name}', "
-                f"found {stamp!r}"
-            )
-    return {file.name: round(stamps[file.name] * 1e9) for file in files}
-
-
-def _drives(rows: dict[str, dict[str, Any]], files: list[Path]) -> dict[str, str]:
-    """Return the drive by file name; empty unless the labels name one for every file."""
+    content = content if isinstance(content, dict) else {}
+    rows = {name: row for name, row in content.items() if isinstance(row, dict)}
+    stamps_ns: dict[str, int] = {}
+    if any("stamp_s" in row for row in rows.values()):
+        for file in files:
+            stamp: Any = rows.get(file.name, {}).get("stamp_s")
+            number = isinstance(stamp, int | float) and not isinstance(stamp, bool)
+            if not number or not math.isfinite(stamp):
+                raise SourceError(
+                    f"labels '{labels}': expected a stamp_s in seconds for '{file.name}', "
+                    f"found {stamp!r}"
+                )
+            stamps_ns[file.name] = round(stamp * 1e9)
     named = {file.name: rows.get(file.name, {}).get("drive") for file in files}
-    known = {name: drive for name, drive in named.items() if isinstance(drive, str) and drive}
-    return known if len(known) == len(files) else {}
+    drives = {name: drive for name, drive in named.items() if isinstance(drive, str) and drive}
+    return stamps_ns, drives if len(drives) == len(files) else {}

@@ -28,9 +28,7 @@ from semantic_anomaly.io.bags import COMPRESSED_TYPE, IMAGE_TYPE, BagSource
 from semantic_anomaly.io.images import encode_jpeg, encode_png
 from semantic_anomaly.io.open import open_source
 
-SHARED = Path(
-    os.environ.get("SEMANTIC_ANOMALY_DATA", Path(__file__).parents[2] / "shared" / "data")
-)
+REAL_BAG = Path(os.environ.get("SEMANTIC_ANOMALY_DATA", ""), "carla_drives/spawn_props_bag")
 
 
 @pytest.mark.parametrize("bare", [False, True])
@@ -78,7 +76,7 @@ def test_selections_mean_what_python_slices_mean(
     assert [frame.name for frame in source] == [f"drive/{n:06d}" for n in expected]
 
 
-def test_without_a_stamp_the_time_of_recording_is_taken(tmp_path: Path) -> None:
+def test_images_without_a_stamp_get_the_recording_time(tmp_path: Path) -> None:
     messages = [raw(n, header=header(n, stamped=False)) for n in range(2)]
     bag = write_bag(tmp_path / "drive", {RAW: messages})
     assert [frame.stamp_ns for frame in open_source(bag)] == [START_NS, START_NS + 100_000_000]
@@ -112,14 +110,14 @@ LISTED = (
 @pytest.mark.parametrize(
     ("topic", "found"),
     [
-        (None, f"several image topics, choose one of them as the topic; {LISTED}"),
+        (None, f"several image topics, choose one; {LISTED}"),
         ("/camera/image", f"has no topic '/camera/image'; {LISTED}"),
         ("", f"has no topic ''; {LISTED}"),
         ("/words", f"topic '/words' is of type std_msgs/msg/String, expected .*; {LISTED}"),
-        ("/still", "topic '/still' holds no messages$"),
+        ("/still", "topic '/still' has no messages$"),
     ],
 )
-def test_other_topics_are_refused_with_those_there_are(
+def test_other_topics_are_refused_with_the_available_ones(
     several: Path, topic: str | None, found: str
 ) -> None:
     with pytest.raises(SourceError, match=found):
@@ -129,21 +127,21 @@ def test_other_topics_are_refused_with_those_there_are(
 def test_a_bag_without_images_is_refused(tmp_path: Path) -> None:
     bag = write_bag(tmp_path / "drive", {"/words": [text("other")]})
     for topic in (None, RAW):
-        with pytest.raises(SourceError, match=r"has no image topic; it holds: /words \(std_msgs"):
+        with pytest.raises(SourceError, match=r"has no image topic; its topics: /words \(std_msgs"):
             open_source(bag, topic=topic)
     empty = write_bag(tmp_path / "empty", {})
-    with pytest.raises(SourceError, match="has no image topic; it holds: none"):
+    with pytest.raises(SourceError, match="has no image topic; its topics: none"):
         open_source(empty)
 
 
 @pytest.mark.parametrize("share", [0.999, 0.9, 0.5, 0.1, 0.01, 0.0])
 @pytest.mark.parametrize("storage", STORAGES)
-def test_a_bag_that_was_cut_off_is_refused(tmp_path: Path, storage: str, share: float) -> None:
+def test_a_truncated_bag_is_refused(tmp_path: Path, storage: str, share: float) -> None:
     bag = write_bag(tmp_path / "drive", {RAW: [raw(n) for n in range(50)]}, storage)
     file = data_file(bag)
     file.write_bytes(file.read_bytes()[: int(file.stat().st_size * share)])
     for path in (bag, file):
-        with pytest.raises(SourceError, match=r"cannot be opened .*mcap recover|was cut off"):
+        with pytest.raises(SourceError, match=r"cannot be opened .*mcap recover|is truncated"):
             list(open_source(path))
 
 
@@ -164,7 +162,9 @@ def test_messages_lost_in_the_middle_are_noticed(tmp_path: Path) -> None:
     ("old", "new", "found"),
     [("message_count: 6", "message_count: 4", "6 of 4"), (IMAGE_TYPE, COMPRESSED_TYPE, "0 of 6")],
 )
-def test_foreign_metadata_are_noticed(tmp_path: Path, old: str, new: str, found: str) -> None:
+def test_metadata_of_another_bag_are_noticed(
+    tmp_path: Path, old: str, new: str, found: str
+) -> None:
     bag = write_bag(tmp_path / "drive", {RAW: [raw(n) for n in range(6)]})
     metadata = (bag / "metadata.yaml").read_text()
     (bag / "metadata.yaml").write_text(metadata.replace(old, new))
@@ -181,7 +181,7 @@ def test_damaged_metadata_is_refused(tmp_path: Path, content: str) -> None:
         open_source(bag)
 
 
-def test_a_message_that_is_no_image_message_is_named(tmp_path: Path) -> None:
+def test_a_damaged_message_is_named(tmp_path: Path) -> None:
     bag = write_bag(tmp_path / "drive", {RAW: [raw(n) for n in range(4)]}, "sqlite3")
     with sqlite3.connect(data_file(bag)) as database:
         database.execute("UPDATE messages SET data = substr(data, 1, 60) WHERE id = 3")
@@ -198,7 +198,7 @@ def test_a_message_that_is_no_image_message_is_named(tmp_path: Path) -> None:
         (RAW, raw(1, step=90), "expected a step of at least 96 bytes, found 90"),
         (RAW, raw(1, encoding="h264"), "encoding 'h264' is not supported"),
         (COMPRESSED, compressed(1, encode_png(rgb(1))[:-9]), "PNG image is truncated"),
-        (COMPRESSED, compressed(1, form="16UC1; compressedDepth png"), "is a depth image"),
+        (COMPRESSED, compressed(1, form="16UC1; compressedDepth png"), "found a depth image"),
     ],
 )
 def test_an_image_that_cannot_be_decoded_is_named(
@@ -215,7 +215,7 @@ def test_an_image_that_cannot_be_decoded_is_named(
 
 
 @pytest.mark.parametrize("kind", ["wal", "journal"])
-def test_what_a_killed_recorder_left_is_not_passed_over(tmp_path: Path, kind: str) -> None:
+def test_a_journal_left_by_a_killed_recorder_is_refused(tmp_path: Path, kind: str) -> None:
     bag = write_bag(tmp_path / "drive", {RAW: [raw(n) for n in range(3)]}, "sqlite3")
     journal = Path(f"{data_file(bag)}-{kind}")
     journal.write_bytes(b"")
@@ -230,11 +230,13 @@ def test_a_database_that_lacks_a_few_bytes_is_refused(tmp_path: Path) -> None:
     bag = write_bag(tmp_path / "drive", {RAW: [raw(n) for n in range(9)]}, "sqlite3")
     content = data_file(bag).read_bytes()
     data_file(bag).write_bytes(content[:-1])
-    with pytest.raises(SourceError, match=f"cut off: {len(content) - 1} of {len(content)} bytes"):
+    with pytest.raises(
+        SourceError, match=f"truncated: expected {len(content)} bytes, found {len(content) - 1}"
+    ):
         open_source(bag)
 
 
-def test_random_damage_never_raises_anything_else(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_random_damage_raises_only_input_errors(tmp_path: Path, rng: np.random.Generator) -> None:
     for storage in STORAGES:
         bag = write_bag(tmp_path / storage, {RAW: [raw(n) for n in range(5)]}, storage)
         file, content = data_file(bag), np.fromfile(data_file(bag), np.uint8)
@@ -248,12 +250,11 @@ def test_random_damage_never_raises_anything_else(tmp_path: Path, rng: np.random
                 continue
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the evaluation data is not there")
+@pytest.mark.skipif(not REAL_BAG.is_dir(), reason="SEMANTIC_ANOMALY_DATA has no such bag")
 def test_a_real_bag_is_read() -> None:
-    bag = SHARED / "carla_drives" / "spawn_props_bag"
-    frame, last = open_source(f"{bag}[138:]")
+    frame, last = open_source(f"{REAL_BAG}[138:]")
     assert last.stamp_ns - START_NS == 13_900_000_000
     assert (frame.image_hw, frame.frame_id) == ((540, 960), "camera_front_optical")
-    # The sky is blue: the channels are in their order.
+    # The sky is blue: the channels are in order.
     top = frame.image[:60].reshape(-1, 3).mean(axis=0)
     assert top[2] > top[0]

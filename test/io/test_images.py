@@ -1,18 +1,32 @@
 from __future__ import annotations
 
+import os
+import struct
+import subprocess
+import sys
+import zlib
 from array import array
+from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 
-from semantic_anomaly.errors import ImageError
+from semantic_anomaly import storage
+from semantic_anomaly.errors import ArtefactError, ImageError
 from semantic_anomaly.io.images import (
     DEPTH_ENCODINGS,
     RAW_ENCODINGS,
     UnsupportedEncodingError,
+    decode_compressed,
     decode_depth,
     decode_raw,
+    encode_jpeg,
+    encode_png,
+    inspect_image,
+    read_image,
+    write_image,
 )
 
 HEIGHT, WIDTH = 6, 8
@@ -125,13 +139,15 @@ def test_rgb8_is_a_view_of_the_message(rgb: np.ndarray, padding: int) -> None:
 
 
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview, "array", "ndarray"])
-def test_every_kind_of_buffer_is_taken(kind: object, rgb: np.ndarray) -> None:
+def test_every_kind_of_buffer_is_accepted(kind: object, rgb: np.ndarray) -> None:
     step, data = message(rgb[..., ::-1])
-    made: Any = {
+    buffers: dict[Any, Any] = {
         bytes: data, bytearray: bytearray(data), memoryview: memoryview(data),
         "array": array("B", data), "ndarray": np.frombuffer(data, np.uint8),
-    }[kind]  # fmt: skip
-    np.testing.assert_array_equal(decode_raw("bgr8", HEIGHT, WIDTH, step, False, made), rgb)
+    }  # fmt: skip
+    np.testing.assert_array_equal(
+        decode_raw("bgr8", HEIGHT, WIDTH, step, False, buffers[kind]), rgb
+    )
 
 
 GOOD: dict[str, Any] = {"encoding": "rgb8", "height": 4, "width": 5, "step": 15, "data": bytes(60)}
@@ -161,7 +177,7 @@ GOOD: dict[str, Any] = {"encoding": "rgb8", "height": 4, "width": 5, "step": 15,
         ({"data": [1, 2, 3]}, "expected bytes, found list"),
     ],
 )
-def test_what_does_not_agree_is_refused(change: dict[str, Any], found: str) -> None:
+def test_sizes_that_disagree_are_refused(change: dict[str, Any], found: str) -> None:
     assert decode_raw(is_bigendian=False, **GOOD).shape == (4, 5, 3)
     with pytest.raises(ImageError, match=found):
         decode_raw(is_bigendian=False, **{**GOOD, **change})
@@ -189,7 +205,7 @@ def test_depth_becomes_metres(encoding: str, big: bool, padding: int) -> None:
     np.testing.assert_allclose(depth, metres, rtol=1e-6)
 
 
-def test_depth_that_is_none_becomes_zero() -> None:
+def test_unknown_depth_becomes_zero() -> None:
     values = np.array([[np.nan, np.inf, -np.inf, -1.0, 0.0, 3.0]], np.float32)
     depth = decode_depth("32FC1", 1, 6, 24, False, values.tobytes())
     np.testing.assert_array_equal(depth, [[0, 0, 0, 0, 0, 3.0]])
@@ -200,3 +216,294 @@ def test_depth_refuses_other_encodings_and_lengths() -> None:
         decode_depth("rgb8", 1, 1, 3, False, bytes(3))
     with pytest.raises(ImageError, match="found 7"):
         decode_depth("32FC1", 1, 2, 8, False, bytes(7))
+
+
+def smooth(height: int = 48, width: int = 64) -> np.ndarray:
+    """Return an image that lossy coders keep: red grows to the right, green downwards."""
+    y, x = np.mgrid[0:height, 0:width]
+    image = np.stack([255 * x / width, 255 * y / height, np.full_like(x, 40, float)], axis=2)
+    return image.astype(np.uint8)
+
+
+def encoded(suffix: str, rgb: np.ndarray, *options: int) -> bytes:
+    """Return a compressed image of RGB or grey channels of 8 or 16 bits."""
+    bgr = rgb[..., ::-1] if rgb.ndim == 3 else rgb
+    done, content = cv2.imencode(suffix, np.ascontiguousarray(bgr), options)
+    assert done
+    return content.tobytes()
+
+
+LOSSLESS = (cv2.IMWRITE_WEBP_QUALITY, 101)
+QUALITY = (cv2.IMWRITE_JPEG_QUALITY, 98)
+# Suffix, largest difference after a round trip, and options of the encoder.
+FORMATS: dict[str, tuple[str, int, tuple[int, ...]]] = {
+    "JPEG": (".jpg", 4, QUALITY),
+    "JPEG progressive": (".jpg", 4, (*QUALITY, cv2.IMWRITE_JPEG_PROGRESSIVE, 1)),
+    "JPEG with restart markers": (".jpg", 4, (*QUALITY, cv2.IMWRITE_JPEG_RST_INTERVAL, 2)),
+    "PNG": (".png", 0, ()),
+    "WebP lossy": (".webp", 12, (cv2.IMWRITE_WEBP_QUALITY, 95)),
+    "WebP lossless": (".webp", 0, LOSSLESS),
+    "BMP": (".bmp", 0, ()),
+    "TIFF": (".tiff", 0, (cv2.IMWRITE_TIFF_COMPRESSION, 1)),
+    "TIFF LZW in strips": (".tif", 0, (cv2.IMWRITE_TIFF_ROWSPERSTRIP, 4)),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (7, 300), (301, 5)])
+def test_format_and_size_are_read_from_the_header(name: str, height: int, width: int) -> None:
+    suffix, _, options = FORMATS[name]
+    content = encoded(suffix, smooth(height, width), *options)
+    assert inspect_image(content) == (name.split()[0], width, height)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_compressed_images_are_decoded_by_their_content(name: str) -> None:
+    suffix, tolerance, options = FORMATS[name]
+    content = encoded(suffix, smooth(), *options)
+    # The format field of the message does not decide.
+    for text in ("", "jpeg", "png", "rgb8; jpeg compressed bgr8", "bgr8; png compressed bgr8"):
+        image = decode_compressed(content, text)
+        assert image.dtype == np.uint8
+        assert np.abs(image.astype(int) - smooth()).max() <= tolerance, text
+
+
+def test_rgb_given_to_the_encoder_as_bgr_comes_back_as_rgb() -> None:
+    content = encoded(".png", smooth()[..., ::-1])
+    image = decode_compressed(content, "rgb8; png compressed rgb8")
+    np.testing.assert_array_equal(image, smooth())
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tiff"])
+def test_grey_and_alpha_become_rgb_and_sixteen_bits_their_upper_byte(suffix: str) -> None:
+    deep = (smooth().astype(np.uint16) << 8) + 253
+    np.testing.assert_array_equal(decode_compressed(encoded(suffix, deep)), smooth())
+    for single in (smooth()[..., 0], deep[..., 0]):
+        np.testing.assert_array_equal(decode_compressed(encoded(suffix, single)), gray(smooth()))
+    done, content = cv2.imencode(suffix, np.dstack([smooth()[..., ::-1], smooth()[..., 0]]))
+    assert done
+    np.testing.assert_array_equal(decode_compressed(content), smooth())
+
+
+def tiff(width: int, height: int, *tags: tuple[int, int, int], order: str = "<") -> bytes:
+    """Return a grey 8-bit TIFF whose pixel at the top left is 255."""
+    pixels = b"\xff" + bytes(width * height - 1)
+    rows = sorted(
+        [(256, 3, width), (257, 3, height), (258, 3, 8), (259, 3, 1), (262, 3, 1), (273, 4, 8),
+         (277, 3, 1), (278, 3, height), (279, 4, len(pixels)), *tags]
+    )  # fmt: skip
+    directory = struct.pack(f"{order}H", len(rows))
+    for tag, kind, value in rows:
+        packed = struct.pack(f"{order}{'H' if kind == 3 else 'I'}", value).ljust(4, b"\0")
+        directory += struct.pack(f"{order}HHI", tag, kind, 1) + packed
+    head = b"II*\0" if order == "<" else b"MM\0*"
+    return head + struct.pack(f"{order}I", 8 + len(pixels)) + pixels + directory + bytes(4)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_the_orientation_of_a_tiff_is_applied(order: str) -> None:
+    upright = decode_compressed(tiff(6, 4, order=order))
+    assert upright.shape == (4, 6, 3) and upright[0, 0, 0] == 255
+    turned = tiff(6, 4, (274, 3, 6), order=order)
+    assert inspect_image(turned) == ("TIFF", 4, 6)
+    assert decode_compressed(turned)[0, -1, 0] == 255
+
+
+def test_a_tiff_of_floating_point_numbers_is_refused() -> None:
+    with pytest.raises(ImageError, match=r"TIFF image.*(8 or 16 bits|cannot be decoded)"):
+        decode_compressed(encoded(".tiff", smooth().astype(np.float64)))
+
+
+def test_compressed_depth_is_refused() -> None:
+    with pytest.raises(ImageError, match=r"16UC1; compressedDepth png.*colour image.*depth image"):
+        decode_compressed(encoded(".png", smooth()), "16UC1; compressedDepth png")
+
+
+def test_an_extended_webp_gives_its_canvas() -> None:
+    still = encoded(".webp", smooth(), *LOSSLESS)
+    sides = (63).to_bytes(3, "little") + (47).to_bytes(3, "little")
+    body = b"WEBPVP8X" + struct.pack("<I", 10) + bytes(4) + sides + still[12:]
+    content = b"RIFF" + struct.pack("<I", len(body)) + body
+    assert inspect_image(content) == ("WebP", 64, 48)
+    np.testing.assert_array_equal(decode_compressed(content), smooth())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_truncation_at_any_position_is_refused(name: str) -> None:
+    suffix, _, options = FORMATS[name]
+    content = encoded(suffix, smooth(), *options)
+    for length in {0, 1, 3, 9, 20, 30, *range(0, len(content) - 2, 97), len(content) - 2}:
+        with pytest.raises(ImageError, match=r"truncated|expected JPEG|damaged"):
+            decode_compressed(content[:length])
+
+
+def test_the_end_marker_of_a_preview_does_not_hide_truncation() -> None:
+    content = encoded(".jpg", smooth())
+    preview = encoded(".jpg", smooth(8, 8))
+    segment = b"\xff\xe1" + struct.pack(">H", len(preview) + 2) + preview
+    with_preview = content[:2] + segment + content[2:]
+    assert decode_compressed(with_preview).shape == (48, 64, 3)
+    with pytest.raises(ImageError, match="truncated"):
+        decode_compressed(with_preview[: len(with_preview) * 9 // 10])
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".bmp", ".tiff"])
+def test_bytes_after_the_end_are_no_damage(suffix: str) -> None:
+    content = encoded(suffix, smooth())
+    expected = decode_compressed(content)
+    for tail in (bytes(100), b"trailing"):
+        np.testing.assert_array_equal(decode_compressed(content + tail), expected)
+
+
+def test_random_damage_raises_only_image_errors(rng: np.random.Generator) -> None:
+    for suffix in (".jpg", ".png", ".webp", ".bmp", ".tiff"):
+        content = np.frombuffer(encoded(suffix, smooth()), np.uint8)
+        for _ in range(60):
+            damaged = content.copy()
+            damaged[rng.integers(0, len(content), 3)] = rng.integers(0, 256, 3)
+            try:
+                image = decode_compressed(damaged)
+            except ImageError:
+                continue
+            assert image.shape[2] == 3
+
+
+def test_an_exif_orientation_is_ignored() -> None:
+    content = encoded(".jpg", smooth(48, 64))
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
+    turned = content[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + content[2:]
+    applied = cv2.imdecode(np.frombuffer(turned, np.uint8), cv2.IMREAD_COLOR)
+    assert applied is not None and applied.shape == (64, 48, 3)
+    assert decode_compressed(turned).shape == (48, 64, 3)
+
+
+def png_claiming(width: int, height: int) -> bytes:
+    def chunk(name: bytes, body: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(name + body))
+        return struct.pack(">I", len(body)) + name + body + check
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = zlib.compress(bytes(1000))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        chunk(*part) for part in ((b"IHDR", header), (b"IDAT", body), (b"IEND", b""))
+    )
+
+
+def jpeg_claiming(width: int, height: int) -> bytes:
+    content = bytearray(encoded(".jpg", smooth()))
+    at = content.index(b"\xff\xc0")
+    content[at + 5 : at + 9] = struct.pack(">HH", height, width)
+    return bytes(content)
+
+
+def test_decompression_bombs_are_refused_by_their_header(monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode(*_: object) -> None:
+        raise AssertionError("OpenCV was asked to decode")
+
+    webp = bytearray(encoded(".webp", smooth(), *LOSSLESS))
+    struct.pack_into("<I", webp, 21, 16383 | 16383 << 14)
+    large_tiff = tiff(6, 4).replace(
+        struct.pack("<HHIH", 256, 3, 1, 6), struct.pack("<HHIH", 256, 3, 1, 65535)
+    )
+    large_tiff = large_tiff.replace(
+        struct.pack("<HHIH", 257, 3, 1, 4), struct.pack("<HHIH", 257, 3, 1, 65535)
+    )
+    monkeypatch.setattr(cv2, "imdecode", decode)
+    bombs = (png_claiming(50_000, 50_000), jpeg_claiming(65_000, 65_000), bytes(webp), large_tiff)
+    for content in bombs:
+        with pytest.raises(ImageError, match="expected 1 to 40000000 pixels"):
+            decode_compressed(content)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "found no bytes"),
+        (b"\x00\x01\x02\x03\x04", "found bytes 00 01 02 03"),
+        (b"GIF89a" + bytes(50), "expected JPEG, PNG, WebP, BMP or TIFF, found bytes 47 49 46 38"),
+        (b"\xff\xd8\xff" + bytes(100), "JPEG image is truncated or damaged in its header"),
+        (b"II*\0\x08\0\0\0" + bytes(100), "TIFF image is truncated or damaged in its header"),
+        (png_claiming(0, 10), "found 0x10"),
+        (png_claiming(300, 300), "PNG image of 300x300 pixels cannot be decoded"),
+    ],
+)
+def test_content_that_is_no_image_is_named(content: bytes, message: str) -> None:
+    with pytest.raises(ImageError, match=message):
+        decode_compressed(content)
+
+
+def test_encoders_keep_the_channel_order() -> None:
+    np.testing.assert_array_equal(decode_compressed(encode_png(smooth())), smooth())
+    close = decode_compressed(encode_jpeg(smooth(), 98)).astype(int)
+    assert np.abs(close - smooth()).max() <= 4
+    assert len(encode_jpeg(smooth(), 20)) < len(encode_jpeg(smooth(), 95))
+    # Views with negative strides are accepted too.
+    flipped = decode_compressed(encode_png(smooth()[:, ::-1]))
+    np.testing.assert_array_equal(flipped, smooth()[:, ::-1])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [np.zeros((4, 5, 3), np.float32), np.zeros((4, 5, 4), np.uint8), np.zeros((0, 5, 3), np.uint8)],
+)
+def test_encoders_refuse_other_arrays(wrong: np.ndarray) -> None:
+    for encode in (encode_png, encode_jpeg):
+        with pytest.raises(ImageError, match="expected non-empty"):
+            encode(wrong)
+
+
+def test_an_image_too_large_for_jpeg_is_refused() -> None:
+    with pytest.raises(ImageError, match="cannot be encoded"):
+        encode_jpeg(np.zeros((1, 70_000, 3), np.uint8))
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "new/a.JPEG"])
+def test_files_are_written_and_read_back(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    for image in (np.zeros((5, 5, 3), np.uint8), smooth()):
+        write_image(path, image)
+    assert np.abs(read_image(path).astype(int) - smooth()).max() <= 8
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_a_write_that_fails_keeps_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "a.png"
+    write_image(target, smooth())
+
+    def fail(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(storage.os, "fsync", fail)
+    with pytest.raises(ArtefactError, match=r"cannot write '.*a\.png': No space left"):
+        write_image(target, np.zeros((5, 5, 3), np.uint8))
+    monkeypatch.undo()
+    np.testing.assert_array_equal(read_image(target), smooth())
+    assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match=r"none\.png': No such file"):
+        read_image(tmp_path / "none.png")
+    with pytest.raises(ImageError, match="Is a directory"):
+        read_image(tmp_path)
+    (tmp_path / "half.jpg").write_bytes(encoded(".jpg", smooth())[:-300])
+    with pytest.raises(ImageError, match=r"half\.jpg': JPEG image is truncated"):
+        read_image(tmp_path / "half.jpg")
+    with pytest.raises(ImageError, match=r"a\.gif': expected a name ending in \.png"):
+        write_image(tmp_path / "a.gif", smooth())
+
+
+def test_importing_the_package_first_sets_the_pixel_limit_of_opencv() -> None:
+    code = (
+        "import semantic_anomaly.io.images, numpy as np, cv2\n"
+        "content = cv2.imencode('.png', np.zeros((6400, 6400), np.uint8))[1]\n"
+        "try: cv2.imdecode(content, 0)\n"
+        "except cv2.error as error: print('refused', 'CV_IO_MAX_IMAGE_PIXELS' in str(error))\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "OPENCV_IO_MAX_IMAGE_PIXELS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+    )
+    assert done.stdout.strip() == "refused True"

@@ -1,0 +1,154 @@
+"""Rows of the settings tables, and parameter files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from semantic_anomaly.errors import SettingsError
+from semantic_anomaly.settings_schema import (
+    check_fields,
+    read_parameters_yaml,
+    refuse_fixed,
+    resolve_paths,
+    setting,
+    specs_of,
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A small settings table."""
+
+    index: str = setting("", "Index folder.", path=True)
+    backbone: str = setting("", "Name or folder.")
+    topic: str = setting("/image", "Topic.", choices=("/image", "~/image"))
+    count: int = setting(1, "Number.", minimum=1, maximum=9, live=True)
+    shares: tuple[float, ...] = setting((), "Shares.", minimum=0.0)
+    derived: int = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+SPECS = specs_of(Table)
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "settings.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_rows_are_read_from_the_fields_of_a_dataclass() -> None:
+    assert list(SPECS) == ["index", "backbone", "topic", "count", "shares"]
+    assert [name for name, spec in SPECS.items() if spec.path] == ["index"]
+    assert [name for name, spec in SPECS.items() if spec.live] == ["count"]
+    shares = SPECS["shares"]
+    assert (shares.is_list, shares.element, shares.minimum, shares.maximum) == (
+        *(True, float),
+        *(0.0, None),
+    )
+
+
+def test_values_are_converted_to_the_types_of_their_rows() -> None:
+    table = Table(shares=[1, 0.5])  # type: ignore[arg-type]
+    assert table.shares == (1.0, 0.5) and type(table.shares[0]) is float
+    with pytest.raises(SettingsError, match="setting 'count': expected at most 9, found 10"):
+        Table(count=10)
+    with pytest.raises(SettingsError, match=r"setting 'front\.count': expected at least 1"):
+        SPECS["count"].check(0, "front.count")
+
+
+def test_only_live_settings_may_change() -> None:
+    refuse_fixed({"front.count": 1, "index": "a"}, {"front.count": 2, "index": "a"}, SPECS)
+    with pytest.raises(SettingsError, match=r"'front\.index' cannot change.*'a', found 'b'"):
+        refuse_fixed({"front.index": "a"}, {"front.index": "b"}, SPECS)
+
+
+def test_parameter_files_and_plain_mappings_become_flat(tmp_path: Path) -> None:
+    node = "/**:\n  ros__parameters: {use_sim_time: true, count: 3, front: {index: a}}\n"
+    expected = {"count": 3, "front.index": "a"}
+    assert read_parameters_yaml(written(tmp_path, node)) == expected
+    assert read_parameters_yaml(written(tmp_path, "count: 3\nfront.index: a\n")) == expected
+    for text in ("", "# nothing\n", "/**:\n  ros__parameters:\n"):
+        assert read_parameters_yaml(written(tmp_path, text)) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("count: 2001-13-45", "not YAML"),
+        ("count: !!int ''", "not YAML"),
+        ("count: !!timestamp x", "not YAML"),
+        ("count: !!python/object/apply:os.system ['true']", "not YAML"),
+        ("count: [1", "not YAML"),
+        ("a: b: c", "not YAML"),
+        ("? [count]\n: 1", "not YAML"),
+        ("? {count: 1}\n: 1", "not YAML"),
+        ("shares: " + "[" * 1200 + "]" * 1200, "not YAML"),
+        ("count: \x01", "not YAML"),
+        ("- count", "expected a mapping"),
+        ("count", "expected a mapping"),
+        ("/**:\n  ros__parameters: [1]", "to be a mapping"),
+        ("count: 1\ncount: 2", "'count' is given twice"),
+        ("front: {index: a}\nfront.index: b", "'front.index' is given twice"),
+        ("a:\n  ros__parameters: {}\nb:\n  ros__parameters: {}", "expected one node, found 2"),
+        ("x: &x\n  y: *x", "nest too deep"),
+    ],
+)
+def test_invalid_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        read_parameters_yaml(written(tmp_path, text))
+
+
+def test_yaml_that_expands_without_bound_is_refused_in_a_short_message(tmp_path: Path) -> None:
+    lists = ["a0: &a0 [1]"] + [
+        f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30)
+    ]
+    values = read_parameters_yaml(written(tmp_path, "\n".join(lists) + "\nshares: *a29\n"))
+    with pytest.raises(SettingsError, match="expected float") as caught:
+        SPECS["shares"].check(values["shares"])
+    assert len(str(caught.value)) < 2000
+    maps = ["a0: &a0 {z: 1}"]
+    for i in range(1, 8):
+        inner = ", ".join(f"k{j}: *a{i - 1}" for j in range(9))
+        maps.append(f"a{i}: &a{i} {{{inner}}}")
+    with pytest.raises(SettingsError, match="repeat themselves") as caught:
+        read_parameters_yaml(written(tmp_path, "\n".join(maps)))
+    assert len(str(caught.value)) < 2000
+
+
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"missing.yaml.*No such file"):
+        read_parameters_yaml(tmp_path / "missing.yaml")
+    with pytest.raises(SettingsError, match="directory"):
+        read_parameters_yaml(tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x01\x80")
+    with pytest.raises(SettingsError, match="not YAML"):
+        read_parameters_yaml(tmp_path / "binary.yaml")
+
+
+def test_paths_are_resolved_against_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/driver")
+    values = {
+        **{"index": "index", "front.index": "../index", "rear.index": "/index", "left.index": ""},
+        **{"right.index": "~/index", "back.index": 7, "unknown": "./a", "count": 3},
+        **{"backbone": "dinov2_small", "front.backbone": "./models/a", "rear.backbone": "../b"},
+        **{"left.backbone": "org/name", "topic": "~/image", "shares": ["./a"]},
+    }
+    folder = tmp_path / "config"
+    changed = {
+        **{"index": str(folder / "index"), "front.index": str(tmp_path / "index")},
+        **{"right.index": "/home/driver/index"},
+        **{"front.backbone": str(folder / "models" / "a"), "rear.backbone": str(tmp_path / "b")},
+    }
+    assert resolve_paths(values, SPECS, folder) == {**values, **changed}
+    monkeypatch.chdir(tmp_path)
+    assert resolve_paths(values, SPECS, Path("config")) == {**values, **changed}
+    with pytest.raises(SettingsError, match=r"'front\.index': '~nobody-here/index': .*home"):
+        resolve_paths({"front.index": "~nobody-here/index"}, SPECS, folder)
