@@ -9,14 +9,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from worlds.nominal_world import DIM, GRID, IDENTITY, LEFT_HALF, build, make_frames, patches
-
-from semantic_anomaly.errors import (
-    ArtefactError,
-    IndexMismatchError,
+from worlds.nominal_world import (
+    DIM,
+    GRID,
+    IDENTITY,
+    LEFT_HALF,
+    SEGMENTER,
+    build,
+    make_frames,
+    patches,
+    unit,
 )
+
+from semantic_anomaly.errors import ArtefactError, IndexMismatchError, ModelOutputError
 from semantic_anomaly.index import build as index_build
-from semantic_anomaly.index.build import suitable_distance
+from semantic_anomaly.index.build import INSTANCES, instance_embeddings
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.roi import ImageRegion
 from semantic_anomaly.settings import Settings
@@ -57,7 +64,7 @@ def test_every_patch_lies_near_a_stored_one(
 def test_stored_patches_keep_their_distance_and_their_place() -> None:
     index = build(dedup_distance=0.2)
     grids = {frame.name: grid for frame, grid in make_frames(8)}
-    stored = index._content.embeddings
+    stored = index.content.embeddings
     products = stored @ stored.T
     np.fill_diagonal(products, -1.0)
     assert products.max() <= 0.8 + 1e-5
@@ -94,13 +101,13 @@ def test_no_more_than_max_entries_are_stored_and_the_rest_is_counted() -> None:
     assert index.count == report.stored == 50
     assert report.dropped > 0
     assert report.stored + report.suppressed + report.dropped == report.seen
-    np.testing.assert_array_equal(index._content.embeddings, build()._content.embeddings[:50])
+    np.testing.assert_array_equal(index.content.embeddings, build().content.embeddings[:50])
 
 
 def test_only_patches_of_the_region_take_part() -> None:
     index = build(region=LEFT_HALF, dedup_distance=0.0)
     assert index.count == 8 * GRID[0] * GRID[1] // 2
-    columns = index._content.entries[:, 2]
+    columns = index.content.entries[:, 2]
     assert columns.max() == GRID[1] // 2 - 1
 
 
@@ -169,38 +176,116 @@ def test_a_graph_that_grew_can_be_saved_and_searched(
     )
 
 
-def similar_places(step: float, seed: int = 0) -> PatchGrid:
-    """A grid whose places resemble their neighbours much, and places far away by `step`."""
+def similar_patches(step: float, seed: int = 0) -> PatchGrid:
+    """A grid whose patches resemble their neighbours much, and patches far away by `step`."""
     rng = np.random.default_rng(seed)
-    base = rng.normal(size=(1, 1, 24)) * 3
-    coarse = np.kron(rng.normal(size=(4, 6, 24)), np.ones((5, 5, 1)))
-    features = (base + step * coarse + 1e-3 * rng.normal(size=(20, 30, 24))).astype(np.float32)
-    features /= np.linalg.norm(features, axis=-1, keepdims=True)
+    base = rng.normal(size=(1, 1, DIM)) * 3
+    coarse = np.kron(rng.normal(size=(4, 6, DIM)), np.ones((5, 5, 1)))
+    features = unit(base + step * coarse + 1e-3 * rng.normal(size=(20, 30, DIM)))
     return PatchGrid(features, features.mean((0, 1)), (200, 300))
 
 
-def test_a_suitable_distance_follows_the_scale_of_the_backbone() -> None:
-    fine, coarse = (
-        suitable_distance([similar_places(step, s) for s in (1, 2)]) for step in (0.1, 1)
+def measured(grids: list[PatchGrid], region: ImageRegion | None = None) -> float:
+    """Return the `dedup_distance` that is measured on grids."""
+    frame, _ = next(make_frames(1))
+    index = NominalIndex.build(
+        [(frame, grid) for grid in grids],
+        identity=IDENTITY,
+        region=region or ImageRegion(),
+        settings=Settings(dedup_distance=-1.0),
     )
+    return index.content.limits["dedup_distance"]
+
+
+def test_a_suitable_distance_follows_the_scale_of_the_backbone() -> None:
+    fine, coarse = (measured([similar_patches(step, s) for s in (1, 2)]) for step in (0.1, 1))
     assert 0 < 20 * fine < coarse < 1
-    grid = similar_places(1.0)
-    flat = grid.features.reshape(-1, 24)
+    grid = similar_patches(1.0)
+    flat = grid.features.reshape(-1, DIM)
     nearest = []
     for number, (row, col) in enumerate(np.ndindex(20, 30)):
         rows, cols = np.divmod(np.arange(600), 30)
         far = np.maximum(abs(rows - row), abs(cols - col)) > 4
         nearest.append(1 - (flat[far] @ flat[number]).max())
-    assert suitable_distance([grid]) == pytest.approx(np.median(nearest), rel=0.05)
+    assert measured([grid]) == pytest.approx(np.median(nearest), rel=0.05)
+    assert measured([grid], LEFT_HALF) == measured([grid])
+    first = [similar_patches(1.0, seed) for seed in range(8)]
+    assert measured([*first, similar_patches(0.1)]) == measured(first), "8 frames are measured"
 
 
-def test_the_distance_that_was_chosen_is_in_the_manifest() -> None:
-    given, chosen = build(dedup_distance=0.07), build(dedup_distance=-1.0)
-    assert given._content.limits["dedup_distance"] == 0.07
-    assert 0 < chosen._content.limits["dedup_distance"] < 2
+def test_measured_frames_are_stored_in_order() -> None:
+    index = build(20, dedup_distance=-1.0)
+    distance = index.content.limits["dedup_distance"]
+    assert 0 < distance < 2
+    again = build(20, dedup_distance=distance)
+    assert again.fingerprint == index.fingerprint
 
 
 def test_grids_too_small_to_measure_need_a_distance() -> None:
-    features = np.ones((3, 4, 2), np.float32) / np.sqrt(2).astype(np.float32)
+    features = unit(np.ones((3, 4, DIM)))
     with pytest.raises(ArtefactError, match="set the distance"):
-        suitable_distance([PatchGrid(features, features[0, 0], (30, 40))])
+        measured([PatchGrid(features, features[0, 0], (30, 40))])
+
+
+def test_instances_become_a_part_of_their_own() -> None:
+    index = build(12, segmenter=SEGMENTER, dedup_distance=-1.0)
+    part = index.parts[INSTANCES]
+    assert part.content.segmenter == SEGMENTER and index.content.segmenter is None
+    report = part.report
+    assert (report.frames, report.seen) == (12, 36) and report.stored == part.count
+    nearest = []
+    for _, grid in make_frames(8):
+        assert grid.instances is not None
+        pooled = unit(np.einsum("nrc,rcd->nd", grid.instances, grid.features))
+        products = pooled @ pooled.T - 2 * np.eye(3)
+        nearest.append(1 - products.max(axis=1))
+    assert part.content.limits["dedup_distance"] == pytest.approx(np.median(nearest) / 2)
+    assert build(12, dedup_distance=-1.0).fingerprint != index.fingerprint
+
+
+def test_frames_without_instances_give_none() -> None:
+    empty = np.zeros((0, *GRID), np.float32)
+    frames = [(f, dataclasses.replace(g, instances=empty)) for f, g in make_frames(12)]
+
+    def built(frames: list[tuple[Frame, PatchGrid]]) -> NominalIndex:
+        return NominalIndex.build(
+            frames,
+            identity=IDENTITY,
+            region=ImageRegion(),
+            settings=Settings(dedup_distance=-1.0),
+            segmenter=SEGMENTER,
+        )
+
+    assert not built(frames).parts
+    # They are not among the 8 frames that are measured.
+    segmented = list(make_frames(9))
+    parts = [built(f).parts[INSTANCES] for f in (segmented, [*frames, *segmented])]
+    assert parts[0].content.limits == parts[1].content.limits
+    alone = [(f, dataclasses.replace(g, instances=g.instances[:1])) for f, g in segmented]
+    assert built(alone).parts[INSTANCES].count == 9, "nothing to measure: all are stored"
+    bare = [(f, dataclasses.replace(g, instances=None)) for f, g in segmented]
+    with pytest.raises(ModelOutputError, match="segmented"):
+        built(bare)
+
+
+def test_what_is_not_nominal_reaches_no_stage() -> None:
+    frame, grid = next(make_frames(1))
+    nominal = np.ones(GRID, bool)
+    nominal[0, 1] = False
+    spoilt = grid.features.copy()
+    spoilt[0, 1] = unit(np.ones(DIM))
+    for features in (grid.features, spoilt):
+        instances = instance_embeddings(
+            (frame, dataclasses.replace(grid, features=features), nominal), ImageRegion()
+        )
+        assert len(instances.embeddings) == 2, "the upper half is not nominal"
+        assert instances.cells.tolist()[1] == [0, 0]
+    index = NominalIndex.build(
+        [(frame, grid, nominal)],
+        identity=IDENTITY,
+        region=ImageRegion(),
+        settings=Settings(dedup_distance=0.0),
+        segmenter=SEGMENTER,
+    )
+    assert (index.count, index.parts[INSTANCES].count) == (GRID[0] * GRID[1] - 1, 2)
+    assert [0, 0, 1] not in index.content.entries.tolist()

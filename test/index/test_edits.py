@@ -1,20 +1,20 @@
-"""Edits of an index: provenance, exact undo, calibrations that are carried over, parts."""
+"""Edits of an index and its instances: numbers, provenance, exact undo."""
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
-from worlds.nominal_world import build, make_frames, patches
+from worlds.nominal_world import GRID, LEFT_HALF, SEGMENTER, build, make_frames, patches
 
-from semantic_anomaly.errors import IndexFormatError, IndexMismatchError, InputError
-from semantic_anomaly.index import edits as entry_numbers
+from semantic_anomaly.errors import IndexMismatchError, InputError, ModelOutputError
 from semantic_anomaly.index import edits as index_edits
+from semantic_anomaly.index.build import INSTANCES
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.roi import ImageRegion
-from semantic_anomaly.storage import canonical_json, sha256_bytes
+from semantic_anomaly.structures import Frame, PatchGrid
 
 WHOLE = ImageRegion()
 
@@ -48,9 +48,9 @@ def test_retracted_entries_explain_nothing_any_more(index: NominalIndex, tmp_pat
 
 def test_numbers_stay_while_entries_go(index: NominalIndex) -> None:
     edited = index_edits.retract(index_edits.retract(index, [3]), [7])
-    row = entry_numbers.rows_of(edited.content, [8])[0]
+    row = index_edits.rows_of(edited.content, [8])[0]
     np.testing.assert_array_equal(edited.content.embeddings[row], index.content.embeddings[8])
-    with pytest.raises(InputError, match="entry 7: it is taken out already, by edit 2"):
+    with pytest.raises(InputError, match="entry 7: it is retracted already, by edit 2"):
         index_edits.retract(edited, [7])
 
 
@@ -130,76 +130,105 @@ def test_what_else_is_refused(index: NominalIndex) -> None:
         index_edits.undo(index_edits.retract(index, [0]), 9)
     with pytest.raises(InputError, match="room"):
         added(build(max_entries=20))
-    half = ImageRegion(((0.0, 0.0), (0.5, 0.0), (0.5, 1.0), (0.0, 1.0)))
-    with pytest.raises(IndexMismatchError, match="polygon"):
-        index_edits.add_nominal(index, make_frames(1, 7), region=half, source="")
+    with pytest.raises(IndexMismatchError, match="region of interest"):
+        added(build(region=LEFT_HALF))
     full = index_edits.retract(build(max_entries=50), [0])
     with pytest.raises(InputError, match="undo an addition first"):
         index_edits.undo(added(full), 1)
 
 
 def test_neighbours_and_frames_name_entries(index: NominalIndex) -> None:
-    found = entry_numbers.near(index, 4, 0.3)
+    found = index_edits.near(index, 4, 0.3)
     embeddings = index.content.embeddings
     assert found == np.flatnonzero(embeddings @ embeddings[4] >= 0.7 - 1e-6).tolist()
-    assert entry_numbers.near(index, 4, 0.0) == [4]
-    of_frame = entry_numbers.of_frame(index, "drive/002")
+    assert index_edits.near(index, 4, 0.0) == [4]
+    of_frame = index_edits.of_frame(index, "drive/002")
     assert of_frame == np.flatnonzero(index.content.entries[:, 0] == 2).tolist()
     with pytest.raises(InputError, match="unknown frame"):
-        entry_numbers.of_frame(index, "drive/999")
+        index_edits.of_frame(index, "drive/999")
 
 
-FILES = ("retracted_embeddings.npy", "retracted_entries.npy")
+def test_frames_may_be_added_in_a_smaller_region(index: NominalIndex) -> None:
+    edited, report = index_edits.add_nominal(
+        index, make_frames(1, 7), region=LEFT_HALF, source="new"
+    )
+    assert report.seen == GRID[0] * GRID[1] // 2
+    assert edited.content.entries[index.count :, 2].max() < GRID[1] // 2
+    assert edited.region_description == index.region_description
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_damage_to_what_was_retracted_is_noticed(
-    index: NominalIndex, name: str, tmp_path: Path
+def test_several_frames_of_one_name_are_ambiguous(index: NominalIndex) -> None:
+    with pytest.raises(InputError, match="2 frames have this name"):
+        index_edits.of_frame(added(index), "drive/000")
+
+
+@pytest.fixture(scope="module")
+def segmented() -> NominalIndex:
+    return build(segmenter=SEGMENTER)
+
+
+def test_added_frames_reach_the_instances_and_leave_with_the_edit(
+    segmented: NominalIndex, tmp_path: Path
 ) -> None:
-    index_edits.retract(index, [1, 5]).save(tmp_path / "index")
-    file = tmp_path / "index" / name
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
-    with pytest.raises(IndexFormatError, match=name):
-        NominalIndex.load(tmp_path / "index")
-    file.unlink()
-    with pytest.raises(IndexFormatError, match=name):
-        NominalIndex.load(tmp_path / "index")
+    grown = added(segmented)
+    part, before = grown.parts[INSTANCES], segmented.parts[INSTANCES]
+    assert part.count > before.count and grown.count > segmented.count
+    assert [(e.when, e.source) for e in part.edits] == [(e.when, e.source) for e in grown.edits]
+    grown.save(tmp_path / "index")
+    loaded = NominalIndex.load(tmp_path / "index")
+    assert loaded.parts[INSTANCES].edits == part.edits
+    assert index_edits.undo(loaded)[0].fingerprint == segmented.fingerprint
+    with pytest.raises(InputError, match="expected new patches"):
+        added(grown)
+    bare = [(f, dataclasses.replace(g, instances=None)) for f, g in make_frames(1, 7)]
+    with pytest.raises(ModelOutputError, match="segmented"):
+        index_edits.add_nominal(segmented, bare, region=WHOLE, source="new")
 
 
-@pytest.mark.parametrize(
-    "forge",
-    [
-        lambda c: c["edits"][0].__setitem__(0, 0),
-        lambda c: c["edits"][0].__setitem__(1, "other"),
-        lambda c: c["edits"][0].__setitem__(2, 3),
-        lambda c: c["edits"][1].__setitem__(2, 100_000),
-        lambda c: c["edits"][1].__setitem__(3, 100_000),
-        lambda c: c["edits"].reverse(),
-        lambda c: c["edits"].pop(),
-        lambda c: c["retracted"].update(count=1),
-    ],
-)
-def test_forged_edits_are_refused(index: NominalIndex, forge: object, tmp_path: Path) -> None:
-    added(index_edits.retract(index, [1, 5])).save(tmp_path / "index")
-    path = tmp_path / "index" / "manifest.json"
-    manifest = json.loads(path.read_text())
-    forge(manifest["content"])  # type: ignore[operator]
-    del manifest["sha256"]
-    manifest["fingerprint"] = sha256_bytes(canonical_json(manifest["content"]).encode())
-    manifest["sha256"] = sha256_bytes(canonical_json(manifest).encode())
-    path.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-    with pytest.raises(IndexFormatError):
-        NominalIndex.load(tmp_path / "index")
+def test_two_additions_are_undone_one_by_one(segmented: NominalIndex) -> None:
+    states = [segmented]
+    for seed in (11, 12):
+        states.append(added(states[-1], 1, seed))
+    # The part has edits of its own, so that numbers differ.
+    part = index_edits.retract(states[-1].parts[INSTANCES], [0])
+    states.append(states[-1].with_parts({INSTANCES: part}))
+    edited, _ = index_edits.undo(added(states[-1], 1, 13), 3)
+    assert edited.fingerprint == states[-1].fingerprint
+    edited = edited.with_parts({INSTANCES: index_edits.undo(edited.parts[INSTANCES])[0]})
+    for expected in (states[1], states[0]):
+        edited, _ = index_edits.undo(edited)
+        assert edited.fingerprint == expected.fingerprint
 
 
-def test_indexes_of_version_1_are_read(index: NominalIndex, tmp_path: Path) -> None:
-    index.save(tmp_path / "index")
-    path = tmp_path / "index" / "manifest.json"
-    manifest = json.loads(path.read_text())
-    del manifest["sha256"], manifest["written"]["edits"]
-    manifest["format_version"] = 1
-    manifest["sha256"] = sha256_bytes(canonical_json(manifest).encode())
-    path.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-    assert NominalIndex.load(tmp_path / "index").fingerprint == index.fingerprint
+def rearranged(seed: int) -> tuple[Frame, PatchGrid]:
+    """A frame of which every patch is in the first nominal frame, its instances in none."""
+    frame, grid = next(make_frames(1))
+    order = np.random.default_rng(seed).permutation(GRID[0] * GRID[1])
+    features = grid.features.reshape(len(order), -1)[order].reshape(grid.features.shape)
+    return Frame(frame.image, name="rearranged"), dataclasses.replace(grid, features=features)
+
+
+def test_a_new_arrangement_of_known_patches_can_be_added(segmented: NominalIndex) -> None:
+    grown, report = index_edits.add_nominal(segmented, [rearranged(0)], region=WHOLE, source="new")
+    assert report.stored == 0 and grown.count == segmented.count and not grown.edits
+    part = grown.parts[INSTANCES]
+    assert part.count > segmented.parts[INSTANCES].count
+    assert [e.kind for e in part.edits] == ["add"]
+    back = grown.with_parts({INSTANCES: index_edits.undo(part)[0]})
+    assert back.fingerprint == segmented.fingerprint
+
+
+def test_the_part_that_is_full_is_named(segmented: NominalIndex) -> None:
+    part = segmented.parts[INSTANCES]
+    limits = {**part.content.limits, "max_entries": part.count}
+    full = part.with_content(dataclasses.replace(part.content, limits=limits))
+    with pytest.raises(InputError, match="part 'instances' of the index: expected room"):
+        added(segmented.with_parts({INSTANCES: full}))
+
+
+def test_undoing_names_the_part_that_stands_in_the_way(segmented: NominalIndex) -> None:
+    grown = added(segmented)
+    part = grown.parts[INSTANCES]
+    blocked = grown.with_parts({INSTANCES: index_edits.retract(part, [part.count - 1])})
+    with pytest.raises(InputError, match="part 'instances': undo: edit 1 cannot be undone while"):
+        index_edits.undo(blocked)

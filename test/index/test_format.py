@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from worlds.nominal_world import DIM, GRID, build, patches
+from worlds.nominal_world import DIM, GRID, SEGMENTER, build, make_frames, patches, sign_again
 
-from semantic_anomaly.errors import (
-    IndexFormatError,
-)
+from semantic_anomaly.errors import ArtefactError, IndexFormatError
+from semantic_anomaly.index.edits import add_nominal, retract
+from semantic_anomaly.index.format import fingerprint_of, is_calibration_file, refuse_existing
 from semantic_anomaly.index.hnsw import check_graph_file
 from semantic_anomaly.index.nominal_index import NominalIndex
-from semantic_anomaly.storage import canonical_json, sha256_bytes, sha256_file
+from semantic_anomaly.roi import ImageRegion
 
 
 @pytest.fixture(scope="module")
@@ -88,23 +88,6 @@ def test_what_is_no_index_is_named(tmp_path: Path, what: str) -> None:
         NominalIndex.load(path)
 
 
-def sign_again(folder: Path, change: Callable[[dict[str, Any]], object] = lambda m: None) -> None:
-    """What a forger would do: every digest fits again after a change."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    for name, facts in manifest["files"].items():
-        path = folder / name
-        facts.update(bytes=path.stat().st_size, sha256=sha256_file(path))
-    for name in ("embeddings", "entries"):
-        array = np.load(folder / f"{name}.npy", allow_pickle=False)
-        manifest["content"][f"{name}_sha256"] = sha256_bytes(array.tobytes())
-    change(manifest)
-    del manifest["sha256"]
-    content = canonical_json(manifest["content"])
-    manifest["fingerprint"] = sha256_bytes(content.encode())
-    manifest["sha256"] = sha256_bytes(canonical_json(manifest).encode())
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-
-
 def test_signing_again_without_a_change_is_harmless(copy: Path) -> None:
     before = (copy / "manifest.json").read_bytes()
     sign_again(copy)
@@ -114,7 +97,7 @@ def test_signing_again_without_a_change_is_harmless(copy: Path) -> None:
 
 CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "format": lambda m: m.update(format="other"),
-    "newer version": lambda m: m.update(format_version=3),
+    "newer version": lambda m: m.update(format_version=2),
     "surplus key": lambda m: m.update(surplus=1),
     "dim": lambda m: m["content"].update(dim=DIM * 2),
     "count": lambda m: m["content"].update(count=5),
@@ -134,7 +117,12 @@ CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "other build": lambda m: m["content"]["build"].pop("seen"),
     "ef of another type": lambda m: m["content"].update(search_ef="many"),
     "ef of none": lambda m: m["content"].update(search_ef=0),
-    "region of another type": lambda m: m["content"].update(region=[1]),
+    "region of another type": lambda m: m["content"].update(roi=[1]),
+    "region of no area": lambda m: m["content"]["roi"].update(polygon_xy=[[0, 0], [1, 1], [0, 0]]),
+    "other graph": lambda m: m["content"]["graph"].update(m=8),
+    "other part": lambda m: m["content"].update(parts={"../x": "0" * 64}),
+    "segmenter of another type": lambda m: m["content"].update(segmenter="tokens"),
+    "no settings": lambda m: m["written"].update(settings={}),
     "other space": lambda m: m["content"].update(space="l2"),
     "surplus content": lambda m: m["content"].update(surplus=1),
 }
@@ -172,14 +160,8 @@ def test_forged_arrays_are_refused(
 
 
 def test_pickled_arrays_are_not_read(copy: Path) -> None:
-    forged = np.array([{"a": 1}], dtype=object)
-    np.save(copy / "entries.npy", forged, allow_pickle=True)
-    data = (copy / "entries.npy").read_bytes()
-    manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["files"]["entries.npy"] = {"bytes": len(data), "sha256": sha256_bytes(data)}
-    del manifest["sha256"]
-    manifest["sha256"] = sha256_bytes(canonical_json(manifest).encode())
-    (copy / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    np.save(copy / "entries.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    sign_again(copy)
     with pytest.raises(IndexFormatError, match="Python objects"):
         NominalIndex.load(copy)
 
@@ -205,7 +187,7 @@ def test_a_graph_swapped_after_loading_is_noticed(copy: Path) -> None:
     data[first] = (1 + int.from_bytes(data[first], "little") % 3).to_bytes(4, "little")
     assert data != path.read_bytes()
     path.write_bytes(data)
-    check_graph_file(path, index._content.embeddings, 8)
+    check_graph_file(path, index.content.embeddings)
     with pytest.raises(IndexFormatError, match=r"graph\.hnsw"):
         index.configure_search("graph", 10)
 
@@ -217,3 +199,90 @@ def test_every_single_byte_of_the_manifest_counts(copy: Path) -> None:
         path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
         with pytest.raises(IndexFormatError):
             NominalIndex.load(copy)
+
+
+def test_another_version_is_to_be_built_again(copy: Path) -> None:
+    sign_again(copy, CHANGES["newer version"])
+    with pytest.raises(IndexFormatError, match="format version 1, found 2; build the index again"):
+        NominalIndex.load(copy)
+
+
+def test_fingerprints_are_read_from_the_manifest(copy: Path, index: NominalIndex) -> None:
+    assert fingerprint_of(copy) == index.fingerprint
+    with pytest.raises(IndexFormatError, match="an index folder"):
+        fingerprint_of(copy / "none")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("calibration.json", True),
+        ("calibration.front_left.json", True),
+        ("calibration.json.tmp", False),
+        ("calibration.a.b.json", False),
+        ("my_calibration.json", False),
+    ],
+)
+def test_calibrations_are_known_by_name(copy: Path, name: str, expected: bool) -> None:
+    assert is_calibration_file(name) == expected
+    (copy / name).write_text("{}")
+    if expected:
+        NominalIndex.load(copy)
+        refuse_existing(copy, force=True)
+        return
+    with pytest.raises(IndexFormatError, match="only files of the manifest"):
+        NominalIndex.load(copy)
+    with pytest.raises(ArtefactError, match=f"is not an index: {name}"):
+        refuse_existing(copy, force=True)
+
+
+@pytest.fixture(scope="module")
+def saved_edited(index: NominalIndex, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("edited") / "index"
+    retracted = retract(index, [1, 5])
+    add_nominal(retracted, make_frames(2, 7), region=ImageRegion(), source="s")[0].save(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["retracted_embeddings.npy", "retracted_entries.npy"])
+@pytest.mark.parametrize("damage", ["missing", "flipped_at_1.0"])
+def test_damage_to_retracted_entries_is_noticed(
+    saved_edited: Path, name: str, damage: str, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(saved_edited, tmp_path / "copy"))
+    DAMAGES[damage](copy / name)
+    with pytest.raises(IndexFormatError, match=name):
+        NominalIndex.load(copy)
+
+
+@pytest.mark.parametrize(
+    "forge",
+    [
+        lambda m: m["content"]["edits"][0].__setitem__(2, 3),
+        lambda m: m["content"]["edits"][0].__setitem__(2, "2"),
+        lambda m: m["content"]["edits"][0].append(1),
+        lambda m: m["content"]["edits"].pop(),
+        lambda m: m["content"]["retracted"].update(count=1),
+        lambda m: m["written"]["edits"][0].update(note=1),
+        lambda m: m["written"]["edits"][0].update(surplus=""),
+    ],
+)
+def test_forged_edits_are_refused(
+    saved_edited: Path, forge: Callable[[dict[str, Any]], object], tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(saved_edited, tmp_path / "copy"))
+    sign_again(copy)
+    NominalIndex.load(copy)
+    sign_again(copy, forge)
+    with pytest.raises(IndexFormatError):
+        NominalIndex.load(copy)
+
+
+def test_a_part_of_patches_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "index"
+    build(segmenter=SEGMENTER).save(folder)
+    sign_again(folder / "instances", lambda m: m["content"].pop("segmenter"))
+    fingerprint = json.loads((folder / "instances" / "manifest.json").read_text())["fingerprint"]
+    sign_again(folder, lambda m: m["content"]["parts"].update(instances=fingerprint))
+    with pytest.raises(ArtefactError, match="part 'instances' of an index"):
+        NominalIndex.load(folder)

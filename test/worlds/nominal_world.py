@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from semantic_anomaly.embedding.identity import EmbedderIdentity
+from semantic_anomaly.embedding.identity import EmbedderIdentity, SegmenterIdentity
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.roi import ImageRegion
 from semantic_anomaly.settings import Settings
+from semantic_anomaly.storage import canonical_json, sha256_bytes, sha256_file
 from semantic_anomaly.structures import Frame, PatchGrid
 
 DIM = 16
 GRID = (6, 8)
 IDENTITY = EmbedderIdentity("tiny", "dinov2", "", "0" * 64, "1" * 64, (3,), 112, 14, DIM, "float32")
+SEGMENTER = SegmenterIdentity("tokens", "", "a" * 64)
 LEFT_HALF = ImageRegion(((0.0, 0.0), (0.5, 0.0), (0.5, 1.0), (0.0, 1.0)))
 
 
@@ -25,29 +29,54 @@ def unit(points: np.ndarray) -> np.ndarray:
 
 
 def make_frames(count: int, seed: int = 0) -> Iterator[tuple[Frame, PatchGrid]]:
-    """Frames of patches around five directions, so that many resemble each other."""
+    """Frames of patches around five directions, with three instances: two halves and a patch."""
     rng = np.random.default_rng(seed)
     centres = np.random.default_rng(99).standard_normal((5, DIM))
+    instances = np.zeros((3, *GRID), np.float32)
+    instances[0, :3] = instances[1, 3:] = instances[2, 0, 0] = 1.0
     for number in range(count):
         around = centres[rng.integers(0, 5, GRID)]
         features = unit(around + 0.4 * rng.standard_normal((*GRID, DIM)))
         image = rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)
         yield (
             Frame(image, name=f"drive/{number:03d}"),
-            PatchGrid(features, features[0, 0], (60, 80)),
+            PatchGrid(features, features[0, 0], (60, 80), instances),
         )
 
 
-def build(count: int = 8, region: ImageRegion | None = None, **changes: Any) -> NominalIndex:
-    settings = Settings(**{"dedup_distance": 0.05, "graph_m": 8, "search_ef": 77, **changes})
+def build(
+    count: int = 8,
+    region: ImageRegion | None = None,
+    segmenter: SegmenterIdentity | None = None,
+    **changes: Any,
+) -> NominalIndex:
     return NominalIndex.build(
         make_frames(count),
         identity=IDENTITY,
         region=region or ImageRegion(),
-        settings=settings,
+        settings=Settings(**{"dedup_distance": 0.05, "search_ef": 77, **changes}),
         source=["drive"],
+        segmenter=segmenter,
     )
 
 
 def patches(count: int, seed: int = 0) -> np.ndarray:
     return np.concatenate([g.features.reshape(-1, DIM) for _, g in make_frames(count, seed)])
+
+
+def sign_again(folder: Path, change: Callable[[dict[str, Any]], object] = lambda m: None) -> None:
+    """Change a manifest, and make all digests of an index folder fit again, as a forger would."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name, facts in manifest["files"].items():
+        path = folder / name
+        facts.update(bytes=path.stat().st_size, sha256=sha256_file(path))
+    for name in ("embeddings", "entries"):
+        data = (folder / f"{name}.npy").read_bytes()
+        if b"'descr': '|O'" not in data:
+            array = np.load(folder / f"{name}.npy", allow_pickle=False)
+            manifest["content"][f"{name}_sha256"] = sha256_bytes(array.tobytes())
+    change(manifest)
+    del manifest["sha256"]
+    manifest["fingerprint"] = sha256_bytes(canonical_json(manifest["content"]).encode())
+    manifest["sha256"] = sha256_bytes(canonical_json(manifest).encode())
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")

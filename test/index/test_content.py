@@ -1,0 +1,122 @@
+"""What the fingerprint of an index depends on, and edits that agree with what they retracted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from worlds.nominal_world import SEGMENTER, build, make_frames
+
+from semantic_anomaly.index.content import ADD, RETRACT, Edit, IndexContent
+from semantic_anomaly.index.edits import add_nominal, retract
+from semantic_anomaly.index.nominal_index import NominalIndex
+from semantic_anomaly.roi import ImageRegion
+
+
+@pytest.fixture(scope="module")
+def index() -> NominalIndex:
+    return build()
+
+
+@pytest.fixture(scope="module")
+def edited(index: NominalIndex) -> IndexContent:
+    """Two entries retracted by edit 1, two frames added by edit 2."""
+    retracted = retract(index, [1, 5])
+    return add_nominal(retracted, make_frames(2, 7), region=ImageRegion(), source="new")[0].content
+
+
+@pytest.mark.parametrize(
+    ("edit", "text"),
+    [
+        (Edit(1, RETRACT, 14), "retract 14 entries"),
+        (Edit(1, RETRACT, 1), "retract 1 entry"),
+        (Edit(1, ADD, 14, 2), "add 2 frames"),
+        (Edit(1, ADD, 14, 1), "add 1 frame"),
+    ],
+)
+def test_edits_in_words(edit: Edit, text: str) -> None:
+    assert edit.what == text
+
+
+def test_the_fingerprint_is_that_of_the_content(index: NominalIndex) -> None:
+    content = index.content
+
+    def fingerprint(**changes: object) -> str:
+        return str(replace(content, **changes).manifest()["fingerprint"])
+
+    assert index.fingerprint == fingerprint()
+    assert fingerprint(settings={}, source=("other",)) == index.fingerprint
+    changes = [
+        {"camera": "front"},
+        {"embeddings": -content.embeddings},
+        {"entries": content.entries[::-1].copy()},
+        {"frames": content.frames[1:]},
+        {"search_ef": 78},
+        {"limits": {}},
+        {"edits": (Edit(1, RETRACT, 1),)},
+        {"segmenter": SEGMENTER},
+        {"parts": {"instances": "0" * 64}},
+    ]
+    assert len({index.fingerprint, *(fingerprint(**c) for c in changes)}) == 1 + len(changes)
+
+
+def test_numbers_leave_out_what_is_retracted(index: NominalIndex, edited: IndexContent) -> None:
+    assert index.content.numbers.tolist() == list(range(index.count))
+    assert edited.numbers.tolist()[:5] == [0, 2, 3, 4, 6] and len(edited.numbers) == len(
+        edited.embeddings
+    )
+
+
+def without(content: IndexContent, rows: int) -> IndexContent:
+    assert content.retracted is not None
+    entries = content.retracted.entries[:rows]
+    return replace(content, retracted=replace(content.retracted, entries=entries))
+
+
+def renumbered(content: IndexContent, numbers: list[int]) -> IndexContent:
+    assert content.retracted is not None
+    entries = content.retracted.entries.copy()
+    entries[:, 3] = numbers
+    return replace(content, retracted=replace(content.retracted, entries=entries))
+
+
+def changed(content: IndexContent, place: int, **changes: object) -> IndexContent:
+    edits = list(content.edits)
+    edits[place] = replace(edits[place], **changes)  # type: ignore[arg-type]
+    return replace(content, edits=tuple(edits))
+
+
+@pytest.mark.parametrize(
+    "forge",
+    [
+        lambda c: changed(c, 0, number=0),
+        lambda c: changed(c, 0, kind="other"),
+        lambda c: changed(c, 0, entries=3),
+        lambda c: changed(c, 0, frames=1),
+        lambda c: changed(c, 1, entries=0),
+        lambda c: changed(c, 1, entries=100_000),
+        lambda c: changed(c, 1, frames=0),
+        lambda c: changed(c, 1, frames=100_000),
+        lambda c: replace(c, edits=c.edits[::-1]),
+        lambda c: replace(c, edits=c.edits[:1] * 2),
+        lambda c: replace(c, edits=c.edits[1:]),
+        lambda c: replace(c, retracted=None),
+        lambda c: without(c, 1),
+        lambda c: renumbered(c, [5, 1]),
+        lambda c: renumbered(c, [-1, 5]),
+        lambda c: renumbered(c, [1, 100_000]),
+    ],
+)
+def test_edits_that_do_not_agree(
+    edited: IndexContent, forge: Callable[[IndexContent], IndexContent]
+) -> None:
+    assert edited.edits_agree()
+    assert not forge(edited).edits_agree()
+
+
+def test_retracted_entries_are_kept_as_they_were(index: NominalIndex, edited: IndexContent) -> None:
+    assert edited.retracted is not None
+    np.testing.assert_array_equal(edited.retracted.embeddings, index.content.embeddings[[1, 5]])
+    assert edited.retracted.entries[:, 3:].tolist() == [[1, 1], [5, 1]]
