@@ -14,8 +14,9 @@ import numpy as np
 
 from semantic_anomaly.calibration.calibration import Calibration
 from semantic_anomaly.calibration.format import calibration_file
+from semantic_anomaly.detection.filters import reject
 from semantic_anomaly.detection.localization import heatmap, localize
-from semantic_anomaly.detection.tracking import ComponentTracker, decide, follow, reject
+from semantic_anomaly.detection.tracking import ComponentTracker, decide, follow
 from semantic_anomaly.errors import (
     IndexMismatchError,
     ModelOutputError,

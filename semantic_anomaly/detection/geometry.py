@@ -1,4 +1,4 @@
-"""From pixels to directions and ranges in a camera's optical frame (x right, y down, z forward).
+"""Geometry: from pixels to rays and boxes in a camera's optical frame (x right, y down, z forward).
 
 Integer pixel coordinates are pixel centres, as in CameraInfo. Ranges are depths along z.
 """
@@ -27,7 +27,7 @@ class Intrinsics:
 
     Attributes:
         fx, fy, cx, cy: pinhole parameters in pixels.
-        image_hw: (height, width) in pixels that they hold for.
+        image_hw: (height, width) in pixels of the image they refer to.
         distortion: coefficients in OpenCV's order, empty for none.
         fisheye: whether the coefficients are those of the equidistant model.
 
@@ -54,25 +54,22 @@ class Intrinsics:
 
     @classmethod
     def assumed(cls, image_hw: tuple[int, int]) -> Intrinsics:
-        """Return an ideal lens that sees 90 degrees from left to right."""
+        """Return an ideal lens with a horizontal field of view of 90 degrees."""
         height, width = image_hw
         return cls(width / 2, width / 2, (width - 1) / 2, (height - 1) / 2, image_hw)
 
     def scaled_to(self, image_hw: tuple[int, int]) -> Intrinsics:
-        """Return the projection of the same view in another size."""
+        """Return the projection of the same view at another image size."""
         if image_hw == self.image_hw:
             return self
         y, x = image_hw[0] / self.image_hw[0], image_hw[1] / self.image_hw[1]
-        # The half pixel: edges scale by the ratio, centres do not.
+        # Pixel edges scale by the ratio, centres do not.
         cx, cy = (self.cx + 0.5) * x - 0.5, (self.cy + 0.5) * y - 0.5
         return replace(self, fx=self.fx * x, fy=self.fy * y, cx=cx, cy=cy, image_hw=image_hw)
 
 
 def pixel_rays(pixels_xy: np.ndarray, intrinsics: Intrinsics) -> np.ndarray:
-    """Return (n, 3) float64 directions with z = 1 of (n, 2) pixel coordinates.
-
-    Lens distortion is undone where the camera has any.
-    """
+    """Return (n, 3) float64 undistorted directions with z = 1 of (n, 2) pixel coordinates."""
     points = np.asarray(pixels_xy, np.float64).reshape(-1, 2)
     if any(intrinsics.distortion):
         matrix = np.array(
@@ -91,7 +88,7 @@ def ground_range(ray: np.ndarray, camera_height_m: float) -> float | None:
 
     Args:
         ray: (3,) direction with z = 1.
-        camera_height_m: height of the camera above the ground, 0 where it is unknown.
+        camera_height_m: height of the camera above the ground, 0 for unknown.
 
     Returns:
         Metres along z; None above the horizon, beyond `GROUND_LIMIT_M`, or without a height.
@@ -102,26 +99,22 @@ def ground_range(ray: np.ndarray, camera_height_m: float) -> float | None:
     return depth_m if depth_m < GROUND_LIMIT_M else None
 
 
-def measured_range(depth: np.ndarray, inside: np.ndarray) -> float | None:
+def measured_range(depth: np.ndarray, mask: np.ndarray) -> float | None:
     """Return the median depth inside a mask.
 
     Args:
-        depth: (h, w) float32 metres, 0 for none; of the image's view in any size.
-        inside: (height, width) bool at image size.
+        depth: (h, w) float32 metres, 0 for none; the view of the image at any size.
+        mask: (height, width) bool at image size.
 
     Returns:
-        Metres; None where less than `MIN_DEPTH_SHARE` of the mask has a depth.
+        Metres; None if less than `MIN_DEPTH_SHARE` of the mask has a depth.
     """
-    rows, cols = np.nonzero(inside)
-    if not len(rows):
+    rows, cols = np.nonzero(mask)
+    depths = depth[rows * depth.shape[0] // mask.shape[0], cols * depth.shape[1] // mask.shape[1]]
+    depths = depths[depths > 0]
+    if len(depths) < max(1.0, MIN_DEPTH_SHARE * len(rows)):
         return None
-    values = depth[
-        rows * depth.shape[0] // inside.shape[0], cols * depth.shape[1] // inside.shape[1]
-    ]
-    values = values[values > 0]
-    if len(values) < max(1.0, MIN_DEPTH_SHARE * len(rows)):
-        return None
-    return float(np.median(values))
+    return float(np.median(depths))
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,14 +122,14 @@ class PlacedBox:
     """A localization as an upright rectangle in the optical frame.
 
     Attributes:
-        corners: (4, 3) metres: left top, right top, right bottom, left bottom.
+        corners: (4, 3) float64 metres: left top, right top, right bottom, left bottom.
         range_m: their depth along z.
-        how: `MEASURED`, `GROUND` or `ASSUMED`.
+        range_source: `MEASURED`, `GROUND` or `ASSUMED`.
     """
 
     corners: np.ndarray
     range_m: float
-    how: str
+    range_source: str
 
 
 def place_box(
@@ -147,29 +140,25 @@ def place_box(
     camera_height_m: float,
     marker_range_m: float,
 ) -> PlacedBox:
-    """Place a localization by measured depth, else on the ground, else at the assumed range.
+    """Place a localization at its measured depth, else on the ground, else at the assumed range.
 
     Args:
-        localization: what was found.
-        label_map: (height, width) ids of the localizations.
-        intrinsics: of the image of that size.
+        localization: of the frame.
+        label_map: (height, width) labels of the localizations.
+        intrinsics: of an image of that size.
         depth: (h, w) float32 metres, 0 for none; None without a depth image.
-        camera_height_m: of a level camera above a flat ground, 0 where it is unknown.
-        marker_range_m: range where nothing better is known.
+        camera_height_m: of a level camera above a flat ground, 0 for unknown.
+        marker_range_m: the assumed range.
     """
-    x0, y0, x1, y1 = localization.box_xyxy
     # Boxes span pixel edges, which lie half a pixel before the centres.
-    left, top, right, bottom = x0 - 0.5, y0 - 0.5, x1 - 0.5, y1 - 0.5
-    pixels = np.array(
-        [(left, top), (right, top), (right, bottom), (left, bottom), ((left + right) / 2, bottom)]
-    )
-    rays = pixel_rays(pixels, intrinsics)
+    left, top, right, bottom = (edge - 0.5 for edge in localization.box_xyxy)
+    corners = [(left, top), (right, top), (right, bottom), (left, bottom)]
+    rays = pixel_rays(np.array([*corners, ((left + right) / 2, bottom)]), intrinsics)  # (5, 3)
     range_m = None
-    how = MEASURED
     if depth is not None:
-        range_m = measured_range(depth, label_map == localization.label)
+        range_m, source = measured_range(depth, label_map == localization.label), MEASURED
     if range_m is None:
-        range_m, how = ground_range(rays[4], camera_height_m), GROUND
+        range_m, source = ground_range(rays[4], camera_height_m), GROUND
     if range_m is None:
-        range_m, how = marker_range_m, ASSUMED
-    return PlacedBox(rays[:4] * range_m, range_m, how)
+        range_m, source = marker_range_m, ASSUMED
+    return PlacedBox(rays[:4] * range_m, range_m, source)

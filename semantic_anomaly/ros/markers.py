@@ -56,7 +56,7 @@ def _box(header: Header, localization: Localization, box: PlacedBox) -> Marker:
     marker.color = _COLOURS[localization.state]
     corners = [_point(corner) for corner in box.corners]
     marker.points = [corners[end] for edge in _EDGES for end in edge]
-    if box.how == ASSUMED:
+    if box.range_source == ASSUMED:
         marker.points += [end for corner in corners for end in (Point(), corner)]
     return marker
 
@@ -68,7 +68,7 @@ def _label(header: Header, localization: Localization, box: PlacedBox) -> Marker
     top = box.corners[:2].mean(axis=0)
     # y points down in the optical frame.
     marker.pose.position = _point((top[0], top[1] - _TEXT_M, top[2]))
-    marker.text = f"{localization.score:.2f}  {box.range_m:.1f} m ({box.how})"
+    marker.text = f"{localization.score:.2f}  {box.range_m:.1f} m ({box.range_source})"
     if localization.state is ComponentState.CANDIDATE:
         marker.text += "  candidate"
     return marker

@@ -7,7 +7,7 @@ import pytest
 from worlds.colours import IMAGE_HW, LEFT_HALF, ODD_BOX, PATCH, make_detector, said, street
 
 from semantic_anomaly.detection.detector import AnomalyDetector
-from semantic_anomaly.detection.tracking import reject
+from semantic_anomaly.detection.filters import reject
 from semantic_anomaly.errors import ModelOutputError
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import Decision, Localization, NominalExample, PatchGrid

@@ -110,7 +110,7 @@ def test_boxes_are_placed_by_depth_then_ground_then_assumption() -> None:
     found, labels = place(90, 60, 110, 80)
     depth = np.full(HW, 5.0, np.float32)
     box = place_box(found, labels, CAMERA, depth, 1.5, 12.0)
-    assert (box.how, box.range_m) == (MEASURED, 5.0)
+    assert (box.range_source, box.range_m) == (MEASURED, 5.0)
     # Edges lie half a pixel outside the centres.
     left_top = [(89.5 - 99.5) / 80 * 5, (59.5 - 49.5) / 90 * 5, 5.0]
     right_bottom = [(109.5 - 99.5) / 80 * 5, (79.5 - 49.5) / 90 * 5, 5.0]
@@ -118,10 +118,10 @@ def test_boxes_are_placed_by_depth_then_ground_then_assumption() -> None:
     np.testing.assert_allclose(box.corners[2], right_bottom, atol=1e-9)
 
     box = place_box(found, labels, CAMERA, np.zeros(HW, np.float32), 1.5, 12.0)
-    assert box.how == GROUND and box.range_m == pytest.approx(1.5 * 90 / 30)
+    assert box.range_source == GROUND and box.range_m == pytest.approx(1.5 * 90 / 30)
     np.testing.assert_allclose(box.corners[2:, 1], 1.5)
 
     above, above_labels = place(90, 10, 110, 30)
     box = place_box(above, above_labels, CAMERA, None, 1.5, 12.0)
-    assert (box.how, box.range_m) == (ASSUMED, 12.0)
+    assert (box.range_source, box.range_m) == (ASSUMED, 12.0)
     assert box.corners[:, 2].tolist() == [12.0] * 4

@@ -1,7 +1,9 @@
-"""Pictures: a fixed scale, plain where nominal, and the same words for everybody."""
+"""Rendering: a fixed scale, the plain image where nominal, and a legible banner."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -12,39 +14,43 @@ from semantic_anomaly.detection.localization import heatmap, localize
 from semantic_anomaly.detection.rendering import contact_sheet, draw_heatmap, draw_overlay
 from semantic_anomaly.errors import ImageError
 from semantic_anomaly.roi import ImageRegion
-from semantic_anomaly.structures import AnomalyResult, Decision, HeatmapScale, NominalExample
+from semantic_anomaly.structures import (
+    AnomalyResult,
+    ComponentState,
+    Decision,
+    Frame,
+    HeatmapScale,
+    NominalExample,
+)
 
 THRESHOLD = 0.3
 WEDGE = ImageRegion(((0.1, 1.0), (0.4, 0.3), (0.6, 0.3), (0.9, 1.0)))
 
 
 def result_of(
-    distances: np.ndarray,
+    anomaly_map: np.ndarray,
     image_hw: tuple[int, int],
-    region: ImageRegion | None = None,
+    roi: ImageRegion | None = None,
     **changes: Any,
 ) -> AnomalyResult:
-    region = region or ImageRegion()
-    inside = region.patch_mask(distances.shape, image_hw)  # type: ignore[arg-type]
-    distances = np.where(inside, distances, 0).astype(np.float32)
-    heat = heatmap(distances, region, image_hw)
-    labels, places = localize(
-        distances,
-        heat,
-        THRESHOLD,
-        0,
-        region.pixel_mask(image_hw),
-        lambda places: [NominalExample("a/1.png", row, col, (1, 1), 0.1) for row, col in places],
-    )
+    roi = roi or ImageRegion()
+    inside = roi.patch_mask(anomaly_map.shape, image_hw)  # type: ignore[arg-type]
+    anomaly_map = np.where(inside, anomaly_map, 0).astype(np.float32)
+    heat = heatmap(anomaly_map, roi, image_hw)
+    grid: Any = SimpleNamespace(features=anomaly_map[..., None])
+    example = NominalExample("a/1.png", 0, 0, (1, 1), 0.1)
+    index: Any = SimpleNamespace(nearest_many=lambda embeddings: [example] * len(embeddings))
+    mask = roi.pixel_mask(image_hw)
+    labels, localizations = localize(anomaly_map, heat, THRESHOLD, 0, mask, grid, index)
     values: dict[str, Any] = {
-        "score": float(distances.max()),
-        "decision": Decision.ANOMALY if places else Decision.NOMINAL,
+        "score": float(anomaly_map.max()),
+        "decision": Decision.ANOMALY if localizations else Decision.NOMINAL,
         "p_value": 0.0123,
         "threshold": THRESHOLD,
         "heatmap": heat,
         "scale": HeatmapScale(0.05, THRESHOLD),
         "label_map": labels,
-        "localizations": places,
+        "localizations": localizations,
     }
     return AnomalyResult(**{**values, **changes})
 
@@ -97,7 +103,7 @@ def test_heatmap_grows_brighter_with_distance_and_never_darker() -> None:
     assert (np.diff(row) >= -1.0).all() and row[-1] - row[0] > 200
 
 
-def test_heatmap_is_black_outside_the_region() -> None:
+def test_heatmap_is_black_outside_the_roi() -> None:
     picture = draw_heatmap(result_of(np.full((9, 16), 0.9), (90, 160), WEDGE), WEDGE)
     mask = WEDGE.pixel_mask((90, 160))
     assert not picture[~mask].any() and (lightness(picture)[mask] > 200).mean() > 0.95
@@ -112,13 +118,15 @@ def test_overlay_of_a_nominal_frame_is_the_plain_image_under_a_banner(
 ) -> None:
     image = rng.integers(0, 256, (360, 640, 3), np.uint8)
     kept = image.copy()
-    drawn = draw_overlay(image, result_of(np.full((9, 16), 0.08), (360, 640)), ImageRegion(), 0.7)
+    result = result_of(np.full((9, 16), 0.08), (360, 640))
+    drawn = draw_overlay(image, result)
     rows = banner_rows((360, 640))
     np.testing.assert_array_equal(drawn[rows:], image[rows:])
     np.testing.assert_array_equal(image, kept)
+    np.testing.assert_array_equal(draw_overlay(Frame(image), result, ImageRegion(), 0.5), drawn)
 
 
-def test_overlay_marks_the_odd_place_and_nothing_else() -> None:
+def test_overlay_marks_the_component_and_nothing_else() -> None:
     image_hw = (360, 640)
     image = grey(image_hw)
     result = result_of(one_odd_patch(), image_hw)
@@ -147,7 +155,7 @@ def test_alpha_is_the_strength_of_the_heatmap() -> None:
     assert shifts[0] == 0 and shifts == sorted(shifts) and shifts[-1] > 100
 
 
-def test_outside_of_the_region_is_dimmed_and_its_edge_drawn() -> None:
+def test_outside_of_the_roi_is_dimmed_and_its_edge_drawn() -> None:
     image = grey((360, 640))
     drawn = draw_overlay(image, result_of(np.full((9, 16), 0.05), (360, 640), WEDGE), WEDGE, 0.5)
     assert (drawn[200, 20] < 60).all(), "dimmed"
@@ -165,7 +173,7 @@ def test_banner_is_legible(image_hw: tuple[int, int], decision: Decision) -> Non
         decision=decision,
         reason="uncalibrated: no threshold" if decision is Decision.UNKNOWN else "",
     )
-    banner = draw_overlay(grey(image_hw), result, ImageRegion(), 0.5)[: banner_rows(image_hw)]
+    banner = draw_overlay(grey(image_hw), result)[: banner_rows(image_hw)]
     light = lightness(banner) > 120
     ys, xs = np.nonzero(light)
     assert ys.max() - ys.min() >= 9, "letters of ten pixels"
@@ -173,21 +181,30 @@ def test_banner_is_legible(image_hw: tuple[int, int], decision: Decision) -> Non
     assert np.median(lightness(banner)[~light]) < 60, "on a dark ground"
 
 
-def test_decisions_differ_in_the_banner() -> None:
-    banners = []
-    for decision in (Decision.NOMINAL, Decision.ANOMALY):
-        result = result_of(np.full((9, 16), 0.08), (360, 640), decision=decision)
-        banners.append(draw_overlay(grey((360, 640)), result, ImageRegion(), 0.5)[:24])
-    assert (banners[0] != banners[1]).any()
+def test_the_banner_of_a_candidate_differs_from_nominal_and_anomaly() -> None:
+    confirmed = result_of(one_odd_patch(), (360, 640))
+    localizations = tuple(
+        replace(found, state=ComponentState.CANDIDATE) for found in confirmed.localizations
+    )
+    nominal = replace(confirmed, decision=Decision.NOMINAL, localizations=())
+    candidate = replace(nominal, localizations=localizations)
+    banners = [draw_overlay(grey((360, 640)), r)[:24] for r in (confirmed, nominal, candidate)]
+    # Orange, blue and yellow on a dark ground.
+    colours = [banner.reshape(-1, 3)[banner.sum(axis=2).argmax()] for banner in banners]
+    assert [tuple(int(v > 150) for v in colour) for colour in colours] == [
+        (1, 0, 0),
+        (0, 1, 1),
+        (1, 1, 0),
+    ]
 
 
 @pytest.mark.parametrize("image_hw", [(2, 3), (16, 16), (48, 64), (97, 131), (2000, 90)])
 def test_small_and_odd_sizes_are_drawn(image_hw: tuple[int, int]) -> None:
-    for region in (ImageRegion(), ImageRegion(((0.0, 0.0), (1.0, 0.0), (1.0, 1.0)))):
-        result = result_of(one_odd_patch(), image_hw, region)
-        drawn = draw_overlay(grey(image_hw), result, region, 0.5)
+    for roi in (ImageRegion(), ImageRegion(((0.0, 0.0), (1.0, 0.0), (1.0, 1.0)))):
+        result = result_of(one_odd_patch(), image_hw, roi)
+        drawn = draw_overlay(grey(image_hw), result, roi)
         assert drawn.shape == (*image_hw, 3) and drawn.dtype == np.uint8
-        assert draw_heatmap(result, region).shape == (*image_hw, 3)
+        assert draw_heatmap(result, roi).shape == (*image_hw, 3)
 
 
 def test_uncalibrated_result_is_drawn_with_its_reason() -> None:
@@ -195,16 +212,19 @@ def test_uncalibrated_result_is_drawn_with_its_reason() -> None:
     images = []
     for reason in ("uncalibrated", "no frames"):
         result = result_of(one_odd_patch(), (360, 640), reason=reason, **shared)
-        images.append(draw_overlay(grey((360, 640)), result, ImageRegion(), 0.5))
+        images.append(draw_overlay(grey((360, 640)), result))
     assert (images[0] != images[1]).any()
 
 
-def test_overlay_refuses_another_size() -> None:
+def test_overlay_refuses_another_size_or_dtype() -> None:
+    result = result_of(one_odd_patch(), (40, 60))
     with pytest.raises(ImageError, match=r"expected an image of the result's size \(40, 60\)"):
-        draw_overlay(grey((40, 61)), result_of(one_odd_patch(), (40, 60)), ImageRegion(), 0.5)
+        draw_overlay(grey((40, 61)), result)
+    with pytest.raises(ImageError, match="uint8 RGB"):
+        draw_overlay(grey((40, 60)) / 255, result)
 
 
-def test_contact_sheet_places_row_by_row() -> None:
+def test_contact_sheet_is_filled_row_by_row() -> None:
     tiles = [np.full((4, 6, 3), value, np.uint8) for value in (10, 20, 30)]
     sheet = contact_sheet(tiles, columns=2, gap_px=1)
     assert sheet.shape == (9, 13, 3)
