@@ -1,22 +1,28 @@
-# Everything sets up its own virtual environment when needed.
+# Each target sets up its own virtual environment when needed. Python 3.10, 3.11 or 3.12.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+EXTRAS := ros,report,vlm,notebook,docs,test
 
 # Camera-size images between processes are lost over the default transport in many containers.
 export FASTDDS_BUILTIN_TRANSPORTS ?= LARGE_DATA
 # A binary built for this CPU alone may not run on the next one.
 export HNSWLIB_NO_NATIVE := 1
 export HF_HUB_OFFLINE := 1
+# Hides a notice: Material for MkDocs is maintained until May 2027; its successor reads the same mkdocs.yml.
+export NO_MKDOCS_2_WARNING := true
 
-.PHONY: demo test lint format bench ablation clean
+.PHONY: demo test test-slow lint format docs bench ablation clean
 
-demo: $(STAMP)  ## Drive through a synthetic street with the real node; pictures in demo_output/.
+demo: $(STAMP)  ## Drive through a synthetic street with the real node; images in demo_output/.
 	$(BIN)/semantic-anomaly demo --out demo_output
 
-test: lint  ## Lint, types and every test that needs no GPU and no network.
+test: lint  ## Lint, types and the default tests: no GPU, no network, under ten minutes on two cores.
 	$(BIN)/python -m pytest -q -m "not slow"
+
+test-slow: $(STAMP)  ## The tests that take minutes: notebooks, demo, documentation, long runs.
+	$(BIN)/python -m pytest -q -m slow
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -27,17 +33,20 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP)  ## Stage times and the search, side by side.
+docs: $(STAMP)  ## The documentation as a web site in site/.
+	$(BIN)/mkdocs build --strict
+
+bench: $(STAMP)  ## Stage times and search times.
 	$(BIN)/python benchmarks/stages.py
 	$(BIN)/python benchmarks/search.py
 
-ablation: $(STAMP)  ## What each part of the method earns on held-out streets; two hours.
+ablation: $(STAMP)  ## The value of each part of the method on held-out streets; two hours.
 	$(BIN)/python benchmarks/ablation.py --times
 
 $(STAMP): setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[ros,report,vlm,test]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	touch $(VENV)/COLCON_IGNORE $@
 
 clean:
-	rm -rf $(VENV) build install log demo_output *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build install log site demo_output *.egg-info .mypy_cache .pytest_cache .ruff_cache

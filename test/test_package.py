@@ -1,68 +1,109 @@
-"""The package's own description: versions agree, what setup.py names exists."""
+"""Package metadata: versions agree, dependencies are declared and pinned, scripts exist."""
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 import xml.etree.ElementTree as ElementTree
+from itertools import chain
 from pathlib import Path
 
 import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import semantic_anomaly
 
 ROOT = Path(__file__).resolve().parents[1]
+PYTHONS = ("3.10", "3.11", "3.12")
 MANIFEST = ElementTree.parse(ROOT / "package.xml").getroot()
-SETUP = (ROOT / "setup.py").read_text(encoding="utf-8")
+SETUP = (ROOT / "setup.py").read_text("utf-8")
+# Arguments of the call of setup() that are literals.
+OPTIONS = {
+    keyword.arg: ast.literal_eval(keyword.value)
+    for call in ast.walk(ast.parse(SETUP))
+    if isinstance(call, ast.Call) and ast.unparse(call.func) == "setup"
+    for keyword in call.keywords
+    if keyword.arg in ("install_requires", "extras_require", "entry_points", "license")
+}
+EXEC_DEPENDS = {element.text for element in MANIFEST.findall("exec_depend")}
 
 
 def test_version_is_the_same_everywhere() -> None:
-    assert MANIFEST.findtext("version") == semantic_anomaly.__version__
+    version = semantic_anomaly.__version__
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    changelog = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    assert re.fullmatch(r"\d+\.\d+\.\d+", version)
+    assert MANIFEST.findtext("version") == citation["version"] == version
     assert "version=version" in SETUP, "setup.py must read the version, not repeat it"
+    assert f"## [{version}]" in changelog or f"released as {version}" in changelog
 
 
-@pytest.mark.parametrize(
-    "name", ["rclpy", "cv_bridge", "sensor_msgs", "std_msgs", "lifecycle_msgs"]
-)
-def test_package_xml_names_the_ros_dependencies(name: str) -> None:
-    assert MANIFEST.get("format") == "3"
-    assert name in [element.text for element in MANIFEST.findall("exec_depend")]
+def test_licence_is_the_same_everywhere() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert "Apache License" in (ROOT / "LICENSE").read_text("utf-8")[:200]
+    assert MANIFEST.findtext("license") == citation["license"] == "Apache-2.0"
+    assert OPTIONS["license"] == "Apache-2.0"
 
 
-@pytest.mark.parametrize("name", ["torch", "transformers", "numpy", "hnswlib", "opencv-python"])
-def test_setup_names_the_python_dependencies(name: str) -> None:
-    required = re.search(r"install_requires=\[(.*?)\]", SETUP, re.S)
-    assert required is not None and f'"{name}' in required.group(1)
+def test_citation_refers_to_the_paper() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    [paper] = citation["references"]
+    assert paper["identifiers"][0]["value"] == "arXiv:2505.07998" and len(paper["authors"]) == 7
 
 
 def test_every_imported_ros_package_is_declared() -> None:
-    declared = {element.text for element in MANIFEST.findall("exec_depend")}
     imported = set()
     for path in [*(ROOT / "semantic_anomaly/ros").glob("*.py"), *(ROOT / "launch").glob("*.py")]:
-        text = path.read_text(encoding="utf-8")
-        found = re.findall(r"^\s*(?:from|import) (\w+)", text, re.M)
-        imported |= {n for n in found if n.endswith(("_msgs", "_srvs", "_interfaces"))}
-        imported |= {n for n in found if n in ("rclpy", "launch", "launch_ros", "cv_bridge")}
+        names = re.findall(r"^\s*(?:from|import) (\w+)", path.read_text("utf-8"), re.M)
+        imported |= {name for name in names if name.endswith(("_msgs", "_srvs", "_interfaces"))}
+        imported |= {name for name in names if name in ("rclpy", "launch", "launch_ros")}
+    assert MANIFEST.get("format") == "3"
     # vision_msgs is used where it is installed and is not required.
-    assert imported and imported - {"vision_msgs"} <= declared
+    assert "rclpy" in imported and imported - {"vision_msgs"} <= EXEC_DEPENDS
 
 
 def test_console_scripts_lead_to_functions() -> None:
-    scripts = re.findall(r'"([\w-]+) = ([\w.]+):(\w+)"', SETUP)
-    assert {name for name, _, _ in scripts} >= {"semantic-anomaly", "anomaly_node"}
-    for name, module, function in scripts:
+    scripts = dict(script.split(" = ") for script in OPTIONS["entry_points"]["console_scripts"])
+    assert {"semantic-anomaly", "anomaly_node"} <= set(scripts)
+    for name, target in scripts.items():
+        module, _, function = target.partition(":")
         assert callable(getattr(importlib.import_module(module), function)), name
 
 
-def test_constraints_pin_what_setup_requires() -> None:
-    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8")
-    pinned = {line.split("==")[0].lower().replace("_", "-") for line in pins.splitlines()}
-    required = re.findall(r'^\s+"([A-Za-z][\w-]*)(?:\[\w+\])?(?:>=[\d.]+)?",$', SETUP, re.M)
-    missing = {name.lower() for name in required} - pinned - {"setuptools"}
-    assert not missing
-    assert "torch==2.13.0" in pins and "hnswlib==0.8.0" in pins
+@pytest.mark.parametrize("python", PYTHONS)
+def test_constraints_pin_what_setup_requires(python: str) -> None:
+    environment = {"python_version": python, "python_full_version": f"{python}.9"}
+    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if not line.startswith("#")]
+    pinned = [p for p in pins if p.marker is None or p.marker.evaluate(environment)]
+    names = [canonicalize_name(pin.name) for pin in pinned]
+    assert len(names) == len(set(names)), "one version for each Python"
+    assert all(re.fullmatch(r"==[\w.+]+", str(pin.specifier)) for pin in pinned)
+    lists = [OPTIONS["install_requires"], *OPTIONS["extras_require"].values()]
+    texts = list(chain.from_iterable(lists))
+    required = [Requirement(text) for text in texts if text != "setuptools"]
+    versions = {canonicalize_name(pin.name): str(pin.specifier)[2:] for pin in pinned}
+    for requirement in required:
+        assert versions[canonicalize_name(requirement.name)] in requirement.specifier
 
 
-def test_licence_is_apache() -> None:
-    assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")[:200]
-    assert MANIFEST.findtext("license") == "Apache-2.0"
+def test_workflow_runs_every_supported_python() -> None:
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text("utf-8"))
+    jobs = workflow["jobs"]
+    assert jobs["test"]["strategy"]["matrix"]["python"] == list(PYTHONS)
+    commands = {step["run"] for job in jobs.values() for step in job["steps"] if "run" in step}
+    assert commands == {"make test", "make test-slow", "make docs"}
+    assert f'python_requires=">={PYTHONS[0]}"' in SETUP
+    assert f"python_version = {PYTHONS[0]}" in (ROOT / "setup.cfg").read_text("utf-8")
+    assert 'target-version = "py310"' in (ROOT / "ruff.toml").read_text("utf-8")
+
+
+def test_colcon_finds_the_tests() -> None:
+    # colcon runs pytest for packages that have it in tests_require or in the extra "test".
+    assert any(Requirement(text).name == "pytest" for text in OPTIONS["extras_require"]["test"])
+    assert MANIFEST.findtext("export/build_type") == "ament_python"
+    assert "python3-pytest" in {element.text for element in MANIFEST.findall("test_depend")}
