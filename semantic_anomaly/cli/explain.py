@@ -112,13 +112,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _image(args: argparse.Namespace) -> np.ndarray:
-    from semantic_anomaly.io.images import read_image
     from semantic_anomaly.io.open import open_source
-    from semantic_anomaly.io.sources import IMAGE_SUFFIXES
 
-    path = Path(args.image).expanduser()
-    if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir():
-        return read_image(path)
     frames = list(itertools.islice(open_source(args.image, topic=args.topic), 2))
     if len(frames) > 1:
         raise SourceError(
