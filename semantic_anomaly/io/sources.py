@@ -160,7 +160,8 @@ class ImageFiles(FrameSource):
             tails = self._names if several else [file.name for file in files]
             self._names = [f"{name}/{tail}" for tail in tails]
         elif files:
-            self.name = self.path.resolve().name if several else _folder_of(self._names[0])
+            common = self.path.resolve().name if several else _folder_of(self._names[0])
+            self.name = common or "images"
         labels = {folder: _read_labels(folder, rows) for folder, rows in by_folder.items()}
         self._stamps_ns, self._drives = [], {}
         for index, (file, frame) in enumerate(zip(files, self._names, strict=True)):
@@ -347,9 +348,10 @@ def _read_labels(folder: Path, files: list[Path]) -> tuple[dict[str, int], dict[
         SourceError: the labels cannot be read, or only some files have a stamp.
     """
     resolved = folder.resolve()
-    places = [folder, resolved.parent] if resolved.name == "images" else [folder]
-    labels = next((p / "labels.json" for p in places if (p / "labels.json").is_file()), None)
-    if labels is None:
+    labels = folder / "labels.json"
+    if not labels.is_file() and resolved.name == "images":
+        labels = resolved.parent / "labels.json"
+    if not labels.is_file():
         return {}, {}
     try:
         content = json.loads(labels.read_text(encoding="utf-8"))
