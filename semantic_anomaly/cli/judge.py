@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from semantic_anomaly.cli import INCOMPLETE
+from semantic_anomaly.cli import DONE, INCOMPLETE
 from semantic_anomaly.cli.options import add_layout_option, count, positive
-from semantic_anomaly.cli.tables import table
+from semantic_anomaly.cli.tables import listed, table
 from semantic_anomaly.errors import InputError
 from semantic_anomaly.evaluation.measures import figure
 
@@ -78,7 +78,10 @@ def run(args: argparse.Namespace) -> int:
     results = judge_dataset(dataset, judge, args.out, price=price, progress=True)
     print(_summary(results))
     print(f"wrote {args.out}")
-    return INCOMPLETE if results["frames_unknown"] else 0
+    unknown = [row["name"] for row in results["frames"] if row["decision"] == "unknown"]
+    if unknown:
+        print(f"warning: no verdict for {listed(unknown)}")
+    return INCOMPLETE if unknown else DONE
 
 
 def _price(text: str) -> tuple[float, float]:

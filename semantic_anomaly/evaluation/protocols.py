@@ -108,7 +108,7 @@ class SelfNominal:
         count = len(dataset)
         if count < 2:
             raise InputError(f"self-nominal: expected at least two images, found {count}")
-        self._settings, self._camera = settings.with_build_defaults(), camera
+        self._settings, self._camera = settings, camera
         self._embedder = embedder or _load_embedder(settings)
         self._dataset = dataset
         folds = min(folds, count)
@@ -128,7 +128,7 @@ class SelfNominal:
                 self._others(fold),
                 identity=self._embedder.identity,
                 region=camera_roi(self._settings, self._camera),
-                settings=self._settings,
+                settings=self._settings.with_build_defaults(),
                 source=[self._dataset.name],
                 camera=self._camera,
                 segmenter=self._embedder.segmenter,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import cv2
 import numpy as np
 
-from semantic_anomaly.detection.explain import mark_place
+from semantic_anomaly.detection.explain import mark_patch
 from semantic_anomaly.detection.rendering import contact_sheet, draw_heatmap, draw_overlay
 from semantic_anomaly.evaluation import extras
 from semantic_anomaly.evaluation.figures import at_width
@@ -226,7 +226,7 @@ def nearest_nominal(detector: AnomalyDetector, frame: Frame) -> np.ndarray | Non
     if picture is None:
         return None
     picture = picture.copy()
-    mark_place(picture, example.grid_hw, example.row, example.col)
+    mark_patch(picture, example.grid_hw, example.row, example.col)
     return picture
 
 

@@ -271,12 +271,17 @@ def test_the_command_and_the_comparison(
 ) -> None:
     root = make_dataset(tmp_path / "set", "..oo")
     argv = ["judge", str(root), "--base-url", server.url, "--model", "m", "--price", "1,2"]
-    assert main([*argv, "--out", str(tmp_path / "told")]) == 0
+    assert main([*argv, "--out", str(tmp_path / "judged")]) == 0
     text = capsys.readouterr().out
     assert "set, m: 4 frames" in text and "price a frame  0.001100" in text
-    assert (tmp_path / "told.answers").is_dir()
-    assert main(["compare", str(tmp_path / "told"), str(tmp_path / "told")]) == 0
+    assert (tmp_path / "judged.answers").is_dir()
+    assert main(["compare", str(tmp_path / "judged"), str(tmp_path / "judged")]) == 0
     assert "ms a frame" in capsys.readouterr().out
+    (tmp_path / "prompt").write_text("Anything odd?")
+    server.script = [spoken("no idea")]
+    options = ["--prompt", str(tmp_path / "prompt"), "--parallel", "1"]
+    assert main([*argv, "--out", str(tmp_path / "partial"), *options]) == 3
+    assert "warning: no verdict for 00000.png\n" in capsys.readouterr().out
     assert main([*argv, "--out", str(tmp_path / "o"), "--price", "1"]) == 2
     assert "expected IN,OUT" in capsys.readouterr().err
     assert main([*argv, "--out", str(tmp_path / "o"), "--prompt", str(tmp_path / "x")]) == 2
