@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from semantic_anomaly.errors import (
@@ -18,6 +19,8 @@ from semantic_anomaly.errors import (
 from semantic_anomaly.settings_schema import (
     SettingSpec,
     check_fields,
+    read_parameters_yaml,
+    resolve_paths,
     setting,
     specs_of,
 )
@@ -68,7 +71,7 @@ class CameraSettings:
         minimum=0.0,
         maximum=100.0,
     )
-    index: str = setting("", "Index folder of this camera; empty: the common 'index'.")
+    index: str = setting("", "Index folder of this camera; empty: the common 'index'.", path=True)
     region_of_interest: tuple[float, ...] = setting(
         (),
         "Polygon x0, y0, x1, y1, ... in relative image coordinates [0, 1]; empty: that of the "
@@ -77,7 +80,9 @@ class CameraSettings:
         maximum=1.0,
     )
     ego_mask: str = setting(
-        "", "PNG image whose non-zero pixels show the ego vehicle; they are ignored. Empty: none."
+        "",
+        "PNG image whose non-zero pixels show the ego vehicle; they are ignored. Empty: none.",
+        path=True,
     )
 
     def __post_init__(self) -> None:
@@ -106,7 +111,7 @@ class Settings:
         UnknownNameError: settings of a camera that is not in `cameras`.
     """
 
-    index: str = setting("", "Folder of the nominal index.")
+    index: str = setting("", "Folder of the nominal index.", path=True)
     backbone: str = setting(
         "",
         "Vision backbone: a shipped name, a local Hugging Face folder, or a hub id already "
@@ -402,6 +407,17 @@ class Settings:
     def index_of(self, camera: str) -> str:
         """Return the index folder of a camera: its own, else the common one, else ''."""
         return self.camera_settings[camera].index or self.index
+
+
+def read_settings_file(path: Path) -> dict[str, Any]:
+    """Return flat parameters of a parameter file; relative paths are relative to its folder.
+
+    Raises:
+        SettingsError: as `read_parameters_yaml`.
+    """
+    parameters = read_parameters_yaml(path)
+    specs = {**_SPECS, **_CAMERA_SPECS}
+    return resolve_paths(parameters, specs, Path(path).parent)
 
 
 def setting_specs() -> dict[str, SettingSpec]:

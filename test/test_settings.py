@@ -14,6 +14,7 @@ from semantic_anomaly.settings import (
     CameraSettings,
     Settings,
     camera_setting_specs,
+    read_settings_file,
     setting_specs,
 )
 from semantic_anomaly.settings_schema import read_parameters_yaml
@@ -227,3 +228,18 @@ def test_live_settings_are_those_that_need_no_new_model_or_topic() -> None:
         "overlay_alpha",
     }
     assert not any(spec.live for spec in camera_setting_specs().values())
+
+
+def test_relative_paths_of_a_file_are_relative_to_its_folder(tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        "index: data/index\nbackbone: ../models/dino\nsegmenter_model: owner/name\n"
+        "cameras: [front, rear]\nfront: {index: /absolute, ego_mask: masks/ego.png}\n",
+    )
+    settings = Settings.from_parameters(read_settings_file(path))
+    assert settings.index == str(tmp_path / "data" / "index")
+    assert settings.backbone == str(tmp_path.parent / "models" / "dino")
+    assert settings.segmenter_model == "owner/name"
+    assert settings.index_of("front") == "/absolute"
+    assert settings.camera_settings["front"].ego_mask == str(tmp_path / "masks" / "ego.png")
+    assert settings.index_of("rear") == settings.index

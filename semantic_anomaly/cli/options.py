@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from semantic_anomaly.errors import InputError, SettingsError, UnknownNameError
-from semantic_anomaly.settings import Settings
-from semantic_anomaly.settings_schema import read_parameters_yaml
+from semantic_anomaly.settings import Settings, read_settings_file
 
 if TYPE_CHECKING:
     from semantic_anomaly.evaluation.components import SizeLimits
@@ -140,7 +139,7 @@ def add_sources_argument(parser: argparse.ArgumentParser) -> None:
 
 def _parameters(args: argparse.Namespace) -> dict[str, Any]:
     """Return parameters: of the settings file, overridden by --set, overridden by --backbone."""
-    parameters = read_parameters_yaml(args.settings) if args.settings else {}
+    parameters = read_settings_file(args.settings) if args.settings else {}
     parameters.update(_override(item) for item in args.overrides)
     if args.backbone:
         parameters["backbone"] = args.backbone

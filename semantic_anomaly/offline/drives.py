@@ -75,7 +75,8 @@ def open_drives(sources: Sources, topic: str | None = None) -> dict[str, FrameSo
     Raises:
         SourceError: no sources, a source without frames, or one given twice.
     """
-    items = list(sources) if _is_several(sources) else [sources]
+    several = _is_several(sources)
+    items: list[Any] = [*sources] if several else [sources]  # type: ignore[misc]
     if not items:
         raise SourceError("sources: expected at least one drive, found none")
     drives: dict[str, FrameSource] = {}

@@ -16,7 +16,7 @@ from semantic_anomaly.cli import main
 from semantic_anomaly.detection.detector import load_detector
 from semantic_anomaly.errors import ArtefactError, CalibrationError
 from semantic_anomaly.index import edits as index_edits
-from semantic_anomaly.index.format import refuse_other_folder
+from semantic_anomaly.index.format import refuse_existing
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.offline.edit_index import save_edited
 from semantic_anomaly.roi import ImageRegion
@@ -28,7 +28,7 @@ def calibration(camera: str, highest: float, fingerprint: str = "f" * 64) -> Cal
         {"a": np.linspace(0.001, highest, 40).tolist()},
         heatmap_low=0.0005,
         index=SimpleNamespace(fingerprint=fingerprint),
-        settings=Settings(target_false_alarm_rate=0.05),
+        settings=Settings(target_false_alarm_rate=0.05, variant="grid"),
         roi=ImageRegion(),
         camera=camera,
     )
@@ -98,8 +98,8 @@ def test_other_files_are_still_refused(tmp_path: Path) -> None:
     make_detector().index.save(folder)
     (folder / "calibration.rear camera.json").write_text("{}")
     with pytest.raises(ArtefactError, match="not an index"):
-        refuse_other_folder(folder)
+        refuse_existing(folder, force=True)
     (folder / "calibration.rear camera.json").rename(folder / "calibration.rear.json")
-    refuse_other_folder(folder)
+    refuse_existing(folder, force=True)
     with pytest.raises(CalibrationError, match="format"):
         Calibration.load(folder, "rear")

@@ -50,14 +50,21 @@ SOURCES = [
     (no_images, r"expected images .*found none"),
     (unreadable_image, r"1\.png.*truncated"),
     (sizes_that_vary, r"one size, 128x72.*found 128x64.*1\.png"),
-    (a_text_file, r"expected a folder of images, a video .* or a bag"),
+    (a_text_file, r"expected a folder of images, .*a video .* or a bag"),
     (a_cut_bag, r"drive\.mcap|lacks its metadata"),
     (nothing, r"does not exist"),
 ]
 
 
-@pytest.mark.parametrize(("make", "named"), SOURCES)
-@pytest.mark.parametrize("verb", ["build-index", "calibrate", "replay"])
+@pytest.mark.parametrize(
+    ("verb", "make", "named"),
+    [
+        *(("build-index", make, named) for make, named in SOURCES),
+        ("calibrate", *SOURCES[0]),
+        ("calibrate", *SOURCES[1]),
+        ("replay", *SOURCES[1]),
+    ],
+)
 def test_bad_sources(
     verb: str,
     make: Callable[[Path], None],
@@ -77,6 +84,7 @@ def test_bad_sources(
     refused([*argv, *world.detector], named, capsys, tmp_path, Path(index))
 
 
+@pytest.mark.parametrize("verb", ["build-index", "calibrate", "replay"])
 @pytest.mark.parametrize(
     ("topic", "named"),
     [
@@ -84,7 +92,6 @@ def test_bad_sources(
         ("/camera/camera_info", r"of type sensor_msgs/msg/CameraInfo, expected sensor_msgs"),
     ],
 )
-@pytest.mark.parametrize("verb", ["build-index", "calibrate", "replay"])
 def test_bad_topics(
     verb: str,
     topic: str,
@@ -129,7 +136,7 @@ def other_weights(folder: Path) -> None:
         (other_weights, r"expected exactly the weights of a"),
     ],
 )
-@pytest.mark.parametrize("verb", ["build-index", "evaluate"])
+@pytest.mark.parametrize("verb", ["build-index"])
 def test_bad_backbones(
     verb: str,
     damage: Callable[[Path], None],
@@ -161,7 +168,7 @@ def test_bad_backbones(
         (["--camera", "rear"], r"unknown camera 'rear'.*expected one of: camera"),
     ],
 )
-@pytest.mark.parametrize("verb", ["build-index", "calibrate", "evaluate", "replay"])
+@pytest.mark.parametrize("verb", ["evaluate"])
 def test_bad_settings(
     verb: str,
     options: list[str],

@@ -196,13 +196,6 @@ def test_tables_align_numbers_to_the_right() -> None:
     assert tables.table([]) == ""
 
 
-@pytest.mark.parametrize(
-    ("value", "text"), [(0.12345, "0.123"), (None, "-"), (1.0, "1.000"), (0.0, "0.000")]
-)
-def test_figures_have_sensible_digits(value: float | None, text: str) -> None:
-    assert tables.figure(value) == text
-
-
 @pytest.mark.parametrize(("count", "text"), [(999, "1.0 kB"), (5_000_000, "5.0 MB")])
 def test_sizes(count: int, text: str) -> None:
     assert tables.megabytes(count) == text

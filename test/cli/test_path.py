@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from worlds.cli import World
+from worlds.cli import World, refused
 
 from semantic_anomaly.calibration.calibration import Calibration
 from semantic_anomaly.cli import main
@@ -39,12 +39,13 @@ def test_build_index(world: World, tmp_path: Path, capsys: pytest.CaptureFixture
     assert row(said.out, "size on disk") in (f"{size / 1e3:.1f} kB", f"{size / 1e6:.1f} MB")
 
 
-def test_a_new_index_takes_the_place_of_the_old_one_and_its_calibration(
-    world: World, tmp_path: Path
+def test_an_existing_index_is_replaced_only_with_force(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = world.copy("index", tmp_path / "index")
     argv = ["build-index", world.at("index_1"), "--out", str(out), *world.detector]
-    assert main([*argv, "--set", "max_entries=20"]) == 0
+    refused(argv, r"exists with \d+ entries.*1 calibration.*--force", capsys, out)
+    assert main([*argv, "--force", "--set", "max_entries=20"]) == 0
     assert NominalIndex.load(out).count == 20
     assert not (out / "calibration.json").exists(), "it was of the old index"
 
@@ -139,12 +140,12 @@ def test_inspect_index(
     assert row(text, "fingerprint") == index.fingerprint[:16]
     assert row(text, "backbone").startswith("tiny_dinov2 (dinov2)")
     assert row(text, "sources") == "index_1, index_2"
-    assert row(text, "region") == "whole image"
+    assert row(text, "region of interest") == "whole image"
     if calibrated:
         threshold = Calibration.load(folder).threshold
         assert row(text, "threshold") == f"{threshold:.4f}"
         assert row(text, "drives") == "calibration_11 (10), calibration_12 (10)"
-        assert "2 drives only" in row(text, "warning")
+        assert "only 2 drives" in row(text, "warning")
         assert 0.5 < float(row(text, "recall")) <= 1.0
     else:
         assert row(text, "calibration").startswith("none")
@@ -166,6 +167,6 @@ def test_settings_file_of_the_node_is_taken_as_it_is(world: World, tmp_path: Pat
     argv = ["evaluate", f"{world.at('labelled')}[4:6]", "--index", str(out), "--out", str(report)]
     assert main([*argv, *given, "--set", "threshold=0.5"]) == 0
     results = json.loads((report / "results.json").read_text())
-    assert results["pixels"]["region"] == "region of interest"
+    assert results["pixels"]["roi"] == "region of interest"
     assert results["threshold_from"] == "setting"
-    assert results["region"] == index.region_description
+    assert results["roi"] == index.region_description

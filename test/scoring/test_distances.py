@@ -210,7 +210,7 @@ def test_built_calibrated_and_read_back_it_says_the_same(drives: Path, tmp_path:
     assert loaded.detect(street(92, odd=True)).decision is Decision.ANOMALY
     assert loaded.detect(street(93)).decision is Decision.NOMINAL
     assert Calibration.load(tmp_path / "index").sha256 == calibration.sha256
-    with pytest.raises(MismatchError, match="setting 'smoothing': expected 0.0, found 0.5"):
+    with pytest.raises(MismatchError, match=r"setting 'smoothing': expected 0\.0, found 0\.5"):
         load_detector(running.replace(smoothing=0.5), "camera", embedder=embedder)
 
 

@@ -24,13 +24,22 @@ def nominal(rng: np.random.Generator, count: int) -> list[np.ndarray]:
 def collected(frames: list[np.ndarray], inside: np.ndarray = EVERYWHERE) -> NormalisationSums:
     sums = NormalisationSums()
     for frame in frames:
-        sums.add(frame, inside, np.zeros((int(inside.sum()), 4), np.float32))
+        sums.add(frame, inside, embeddings_of(inside))
     return sums
+
+
+def embeddings_of(inside: np.ndarray) -> np.ndarray:
+    """Return embeddings of the patches inside; without classes only their number matters."""
+    return np.zeros((int(inside.sum()), 4), np.float32)
+
+
+def parameters(usual: ScoreNormalisation, inside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return usual.parameters(inside, embeddings_of(inside))
 
 
 def relative(usual: ScoreNormalisation, distances: np.ndarray) -> np.ndarray:
     inside = np.ones(distances.shape, bool)
-    mean, deviation = usual.parameters(inside, np.zeros((distances.size, 4), np.float32))
+    mean, deviation = parameters(usual, inside)
     unit_mean, unit_deviation = usual.unit
     z = (distances.ravel() - mean) / deviation
     return (unit_mean + unit_deviation * z).reshape(distances.shape)
@@ -62,9 +71,9 @@ def test_relative_distances_are_alike_everywhere(rng: np.random.Generator) -> No
     assert odd[30, 5] > fresh.max() > odd[5, 5]
 
 
-def test_relation_keeps_the_order_of_distances_at_a_place(rng: np.random.Generator) -> None:
-    factor, _ = collected(nominal(rng, 5)).normalisation().relation(EVERYWHERE)
-    assert (factor > 0).all()
+def test_standardising_keeps_the_order_of_distances_at_a_place(rng: np.random.Generator) -> None:
+    _, deviation = parameters(collected(nominal(rng, 5)).normalisation(), EVERYWHERE)
+    assert (deviation > 0).all()
 
 
 def test_only_patches_inside_count_and_are_returned(rng: np.random.Generator) -> None:
@@ -76,8 +85,8 @@ def test_only_patches_inside_count_and_are_returned(rng: np.random.Generator) ->
     usual = collected(frames, inside).normalisation()
     # Cells of which nothing is known get what is typical of the others.
     assert usual.mean.max() < 0.5
-    factor, offset = usual.relation(inside)
-    assert factor.shape == offset.shape == (inside.sum(),)
+    mean, deviation = parameters(usual, inside)
+    assert mean.shape == deviation.shape == (inside.sum(),)
 
 
 @pytest.mark.parametrize("grid", [(5, 7), (18, 32), (90, 160), (1, 1)])
@@ -85,19 +94,22 @@ def test_any_grid_will_do(grid: tuple[int, int]) -> None:
     sums = NormalisationSums()
     rng = np.random.default_rng(0)
     for _ in range(5):
-        sums.add(rng.random(grid, np.float32), np.ones(grid, bool))
+        sums.add(
+            rng.random(grid, np.float32), np.ones(grid, bool), embeddings_of(np.ones(grid, bool))
+        )
     usual = sums.normalisation()
-    factor, offset = usual.relation(np.ones(grid, bool))
-    assert np.isfinite(factor).all() and np.isfinite(offset).all()
-    assert len(factor) == grid[0] * grid[1]
+    mean, deviation = parameters(usual, np.ones(grid, bool))
+    assert np.isfinite(mean).all() and np.isfinite(deviation).all()
+    assert len(mean) == grid[0] * grid[1]
 
 
 def test_a_place_that_never_changed_does_not_explode(rng: np.random.Generator) -> None:
     frames = nominal(rng, 20)
     for frame in frames:
         frame[20:22, 20:22] = 0.03
-    factor, _ = collected(frames).normalisation().relation(EVERYWHERE)
-    assert factor.max() < 20
+    normalisation = collected(frames).normalisation()
+    _, deviation = parameters(normalisation, EVERYWHERE)
+    assert deviation.min() > normalisation.unit[1] / 20
 
 
 def test_what_hardly_any_frame_showed_is_not_believed(rng: np.random.Generator) -> None:
@@ -108,7 +120,7 @@ def test_what_hardly_any_frame_showed_is_not_believed(rng: np.random.Generator) 
         values, inside = np.zeros(GRID, np.float32), np.zeros(GRID, bool)
         inside[row : row + 3, col : col + 3] = True
         values[inside] = rng.normal(0.3, 0.05)
-        sums.add(values, inside, np.zeros((9, 4), np.float32))
+        sums.add(values, inside, embeddings_of(inside))
     usual = sums.normalisation()
     assert usual.deviation.min() > 0.005
     assert np.median(usual.mean) == pytest.approx(0.3, abs=0.05)

@@ -98,7 +98,7 @@ def test_frames_may_be_collected_in_parts(rng: np.random.Generator) -> None:
     for number, (distances, embeddings, _) in enumerate(frames):
         for sums in (whole, parts[number % 2]):
             sums.add(distances, EVERYWHERE, embeddings)
-    one, other = whole.normalisation().kinds, (parts[0] + parts[1]).normalisation().kinds
+    one, other = whole.normalisation().classes, (parts[0] + parts[1]).normalisation().classes
     assert one is not None and other is not None
     np.testing.assert_allclose(one.mean, other.mean, atol=1e-6)
     np.testing.assert_allclose(one.deviation, other.deviation, rtol=1e-6)
