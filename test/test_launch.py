@@ -1,4 +1,4 @@
-"""The launch files: in the real launch system where it is installed, else as far as they tell."""
+"""Launch files: evaluated where the launch system is installed, otherwise by their syntax tree."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ LAUNCH = ROOT / "launch"
 NODE = LAUNCH / "semantic_anomaly.launch.py"
 REPLAY = LAUNCH / "replay.launch.py"
 EVALUATE = LAUNCH / "evaluate_replay.launch.py"
+STATES = ("start_state", "goal_state")
 
 
 def tree(path: Path) -> ast.Module:
@@ -66,21 +67,18 @@ def test_arguments_that_replace_parameters_are_settings() -> None:
 
 
 def test_activation_follows_configuration_only() -> None:
-    # From 'deactivating' the node must stay inactive: somebody wants it so.
+    # A node that was deactivated on request must stay inactive.
     transitions = [
-        {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg in STATES}
+        {item.arg: ast.literal_eval(item.value) for item in call.keywords if item.arg in STATES}
         for call in ast.walk(tree(NODE))
         if isinstance(call, ast.Call) and ast.unparse(call.func) == "OnStateTransition"
     ]
     assert {"start_state": "configuring", "goal_state": "inactive"} in transitions
-    assert all(found.get("start_state") == "configuring" for found in transitions)
-
-
-STATES = ("start_state", "goal_state")
+    assert all(states.get("start_state") == "configuring" for states in transitions)
 
 
 class TestRealLaunch:
-    """With launch_ros installed the descriptions are made and evaluated."""
+    """The descriptions, evaluated by launch_ros."""
 
     @staticmethod
     def entities(path: Path, **arguments: str) -> tuple[Any, list[Any]]:
@@ -96,13 +94,13 @@ class TestRealLaunch:
 
     def test_every_argument_has_a_description_or_a_default(self) -> None:
         for path in (NODE, REPLAY, EVALUATE):
-            _, found = self.entities(path)
-            declared = [e for e in found if type(e).__name__ == "DeclareLaunchArgument"]
+            _, entities = self.entities(path)
+            declared = [e for e in entities if type(e).__name__ == "DeclareLaunchArgument"]
             assert len(declared) >= 10
             assert all(e.description or e.default_value is not None for e in declared)
 
     def test_autostart_adds_its_handlers_and_the_node_comes_last(self) -> None:
-        given = {
+        arguments = {
             "params_file": str(ROOT / "config" / "semantic_anomaly.yaml"),
             **dict.fromkeys(("namespace", "image_topic", "transport", "backbone"), ""),
             **dict.fromkeys(("camera_info_topic", "depth_topic"), ""),
@@ -110,13 +108,13 @@ class TestRealLaunch:
             "use_sim_time": "true",
         }
         for autostart, count in (("true", 4), ("false", 1)):
-            context, found = self.entities(NODE, autostart=autostart, **given)
-            [opaque] = [e for e in found if type(e).__name__ == "OpaqueFunction"]
-            made = opaque.execute(context)
-            assert len(made) == count and type(made[-1]).__name__ == "LifecycleNode"
+            context, entities = self.entities(NODE, autostart=autostart, **arguments)
+            [opaque] = [e for e in entities if type(e).__name__ == "OpaqueFunction"]
+            actions = opaque.execute(context)
+            assert len(actions) == count and type(actions[-1]).__name__ == "LifecycleNode"
 
     def test_a_switch_that_is_neither_true_nor_false_is_refused(self) -> None:
-        context, found = self.entities(NODE, autostart="perhaps", use_sim_time="perhaps")
-        [opaque] = [e for e in found if type(e).__name__ == "OpaqueFunction"]
+        context, entities = self.entities(NODE, autostart="perhaps", use_sim_time="perhaps")
+        [opaque] = [e for e in entities if type(e).__name__ == "OpaqueFunction"]
         with pytest.raises(ValueError, match="use_sim_time"):
             opaque.execute(context)
