@@ -27,6 +27,7 @@ from semantic_anomaly.evaluation.judge import (
     parse_verdict,
 )
 
+pytest.importorskip("openai")
 SECRET = "sk-of-nobody"
 
 
