@@ -1,4 +1,4 @@
-"""YAML, README and settings table agree; the rviz file names what exists."""
+"""YAML, documentation and settings table agree; the rviz file names what exists."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from semantic_anomaly.settings import Settings, camera_setting_specs, setting_sp
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "config" / "semantic_anomaly.yaml"
 RVIZ = ROOT / "config" / "semantic_anomaly.rviz"
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
 
 # plugins_description.xml of ros2/rviz, rviz_default_plugins, and the panels built into rviz_common.
 RVIZ_CLASSES = {
@@ -77,8 +77,8 @@ def test_every_parameter_in_the_yaml_has_its_description_above() -> None:
         assert above[name].startswith(f"# {description}"), name
 
 
-def test_the_readme_lists_every_parameter(render: ModuleType) -> None:
-    table = README.partition(render.BEGIN)[2].partition(render.END)[0]
+def test_the_documentation_lists_every_parameter(render: ModuleType) -> None:
+    table = PAGE.partition(render.BEGIN)[2].partition(render.END)[0]
     cells = [re.split(r"(?<!\\) \| ", line.strip("| ")) for line in table.splitlines()]
     found = {row[0].strip("`"): (row[1].strip("`"), row[-1]) for row in cells if len(row) > 3}
     for name, (default, description) in rows().items():
@@ -93,17 +93,17 @@ def test_the_rendered_files_are_up_to_date(render: ModuleType) -> None:
 def test_check_notices_a_change_and_write_repairs_it(
     render: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, readme = tmp_path / "c.yaml", tmp_path / "README.md"
-    readme.write_text(f"before\n{render.BEGIN}\n(outdated)\n{render.END}\nafter\n")
+    config, page = tmp_path / "c.yaml", tmp_path / "settings.md"
+    page.write_text(f"before\n{render.BEGIN}\n(outdated)\n{render.END}\nafter\n")
     monkeypatch.setattr(render, "CONFIG", config)
-    monkeypatch.setattr(render, "README", readme)
+    monkeypatch.setattr(render, "PAGE", page)
     assert render.main(["--check"]) == 1 and not config.exists()
     assert render.main(["--write"]) == 0
     assert render.main(["--check"]) == 0
     assert config.read_text() == CONFIG.read_text(encoding="utf-8")
-    text = readme.read_text()
+    text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "(outdated)" not in text
-    readme.write_text("no markers")
+    page.write_text("no markers")
     with pytest.raises(ValueError, match="markers"):
         render.main(["--write"])
 

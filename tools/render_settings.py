@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Render the settings table as the node's YAML and as the README's parameter table.
+"""Render the settings table as the node's YAML and as the table of docs/settings.md.
 
-Without an option both are printed; --write brings config/semantic_anomaly.yaml and the part of
-README.md between the settings markers up to date, --check says whether they are.
+Without an option both are printed. --write updates config/semantic_anomaly.yaml and the part of
+docs/settings.md between the markers; --check fails if they are out of date.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from semantic_anomaly.settings import Settings, camera_setting_specs, setting_sp
 from semantic_anomaly.settings_schema import SettingSpec  # noqa: E402
 
 CONFIG = ROOT / "config" / "semantic_anomaly.yaml"
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "settings.md"
 BEGIN, END = "<!-- settings:begin -->", "<!-- settings:end -->"
 
 _HEAD = """\
@@ -41,7 +41,7 @@ def value_text(value: object) -> str:
 def bounds_text(spec: SettingSpec) -> str:
     """Return what values a setting takes, empty where anything of its type goes."""
     if spec.choices:
-        return ", ".join(spec.choices)
+        return ", ".join(filter(None, spec.choices))
     if spec.minimum is None or spec.maximum is None:
         return ""
     return f"{spec.minimum:.10g} to {spec.maximum:.10g}"
@@ -68,7 +68,7 @@ def render_yaml() -> str:
 
 
 def render_markdown() -> str:
-    """Return the README's table."""
+    """Return the table of docs/settings.md."""
     lines = [
         "| parameter | default | values | live | meaning |",
         "|---|---|---|---|---|",
@@ -82,24 +82,24 @@ def render_markdown() -> str:
     return "\n".join(lines) + "\n"
 
 
-def with_table(readme: str) -> str:
-    """Return the README's text with its table replaced.
+def with_table(page: str) -> str:
+    """Return the text of docs/settings.md with its table replaced.
 
     Raises:
         ValueError: the markers are missing.
     """
     pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.S)
-    if not pattern.search(readme):
-        raise ValueError(f"README.md: expected the markers {BEGIN} and {END}")
+    if not pattern.search(page):
+        raise ValueError(f"docs/settings.md: expected the markers {BEGIN} and {END}")
     table = f"{BEGIN}\n{render_markdown()}{END}"
-    return pattern.sub(lambda _: table, readme)
+    return pattern.sub(lambda _: table, page)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print, write or check; return 1 when --check finds something out of date."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--write", action="store_true", help="update YAML and README")
+    what.add_argument("--write", action="store_true", help="update both files")
     what.add_argument("--check", action="store_true", help="fail if they are out of date")
     args = parser.parse_args(argv)
     if not (args.write or args.check):
@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
         print(render_markdown())
         return 0
     outdated = 0
-    wanted = {CONFIG: render_yaml(), README: with_table(README.read_text(encoding="utf-8"))}
+    wanted = {CONFIG: render_yaml(), PAGE: with_table(PAGE.read_text(encoding="utf-8"))}
     for path, text in wanted.items():
         current = path.read_text(encoding="utf-8") if path.exists() else ""
         if current == text:
