@@ -107,3 +107,15 @@ def test_colcon_finds_the_tests() -> None:
     assert any(Requirement(text).name == "pytest" for text in OPTIONS["extras_require"]["test"])
     assert MANIFEST.findtext("export/build_type") == "ament_python"
     assert "python3-pytest" in {element.text for element in MANIFEST.findall("test_depend")}
+
+
+def test_contributing_guide_names_what_exists() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    guide = text.partition("\n## How to add")[2].partition("\n## ")[0]
+    assert "reject" in guide
+    sources = [*ROOT.glob("semantic_anomaly/**/*.py"), *ROOT.glob("test/**/*.py")]
+    words = set(re.findall(r"\w+", "".join(path.read_text("utf-8") for path in sources)))
+    for name in re.findall(r"`([\w./-]+)`", guide):
+        folders = (ROOT, ROOT / "semantic_anomaly")
+        path = any((folder / name).exists() for folder in folders)
+        assert path or name in words, f"CONTRIBUTING.md: '{name}' does not exist"
