@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 from tqdm import tqdm
 
@@ -19,7 +20,7 @@ from semantic_anomaly.evaluation.metrics import frame_auroc
 from semantic_anomaly.linalg import inner_products
 from semantic_anomaly.roi import ImageRegion
 from semantic_anomaly.segmentation.embedder import RunningEmbedder
-from semantic_anomaly.segmentation.masks import InstanceMasks, instances_of, pairs_of, patch_shares
+from semantic_anomaly.segmentation.masks import InstanceMasks, instances_of, patch_shares
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import PatchGrid
 from semantic_anomaly.synthetic import KINDS, StreetDrive, StreetFrame, family
@@ -29,6 +30,8 @@ SIZES = 8
 # A tenth of the image up or down, a factor of two in size.
 HEIGHT, SIZE = 0.1, math.log(2.0)
 NEAREST_SURROUNDINGS, NEAREST_INSTANCES = 300, 30
+# Width of the ring in sides of a square of the area of the instance.
+RING_WIDTH, BELOW_WEIGHT = 0.5, 2.0
 WHOLE = ImageRegion()
 
 
@@ -64,12 +67,26 @@ def seen(embedder: RunningEmbedder, view: StreetFrame) -> Seen | None:
     shares = patch_shares(found, grid.grid_hw)
     grid = PatchGrid(grid.features, grid.global_feature, grid.image_hw, shares)
     pooled = instances_of(grid, WHOLE)
-    around = pairs_of(grid, pooled, WHOLE, 0.5).surroundings
+    around = surroundings(grid, shares)
     lower = [np.flatnonzero(share.any(axis=1))[-1] / rows for share in shares]
     area = np.log(shares.sum(axis=(1, 2)) / (rows * cols))
     odd = np.array([(view.anomaly_mask.astype(bool) & m).sum() > m.sum() / 2 for m in masks])
     place = np.stack([np.array(lower), area], axis=1).astype(np.float32)
     return Seen(pooled.embeddings, around, quarters(grid, shares), place, odd, view.kind or "")
+
+
+def surroundings(grid: PatchGrid, shares: np.ndarray) -> np.ndarray:
+    """Return (n, dim) float32 unit vectors: a ring around each instance, twice the weight below."""
+    vectors = []
+    for share in shares:
+        width = max(1, round(RING_WIDTH * math.sqrt(float(share.sum()))))
+        ring = cv2.dilate(share, np.ones((2 * width + 1, 2 * width + 1), np.uint8))
+        below = np.zeros_like(share)
+        below[width:] = share[:-width]
+        weights = np.maximum(ring, BELOW_WEIGHT * below) * (1.0 - share)
+        mean = np.tensordot(weights if weights.any() else share, grid.features, axes=2)
+        vectors.append(mean / max(float(np.linalg.norm(mean)), 1e-9))
+    return np.array(vectors, np.float32)
 
 
 def quarters(grid: PatchGrid, shares: np.ndarray) -> np.ndarray:

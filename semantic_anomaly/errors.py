@@ -1,4 +1,4 @@
-"""The errors of the package; each composes its own sentence from what was expected and found."""
+"""Exceptions of the package. Messages name the thing, what was expected and what was found."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from difflib import get_close_matches
 
 
 class SemanticAnomalyError(Exception):
-    """Any error that this package raises on purpose; commands print it as one line."""
+    """Base class of all errors of this package; commands print it as one line."""
 
 
 class InputError(SemanticAnomalyError):
-    """Something that the user gave cannot be used; commands end with exit code 2."""
+    """Invalid input of the user; commands end with exit code 2."""
 
 
 class SettingsError(InputError):
-    """A setting is unknown, of the wrong type or out of its bounds."""
+    """A setting is unknown, of the wrong type or out of bounds."""
 
 
 class UnknownNameError(InputError):
-    """A name is not one of those there are."""
+    """A name is not one of the known ones; the message suggests the closest."""
 
     def __init__(self, what: str, name: str, known: Iterable[str]) -> None:
         self.name = name
@@ -31,31 +31,31 @@ class UnknownNameError(InputError):
 
 
 class ImageError(InputError):
-    """An image cannot be read or is not what was expected."""
+    """An image cannot be read, or has the wrong shape or type."""
 
 
 class SourceError(InputError):
-    """A folder, video or bag holds no usable frames."""
+    """A folder, video or bag cannot be read or has no frames."""
 
 
 class BackboneError(InputError):
-    """A backbone folder or hub id cannot be loaded whole and unaltered."""
+    """A network cannot be loaded: missing, incomplete, damaged or unsupported."""
 
 
 class ModelOutputError(SemanticAnomalyError):
-    """A network produced something that is not finite or has another shape."""
+    """The output of a network is not finite or has the wrong shape."""
 
 
 class ArtefactError(InputError):
-    """An artefact on disk is missing, damaged or does not belong to what is running."""
+    """A file or folder of results is missing, damaged, cannot be written or does not match."""
 
 
 class IndexFormatError(ArtefactError):
-    """An index folder is incomplete, truncated, tampered with or of another format."""
+    """An index folder is incomplete, damaged, altered or of another format."""
 
 
 class MismatchError(ArtefactError):
-    """Two things that must agree do not, such as an index and the running embedder."""
+    """Two things that must agree differ, such as an index and the running embedder."""
 
     def __init__(self, what: str, expected: object, found: object, hint: str = "") -> None:
         self.expected = expected
@@ -65,8 +65,14 @@ class MismatchError(ArtefactError):
 
 
 class IndexMismatchError(MismatchError):
-    """The index was made by another backbone, input size or region than is running."""
+    """The index was built with another backbone, input size or region of interest."""
 
 
 class CalibrationError(ArtefactError):
-    """A calibration is missing, damaged, of another index or too small for the rate asked."""
+    """A calibration is missing, damaged, of another index or too small for the target rate."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, cut at 200 characters, or its class name."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip()[:200] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""The one torch inner product."""
+"""Matrix products of numpy arrays by torch."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ import torch
 def inner_products(
     left: np.ndarray, right: np.ndarray, out: np.ndarray | None = None
 ) -> np.ndarray:
-    """Return (n, m) float32, the matrix product of (n, dim) and (dim, m) float32.
+    """Return the (n, m) float32 matrix product of two float32 matrices.
 
-    Threads of numpy's own library keep the cores busy for a tenth of a second after every product,
-    and the backbone's next image waits for them; torch computes both with the same threads.
+    Threads of the BLAS of numpy spin for a tenth of a second after every product and delay the
+    next image of the backbone; torch uses the same threads for both.
 
     Args:
-        left, right: the factors.
-        out: (n, m) float32, C order, to write to; None: a new array.
+        left: (n, dim) float32.
+        right: (dim, m) float32.
+        out: (n, m) float32, C order, written in place; None: a new array.
 
     Raises:
-        RuntimeError: shapes or dtypes that do not fit each other; torch's message names both.
+        RuntimeError: shapes or dtypes do not match.
     """
-    # Torch warns of arrays that it could write to but may not.
-    factors = [torch.from_numpy(np.require(each, requirements="W")) for each in (left, right)]
+    # torch warns about read-only arrays.
+    factors = [torch.from_numpy(np.require(factor, requirements="W")) for factor in (left, right)]
     into = None if out is None else torch.from_numpy(out)
-    product: np.ndarray = torch.mm(*factors, out=into).numpy()
+    product: np.ndarray = torch.mm(*factors, out=into).numpy()  # (n, m)
     return product

@@ -1,4 +1,4 @@
-"""What of an image takes part, and the pieces of it that are compared."""
+"""Region of interest and ego mask: the pixels and patches of an image that take part."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import numpy as np
 
 from semantic_anomaly.errors import ImageError, SettingsError
 from semantic_anomaly.settings import CameraSettings
-from semantic_anomaly.structures import PatchGrid, Regions
+from semantic_anomaly.structures import PatchGrid
 
 # Polygons are compared on a grid of so many rows and columns.
 _COMPARED_HW = (500, 500)
 
 
 @dataclass(frozen=True)
-class ImageRegion:
+class RegionOfInterest:
     """The part of a camera's image that takes part in index, score, calibration and localization.
 
     Attributes:
@@ -54,7 +54,7 @@ class ImageRegion:
             _ego_pixels(self.ego_mask_png)
 
     @classmethod
-    def from_settings(cls, camera: CameraSettings) -> ImageRegion:
+    def from_settings(cls, camera: CameraSettings) -> RegionOfInterest:
         """Make the region of a camera, reading its ego mask.
 
         Raises:
@@ -95,9 +95,9 @@ class ImageRegion:
         Args:
             description: what `describe` returned.
         """
-        outer = ImageRegion(tuple((x, y) for x, y in description["polygon_xy"]))
+        outer = RegionOfInterest(tuple((x, y) for x, y in description["polygon_xy"]))
         inside = outer.pixel_mask(_COMPARED_HW)
-        return bool(inside[ImageRegion(self.polygon_xy).pixel_mask(_COMPARED_HW)].all())
+        return bool(inside[RegionOfInterest(self.polygon_xy).pixel_mask(_COMPARED_HW)].all())
 
     def describe(self) -> dict[str, object]:
         """Return what manifests store and compare: the polygon and the ego mask's sha256."""
@@ -107,7 +107,7 @@ class ImageRegion:
 
 # Cameras keep their size, so the masks of the last few sizes are all that is ever asked for.
 @lru_cache(maxsize=32)
-def _pixel_mask(region: ImageRegion, image_hw: tuple[int, int]) -> np.ndarray:
+def _pixel_mask(region: RegionOfInterest, image_hw: tuple[int, int]) -> np.ndarray:
     height, width = image_hw
     mask = np.ones((height, width), np.uint8)
     if region.polygon_xy:
@@ -139,7 +139,7 @@ def _ego_pixels(content: bytes) -> np.ndarray:
 
 @lru_cache(maxsize=32)
 def _patch_mask(
-    region: ImageRegion, grid_hw: tuple[int, int], image_hw: tuple[int, int]
+    region: RegionOfInterest, grid_hw: tuple[int, int], image_hw: tuple[int, int]
 ) -> np.ndarray:
     mask = _pixel_mask(region, image_hw).astype(np.float32)
     share = cv2.resize(mask, (grid_hw[1], grid_hw[0]), interpolation=cv2.INTER_AREA)
@@ -148,23 +148,20 @@ def _patch_mask(
     return result
 
 
-def patch_regions(grid: PatchGrid, region: ImageRegion) -> Regions:
-    """Return one region a patch, in row order: the grid variant of arXiv 2505.07998.
+def patches_inside(grid: PatchGrid, roi: RegionOfInterest) -> np.ndarray:
+    """Return (rows, cols) bool, the patches of an image that take part.
 
     Args:
-        grid: the patch embeddings of an image.
-        region: patches of which less than half lies inside take no part (label -1).
+        grid: patch embeddings of the image.
+        roi: patches less than half inside do not take part.
 
     Raises:
         SettingsError: no patch takes part.
     """
-    if region.is_whole_image:
-        count = grid.grid_hw[0] * grid.grid_hw[1]
-        labels = np.arange(count, dtype=np.int32).reshape(grid.grid_hw)
-        return Regions(grid.features.reshape(count, grid.dim), labels)
-    inside = region.patch_mask(grid.grid_hw, grid.image_hw)
+    inside = roi.patch_mask(grid.grid_hw, grid.image_hw)
     if not inside.any():
         raise SettingsError("region of interest and ego mask leave no patch of the image")
-    labels = np.full(grid.grid_hw, -1, np.int32)
-    labels[inside] = np.arange(int(inside.sum()), dtype=np.int32)
-    return Regions(grid.features[inside], labels)
+    return inside
+
+
+ImageRegion = RegionOfInterest

@@ -1,4 +1,7 @@
-"""Writing artefacts so that a reader finds the old one, the new one, or none: never a half."""
+"""Atomic writing of files and folders, canonical JSON and digests.
+
+A reader finds the old file or folder or the new one, never a part of either.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,10 @@ _RENAME_EXCHANGE = 2
 
 
 def canonical_json(value: Any) -> str:
-    """Return the one JSON text of a value: sorted keys, no spaces, no NaN, newline-free.
+    """Return the canonical JSON text of a value: sorted keys, no spaces, ASCII, one line.
 
     Raises:
-        ArtefactError: the value holds something that JSON cannot, such as NaN.
+        ArtefactError: JSON cannot represent the value, such as NaN.
     """
     try:
         return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -50,51 +53,49 @@ def sha256_file(path: Path) -> str:
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:
-    """Write a file by a temporary sibling, fsync and rename; parents are made.
+    """Write a file to a temporary sibling, fsync and rename it; parent folders are created.
 
     Args:
         path: replaced if it exists.
-        data: the whole content.
+        data: content of the file.
 
     Raises:
-        ArtefactError: it cannot be written; what was there before is untouched.
+        ArtefactError: the file cannot be written; an existing one is left unchanged.
     """
     path = _absolute(path)
     temporary = _sibling(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _fsync(path.parent)
-    except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise ArtefactError(f"cannot write '{path}': {_reason(error)}") from error
-        raise
+    with _os_errors_as_artefact_errors(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            _fsync(path.parent)
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_folder(path: Path, replace: bool) -> Iterator[Path]:
     """Yield a temporary sibling folder that becomes `path` when the block ends without an error.
 
-    Everything in it is fsynced before the rename. Whatever ends the block otherwise removes it
-    and leaves `path` as it was.
+    Its content is fsynced before the rename. An exception removes the temporary folder and leaves
+    `path` unchanged.
 
     Args:
-        path: the folder to be; parents are made.
-        replace: whether an existing folder may be replaced, as a whole.
+        path: the final folder; parent folders are created.
+        replace: whether an existing folder may be replaced as a whole.
 
     Raises:
-        ArtefactError: `path` exists and may not be replaced, or something cannot be written.
+        ArtefactError: `path` exists and may not be replaced, or the folder cannot be written.
     """
     path = _absolute(path)
     temporary = _sibling(path)
     try:
-        with _said(path):
+        with _os_errors_as_artefact_errors(path):
             _refuse_existing(path, replace)
             temporary.mkdir(parents=True)
             yield temporary
@@ -104,39 +105,41 @@ def atomic_folder(path: Path, replace: bool) -> Iterator[Path]:
 
 
 def publish_folder(folder: Path, path: Path, replace: bool) -> None:
-    """Give a finished folder its name in one step, everything in it fsynced before.
+    """Rename a finished folder in one step, after its content is fsynced.
 
     Args:
-        folder: in the parent of `path`.
-        path: the folder to be.
-        replace: whether an existing folder may be replaced, as a whole.
+        folder: a folder beside `path`.
+        path: the final folder.
+        replace: whether an existing folder may be replaced as a whole.
 
     Raises:
-        ArtefactError: `path` exists and may not be replaced, or something cannot be written.
+        ArtefactError: `path` exists and may not be replaced, or the folder cannot be written.
     """
     path = _absolute(path)
-    with _said(path):
-        _fsync_tree(folder)
+    with _os_errors_as_artefact_errors(path):
+        for entry in folder.rglob("*"):
+            _fsync(entry)
+        _fsync(folder)
         _refuse_existing(path, replace)
         _put_in_place(folder, path)
         _fsync(path.parent)
-    # After an exchange the temporary name holds the old folder.
+    # After an exchange of names this is the old folder.
     shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
-def _said(path: Path) -> Iterator[None]:
+def _os_errors_as_artefact_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ArtefactError(f"cannot write '{path}': {_reason(error)}") from error
+        raise ArtefactError(f"cannot write '{path}': {error.strerror or error}") from error
 
 
 def _refuse_existing(path: Path, replace: bool) -> None:
     if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise ArtefactError(f"cannot write '{path}': expected a folder or nothing there")
+        raise ArtefactError(f"cannot write '{path}': expected a folder or no file there")
     if path.exists() and not replace:
-        raise ArtefactError(f"cannot write '{path}': it exists already")
+        raise ArtefactError(f"cannot write '{path}': it already exists")
 
 
 def _put_in_place(temporary: Path, path: Path) -> None:
@@ -154,7 +157,7 @@ def _put_in_place(temporary: Path, path: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    # Two renames would leave a moment without either; Linux can swap names in one step.
+    # Between two renames neither folder has the name; Linux can exchange names in one step.
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
         return False
@@ -163,16 +166,12 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _absolute(path: Path) -> Path:
-    # '..' is kept as it stands, for it may follow a link.
+    # '..' is not resolved: it may follow a symbolic link.
     return Path(path).expanduser().absolute()
 
 
 def _sibling(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-
-
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error)
 
 
 def _fsync(path: Path) -> None:
@@ -181,9 +180,3 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _fsync_tree(folder: Path) -> None:
-    for entry in folder.rglob("*"):
-        _fsync(entry)
-    _fsync(folder)

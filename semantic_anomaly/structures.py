@@ -1,8 +1,8 @@
-"""The nouns that every room speaks: frozen, and checked when made.
+"""Data types shared by all rooms: frozen, validated on construction.
 
 Grids are (rows, cols), images (height, width), boxes xyxy in pixels. A *distance* is the cosine
-distance of one embedding to the nominal ones, a *score* is what aggregation makes of distances,
-a *decision* is a score against a calibrated threshold.
+distance of an embedding to the nearest nominal entries, a *score* aggregates distances, and a
+*decision* compares a score with a threshold.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ UNIT_NORM_TOLERANCE = 1e-3
 
 
 class Decision(str, Enum):
-    """What the monitor says of a frame; `unknown` whenever it could not compute or compare."""
+    """State of a frame; `unknown` if it was not computed or there is no threshold."""
 
     NOMINAL = "nominal"
     ANOMALY = "anomaly"
@@ -28,24 +28,34 @@ class Decision(str, Enum):
 
 
 class ComponentState(str, Enum):
-    """Whether a component has been seen often enough."""
+    """Whether a component was seen in enough frames to count as an anomaly."""
 
     CANDIDATE = "candidate"
     CONFIRMED = "confirmed"
 
 
+def check_rgb(image: np.ndarray, name: str) -> None:
+    """Raise ImageError unless an image is non-empty (height, width, 3) uint8; `name` is shown."""
+    shape, dtype = image.shape, image.dtype
+    if len(shape) != 3 or shape[2] != 3 or 0 in shape or dtype != np.uint8:
+        raise ImageError(
+            f"{name}: expected a non-empty (height, width, 3) uint8 RGB image, "
+            f"found shape {shape}, {dtype}"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """One camera image with the stamp and frame id that its outputs will carry.
+    """One camera image with the stamp and frame id of its outputs.
 
     Attributes:
         image: (height, width, 3) uint8, RGB.
-        stamp_ns: nanoseconds of the camera's stamp.
+        stamp_ns: stamp of the camera in nanoseconds.
         frame_id: name of the optical frame, may be empty.
-        name: how people find the frame again: file name, or bag and number.
+        name: identifies the frame for people: file name, or bag and message number.
 
     Raises:
-        ImageError: another shape or dtype, or an empty image.
+        ImageError: wrong shape or dtype, or an empty image.
     """
 
     image: np.ndarray
@@ -54,12 +64,7 @@ class Frame:
     name: str = ""
 
     def __post_init__(self) -> None:
-        shape, dtype = self.image.shape, self.image.dtype
-        if len(shape) != 3 or shape[2] != 3 or 0 in shape or dtype != np.uint8:
-            raise ImageError(
-                f"frame '{self.name}': expected a non-empty (height, width, 3) uint8 RGB image, "
-                f"found shape {shape}, {dtype}"
-            )
+        check_rgb(self.image, f"frame '{self.name}'")
 
     @property
     def image_hw(self) -> tuple[int, int]:
@@ -69,18 +74,18 @@ class Frame:
 
 @dataclass(frozen=True, eq=False)
 class PatchGrid:
-    """The patch embeddings of one image; the grid covers the whole image by one ratio a side.
+    """Patch embeddings of one image; the grid covers the whole image, with one scale per axis.
 
     Attributes:
         features: (rows, cols, dim) float32, unit norm.
-        global_feature: (dim,) float32, unit norm: class token, or mean of the patches.
-        image_hw: (height, width) in pixels of the image before any resize.
-        instances: (n, rows, cols) float32 in [0, 1], the share of each patch that each instance
-            covers; None where nothing was segmented.
+        global_feature: (dim,) float32, unit norm: class token, or mean of the patch embeddings.
+        image_hw: (height, width) in pixels of the image before it was resized.
+        instances: (n, rows, cols) float32 in [0, 1], share of each patch covered by each instance;
+            None if the image was not segmented.
 
     Raises:
-        ModelOutputError: wrong shape or dtype, not finite, not of unit norm, or an instance that
-            covers nothing.
+        ModelOutputError: wrong shape or dtype, not finite, not of unit norm, or an instance
+            without any patch.
     """
 
     features: np.ndarray
@@ -95,8 +100,8 @@ class PatchGrid:
                 "patch features: expected non-empty (rows, cols, dim) float32, "
                 f"found shape {shape}, {dtype}"
             )
-        squares = np.einsum("rcd,rcd->rc", self.features, self.features)
-        # NaN compares false, so the test is written to fail on it.
+        squares = np.einsum("rcd,rcd->rc", self.features, self.features)  # (rows, cols)
+        # NaN fails the comparison.
         if not np.all(np.abs(squares - 1.0) <= 2 * UNIT_NORM_TOLERANCE):
             raise ModelOutputError(
                 "patch features: expected finite unit vectors, found squared norms from "
@@ -116,7 +121,7 @@ class PatchGrid:
                     f"found shape {shares.shape}, {shares.dtype}"
                 )
             if not (np.all((shares >= 0.0) & (shares <= 1.0)) and shares.any(axis=(1, 2)).all()):
-                raise ModelOutputError("instances: expected shares in [0, 1], some in each")
+                raise ModelOutputError("instances: expected shares in [0, 1], some above 0")
 
     @property
     def grid_hw(self) -> tuple[int, int]:
@@ -125,56 +130,17 @@ class PatchGrid:
 
     @property
     def dim(self) -> int:
-        """Return the length of an embedding."""
+        """Return the dimension of the embeddings."""
         return int(self.features.shape[2])
-
-
-@dataclass(frozen=True, eq=False)
-class Regions:
-    """The pieces of an image that are compared: patches, or instances pooled over masks.
-
-    Attributes:
-        embeddings: (n, dim) float32, unit norm.
-        label_map: (h, w) int32, the row of `embeddings` that holds at each place, -1 for none.
-
-    Raises:
-        ModelOutputError: wrong shapes, or a label without an embedding.
-    """
-
-    embeddings: np.ndarray
-    label_map: np.ndarray
-
-    def __post_init__(self) -> None:
-        if self.embeddings.ndim != 2 or self.label_map.ndim != 2:
-            raise ModelOutputError(
-                "regions: expected embeddings (n, dim) and label map (h, w), found shapes "
-                f"{self.embeddings.shape} and {self.label_map.shape}"
-            )
-        low, high = int(self.label_map.min()), int(self.label_map.max())
-        if low < -1 or high >= len(self.embeddings):
-            raise ModelOutputError(
-                f"regions: expected labels from -1 to {len(self.embeddings) - 1}, "
-                f"found {low} to {high}"
-            )
-
-    def paint(self, values: np.ndarray, outside: float = 0.0) -> np.ndarray:
-        """Return (h, w) float32: each place takes its region's value, `outside` where none.
-
-        Args:
-            values: (n,) one value a region.
-            outside: value of places that belong to no region.
-        """
-        table = np.append(np.asarray(values, np.float32), np.float32(outside))
-        return table[self.label_map]
 
 
 @dataclass(frozen=True)
 class NominalExample:
-    """The stored nominal place that an embedding is nearest to.
+    """Origin of the index entry nearest to an embedding.
 
     Attributes:
         frame: name of the nominal frame.
-        row, col: its place in that frame's grid.
+        row, col: patch in the grid of that frame.
         grid_hw: (rows, cols) of that grid.
         distance: cosine distance in [0, 2].
     """
@@ -188,17 +154,20 @@ class NominalExample:
 
 @dataclass(frozen=True)
 class Localization:
-    """A component: one connected region whose distances exceed the calibrated threshold.
+    """One connected component of the anomaly map above the threshold.
 
     Attributes:
         box_xyxy: left, top, right, bottom in pixels; right and bottom exclusive.
         centroid_xy: in pixels.
         area_px: number of pixels above the threshold.
-        score: largest patch distance inside.
-        nearest: the nominal example nearest to the worst patch.
-        label: id of the region in `AnomalyResult.label_map`, from 1.
-        state: whether it was found often enough, over time, to be an anomaly.
-        track: number by which it is known from frame to frame, 0 without.
+        score: largest value of the anomaly map inside.
+        nearest: nominal example nearest to the patch with that value.
+        label: label of the component in `AnomalyResult.label_map`, from 1.
+        state: whether its track was seen in enough frames.
+        track: track number, constant over frames; 0 without a track.
+
+    Raises:
+        ModelOutputError: an empty box, or a score that is not finite.
     """
 
     box_xyxy: tuple[float, float, float, float]
@@ -221,12 +190,15 @@ class Localization:
 
 @dataclass(frozen=True)
 class HeatmapScale:
-    """The fixed scale that heatmaps are drawn on, taken from nominal calibration frames.
+    """Scale of drawn heatmaps, fixed by the nominal calibration frames.
 
     Attributes:
-        low: distance drawn as 0, the median nominal patch distance.
-        high: distance drawn as 1, the threshold.
-        source: what the scale comes from, for titles.
+        low: value drawn as 0, the median of nominal patches.
+        high: value drawn as 1, the threshold.
+        source: origin of the scale, shown in titles.
+
+    Raises:
+        ModelOutputError: not finite, or not low < high.
     """
 
     low: float
@@ -237,35 +209,37 @@ class HeatmapScale:
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
             raise ModelOutputError(f"heatmap scale: expected low < high, found {self}")
 
-    def normalise(self, distances: np.ndarray) -> np.ndarray:
-        """Return float32 of the same shape: 0 typical nominal, 1 the threshold, no upper limit."""
-        scaled = (distances - np.float32(self.low)) * np.float32(1.0 / (self.high - self.low))
+    def normalise(self, values: np.ndarray) -> np.ndarray:
+        """Return max(0, (values - low) / (high - low)), float32 of the same shape."""
+        scaled = (values - np.float32(self.low)) * np.float32(1.0 / (self.high - self.low))
         return np.maximum(scaled, 0.0, dtype=np.float32)
 
 
 @dataclass(frozen=True, eq=False)
 class AnomalyResult:
-    """What the detector states of one frame.
+    """Result of one frame.
 
     Attributes:
-        score: mean of the largest patch distances, in [0, 2]; higher is more anomalous.
+        score: anomaly score, mean of the largest values of the anomaly map.
         decision: `unknown` without a threshold.
-        p_value: how often nominal frames score at least so high, in (0, 1]; None uncalibrated.
-        threshold: score above which a frame is anomalous, calibrated or set by hand; else None.
-        heatmap: (height, width) float32, patch distance at every pixel, raw units; 0 outside
-            the region of interest.
+        p_value: share of nominal frames that score at least as high, in (0, 1]; None without a
+            calibration.
+        threshold: score above which a frame is anomalous, calibrated or set; None without.
+        heatmap: (height, width) float32, anomaly map at every pixel; 0 outside the region of
+            interest.
         scale: scale on which the heatmap is drawn.
-        label_map: (height, width) uint16 ids of the localizations, 0 elsewhere.
-        localizations: largest score first; empty unless the score exceeds the threshold. One that
-            is confirmed makes the decision `anomaly`.
-        stage_ms: milliseconds by stage.
+        label_map: (height, width) uint16 labels of the localizations, 0 elsewhere.
+        localizations: largest score first; empty unless the score exceeds the threshold. A
+            confirmed one makes the decision `anomaly`.
+        stage_ms: milliseconds by processing stage.
         reason: why the decision is `unknown`, empty otherwise.
-        parts: score of each branch, in deviations from what is usual; empty where there is but
-            one, or no calibration.
-        note: what else is to be said, such as that there were no instances; may be empty.
+        parts: score of each stage in standard deviations; empty for one stage, or without a score
+            normalisation.
+        note: remark on the frame, such as missing instances; may be empty.
 
     Raises:
-        ModelOutputError: a score that is not finite, or a decision without a threshold.
+        ModelOutputError: a score that is not finite, a decision without a threshold, or `unknown`
+            without a reason.
     """
 
     score: float

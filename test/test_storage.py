@@ -1,4 +1,4 @@
-"""Artefacts are whole or not there: whatever interrupts a write."""
+"""Atomic writing: interrupted writes leave the old file or folder; JSON and digests."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def names(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.rglob("*"))
 
 
-def test_canonical_json_is_one_text_for_one_value() -> None:
+def test_canonical_json_does_not_depend_on_the_order_of_keys() -> None:
     assert canonical_json({"b": [1, 2.5], "a": "é"}) == '{"a":"\\u00e9","b":[1,2.5]}'
     assert canonical_json({"a": 1, "b": 2}) == canonical_json({"b": 2, "a": 1})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), {1, 2}, b"x"])
-def test_canonical_json_refuses_what_json_cannot_say(value: object) -> None:
+def test_canonical_json_refuses_values_that_json_lacks(value: object) -> None:
     with pytest.raises(ArtefactError, match="JSON"):
         canonical_json({"value": value})
 
@@ -44,7 +44,7 @@ def test_digests_agree_with_hashlib(tmp_path: Path) -> None:
     assert sha256_file(tmp_path / "file") == hashlib.sha256(data).hexdigest() == sha256_bytes(data)
 
 
-def test_file_is_written_and_replaced_and_parents_are_made(tmp_path: Path) -> None:
+def test_file_is_written_and_replaced_and_parents_are_created(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b.json"
     atomic_write_bytes(path, b"one")
     atomic_write_bytes(path, b"two")
@@ -52,7 +52,7 @@ def test_file_is_written_and_replaced_and_parents_are_made(tmp_path: Path) -> No
     assert names(tmp_path) == ["a", "b.json"]
 
 
-def test_files_have_the_permissions_of_ordinary_ones(tmp_path: Path) -> None:
+def test_files_have_the_default_permissions(tmp_path: Path) -> None:
     (tmp_path / "plain").write_bytes(b"")
     (tmp_path / "folder").mkdir()
     atomic_write_bytes(tmp_path / "ours", b"")
@@ -77,7 +77,7 @@ def test_file_in_place_of_a_parent_is_named(tmp_path: Path) -> None:
         atomic_write_bytes(tmp_path / "file" / "x", b"")
 
 
-def test_folder_appears_whole(tmp_path: Path) -> None:
+def test_folder_appears_complete(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "index"
     with atomic_folder(path, replace=False) as temporary:
         (temporary / "frames").mkdir()
@@ -125,9 +125,7 @@ def test_failed_second_rename_puts_the_old_folder_back(
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), OSError(28, "full")])
-def test_whatever_ends_the_block_leaves_the_old_folder(
-    tmp_path: Path, error: BaseException
-) -> None:
+def test_any_exception_leaves_the_old_folder(tmp_path: Path, error: BaseException) -> None:
     path = tmp_path / "index"
     with atomic_folder(path, replace=False) as temporary:
         (temporary / "one").write_bytes(b"")
@@ -141,7 +139,7 @@ def test_whatever_ends_the_block_leaves_the_old_folder(
 def test_existing_folder_is_kept_unless_it_may_be_replaced(tmp_path: Path) -> None:
     path = tmp_path / "index"
     path.mkdir()
-    with pytest.raises(ArtefactError, match="exists already"), atomic_folder(path, replace=False):
+    with pytest.raises(ArtefactError, match="already exists"), atomic_folder(path, replace=False):
         raise AssertionError("the block must not run")
     assert names(tmp_path) == ["index"]
 
@@ -170,7 +168,7 @@ with atomic_folder(Path(sys.argv[1]), replace=True) as temporary:
 """
 
 
-def test_killed_in_the_middle_the_old_folder_stands(tmp_path: Path) -> None:
+def test_a_killed_process_leaves_the_old_folder(tmp_path: Path) -> None:
     path = tmp_path / "index"
     with atomic_folder(path, replace=False) as temporary:
         (temporary / "one").write_bytes(b"1")
@@ -182,5 +180,5 @@ def test_killed_in_the_middle_the_old_folder_stands(tmp_path: Path) -> None:
     )
     assert done.returncode == -signal.SIGKILL
     assert names(path) == ["one"]
-    left = [p for p in tmp_path.iterdir() if p != path]
-    assert all(p.name.startswith(".index.") for p in left)
+    temporary = [p for p in tmp_path.iterdir() if p != path]
+    assert all(p.name.startswith(".index.") for p in temporary)

@@ -1,4 +1,4 @@
-"""The nouns refuse what they must not hold."""
+"""Shared data types: sizes, and refusal of invalid values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from semantic_anomaly.structures import (
     Localization,
     NominalExample,
     PatchGrid,
-    Regions,
 )
 
 
@@ -54,11 +53,11 @@ def test_frame_refuses(image: np.ndarray, reason: str) -> None:
         Frame(image, name="a/1.png")
 
 
-def test_frame_knows_its_size() -> None:
+def test_frame_has_a_size() -> None:
     assert Frame(np.zeros((4, 6, 3), np.uint8)).image_hw == (4, 6)
 
 
-def test_nouns_are_frozen(rng: np.random.Generator) -> None:
+def test_frames_are_frozen() -> None:
     frame = Frame(np.zeros((4, 6, 3), np.uint8))
     with pytest.raises(dataclasses.FrozenInstanceError):
         frame.stamp_ns = 1  # type: ignore[misc]
@@ -96,22 +95,27 @@ def test_grid_refuses_a_bad_global_feature(rng: np.random.Generator) -> None:
         PatchGrid(features, features[0, 0], (0, 30))
 
 
-def test_grid_knows_its_sizes(rng: np.random.Generator) -> None:
+def test_grid_has_sizes(rng: np.random.Generator) -> None:
     grid = PatchGrid(unit((2, 3, 5), rng), unit((5,), rng), (20, 30))
     assert (grid.grid_hw, grid.dim) == ((2, 3), 5)
 
 
-def test_regions_paint_values_in_their_places(rng: np.random.Generator) -> None:
-    labels = np.array([[0, -1, 1], [2, 2, -1]], np.int32)
-    painted = Regions(unit((3, 5), rng), labels).paint(np.array([0.1, 0.2, 0.3]), outside=-1.0)
-    assert painted.dtype == np.float32
-    np.testing.assert_allclose(painted, [[0.1, -1.0, 0.2], [0.3, 0.3, -1.0]], rtol=1e-6)
-
-
-@pytest.mark.parametrize("label", [-2, 3])
-def test_regions_refuse_labels_without_an_embedding(label: int, rng: np.random.Generator) -> None:
-    with pytest.raises(ModelOutputError, match="expected labels from -1 to 2"):
-        Regions(unit((3, 5), rng), np.array([[0, label]], np.int32))
+@pytest.mark.parametrize(
+    ("shares", "message"),
+    [
+        (np.ones((1, 3, 2), np.float32), r"expected \(n, 2, 3\)"),
+        (np.ones((1, 2, 3)), "float64"),
+        (np.full((1, 2, 3), np.nan, np.float32), "shares in"),
+        (np.full((1, 2, 3), 1.5, np.float32), "shares in"),
+        (np.zeros((1, 2, 3), np.float32), "some above 0"),
+    ],
+)
+def test_grid_refuses_invalid_instances(
+    shares: np.ndarray, message: str, rng: np.random.Generator
+) -> None:
+    features = unit((2, 3, 5), rng)
+    with pytest.raises(ModelOutputError, match=message):
+        PatchGrid(features, features[0, 0], (20, 30), shares)
 
 
 def test_localization_refuses_empty_boxes_and_nan() -> None:
@@ -128,7 +132,7 @@ def test_scale_refuses(low: float, high: float) -> None:
         HeatmapScale(low, high)
 
 
-def test_scale_is_0_at_typical_and_1_at_the_threshold_and_has_no_upper_limit() -> None:
+def test_scale_is_0_at_low_1_at_high_and_has_no_upper_limit() -> None:
     scaled = HeatmapScale(0.1, 0.5).normalise(np.array([0.0, 0.1, 0.3, 0.5, 1.3], np.float32))
     np.testing.assert_allclose(scaled, [0.0, 0.0, 0.5, 1.0, 3.0], atol=1e-6)
     assert scaled.dtype == np.float32
@@ -149,9 +153,9 @@ def test_result_refuses(changes: dict[str, Any], message: str) -> None:
         result(**changes)
 
 
-def test_result_with_a_threshold_set_by_hand_has_no_p_value() -> None:
+def test_result_with_a_threshold_may_lack_a_p_value() -> None:
     assert result(p_value=None).decision is Decision.NOMINAL
 
 
-def test_decisions_are_words() -> None:
+def test_values_of_decisions() -> None:
     assert [decision.value for decision in Decision] == ["nominal", "anomaly", "unknown"]

@@ -10,7 +10,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 from transformers import AutoModel
 
-from semantic_anomaly.embedding.pretrained import fold_normalisations
+from semantic_anomaly.embedding.pretrained import fold_batch_norms
 
 TEMPERATURE = 0.15
 PLACES = 48
@@ -30,7 +30,7 @@ class Teacher:
 
     def __init__(self, folder: Path, layers: tuple[int, ...], device: torch.device) -> None:
         model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-        fold_normalisations(model.eval())
+        fold_batch_norms(model.eval())
         self._model = model.to(device, memory_format=torch.channels_last)
         self._layers = layers
         processor = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))

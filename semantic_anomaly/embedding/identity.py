@@ -1,41 +1,61 @@
-"""What an embedder is, as far as its embeddings may be compared with another's."""
+"""Identity of an embedder and a segmenter: what must agree before embeddings are compared."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Protocol
 
 import numpy as np
 
-from semantic_anomaly.errors import (
-    IndexFormatError,
-)
+from semantic_anomaly.errors import IndexFormatError
 from semantic_anomaly.settings import SEGMENTER_FAMILIES
 from semantic_anomaly.structures import PatchGrid
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_PLACE = "place_weight"
+# Digests identify a model better than names; the precision moves embeddings less than neighbouring
+# patches differ.
 _NOT_COMPARED = ("model_id", "revision", "dtype")
+# By kind of field: what is expected, and its test.
+_Rule = tuple[str, Callable[[Any], bool]]
+_STRING: _Rule = ("a string", lambda value: isinstance(value, str))
+_NAME: _Rule = ("a non-empty string", lambda value: isinstance(value, str) and value != "")
+_COUNT: _Rule = ("a positive integer", lambda value: type(value) is int and value > 0)
+_DIGEST: _Rule = (
+    "64 hexadecimal digits",
+    lambda value: isinstance(value, str) and _SHA256.fullmatch(value) is not None,
+)
+_LAYERS: _Rule = (
+    "integers",
+    lambda value: isinstance(value, tuple) and all(type(layer) is int for layer in value),
+)
+_WEIGHT: _Rule = (
+    "a number in [0, 1)",
+    lambda value: type(value) is float and 0.0 <= value < 1.0,
+)
+_FAMILY: _Rule = (
+    f"one of {', '.join(SEGMENTER_FAMILIES)}",
+    lambda value: value in SEGMENTER_FAMILIES,
+)
 
 
 @dataclass(frozen=True)
 class EmbedderIdentity:
-    """The backbone and its use: embeddings of equal identities lie in one space.
+    """A backbone and how it is used: embeddings of equal identities lie in one space.
 
     Attributes:
         model_id: shipped name, folder name or hub id; never an absolute path.
-        architecture: `model_type` of the backbone's configuration.
+        architecture: `model_type` of the configuration of the backbone.
         revision: commit of the hub snapshot, empty for a local folder.
         weights_sha256, config_sha256: 64 hexadecimal digits.
-        layers: hidden states used, counted from the front; empty: the network's last output,
-            where it is none of them.
+        layers: hidden states used, counted from the front; empty: the last output of the network,
+            where that is none of the hidden states.
         input_size: long side in pixels to which images are resized.
-        patch_px: side of a grid place in pixels of the resized image.
-        dim: length of an embedding.
-        dtype: precision that the backbone computed in.
-        place_weight: of the place in the image in the distance, in [0, 1).
+        patch_px: side of a patch in pixels of the resized image.
+        dim: dimension of an embedding.
+        dtype: precision of the computation.
+        place_weight: weight of the position in the image in the distance, in [0, 1).
 
     Raises:
         IndexFormatError: a field of the wrong type or out of range.
@@ -54,71 +74,48 @@ class EmbedderIdentity:
     place_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("model_id", "architecture", "dtype", "revision"):
-            value = getattr(self, name)
-            if not isinstance(value, str) or (name != "revision" and not value):
-                raise _wrong("embedder", name, "a string", value)
-        for name in ("weights_sha256", "config_sha256"):
-            value = getattr(self, name)
-            if not isinstance(value, str) or not _SHA256.fullmatch(value):
-                raise _wrong("embedder", name, "64 hexadecimal digits", value)
-        for name in ("input_size", "patch_px", "dim"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise _wrong("embedder", name, "a positive integer", value)
-        if type(self.place_weight) is not float or not 0.0 <= self.place_weight < 1.0:
-            raise _wrong("embedder", "place_weight", "a number in [0, 1)", self.place_weight)
-        if not isinstance(self.layers, tuple) or any(type(i) is not int for i in self.layers):
-            raise _wrong("embedder", "layers", "integers", self.layers)
+        rules = {
+            **{"model_id": _NAME, "architecture": _NAME, "dtype": _NAME, "revision": _STRING},
+            **{"weights_sha256": _DIGEST, "config_sha256": _DIGEST, "layers": _LAYERS},
+            **{"input_size": _COUNT, "patch_px": _COUNT, "dim": _COUNT, "place_weight": _WEIGHT},
+        }
+        _check("embedder", asdict(self), rules)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
-        values = {**asdict(self), "layers": list(self.layers)}
-        # Left out where there is none, as indexes of earlier versions do.
-        return values if self.place_weight else {k: values[k] for k in values if k != _PLACE}
+        return {**asdict(self), "layers": list(self.layers)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EmbedderIdentity:
-        """Make an identity of what `to_dict` returned.
+        """Make an identity from the values of `to_dict`.
 
         Raises:
             IndexFormatError: a field missing, unknown, of the wrong type or out of range.
         """
-        if not isinstance(values, Mapping):
-            raise _wrong("embedder", "it", "a mapping", values)
-        names = {f.name for f in fields(cls)}
-        values = {_PLACE: 0.0, **values}
-        if set(values) != names:
-            odd = ", ".join(sorted(map(str, names.symmetric_difference(values))))
-            raise IndexFormatError(f"embedder identity: missing or unknown fields: {odd}")
+        _check_names("embedder", values, cls)
         layers = values["layers"]
         return cls(**{**values, "layers": tuple(layers) if isinstance(layers, list) else layers})
 
     def difference(self, other: EmbedderIdentity) -> tuple[str, Any, Any] | None:
-        """Return (field, own value, the other's) of the first difference that matters, or None.
+        """Return (field, own value, other value) of the first difference that matters, or None.
 
-        Names and revisions do not matter, for digests say more; nor does the precision, which
-        moves embeddings by less than neighbours differ and is recorded only.
+        Name, revision and precision do not matter: embeddings of both can be compared.
         """
         for field in fields(self):
-            mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            if field.name not in _NOT_COMPARED and mine != theirs:
-                return field.name, mine, theirs
+            values = getattr(self, field.name), getattr(other, field.name)
+            if field.name not in _NOT_COMPARED and values[0] != values[1]:
+                return field.name, *values
         return None
-
-    def matches(self, other: EmbedderIdentity) -> bool:
-        """Return whether embeddings of both may be compared."""
-        return self.difference(other) is None
 
 
 @dataclass(frozen=True)
 class SegmenterIdentity:
-    """The segmenter and its use: masks of equal identities mean the same.
+    """A segmenter and how it is used.
 
     Attributes:
         family: one of `SEGMENTER_FAMILIES`.
         model_id: folder name or hub id, empty without a model.
-        digest: 64 hexadecimal digits, of weights, configuration and parameters.
+        digest: sha256 of weights, configuration and parameters, 64 hexadecimal digits.
 
     Raises:
         IndexFormatError: a field of the wrong type or out of range.
@@ -129,14 +126,8 @@ class SegmenterIdentity:
     digest: str
 
     def __post_init__(self) -> None:
-        if self.family not in SEGMENTER_FAMILIES:
-            raise _wrong(
-                "segmenter", "family", f"one of {', '.join(SEGMENTER_FAMILIES)}", self.family
-            )
-        if not isinstance(self.model_id, str):
-            raise _wrong("segmenter", "model_id", "a string", self.model_id)
-        if not isinstance(self.digest, str) or not _SHA256.fullmatch(self.digest):
-            raise _wrong("segmenter", "digest", "64 hexadecimal digits", self.digest)
+        rules = {"family": _FAMILY, "model_id": _STRING, "digest": _DIGEST}
+        _check("segmenter", asdict(self), rules)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -144,38 +135,49 @@ class SegmenterIdentity:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SegmenterIdentity:
-        """Make an identity of what `to_dict` returned.
+        """Make an identity from the values of `to_dict`.
 
         Raises:
             IndexFormatError: a field missing, unknown, of the wrong type or out of range.
         """
-        names = {f.name for f in fields(cls)}
-        if not isinstance(values, Mapping) or set(values) != names:
-            raise _wrong("segmenter", "it", f"exactly {', '.join(sorted(names))}", values)
+        _check_names("segmenter", values, cls)
         return cls(**values)
 
     def matches(self, other: SegmenterIdentity) -> bool:
-        """Return whether masks of both mean the same, whatever the model is called."""
+        """Return whether both give the same masks; the name of the model does not matter."""
         return (self.family, self.digest) == (other.family, other.digest)
 
 
 class Embedder(Protocol):
-    """What the detector needs of a backbone; `segmentation.embedder.RunningEmbedder` in earnest."""
+    """Interface of an embedder; implemented by `segmentation.embedder.RunningEmbedder`."""
 
     @property
     def identity(self) -> EmbedderIdentity:
-        """Return what the embeddings depend on."""
+        """Return the identity of the backbone."""
 
     @property
     def segmenter(self) -> SegmenterIdentity | None:
-        """Return what the instances of the grids depend on, None where they have none."""
+        """Return the identity of the segmenter, None without one."""
 
     def grid_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
-        """Return (rows, cols) of the grid that an image of (height, width) gives."""
+        """Return (rows, cols) of the patch grid of an image of (height, width) pixels."""
 
     def embed(self, images: Sequence[np.ndarray]) -> list[PatchGrid]:
-        """Return the patch embeddings of (height, width, 3) uint8 RGB images, in order."""
+        """Return the patch grids of (height, width, 3) uint8 RGB images, in order."""
 
 
-def _wrong(what: str, name: str, expected: str, found: object) -> IndexFormatError:
-    return IndexFormatError(f"{what} identity: {name}: expected {expected}, found {found!r}")
+def _check(what: str, values: Mapping[str, Any], rules: Mapping[str, _Rule]) -> None:
+    for name, (expected, is_valid) in rules.items():
+        if not is_valid(values[name]):
+            raise IndexFormatError(
+                f"{what} identity: {name}: expected {expected}, found {values[name]!r}"
+            )
+
+
+def _check_names(what: str, values: Any, identity_class: type[Any]) -> None:
+    names = {field.name for field in fields(identity_class)}
+    if not isinstance(values, Mapping) or set(values) != names:
+        raise IndexFormatError(
+            f"{what} identity: expected exactly the fields {', '.join(sorted(names))}, "
+            f"found {sorted(map(str, values)) if isinstance(values, Mapping) else values!r}"
+        )

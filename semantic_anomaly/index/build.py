@@ -18,7 +18,7 @@ from semantic_anomaly.index.hnsw import HnswGraph
 from semantic_anomaly.index.search import nearest_similarities
 from semantic_anomaly.io.images import encode_jpeg
 from semantic_anomaly.linalg import inner_products
-from semantic_anomaly.roi import ImageRegion, patch_regions
+from semantic_anomaly.roi import ImageRegion, patches_inside
 from semantic_anomaly.segmentation.masks import instances_of
 from semantic_anomaly.structures import Frame, PatchGrid
 
@@ -59,14 +59,10 @@ def patch_embeddings(nominal_frame: NominalFrame, roi: ImageRegion) -> FrameEmbe
         SettingsError: no patch lies in the region of interest.
     """
     frame, grid, *nominal = nominal_frame
-    regions = patch_regions(grid, roi)
-    inside = regions.label_map >= 0
+    inside = patches_inside(grid, roi)
     for mask in nominal:
-        inside &= mask
-    cells = np.argwhere(inside)
-    return FrameEmbeddings(
-        frame, grid.grid_hw, cells, regions.embeddings[regions.label_map[inside]]
-    )
+        inside = inside & mask
+    return FrameEmbeddings(frame, grid.grid_hw, np.argwhere(inside), grid.features[inside])
 
 
 def instance_embeddings(nominal_frame: NominalFrame, roi: ImageRegion) -> FrameEmbeddings:
@@ -77,7 +73,7 @@ def instance_embeddings(nominal_frame: NominalFrame, roi: ImageRegion) -> FrameE
     """
     frame, grid, *nominal = nominal_frame
     instances = instances_of(grid, roi)
-    cells, embeddings = instances.places, instances.embeddings
+    cells, embeddings = instances.cells, instances.embeddings
     for mask in nominal:
         kept = ~(instances.shares[:, ~mask] > 0).any(axis=1)
         cells, embeddings = cells[kept], embeddings[kept]

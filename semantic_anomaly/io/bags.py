@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from semantic_anomaly.errors import ImageError, SourceError
+from semantic_anomaly.errors import ImageError, SourceError, first_line
 from semantic_anomaly.io.images import decode_compressed, decode_raw
 from semantic_anomaly.io.sources import FrameSource
 from semantic_anomaly.structures import Frame
@@ -98,7 +98,7 @@ class BagSource(FrameSource):
                 except Exception as error:
                     raise SourceError(
                         f"bag '{self.path}' is damaged: message {index} of {self._announced} of "
-                        f"topic '{self.topic}' cannot be read ({_first_line(error)})"
+                        f"topic '{self.topic}' cannot be read ({first_line(error)})"
                     ) from error
                 yield bag_time_ns, message
 
@@ -139,7 +139,7 @@ def _opened(path: Path) -> Iterator[Reader]:
         raise SourceError(f"bag '{path}': {error}") from error
     except Exception as error:
         raise SourceError(
-            f"bag '{path}' cannot be opened ({_first_line(error)}): damaged, truncated or no bag; "
+            f"bag '{path}' cannot be opened ({first_line(error)}): damaged, truncated or no bag; "
             "'mcap recover' may restore an mcap file, 'ros2 bag reindex' the metadata"
         ) from error
     try:
@@ -201,8 +201,3 @@ def _choose_topic(path: Path, topics: Mapping[str, tuple[str, int]], wanted: str
 def _listed(topics: Mapping[str, tuple[str, int]]) -> str:
     rows = (f"{n} ({kind}, {count} messages)" for n, (kind, count) in sorted(topics.items()))
     return ", ".join(rows) or "none"
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0][:200] if lines else type(error).__name__

@@ -15,10 +15,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from semantic_anomaly.errors import SettingsError
 from semantic_anomaly.index.build import INSTANCES
 from semantic_anomaly.index.nominal_index import NominalIndex
-from semantic_anomaly.roi import ImageRegion
+from semantic_anomaly.roi import ImageRegion, patches_inside
 from semantic_anomaly.scoring.anomaly_map import (
     smoothed,
     smoothing_support,
@@ -95,9 +94,8 @@ class FrameScorer:
             SettingsError: no patch lies inside the region of interest.
         """
         inside, embeddings = self._patches(grid)
-        distances = self._index.distances(embeddings, self._settings.neighbours)
         values = np.zeros(grid.grid_hw, np.float32)
-        values[inside] = distances
+        values[inside] = self._distances(embeddings, inside, None, 0.0, None)
         return {GRID: DistanceMap(values, inside, embeddings), **self._instance_maps(grid)}
 
     def score(
@@ -151,9 +149,7 @@ class FrameScorer:
                 np.where(inside, values, 0).astype(np.float32), inside, settings.smoothing
             )
 
-        distances = self._index.distances(embeddings, settings.neighbours)  # (n,) upper bounds
-        if not self._index.search_is_exact:
-            distances = self._refined(distances, embeddings, inside, to_map, threshold)
+        distances = self._distances(embeddings, inside, to_map, settings.smoothing, threshold)
         anomaly_map = to_map(distances)
         parts = {}
         if settings.segments and normalisations:
@@ -166,58 +162,57 @@ class FrameScorer:
         score = tail_mean(anomaly_map[inside], settings.tail_percent)
         return FrameScore(score, anomaly_map, parts, note)
 
-    def _refined(
+    def _distances(
         self,
-        distances: np.ndarray,
         embeddings: np.ndarray,
         inside: np.ndarray,
-        to_map: Callable[[np.ndarray], np.ndarray],
+        to_map: Callable[[np.ndarray], np.ndarray] | None,
+        smoothing: float,
         threshold: float | None,
     ) -> np.ndarray:
-        """Return (n,) distances that are exact wherever score or decision depend on them.
+        """Return (n,) distances, exact wherever score or decision depend on them.
 
         A graph search can only overestimate a distance, and the map grows with every distance.
-        After the largest K values of the map are exact, their smallest is a lower bound of the K-th
-        largest exact value: any other value below it can be left as it is. So two exact searches
-        are enough: the K largest, then everything above that bound or the threshold.
-        """
-        exact = np.zeros(len(distances), bool)  # (n,)
-        top = tail_count(len(distances), self._settings.tail_percent)
-        values = to_map(distances)[inside]  # (n,)
-        largest = np.argpartition(values, len(values) - top)[-top:]
-        chosen = np.zeros(len(values), bool)
-        chosen[largest] = True
-        distances = self._with_exact(distances, embeddings, inside, chosen, exact)
-        values = to_map(distances)[inside]
-        bound = values[largest].min()
-        chosen = values > (bound if threshold is None else min(bound, threshold))
-        return self._with_exact(distances, embeddings, inside, chosen, exact)
+        Once the K values of the map that were largest are exact, their minimum is a lower bound of
+        the K-th largest exact value, so any value that is not above it need not be exact. Two exact
+        searches are enough: the K largest, then everything above that bound or the threshold.
 
-    def _with_exact(
-        self,
-        distances: np.ndarray,
-        embeddings: np.ndarray,
-        inside: np.ndarray,
-        chosen: np.ndarray,
-        exact: np.ndarray,
-    ) -> np.ndarray:
-        """Search exactly what the chosen (n,) values of the map depend on; updates `exact`."""
-        chosen_map = np.zeros(inside.shape, bool)
-        chosen_map[inside] = chosen
-        rows = smoothing_support(chosen_map, self._settings.smoothing)[inside] & ~exact
-        if rows.any():
-            distances = distances.copy()
-            distances[rows] = self._index.exact_distances(
-                embeddings[rows], self._settings.neighbours
-            )
-            exact |= rows
+        Args:
+            embeddings: (n, dim) float32, of the patches inside.
+            inside: (rows, cols) bool.
+            to_map: makes the (rows, cols) map of (n,) distances; None: the distances themselves.
+            smoothing: of the map.
+            threshold: of the score; None: there is none.
+        """
+        neighbours = self._settings.neighbours
+        distances = self._index.distances(embeddings, neighbours)  # (n,) upper bounds
+        if self._index.search_is_exact:
+            return distances
+        exact = np.zeros(len(distances), bool)
+
+        def search_exactly(chosen: np.ndarray) -> None:
+            """Make exact what the chosen (n,) values of the map depend on."""
+            chosen_map = np.zeros(inside.shape, bool)
+            chosen_map[inside] = chosen
+            rows = smoothing_support(chosen_map, smoothing)[inside] & ~exact
+            if rows.any():
+                distances[rows] = self._index.exact_distances(embeddings[rows], neighbours)
+                exact[rows] = True
+
+        def values() -> np.ndarray:
+            return distances if to_map is None else to_map(distances)[inside]
+
+        count = tail_count(len(distances), self._settings.tail_percent)
+        largest = np.zeros(len(distances), bool)
+        largest[np.argpartition(values(), len(distances) - count)[-count:]] = True
+        search_exactly(largest)
+        bound = float(values()[largest].min())
+        search_exactly(values() > (bound if threshold is None else min(bound, threshold)))
         return distances
 
     def _patches(self, grid: PatchGrid) -> tuple[np.ndarray, np.ndarray]:
         """Return (rows, cols) bool of the patches that are scored and their (n, dim) embeddings."""
-        inside = self._roi.patch_mask(grid.grid_hw, grid.image_hw)
-        if not inside.any():
-            raise SettingsError("region of interest and ego mask leave no patch of the image")
+        inside = patches_inside(grid, self._roi)
         return inside, grid.features[inside]
 
     def _instance_maps(self, grid: PatchGrid) -> dict[str, DistanceMap]:

@@ -1,4 +1,4 @@
-"""A backbone with a segmenter behind it: patch embeddings that know their instances."""
+"""The embedder of commands and node: a backbone, and a segmenter if the variant needs one."""
 
 from __future__ import annotations
 
@@ -9,11 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from semantic_anomaly.embedding.identity import SegmenterIdentity
-from semantic_anomaly.errors import (
-    ModelOutputError,
-    SettingsError,
-    UnknownNameError,
-)
+from semantic_anomaly.errors import ModelOutputError, SettingsError, UnknownNameError
 from semantic_anomaly.segmentation.masks import InstanceSegmenter, patch_shares
 from semantic_anomaly.settings import SEGMENTER_FAMILIES, TOKENS
 from semantic_anomaly.structures import PatchGrid
@@ -31,17 +27,18 @@ def load_segmenter(
 
     Args:
         family: `tokens` groups patch embeddings; `universal`, `promptless` and `detector` are
-            networks of their own.
-        model: a local Hugging Face folder or a hub id already downloaded; empty for `tokens`.
+            networks.
+        model: local Hugging Face folder or hub id already downloaded; empty for `tokens`.
         device: auto, cpu, cuda or cuda:N.
         dtype: auto, float32, bfloat16 or float16.
 
     Raises:
-        SettingsError: an unknown family, or a model where none or one is needed.
-        BackboneError: the model cannot be had whole, or its architecture is not of the family.
+        UnknownNameError: an unknown family.
+        SettingsError: `tokens` with a model, or another family without one.
+        BackboneError: the model cannot be loaded, or its architecture is not of the family.
     """
     if family not in SEGMENTER_FAMILIES:
-        raise SettingsError(str(UnknownNameError("segmenter family", family, SEGMENTER_FAMILIES)))
+        raise UnknownNameError("segmenter family", family, SEGMENTER_FAMILIES)
     if bool(model) == (family == TOKENS):
         expected = "no model" if family == TOKENS else "a model: a folder or a downloaded hub id"
         raise SettingsError(f"segmenter '{family}': expected {expected}, found '{model}'")
@@ -55,13 +52,11 @@ def load_segmenter(
 
 
 class RunningEmbedder:
-    """What commands and node embed with: the backbone and, unless the variant is grid, a segmenter.
-
-    Used by one thread at a time.
+    """A backbone and, unless the variant is grid, a segmenter; for one thread at a time.
 
     Args:
-        backbone: gives the patch embeddings.
-        segmenter: gives the instances; None: they are not asked for.
+        backbone: computes the patch embeddings.
+        segmenter: computes the instances; None: images are not segmented.
     """
 
     def __init__(self, backbone: PatchEmbedder, segmenter: InstanceSegmenter | None = None) -> None:
@@ -70,18 +65,23 @@ class RunningEmbedder:
 
     @classmethod
     def from_settings(cls, settings: Settings) -> RunningEmbedder:
-        """Load what the settings describe.
+        """Load the backbone and the segmenter of the settings.
+
+        Args:
+            settings: unset ones have the defaults of a new index.
 
         Raises:
-            SettingsError: a segmenter without its model, or a model for one that has none.
-            BackboneError: backbone or segmenter cannot be had whole.
+            SettingsError: a segmenter without its model, or a model for `tokens`.
+            BackboneError: backbone or segmenter cannot be loaded.
         """
         from semantic_anomaly.embedding.backbone import PatchEmbedder
 
+        settings = settings.with_build_defaults()
         segmenter = None
         if settings.segments:
-            given = settings.segmenter, settings.segmenter_model, settings.device, settings.dtype
-            segmenter = load_segmenter(*given)
+            segmenter = load_segmenter(
+                settings.segmenter, settings.segmenter_model, settings.device, settings.dtype
+            )
         try:
             return cls(PatchEmbedder.from_settings(settings), segmenter)
         except BaseException:
@@ -91,52 +91,50 @@ class RunningEmbedder:
 
     @property
     def identity(self) -> EmbedderIdentity:
-        """Return what the embeddings depend on."""
+        """Return the identity of the backbone."""
         return self._backbone.identity
 
     @property
     def segmenter(self) -> SegmenterIdentity | None:
-        """Return what the instances depend on, None without."""
+        """Return the identity of the segmenter, None without one."""
         return None if self._segmenter is None else self._segmenter.identity
 
     @property
     def device(self) -> str:
-        """Return where the backbone runs."""
+        """Return the device of the backbone, for reports."""
         return self._backbone.device
 
     def grid_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
-        """Return (rows, cols) of the grid that an image of (height, width) gives."""
+        """Return (rows, cols) of the patch grid of an image of (height, width) pixels."""
         return self._backbone.grid_hw(image_hw)
 
     def embed(self, images: Sequence[np.ndarray]) -> list[PatchGrid]:
-        """Return the patch embeddings of images, in order, with their instances.
+        """Return the patch grids of (height, width, 3) uint8 RGB images, with their instances.
 
         Raises:
-            ModelOutputError: something not finite, or masks that are not of the image.
+            ImageError: wrong shape or dtype.
+            ModelOutputError: output that is not finite, or masks of another image size.
         """
         grids = self._backbone.embed(images)
         if self._segmenter is None:
             return grids
-        return [self._with_instances(*pair) for pair in zip(images, grids, strict=True)]
+        segmented = []
+        for image, grid in zip(images, grids, strict=True):
+            masks = self._segmenter.segment(image, grid)
+            if masks.image_hw != grid.image_hw:
+                raise ModelOutputError(
+                    f"instance masks: expected those of an image of {grid.image_hw}, "
+                    f"found {masks.image_hw}"
+                )
+            segmented.append(replace(grid, instances=patch_shares(masks, grid.grid_hw)))
+        return segmented
 
     def warm_up(self, image_hw: tuple[int, int]) -> None:
-        """Run everything once on an image of (height, width)."""
-        self._backbone.warm_up(image_hw)
-        if self._segmenter is not None:
-            self.embed([np.full((*image_hw, 3), 128, np.uint8)])
+        """Run once on an image of (height, width) pixels, as the first run is slow."""
+        self.embed([np.full((*image_hw, 3), 128, np.uint8)])
 
     def close(self) -> None:
-        """Free what is held; nothing can be embedded afterwards."""
+        """Free backbone and segmenter; the embedder cannot be used any more."""
         self._backbone.close()
         if self._segmenter is not None:
             self._segmenter.close()
-
-    def _with_instances(self, image: np.ndarray, grid: PatchGrid) -> PatchGrid:
-        assert self._segmenter is not None
-        found = self._segmenter.segment(image, grid)
-        if found.image_hw != grid.image_hw:
-            raise ModelOutputError(
-                f"instance masks: expected those of an image of {grid.image_hw}, "
-                f"found {found.image_hw}"
-            )
-        return replace(grid, instances=patch_shares(found, grid.grid_hw))

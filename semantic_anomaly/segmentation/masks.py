@@ -1,12 +1,7 @@
-"""Instances of an image: what every segmenter gives, and how one is loaded.
+"""Instance masks, and the pooling of patch embeddings over them.
 
-Embeddings of instances, and of what surrounds them: the paper's second variant, and past it.
-
-An instance is embedded by the mean of the patch embeddings under its mask, weighted by the area
-that it covers of each patch (masked average pooling; arXiv 2505.07998). Its surroundings are a
-ring as wide as half the side of a square of its area; what lies below, which it stands on, counts
-twice. Instance and surroundings are one vector, a weighted concatenation: the cosine distance of
-two such pairs is the weighted sum of both distances, so that one graph finds the nearest pair.
+The embedding of an instance is the mean of the patch embeddings under its mask, weighted by the
+covered area of each patch (masked average pooling; variant `instance` of arXiv 2505.07998).
 """
 
 from __future__ import annotations
@@ -19,25 +14,25 @@ import cv2
 import numpy as np
 
 from semantic_anomaly.embedding.identity import SegmenterIdentity
-from semantic_anomaly.errors import (
-    ModelOutputError,
-)
+from semantic_anomaly.errors import ModelOutputError
 from semantic_anomaly.linalg import inner_products
 from semantic_anomaly.roi import ImageRegion
 from semantic_anomaly.structures import PatchGrid
 
+_EPSILON = 1e-6
+
 
 @dataclass(frozen=True, eq=False)
 class InstanceMasks:
-    """The instances of one image, at any resolution; they may overlap.
+    """The instances of one image at any resolution; they may overlap.
 
     Attributes:
-        masks: (n, h, w) bool, covering the whole image by one ratio a side; n may be 0.
+        masks: (n, h, w) bool over the whole image, with one scale per axis; n may be 0.
         scores: (n,) float32 in [0, 1].
         image_hw: (height, width) in pixels of the image.
 
     Raises:
-        ModelOutputError: another shape or dtype, a mask without a pixel, or a score out of range.
+        ModelOutputError: wrong shape or dtype, a mask without a pixel, or a score out of range.
     """
 
     masks: np.ndarray
@@ -55,7 +50,7 @@ class InstanceMasks:
                 f"instance scores: expected ({shape[0]},) float32, found shape "
                 f"{self.scores.shape}, {self.scores.dtype}"
             )
-        # NaN fails both comparisons.
+        # NaN fails the comparison.
         if not np.all((self.scores >= 0.0) & (self.scores <= 1.0)):
             raise ModelOutputError(
                 f"instance scores: expected numbers in [0, 1], found {self.scores.tolist()[:8]}"
@@ -73,32 +68,27 @@ class InstanceMasks:
 
 
 class InstanceSegmenter(Protocol):
-    """What gives the instances of an image."""
+    """Interface of a segmenter."""
 
     @property
     def identity(self) -> SegmenterIdentity:
-        """Return what the masks depend on."""
+        """Return the identity of the segmenter."""
 
     def segment(self, image: np.ndarray, grid: PatchGrid) -> InstanceMasks:
-        """Return the instances of a (height, width, 3) uint8 RGB image with its embeddings."""
+        """Return the instances of a (height, width, 3) uint8 RGB image and its patch grid."""
 
     def close(self) -> None:
-        """Free what the segmenter holds; it cannot be used afterwards."""
-
-
-RING_WIDTH = 0.5
-BELOW_WEIGHT = 2.0
-_LEAST = 1e-6
+        """Free the memory of the segmenter; it cannot be used any more."""
 
 
 @dataclass(frozen=True, eq=False)
 class Instances:
-    """The instances of an image as far as they take part.
+    """The instances of an image inside the region of interest.
 
     Attributes:
         embeddings: (n, dim) float32, unit norm.
-        shares: (n, rows, cols) float32 in [0, 1], the share of each patch that each covers, 0
-            for patches that take no part; no instance is without any.
+        shares: (n, rows, cols) float32 in [0, 1], share of each patch covered by each instance; 0
+            outside the region of interest. Each instance covers some patch.
     """
 
     embeddings: np.ndarray
@@ -106,149 +96,90 @@ class Instances:
 
     @property
     def covered(self) -> np.ndarray:
-        """Return (rows, cols) bool: patches of which instances cover at least half."""
+        """Return (rows, cols) bool, the patches covered by instances to at least one half."""
         return np.asarray(self.shares.sum(axis=0) >= 0.5)
 
     @property
-    def places(self) -> np.ndarray:
-        """Return (n, 2) int: of each, the patch that it covers most and that is nearest its middle.
+    def cells(self) -> np.ndarray:
+        """Return (n, 2) int64, row and col of the patch that represents each instance.
 
-        A ring's middle is no part of it, so the middle itself will not do.
+        It is the most covered patch nearest to the centroid; the centroid itself may lie outside
+        of the instance.
         """
         count, rows, cols = self.shares.shape
-        found = np.zeros((count, 2), np.int64)
-        row_of, col_of = np.mgrid[:rows, :cols]
+        cells = np.zeros((count, 2), np.int64)
+        row_of, col_of = np.mgrid[:rows, :cols]  # (rows, cols) each
         for number, share in enumerate(self.shares):
             total = share.sum()
-            middle = (share * row_of).sum() / total, (share * col_of).sum() / total
-            away = (row_of - middle[0]) ** 2 + (col_of - middle[1]) ** 2
-            best = np.where(share >= share.max() - _LEAST, away, np.inf).argmin()
-            found[number] = np.divmod(best, cols)
-        return found
+            row, col = (share * row_of).sum() / total, (share * col_of).sum() / total
+            squared_distances = (row_of - row) ** 2 + (col_of - col) ** 2
+            nearest = np.where(share >= share.max() - _EPSILON, squared_distances, np.inf).argmin()
+            cells[number] = np.divmod(nearest, cols)
+        return cells
 
     def paint(self, values: np.ndarray) -> np.ndarray:
-        """Return (rows, cols) float32: the mean of the values of the instances on each patch.
+        """Return (rows, cols) float32, on each patch the mean over instances by covered share.
 
         Args:
-            values: (n,) one value an instance; those on a patch weigh by what they cover of it.
+            values: (n,) one value per instance.
         """
-        weight = self.shares.sum(axis=0)
-        summed = np.tensordot(values.astype(np.float32), self.shares, axes=1)
-        return np.asarray(summed / np.maximum(weight, _LEAST), np.float32)
+        weights = self.shares.sum(axis=0)  # (rows, cols)
+        sums = np.tensordot(values.astype(np.float32), self.shares, axes=1)  # (rows, cols)
+        return np.asarray(sums / np.maximum(weights, _EPSILON), np.float32)
 
 
 def patch_shares(masks: InstanceMasks, grid_hw: tuple[int, int]) -> np.ndarray:
-    """Return (n, rows, cols) float32: the share of each patch's area that each mask covers.
+    """Return (n, rows, cols) float32 in [0, 1], share of the area of each patch under each mask.
 
-    Exact to float32 for masks of any size, so that what is smaller than a patch is not lost.
+    Shares are exact for masks of any resolution, so instances smaller than a patch are kept.
 
     Args:
-        masks: instances, covering the whole image by one ratio a side.
-        grid_hw: (rows, cols) of the patches.
+        masks: instances of the image.
+        grid_hw: (rows, cols) of its patch grid.
     """
     count, height, width = masks.masks.shape
     rows, cols = grid_hw
-    # Area interpolation shrinks exactly; where it enlarges, it is none.
-    tall, wide = math.ceil(rows / height), math.ceil(cols / width)
+    # INTER_AREA averages areas only where it shrinks, so coarse masks are repeated first.
+    scale_y, scale_x = math.ceil(rows / height), math.ceil(cols / width)
     shares = np.zeros((count, rows, cols), np.float32)
     for share, mask in zip(shares, masks.masks, strict=True):
-        enlarged = mask if tall == wide == 1 else mask.repeat(tall, axis=0).repeat(wide, axis=1)
-        cv2.resize(
-            enlarged.astype(np.float32), (cols, rows), dst=share, interpolation=cv2.INTER_AREA
-        )
-    # Sums of areas may end a little beside 1.
+        if scale_y > 1 or scale_x > 1:
+            mask = mask.repeat(scale_y, axis=0).repeat(scale_x, axis=1)
+        cv2.resize(mask.astype(np.float32), (cols, rows), dst=share, interpolation=cv2.INTER_AREA)
+    # Rounding may exceed 1 slightly.
     return np.clip(shares, 0.0, 1.0)
 
 
-def instances_of(grid: PatchGrid, region: ImageRegion) -> Instances:
-    """Return the instances of an image, cut by the region of interest.
+def instances_of(grid: PatchGrid, roi: ImageRegion) -> Instances:
+    """Return the instances of an image, cut to the region of interest.
 
     Args:
         grid: patch embeddings and instances.
-        region: patches outside take no part; instances wholly outside are left out.
+        roi: region of interest; instances without a patch inside are left out.
 
     Raises:
         ModelOutputError: the image was not segmented.
     """
     if grid.instances is None:
         raise ModelOutputError(
-            "instances: expected a segmented image, found patches alone; set 'variant' and "
+            "instances: expected a segmented image, found only patches; set 'variant' and "
             "'segmenter' as for the index"
         )
     shares = grid.instances
-    if not region.is_whole_image:
-        shares = shares * region.patch_mask(grid.grid_hw, grid.image_hw)
+    if not roi.is_whole_image:
+        shares = shares * roi.patch_mask(grid.grid_hw, grid.image_hw)
         shares = shares[shares.any(axis=(1, 2))]
     return Instances(_pooled(grid.features, shares), shares)
 
 
-def pairs_of(
-    grid: PatchGrid,
-    instances: Instances,
-    region: ImageRegion,
-    weight: float,
-    nominal: np.ndarray | None = None,
-) -> Pairs:
-    """Return instances paired with their surroundings.
-
-    An instance that leaves nothing around it is its own surroundings.
-
-    Args:
-        grid: the patch embeddings.
-        instances: of the same image.
-        region: patches outside surround nothing.
-        weight: of the surroundings in the distance of two pairs, in (0, 1).
-        nominal: (rows, cols) bool, patches that may surround; None: all.
-    """
-    rings = _rings(instances.shares)
-    rings *= region.patch_mask(grid.grid_hw, grid.image_hw)
-    if nominal is not None:
-        rings *= nominal
-    alone = ~rings.any(axis=(1, 2))
-    rings[alone] = instances.shares[alone]
-    around = _pooled(grid.features, rings)
-    own = instances.embeddings * np.float32(math.sqrt(1.0 - weight))
-    joined = np.concatenate([own, around * np.float32(math.sqrt(weight))], axis=1)
-    return Pairs(joined, around)
-
-
-@dataclass(frozen=True, eq=False)
-class Pairs:
-    """Instances with their surroundings.
-
-    Attributes:
-        embeddings: (n, 2 * dim) float32, unit norm: both, weighted.
-        surroundings: (n, dim) float32, unit norm.
-    """
-
-    embeddings: np.ndarray
-    surroundings: np.ndarray
-
-
 def _pooled(features: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Return (n, dim) float32 unit vectors: the mean of the features by (n, rows, cols) weights."""
+    """Return (n, dim) float32 unit vectors, means of the features by (n, rows, cols) weights."""
     rows, cols, dim = features.shape
     flat = np.ascontiguousarray(features.reshape(rows * cols, dim))
-    sums = inner_products(weights.reshape(len(weights), rows * cols), flat)
-    lengths = np.linalg.norm(sums, axis=1, keepdims=True)
-    # Opposite embeddings may cancel out; the heaviest patch speaks for them then.
-    gone = np.flatnonzero(lengths[:, 0] < _LEAST * weights.sum(axis=(1, 2)))
-    for number in gone:
+    sums = inner_products(weights.reshape(len(weights), rows * cols), flat)  # (n, dim)
+    norms = np.linalg.norm(sums, axis=1, keepdims=True)  # (n, 1)
+    # Opposite embeddings cancel out; then the patch of the largest weight is used.
+    for number in np.flatnonzero(norms[:, 0] < _EPSILON * weights.sum(axis=(1, 2))):
         sums[number] = flat[weights[number].argmax()]
-        lengths[number] = 1.0
-    return np.asarray(sums / lengths, np.float32)
-
-
-def _rings(shares: np.ndarray) -> np.ndarray:
-    """Return (n, rows, cols) float32 weights of what surrounds each instance."""
-    rings = np.zeros_like(shares)
-    for ring, share in zip(rings, shares, strict=True):
-        width = max(1, round(RING_WIDTH * math.sqrt(float(share.sum()))))
-        side = 2 * width + 1
-        near = cv2.dilate(share, np.ones((side, side), np.uint8))
-        # Moved down by the ring's width, the instance covers what it stands on.
-        below = np.zeros_like(share)
-        below[width:] = share[:-width]
-        weights = np.maximum(near, BELOW_WEIGHT * below)
-        np.multiply(weights, 1.0 - share, out=ring)
-    return rings
+        norms[number] = 1.0
+    return np.asarray(sums / norms, np.float32)

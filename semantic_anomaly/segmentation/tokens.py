@@ -1,4 +1,10 @@
-"""Instances without a second network: patches of alike embeddings, with borders by colour."""
+"""Segmentation without a network: connected patches of similar embeddings, refined by colour.
+
+Sub-cluster components (Monath et al., KDD 2021) on the graph of neighbouring patches: for growing
+thresholds, every region joins the nearest one if their mean cosine distance is below the threshold.
+Borders follow colours as in joint bilateral upsampling (Kopf et al. 2007), reduced to the patch of
+the lowest cost.
+"""
 
 from __future__ import annotations
 
@@ -17,28 +23,25 @@ from semantic_anomaly.settings import TOKENS
 from semantic_anomaly.storage import canonical_json, sha256_bytes
 from semantic_anomaly.structures import PatchGrid
 
-_PIXELS_A_PATCH = 2
-# Multiples of the image's median distance between neighbours, which differs between backbones.
+_PIXELS_PER_PATCH = 2
+# Multiples of the median distance between neighbours in the image, which depends on the backbone.
 _THRESHOLDS = (1.0, 1.4, 2.0, 2.8, 4.0, 5.7, 8.0)
-# Where each level stops: at this threshold, or before its regions are of more patches than that on
-# average. Distances of some backbones hardly differ, and all would be one region soon.
+# Last threshold of each level, and the largest mean number of patches of its regions. For some
+# backbones distances hardly differ, and without the limit all patches would join.
 _LEVELS = ((4, 64), (6, 256))
-# Uniform images have distances of rounding alone.
-_LEAST_MEDIAN = 1e-6
-# Summed difference of three channels that weighs as much as the side of a patch.
-_COLOUR_A_PATCH = 90.0
+# Distances in uniform images are rounding errors.
+_MIN_MEDIAN = 1e-6
+# Summed difference of three channels with the same cost as the side of a patch.
+_COLOUR_PER_PATCH = 90.0
 
 
 class TokenSegmenter:
-    """Instances as connected patches of alike embeddings, in two levels, refined by colour.
+    """Instances as connected patches of similar embeddings, in two levels.
 
-    Sub-cluster components (Monath et al., KDD 2021) on the graph of neighbouring patches: by
-    growing thresholds, every region joins its nearest one if their mean cosine distance is lower.
-    Borders follow colours as in joint bilateral upsampling (Kopf et al. 2007), of which the
-    strongest patch decides. A score is the length of a region's mean unit vector.
+    The score of an instance is the norm of the mean of its unit vectors.
 
     Attributes:
-        identity: of the parameters, for there are no weights.
+        identity: digest of the parameters.
     """
 
     def __init__(self) -> None:
@@ -46,68 +49,70 @@ class TokenSegmenter:
             "version": 2,
             "thresholds": list(_THRESHOLDS),
             "levels": _LEVELS,
-            "colour": _COLOUR_A_PATCH,
-            "pixels": _PIXELS_A_PATCH,
+            "colour": _COLOUR_PER_PATCH,
+            "pixels": _PIXELS_PER_PATCH,
         }
         digest = sha256_bytes(canonical_json(parameters).encode())
         self.identity = SegmenterIdentity(TOKENS, "", digest)
 
     def segment(self, image: np.ndarray, grid: PatchGrid) -> InstanceMasks:
-        """Return the fine regions, then those coarse ones that join several.
+        """Return the fine regions, then the coarse ones that consist of several fine ones.
 
         Args:
-            image: (height, width, 3) uint8 RGB, the image of the grid.
-            grid: its patch embeddings.
+            image: (height, width, 3) uint8 RGB.
+            grid: its patch grid.
 
         Raises:
-            ModelOutputError: image and grid are not of one size.
+            ModelOutputError: the grid is not of an image of this size.
         """
         if image.shape != (*grid.image_hw, 3) or image.dtype != np.uint8:
             raise ModelOutputError(
-                f"image: expected {(*grid.image_hw, 3)} uint8 as its grid says, "
+                f"image: expected {(*grid.image_hw, 3)} uint8 as for its grid, "
                 f"found {image.shape}, {image.dtype}"
             )
-        nearest = _patch_of_pixels(image, grid.grid_hw)
+        patch_of_pixel = _patch_of_pixel(image, grid.grid_hw)  # (h, w)
         (fine, fine_scores), (coarse, coarse_scores) = token_regions(grid.features)
+        # Number of fine regions in each coarse one.
         parts = np.bincount(coarse[np.unique(fine, return_index=True)[1]])
-        maps = [fine.astype(np.int16)[nearest], coarse.astype(np.int16)[nearest]]
-        # Colours may leave a lone patch no pixel.
-        pixels = [
-            np.bincount(m.ravel(), minlength=n)
-            for m, n in zip(maps, (parts.sum(), len(parts)), strict=True)
-        ]
-        wanted = [np.flatnonzero(pixels[0]), np.flatnonzero((parts > 1) & (pixels[1] > 0))]
-        masks = np.empty((len(wanted[0]) + len(wanted[1]), *nearest.shape), bool)
-        cut = len(wanted[0])
-        for labels, rows, part in zip(maps, wanted, (masks[:cut], masks[cut:]), strict=True):
-            np.equal(labels, rows.astype(np.int16)[:, None, None], out=part)
-        scores = np.concatenate([fine_scores[wanted[0]], coarse_scores[wanted[1]]])
+        fine_map = fine.astype(np.int16)[patch_of_pixel]
+        coarse_map = coarse.astype(np.int16)[patch_of_pixel]
+        # A single patch may lose all of its pixels to its neighbours.
+        fine_labels = np.flatnonzero(np.bincount(fine_map.ravel()))
+        coarse_pixels = np.bincount(coarse_map.ravel(), minlength=len(parts))
+        coarse_labels = np.flatnonzero((parts > 1) & (coarse_pixels > 0))
+        count = len(fine_labels)
+        masks = np.empty((count + len(coarse_labels), *patch_of_pixel.shape), bool)
+        np.equal(fine_map, fine_labels.astype(np.int16)[:, None, None], out=masks[:count])
+        np.equal(coarse_map, coarse_labels.astype(np.int16)[:, None, None], out=masks[count:])
+        scores = np.concatenate([fine_scores[fine_labels], coarse_scores[coarse_labels]])
         return InstanceMasks(masks, np.minimum(scores, 1.0), grid.image_hw)
 
     def close(self) -> None:
-        """Free nothing, for nothing is held."""
+        """Do nothing: there is no network."""
 
 
 def token_regions(features: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Group neighbouring patches (Monath et al. 2021), into fine and then coarser regions.
+    """Group neighbouring patches of similar embeddings (Monath et al. 2021).
 
     Args:
         features: (rows, cols, dim) float32, unit norm.
 
     Returns:
-        For both levels (rows * cols,) labels from 0, and the (n,) float32 mean vectors' lengths.
+        Fine and coarse regions: (rows * cols,) labels from 0, and (n,) float32 norms of the mean
+        vectors.
     """
     rows, cols, dim = features.shape
+    # Edges (one, other, distances) between regions, at first single patches.
     one, other, distances = _neighbours(features)
-    unit = max(float(np.median(distances)) if len(distances) else 0.0, _LEAST_MEDIAN)
+    unit = max(float(np.median(distances)) if len(distances) else 0.0, _MIN_MEDIAN)
     labels = np.arange(rows * cols)
-    sums = np.ascontiguousarray(features).reshape(-1, dim)
-    sizes = np.ones(rows * cols, np.float32)
-    found = []
+    sums = np.ascontiguousarray(features).reshape(-1, dim)  # (regions, dim)
+    sizes = np.ones(rows * cols, np.float32)  # (regions,)
+    steps = []
     for threshold in _THRESHOLDS:
         new = _join_nearest(one, other, distances, len(sizes), threshold * unit)
         if new.max() + 1 < len(sizes):
-            # NumPy's own sums over groups of rows take ten times as long.
+            # Grouped sums of numpy are ten times slower.
             groups = torch.from_numpy(new)
             shape = (int(new.max()) + 1, dim)
             sums = torch.zeros(shape).index_add_(0, groups, torch.from_numpy(sums)).numpy()
@@ -118,40 +123,47 @@ def token_regions(features: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
             one, other = keys // len(sizes), keys % len(sizes)
             # The mean cosine of all pairs of two regions is the product of their mean vectors.
             means = sums / sizes[:, None]
-            distances = 1.0 - np.einsum("ed,ed->e", means[one], means[other])
-        lengths = np.sqrt(np.einsum("nd,nd->n", sums, sums)) / sizes
-        found.append((labels, lengths.astype(np.float32)))
+            distances = 1.0 - np.einsum("ed,ed->e", means[one], means[other])  # (edges,)
+        norms = np.sqrt(np.einsum("nd,nd->n", sums, sums)) / sizes
+        steps.append((labels, norms.astype(np.float32)))
     levels = []
-    for last, patches in _LEVELS:
-        enough = [n for n in range(last + 1) if patches * len(found[n][1]) >= rows * cols]
-        levels.append(found[max(enough, default=0)])
+    for last, max_patches in _LEVELS:
+        allowed = [n for n in range(last + 1) if max_patches * len(steps[n][1]) >= rows * cols]
+        levels.append(steps[max(allowed, default=0)])
     return levels
 
 
 def _neighbours(features: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return both ends and the cosine distance of every pair of patches that touch."""
-    places = np.arange(features.shape[0] * features.shape[1]).reshape(features.shape[:2])
+    """Return (n,) numbers of both patches and (n,) cosine distances of all 8-neighbours."""
+    numbers = np.arange(features.shape[0] * features.shape[1]).reshape(features.shape[:2])
     every, ahead, behind = slice(None), slice(1, None), slice(None, -1)
-    sides: Sequence[tuple[Any, Any]] = (
+    pairs: Sequence[tuple[Any, Any]] = (
         ((every, ahead), (every, behind)),
         ((ahead, every), (behind, every)),
         ((ahead, ahead), (behind, behind)),
         ((ahead, behind), (behind, ahead)),
     )
-    cosines = [np.einsum("rcd,rcd->rc", features[a], features[b]).ravel() for a, b in sides]
-    one = np.concatenate([places[a].ravel() for a, _ in sides])
-    other = np.concatenate([places[b].ravel() for _, b in sides])
+    cosines = [np.einsum("rcd,rcd->rc", features[a], features[b]).ravel() for a, b in pairs]
+    one = np.concatenate([numbers[a].ravel() for a, _ in pairs])
+    other = np.concatenate([numbers[b].ravel() for _, b in pairs])
     return one, other, 1.0 - np.concatenate(cosines)
 
 
 def _join_nearest(
     one: np.ndarray, other: np.ndarray, distances: np.ndarray, count: int, threshold: float
 ) -> np.ndarray:
-    """Return (count,) new labels from 0: every region with its nearest, if below the threshold."""
+    """Return (count,) new labels from 0, after each region joined its nearest one in reach.
+
+    Args:
+        one, other: (n,) regions at both ends of each edge.
+        distances: (n,) of the edges.
+        count: number of regions.
+        threshold: longer edges are ignored.
+    """
     near = np.flatnonzero(distances <= threshold)
     near = near[np.argsort(distances[near])]
     one, other, own = one[near], other[near], np.arange(count)
-    # Of repeated places the last assignment holds, so backwards the nearest one does.
+    # The shortest edge of each region: of repeated indices the last assignment counts.
     first = np.full((2, count), len(near))
     backwards = np.arange(len(near))[::-1]
     first[0, one[::-1]] = backwards
@@ -160,47 +172,44 @@ def _join_nearest(
     joining = np.flatnonzero(edge < len(near))
     parent = own.copy()
     parent[joining] = one[edge[joining]] + other[edge[joining]] - joining
-    # Edges are in one strict order, so that only mutual pairs are cycles.
+    # Edges have a strict order, so the only cycles are mutual pairs.
     mutual = (parent[parent] == own) & (own < parent)
     parent[mutual] = own[mutual]
-    while not np.array_equal(further := parent[parent], parent):
-        parent = further
+    while not np.array_equal(grandparent := parent[parent], parent):
+        parent = grandparent
     return (np.cumsum(parent == own) - 1)[parent]
 
 
 @lru_cache(maxsize=8)
 def _offsets(grid_hw: tuple[int, int]) -> tuple[list[tuple[int, int]], list[np.ndarray]]:
-    """Return the steps to five patches, and pixels' (h, w) squared distances to their centres."""
+    """Return steps to a patch and its 4-neighbours, and (h, w) squared distances to them."""
     steps = [(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)]
-    inside = (np.arange(_PIXELS_A_PATCH, dtype=np.float32) + 0.5) / _PIXELS_A_PATCH - 0.5
+    inside = (np.arange(_PIXELS_PER_PATCH, dtype=np.float32) + 0.5) / _PIXELS_PER_PATCH - 0.5
     squares = [(inside - r)[:, None] ** 2 + (inside - c)[None] ** 2 for r, c in steps]
     return steps, [np.tile(square, grid_hw) for square in squares]
 
 
-def _patch_of_pixels(image: np.ndarray, grid_hw: tuple[int, int]) -> np.ndarray:
-    """Return (h, w) the patch, its own or one beside it, that is each pixel's in place and colour.
+def _patch_of_pixel(image: np.ndarray, grid_hw: tuple[int, int]) -> np.ndarray:
+    """Return (h, w) int32, for each pixel the nearest patch in position and colour.
 
-    There are `_PIXELS_A_PATCH` pixels along the side of a patch.
+    Candidates are the patch of the pixel and its 4-neighbours. A patch has `_PIXELS_PER_PATCH`
+    pixels per side.
     """
     rows, cols = grid_hw
-    size = (cols * _PIXELS_A_PATCH, rows * _PIXELS_A_PATCH)
+    size = (cols * _PIXELS_PER_PATCH, rows * _PIXELS_PER_PATCH)
     small = cv2.resize(image, size, interpolation=cv2.INTER_AREA).astype(np.float32)
     colours = cv2.resize(small, (cols, rows), interpolation=cv2.INTER_AREA)
-    places = np.arange(rows * cols, dtype=np.float32).reshape(rows, cols)
-    beside = cv2.copyMakeBorder(colours, 1, 1, 1, 1, cv2.BORDER_REPLICATE)
-    numbers = cv2.copyMakeBorder(places, 1, 1, 1, 1, cv2.BORDER_REPLICATE)
-    best = chosen = None
-    weights = np.full((1, 3), 1.0 / _COLOUR_A_PATCH, np.float32)
-    for (row, col), away in zip(*_offsets(grid_hw), strict=True):
-        part = np.s_[row + 1 : row + 1 + rows, col + 1 : col + 1 + cols]
-        colour = cv2.resize(beside[part], size, interpolation=cv2.INTER_NEAREST)
-        number = cv2.resize(numbers[part], size, interpolation=cv2.INTER_NEAREST)
-        costs = cv2.add(cv2.transform(cv2.absdiff(small, colour), weights), away)
-        if best is None or chosen is None:
-            best, chosen = costs, number
-            continue
-        nearer = cv2.compare(costs, best, cv2.CMP_LT)
-        cv2.copyTo(number, nearer, chosen)
-        cv2.min(costs, best, best)
-    assert chosen is not None
-    return chosen.astype(np.int32)
+    numbers = np.arange(rows * cols, dtype=np.float32).reshape(rows, cols)
+    colours = cv2.copyMakeBorder(colours, 1, 1, 1, 1, cv2.BORDER_REPLICATE)
+    numbers = cv2.copyMakeBorder(numbers, 1, 1, 1, 1, cv2.BORDER_REPLICATE)
+    min_costs = np.full(size[::-1], np.inf, np.float32)
+    nearest = np.zeros(size[::-1], np.float32)
+    weights = np.full((1, 3), 1.0 / _COLOUR_PER_PATCH, np.float32)
+    for (row, col), squared_distances in zip(*_offsets(grid_hw), strict=True):
+        shifted = np.s_[row + 1 : row + 1 + rows, col + 1 : col + 1 + cols]
+        colour = cv2.resize(colours[shifted], size, interpolation=cv2.INTER_NEAREST)
+        number = cv2.resize(numbers[shifted], size, interpolation=cv2.INTER_NEAREST)
+        costs = cv2.add(cv2.transform(cv2.absdiff(small, colour), weights), squared_distances)
+        cv2.copyTo(number, cv2.compare(costs, min_costs, cv2.CMP_LT), nearest)
+        cv2.min(costs, min_costs, min_costs)
+    return nearest.astype(np.int32)

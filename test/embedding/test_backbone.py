@@ -1,18 +1,35 @@
-"""Patch embeddings: right place, right order, whatever the family and the image size."""
+"""Patch embeddings: position and order, layers, devices, failures, for every backbone family."""
 
 from __future__ import annotations
 
 import json
+import logging
+import os
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from worlds.backbones import FAMILIES, IDS, STAGES, Averages, images, save_backbone
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+from worlds.backbones import FAMILIES, IDS, STAGES, VIT, Averages, images, save_backbone
 
-from semantic_anomaly.embedding.backbone import PatchEmbedder
-from semantic_anomaly.errors import ImageError
+from semantic_anomaly.embedding import backbone
+from semantic_anomaly.embedding.backbone import (
+    POSITION_DIM,
+    PatchEmbedder,
+    open_backbone,
+    with_positions,
+)
+from semantic_anomaly.embedding.pretrained import load_network
+from semantic_anomaly.errors import BackboneError, ImageError, ModelOutputError
+from semantic_anomaly.settings import Settings
+
+DATA = Path(os.environ.get("SEMANTIC_ANOMALY_DATA", Path(__file__).parents[2] / "shared" / "data"))
+MOBILENET = DATA / "weights" / "mobilenet_v1_imagenet"
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +38,7 @@ def embedder(tiny_backbone: Path) -> PatchEmbedder:
 
 
 @pytest.mark.parametrize(("family", "config", "layers", "stride", "dim"), FAMILIES, ids=IDS)
-def test_every_family_gives_patches_at_their_place(
+def test_every_family_gives_patches_at_their_position(
     tmp_path: Path,
     rng: np.random.Generator,
     family: str,
@@ -38,7 +55,7 @@ def test_every_family_gives_patches_at_their_place(
     before = embedder.embed([noise])[0]
     assert before.grid_hw == embedder.grid_hw((200, 320)) and before.dim == dim
     rows, cols = before.grid_hw
-    # What changes in one corner of the image changes most in that corner of the grid.
+    # A change in one corner of the image is largest in that corner of the grid.
     for top, left in ((20, 250), (150, 40)):
         changed = noise.copy()
         changed[top : top + 32, left : left + 32] //= 8
@@ -69,7 +86,7 @@ def test_a_batch_is_its_images_one_by_one(
         np.testing.assert_allclose(grid.global_feature, alone.global_feature, atol=1e-5)
 
 
-def test_nothing_in_nothing_out(embedder: PatchEmbedder) -> None:
+def test_no_images_give_no_grids(embedder: PatchEmbedder) -> None:
     assert embedder.embed([]) == []
 
 
@@ -110,7 +127,7 @@ def test_patch_and_pixel_differ_by_one_ratio(tmp_path: Path, image_hw: tuple[int
     embedder = PatchEmbedder(str(path), input_size=280)
     embedder._model = Averages()
     height, width = image_hw
-    # Red tells the row, green the column, blue the scale.
+    # Red is the row, green the column, blue the scale.
     image = np.full((height, width, 3), 255, np.uint8)
     image[..., 0] = np.round(np.linspace(0, 255, height))[:, None]
     image[..., 1] = np.round(np.linspace(0, 255, width))[None, :]
@@ -153,7 +170,7 @@ def test_features_are_fresh_float32_unit_vectors(
     np.testing.assert_array_equal(grid.features, before)
 
 
-def test_views_and_images_that_cannot_be_written_are_taken_without_a_warning(
+def test_views_and_read_only_images_are_accepted_without_a_warning(
     embedder: PatchEmbedder, rng: np.random.Generator
 ) -> None:
     (image,) = images(rng, (60, 80))
@@ -177,6 +194,283 @@ def test_views_and_images_that_cannot_be_written_are_taken_without_a_warning(
         np.zeros((1, 60, 80, 3), np.uint8),
     ],
 )
-def test_what_is_no_rgb_image_is_refused(embedder: PatchEmbedder, image: np.ndarray) -> None:
+def test_images_that_are_not_rgb_are_refused(embedder: PatchEmbedder, image: np.ndarray) -> None:
     with pytest.raises(ImageError):
         embedder.embed([image])
+
+
+# Layers -----------------------------------------------------------------------------------------
+
+
+def backbone_maps(folder: Path, family: str, pixels: torch.Tensor, stages: list[str]) -> Any:
+    """Return the feature maps of the Backbone class of transformers."""
+    name = family.replace("Model", "Backbone")
+    model = getattr(transformers, name).from_pretrained(folder, out_features=stages)
+    with torch.inference_mode():
+        return model.eval()(pixels).feature_maps
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("Dinov2Model", {}),
+        ("Dinov2WithRegistersModel", {"num_register_tokens": 3}),
+        ("DINOv3ViTModel", {**VIT, "num_register_tokens": 4}),
+    ],
+)
+@pytest.mark.parametrize("layers", [(3,), (1,), (1, 2)])
+def test_layers_are_those_of_the_backbone_classes(
+    tmp_path: Path,
+    rng: np.random.Generator,
+    family: str,
+    config: dict[str, Any],
+    layers: tuple[int, ...],
+) -> None:
+    folder = save_backbone(tmp_path / "backbone", family, **config)
+    embedder = PatchEmbedder(str(folder), layers=layers, input_size=112)
+    (image,) = images(rng, (112, 112))
+    pixels = embedder._prepare(image[None], (112, 112))
+    maps = backbone_maps(folder, family, pixels, [f"stage{i}" for i in layers])
+    parts = [nn.functional.normalize(m, dim=1) for m in maps]
+    expected = nn.functional.normalize(torch.cat(parts, 1), dim=1)[0].permute(1, 2, 0)
+    found = embedder.embed([image])[0]
+    np.testing.assert_allclose(found.features, expected.numpy(), atol=1e-4)
+
+
+def test_default_layers_are_those_of_the_folder(tmp_path: Path) -> None:
+    folder = save_backbone(tmp_path / "backbone")
+    config = json.loads((folder / "config.json").read_text())
+    for out_indices, expected in (([1, 2], (1, 2)), ([-1], (3,)), (None, (3,))):
+        config.update(out_indices=out_indices, out_features=None)
+        (folder / "config.json").write_text(json.dumps(config))
+        assert PatchEmbedder(str(folder), input_size=56).identity.layers == expected
+
+
+def test_coarser_layers_are_interpolated_to_the_finest_grid(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    folder = save_backbone(tmp_path / "backbone", "ConvNextModel", **STAGES)
+    (image,) = images(rng, (64, 96))
+    fine, coarse, both = (
+        PatchEmbedder(str(folder), layers=layers, input_size=96).embed([image])[0].features
+        for layers in ((2,), (4,), (2, 4))
+    )
+    assert fine.shape == (8, 12, 16) and coarse.shape == (2, 3, 32) and both.shape == (8, 12, 48)
+    # The borders of the coarse grid repeat, and each part has the same weight.
+    np.testing.assert_allclose(both[:, :, :16], fine * both_norm(both)[..., None], atol=1e-5)
+    corner = both[0, 0, 16:] / np.linalg.norm(both[0, 0, 16:])
+    np.testing.assert_allclose(corner, coarse[0, 0], atol=1e-5)
+    assert both_norm(both)[0, 0] == pytest.approx(np.sqrt(0.5), abs=1e-5)
+    between = both[0, 3, 16:] / np.linalg.norm(both[0, 3, 16:])
+    # Column 3 of 12 lies at 0.375 between the first two of three coarse columns.
+    mixed = 0.625 * coarse[0, 0] + 0.375 * coarse[0, 1]
+    np.testing.assert_allclose(between, mixed / np.linalg.norm(mixed), atol=1e-5)
+
+
+def both_norm(features: np.ndarray) -> np.ndarray:
+    return np.asarray(np.linalg.norm(features[..., :16], axis=-1))
+
+
+@pytest.mark.parametrize("layer", [4, -5, 100])
+def test_missing_layers_are_named(tiny_backbone: Path, layer: int) -> None:
+    with pytest.raises(BackboneError, match=rf"layer {layer}: expected .* 0 to 3"):
+        PatchEmbedder(str(tiny_backbone), layers=(layer,))
+
+
+def test_folding_batch_norms_changes_nothing(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {**STAGES, "embedding_size": 8}
+    folder = save_backbone(tmp_path / "backbone", "ResNetModel", **config)
+    model = load_network(open_backbone(str(folder)), transformers.AutoModel)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.5, 0.5)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+            nn.init.uniform_(module.weight, 0.5, 2.0)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+    model.save_pretrained(folder)
+    (image,) = images(rng, (64, 96))
+    folded = PatchEmbedder(str(folder), layers=(1, 2, 3), input_size=96)
+    kinds = [type(m) for m in folded._model.modules()]  # type: ignore[union-attr]
+    assert nn.BatchNorm2d not in kinds
+    monkeypatch.setattr(backbone, "fold_batch_norms", lambda model: None)
+    unfolded = PatchEmbedder(str(folder), layers=(1, 2, 3), input_size=96)
+    np.testing.assert_allclose(
+        folded.embed([image])[0].features, unfolded.embed([image])[0].features, atol=1e-4
+    )
+
+
+# Position ---------------------------------------------------------------------------------------
+
+
+def unit(rng: np.random.Generator, rows: int, cols: int) -> np.ndarray:
+    features = rng.normal(size=(rows, cols, 8)).astype(np.float32)
+    return np.asarray(features / np.linalg.norm(features, axis=-1, keepdims=True))
+
+
+@pytest.mark.parametrize("weight", [0.05, 0.5, 0.99])
+def test_distances_are_weighted_sums(rng: np.random.Generator, weight: float) -> None:
+    features = unit(rng, 6, 10)
+    positioned = with_positions(features, weight)
+    assert positioned.shape == (6, 10, 8 + POSITION_DIM) and positioned.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(positioned, axis=-1), 1.0, atol=1e-6)
+    for (r0, c0), (r1, c1) in [((0, 0), (5, 9)), ((2, 3), (2, 4)), ((1, 7), (4, 7))]:
+        dy, dx = (r1 - r0) / 6, (c1 - c0) / 10
+        own = 1 - features[r0, c0] @ features[r1, c1]
+        position = (2 - np.cos(np.pi * dy) - np.cos(0.2 * np.pi * dx)) / 2
+        distance = 1 - positioned[r0, c0] @ positioned[r1, c1]
+        assert distance == pytest.approx((1 - weight) * own + weight * position, abs=1e-6)
+
+
+def test_without_weight_nothing_changes(rng: np.random.Generator) -> None:
+    features = unit(rng, 2, 3)
+    assert with_positions(features, 0.0) is features
+
+
+def test_the_embedder_appends_positions(tiny_backbone: Path, rng: np.random.Generator) -> None:
+    image = rng.integers(0, 256, (90, 160, 3), dtype=np.uint8)
+    plain = PatchEmbedder(str(tiny_backbone), input_size=112)
+    positioned = PatchEmbedder(str(tiny_backbone), input_size=112, place_weight=0.3)
+    grids = [embedder.embed([image])[0] for embedder in (plain, positioned)]
+    assert positioned.identity.dim == plain.identity.dim + POSITION_DIM == grids[1].dim
+    np.testing.assert_array_equal(grids[1].features, with_positions(grids[0].features, 0.3))
+    assert plain.identity.difference(positioned.identity) is not None
+
+
+# Loading and failures ---------------------------------------------------------------------------
+
+
+def test_settings_make_the_same_embedder(tiny_backbone: Path) -> None:
+    options: dict[str, Any] = {"layers": (1, 2), "input_size": 112, "place_weight": 0.3}
+    settings = Settings(backbone=str(tiny_backbone), **options)
+    direct = PatchEmbedder(str(tiny_backbone), **options)
+    assert PatchEmbedder.from_settings(settings).identity == direct.identity
+    assert direct.identity.model_id == "tiny_dinov2"
+    assert (direct.identity.layers, direct.identity.input_size) == ((1, 2), 112)
+
+
+def test_half_precision_is_recorded_and_close(
+    tiny_backbone: Path, rng: np.random.Generator
+) -> None:
+    (image,) = images(rng, (112, 112))
+    full = PatchEmbedder(str(tiny_backbone), input_size=112)
+    half = PatchEmbedder(str(tiny_backbone), input_size=112, dtype="bfloat16")
+    assert (full.identity.dtype, half.identity.dtype) == ("float32", "bfloat16")
+    assert full.identity.difference(half.identity) is None
+    one, other = (e.embed([image])[0].features for e in (full, half))
+    assert other.dtype == np.float32
+    change = 1 - np.einsum("rcd,rcd->rc", one, other)
+    assert 0 < change.max() < 0.01
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"device": "cuda:99"}, "device 'cuda:99'"),
+        ({"device": "gpu"}, "device 'gpu': expected auto, cpu, cuda"),
+        ({"device": "mps"}, "device 'mps': expected auto, cpu, cuda"),
+        ({"dtype": "int8"}, "dtype 'int8'"),
+    ],
+)
+def test_missing_devices_and_unknown_precisions_are_refused(
+    tiny_backbone: Path, keywords: dict[str, str], message: str
+) -> None:
+    with pytest.raises(BackboneError, match=message):
+        PatchEmbedder(str(tiny_backbone), **keywords)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_cuda_is_not_replaced_silently(tiny_backbone: Path) -> None:
+    with pytest.raises(BackboneError, match="expected a CUDA device, found 0"):
+        PatchEmbedder(str(tiny_backbone), device="cuda")
+    assert PatchEmbedder(str(tiny_backbone), input_size=56).identity.dtype == "float32"
+
+
+@pytest.mark.parametrize("blind_to", ["image", "everything"])
+def test_networks_that_ignore_the_image_fail_the_self_test(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blind_to: str
+) -> None:
+    folder = save_backbone(tmp_path / "backbone")
+    weights = load_file(folder / "model.safetensors")
+    weights["embeddings.patch_embeddings.projection.weight"].zero_()
+    if blind_to == "everything":
+        weights["layernorm.weight"].zero_()
+        weights["layernorm.bias"].zero_()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BackboneError, match="'backbone': self-test"):
+        PatchEmbedder(str(folder), input_size=56)
+
+
+@pytest.mark.parametrize(("width", "warned"), [(1024, True), (64, False)])
+def test_large_dinov2_without_registers_gives_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, width: int, warned: bool
+) -> None:
+    small = {"hidden_size": width, "num_hidden_layers": 1, "mlp_ratio": 1}
+    folder = save_backbone(tmp_path / "backbone", **small)  # type: ignore[arg-type]
+    with caplog.at_level(logging.WARNING):
+        PatchEmbedder(str(folder), input_size=56)
+    assert ("registers" in caplog.text) is warned
+
+
+def test_loading_prints_nothing(
+    tiny_backbone: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    PatchEmbedder(str(tiny_backbone), input_size=56)
+    assert capfd.readouterr() == ("", "") and not caplog.text
+
+
+def test_out_of_memory_is_retried_once(
+    embedder: PatchEmbedder, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (image,) = images(rng, (60, 80))
+    expected = embedder.embed([image])[0]
+    run, failures = embedder._run_once, 1
+
+    def scarce(batch: np.ndarray) -> Any:
+        nonlocal failures
+        failures -= 1
+        if failures >= 0:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+        return run(batch)
+
+    monkeypatch.setattr(embedder, "_run_once", scarce)
+    np.testing.assert_array_equal(embedder.embed([image])[0].features, expected.features)
+    failures = 2
+    with pytest.raises(ModelOutputError, match=r"CUDA out of memory\.$"):
+        embedder.embed([image])
+    monkeypatch.undo()
+    np.testing.assert_array_equal(embedder.embed([image])[0].features, expected.features)
+
+
+def test_failures_and_wrong_outputs_of_the_network_are_errors(
+    tiny_backbone: Path, rng: np.random.Generator
+) -> None:
+    embedder = PatchEmbedder(str(tiny_backbone), input_size=112)
+    (image,) = images(rng, (60, 80))
+    with torch.no_grad():
+        embedder._norm.weight.fill_(float("nan"))  # type: ignore[union-attr]
+    with pytest.raises(ModelOutputError, match="finite"):
+        embedder.embed([image])
+    embedder._model = Averages(patch=28)
+    with pytest.raises(ModelOutputError, match="backbone failed"):
+        embedder.embed([image])
+
+
+def test_closed_embedders_raise(tiny_backbone: Path, rng: np.random.Generator) -> None:
+    embedder = PatchEmbedder(str(tiny_backbone), input_size=112)
+    embedder.close()
+    embedder.close()
+    with pytest.raises(ModelOutputError, match="closed"):
+        embedder.embed(images(rng, (60, 80)))
+
+
+@pytest.mark.skipif(not MOBILENET.is_dir(), reason="no pretrained weights on this machine")
+def test_pretrained_mobilenet(rng: np.random.Generator) -> None:
+    embedder = PatchEmbedder(str(MOBILENET), layers=(11, 21), input_size=320)
+    assert (embedder.identity.dim, embedder.identity.patch_px) == (1024, 16)
+    grid = embedder.embed(images(rng, (180, 320)))[0]
+    assert grid.features.shape == (11, 20, 1024)
+    # The last stage of these weights is missing: its output is constant.
+    with pytest.raises(BackboneError, match="self-test"):
+        PatchEmbedder(str(MOBILENET), input_size=320)

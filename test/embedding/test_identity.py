@@ -1,15 +1,14 @@
-"""When embeddings may be compared, and when not."""
+"""Identities of embedders and segmenters: JSON, validation, and which fields are compared."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 
-from semantic_anomaly.embedding.identity import EmbedderIdentity
+from semantic_anomaly.embedding.identity import EmbedderIdentity, SegmenterIdentity
 from semantic_anomaly.errors import IndexFormatError
 
 IDENTITY = EmbedderIdentity(
@@ -45,15 +44,14 @@ def test_survives_json() -> None:
 
 @pytest.mark.parametrize("name", sorted(OTHER))
 def test_only_names_and_precision_may_differ(name: str) -> None:
-    other = dataclasses.replace(IDENTITY, **{name: OTHER[name]})
-    compared = name not in ("model_id", "revision", "dtype")
-    assert IDENTITY.matches(other) is not compared
-    expected = (name, getattr(IDENTITY, name), OTHER[name]) if compared else None
+    other = replace(IDENTITY, **{name: OTHER[name]})
+    is_compared = name not in ("model_id", "revision", "dtype")
+    expected = (name, getattr(IDENTITY, name), OTHER[name]) if is_compared else None
     assert IDENTITY.difference(other) == expected
 
 
 def test_every_field_is_covered_above() -> None:
-    assert {f.name for f in dataclasses.fields(EmbedderIdentity)} == set(OTHER)
+    assert {field.name for field in fields(EmbedderIdentity)} == set(OTHER)
 
 
 @pytest.mark.parametrize(
@@ -73,9 +71,13 @@ def test_every_field_is_covered_above() -> None:
         ("dim", "64"),
         ("dim", True),
         ("dtype", ""),
+        ("place_weight", 1.0),
+        ("place_weight", -0.1),
+        ("place_weight", float("nan")),
+        ("place_weight", 1),
     ],
 )
-def test_values_that_cannot_be_are_refused_by_name(name: str, value: object) -> None:
+def test_invalid_values_are_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(IndexFormatError, match=name):
         EmbedderIdentity.from_dict({**IDENTITY.to_dict(), name: value})
 
@@ -87,15 +89,24 @@ def test_missing_and_unknown_fields_are_named() -> None:
     del values["dim"]
     with pytest.raises(IndexFormatError, match="dim"):
         EmbedderIdentity.from_dict(values)
-    with pytest.raises(IndexFormatError, match="mapping"):
+    with pytest.raises(IndexFormatError, match=r"embedder identity: expected .* found \[\]"):
         EmbedderIdentity.from_dict([])  # type: ignore[arg-type]
 
 
-def test_the_weight_of_the_place_is_part_of_the_space() -> None:
-    placed = replace(IDENTITY, place_weight=0.2)
-    assert IDENTITY.difference(placed) == ("place_weight", 0.0, 0.2)
-    assert "place_weight" not in IDENTITY.to_dict()
-    assert EmbedderIdentity.from_dict(placed.to_dict()) == placed
-    for weight in (1.0, -0.1, float("nan"), 1):
-        with pytest.raises(IndexFormatError, match="place_weight"):
-            replace(IDENTITY, place_weight=weight)
+SEGMENTER = SegmenterIdentity("tokens", "", "a" * 64)
+
+
+def test_segmenters_are_compared_by_family_and_digest() -> None:
+    assert SegmenterIdentity.from_dict(json.loads(json.dumps(SEGMENTER.to_dict()))) == SEGMENTER
+    assert SEGMENTER.matches(replace(SEGMENTER, model_id="other"))
+    assert not SEGMENTER.matches(replace(SEGMENTER, digest="0" * 64))
+    assert not SEGMENTER.matches(replace(SEGMENTER, family="detector"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"family": "sam"}, {"model_id": 3}, {"digest": "abc"}, {"digest": None}, {"more": 1}],
+)
+def test_invalid_segmenter_identities_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(IndexFormatError, match=f"segmenter identity.*{next(iter(change))}"):
+        SegmenterIdentity.from_dict(SEGMENTER.to_dict() | change)

@@ -1,4 +1,4 @@
-"""Backbone folders that are not whole and unaltered are refused, by name and reason."""
+"""Folders of pretrained networks: what is read, and how incomplete or altered ones are refused."""
 
 from __future__ import annotations
 
@@ -10,10 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
-from semantic_anomaly.embedding import pretrained as backbone_folder
-from semantic_anomaly.embedding.pretrained import load_network, open_backbone, shipped_backbones
+from semantic_anomaly.embedding import pretrained
+from semantic_anomaly.embedding.backbone import _OPTIONAL_WEIGHTS, open_backbone
+from semantic_anomaly.embedding.pretrained import (
+    choose_device,
+    choose_dtype,
+    load_network,
+    open_folder,
+    shipped_backbones,
+)
 from semantic_anomaly.errors import BackboneError
 
 
@@ -37,10 +45,10 @@ def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], objec
 def load(folder: Path) -> None:
     opened = open_backbone(str(folder))
     assert len(opened.weights_sha256) == 64
-    load_network(opened)
+    load_network(opened, transformers.AutoModel, _OPTIONAL_WEIGHTS)
 
 
-def test_a_whole_folder_is_read(tiny_backbone: Path) -> None:
+def test_a_complete_folder_is_read(tiny_backbone: Path) -> None:
     folder = open_backbone(str(tiny_backbone))
     assert (folder.model_id, folder.revision) == ("tiny_dinov2", "")
     assert (folder.architecture, folder.default_layers) == ("dinov2", (3,))
@@ -64,7 +72,7 @@ def test_digests_follow_weights_and_both_configurations(copy: Path) -> None:
 
 
 def shard(folder: Path) -> list[str]:
-    """Write the weights again in several files, as transformers does with large ones."""
+    """Split the weights into several files, as transformers does for large networks."""
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names, mapping = sorted(weights), {}
@@ -89,7 +97,7 @@ def test_sharded_weights_are_read_and_every_shard_counts(copy: Path) -> None:
     assert len(digests) == 3
 
 
-def test_missing_shard_and_shards_elsewhere_are_refused(copy: Path) -> None:
+def test_missing_shards_and_shards_outside_the_folder_are_refused(copy: Path) -> None:
     shards = shard(copy)
     index = copy / "model.safetensors.index.json"
     good = json.loads(index.read_text())
@@ -128,6 +136,10 @@ FOLDER_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "text model": (lambda f: edit(f / "config.json", model_type="bert"), "'bert' is not supported"),
     "no model type": (lambda f: edit(f / "config.json", model_type="remove"), "None is not supp"),
     "odd layers": (lambda f: edit(f / "config.json", out_indices=["a"]), "out_indices"),
+    "pretrained timm weights": (
+        lambda f: edit(f / "config.json", use_pretrained_backbone=True),
+        "use_pretrained_backbone",
+    ),
     "other weights file": (
         lambda f: edit(f / "config.json", transformers_weights="model.safetensors"),
         "transformers_weights",
@@ -198,13 +210,13 @@ def test_faults_are_named(copy: Path, fault: str) -> None:
     assert "'copy'" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_heads_and_poolers_do_not_matter(copy: Path) -> None:
+def test_heads_and_poolers_are_optional(copy: Path) -> None:
     heads = {"classifier.weight": torch.zeros(2, 64), "classifier.bias": torch.zeros(2)}
     edit_weights(copy, lambda w: (w.update(heads), w.pop("embeddings.mask_token")))
     load(copy)
 
 
-def test_code_that_comes_with_a_folder_is_not_run(copy: Path, tmp_path: Path) -> None:
+def test_code_in_a_folder_is_not_run(copy: Path, tmp_path: Path) -> None:
     trace = tmp_path / "ran"
     (copy / "evil.py").write_text(f"open({str(trace)!r}, 'w')\nclass EvilModel: ...\n")
     edit(copy / "config.json", auto_map={"AutoModel": "evil.EvilModel"})
@@ -212,20 +224,15 @@ def test_code_that_comes_with_a_folder_is_not_run(copy: Path, tmp_path: Path) ->
     assert not trace.exists()
 
 
-# Names -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["", "~/none", "./none", "/none/there", "a/b/c", "../none"])
-def test_folders_that_are_not_there_are_not_looked_for_elsewhere(name: str) -> None:
+def test_missing_folders_are_not_taken_for_names(name: str) -> None:
     with pytest.raises(BackboneError, match="expected a folder, found none"):
         open_backbone(name)
 
 
-def test_hub_ids_that_were_not_downloaded_say_how_to(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(BackboneError, match="hf download nobody/nothing-of-the-kind"):
-        open_backbone("nobody/nothing-of-the-kind")
+def test_hub_ids_that_were_not_downloaded_name_the_command() -> None:
+    with pytest.raises(BackboneError, match="hf download nobody/nothing"):
+        open_backbone("nobody/nothing")
 
 
 def test_downloaded_hub_ids_are_read_from_the_cache(
@@ -241,10 +248,10 @@ def test_downloaded_hub_ids_are_read_from_the_cache(
     assert (folder.model_id, folder.revision) == ("some/dinov2", commit)
 
 
-def test_shipped_names_come_first_and_unknown_ones_are_told_apart(
+def test_shipped_names_come_first_and_similar_ones_are_suggested(
     tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backbone_folder, "SHIPPED", tmp_path)
+    monkeypatch.setattr(pretrained, "SHIPPED", tmp_path)
     shutil.copytree(tiny_backbone, tmp_path / "street_tiny")
     assert shipped_backbones() == ["street_tiny"]
     assert open_backbone("street_tiny").model_id == "street_tiny"
@@ -259,3 +266,23 @@ def test_relative_and_home_folders_are_found(copy: Path, monkeypatch: pytest.Mon
         assert open_backbone(name).model_id == "copy"
     monkeypatch.chdir(copy)
     assert open_backbone(".").model_id == "copy"
+
+
+def test_messages_name_the_role_of_the_network(copy: Path) -> None:
+    assert open_folder("segmenter", str(copy), ("dinov2",)).what == "segmenter 'copy'"
+    with pytest.raises(BackboneError, match=r"segmenter 'copy': .* expected one of: sam2, vit$"):
+        open_folder("segmenter", str(copy), ("vit", "sam2"))
+
+
+def test_heads_are_required_where_nothing_is_optional(copy: Path) -> None:
+    edit_weights(copy, lambda w: w.pop("embeddings.mask_token"))
+    with pytest.raises(BackboneError, match=r"1 missing: embeddings\.mask_token"):
+        load_network(open_backbone(str(copy)), transformers.AutoModel)
+
+
+def test_device_and_precision_are_chosen() -> None:
+    cpu = choose_device("cpu")
+    assert cpu == torch.device("cpu")
+    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert choose_dtype("auto", cpu) is torch.float32
+    assert choose_dtype("bfloat16", cpu) is torch.bfloat16

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 import pytest
 from worlds.nominal_world import DIM, build, patches
@@ -19,7 +17,6 @@ from semantic_anomaly.index.search import (
     nearest_similarities,
     to_distances,
 )
-from semantic_anomaly.linalg import inner_products
 
 
 def unit(rng: np.random.Generator, count: int, dim: int = 8) -> np.ndarray:
@@ -67,21 +64,6 @@ def test_equal_entries_count_as_often_as_they_are_there(
 def test_distances_stay_in_their_range() -> None:
     products = np.array([[1.0000001, 1.0], [-1.0000001, -1.0]], np.float32)
     np.testing.assert_array_equal(to_distances(products), np.array([0.0, 2.0], np.float32))
-
-
-@pytest.mark.parametrize("writeable", [True, False])
-def test_inner_products_are_those_of_numpy(writeable: bool) -> None:
-    rng = np.random.default_rng(4)
-    left = rng.standard_normal((7, 12)).astype(np.float32)
-    right = rng.standard_normal((5, 12)).astype(np.float32).T
-    left.flags.writeable = right.flags.writeable = writeable
-    expected = left.astype(np.float64) @ right.astype(np.float64)
-    out = np.empty((7, 5), np.float32)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        np.testing.assert_allclose(inner_products(left, right), expected, rtol=0, atol=1e-5)
-        inner_products(left, right, out)
-    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

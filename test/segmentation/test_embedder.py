@@ -1,4 +1,4 @@
-"""Backbone and segmenter as one: what is loaded, passed on, refused and freed."""
+"""Backbone and segmenter together: loading, instances of the grids, and closing."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from worlds.colours import ColourEmbedder, street
 from worlds.segmented_streets import ByRule, halves, nothing
 
 from semantic_anomaly.embedding.backbone import PatchEmbedder
-from semantic_anomaly.errors import ModelOutputError, SettingsError
-from semantic_anomaly.segmentation.embedder import RunningEmbedder
+from semantic_anomaly.errors import InputError, ModelOutputError, SettingsError
+from semantic_anomaly.segmentation.embedder import RunningEmbedder, load_segmenter
 from semantic_anomaly.segmentation.masks import InstanceMasks, patch_shares
 from semantic_anomaly.settings import Settings
 
@@ -28,8 +28,8 @@ class OfAnotherImage(ByRule):
     closed = 0
 
     def segment(self, image: np.ndarray, grid: Any) -> InstanceMasks:
-        found = super().segment(image, grid)
-        return InstanceMasks(found.masks, found.scores, (10, 10))
+        masks = super().segment(image, grid)
+        return InstanceMasks(masks.masks, masks.scores, (10, 10))
 
     def close(self) -> None:
         self.closed += 1
@@ -40,7 +40,7 @@ def running(segmenter: Any = None) -> RunningEmbedder:
     return RunningEmbedder(backbone, segmenter)
 
 
-def test_without_a_segmenter_grids_pass_as_they_are() -> None:
+def test_without_a_segmenter_grids_have_no_instances() -> None:
     embedder = running()
     grid = embedder.embed([street(1).image])[0]
     assert grid.instances is None and embedder.segmenter is None
@@ -52,13 +52,13 @@ def test_instances_come_with_the_grid() -> None:
     embedder = running(rule)
     frames = [street(seed, odd=seed == 2).image for seed in (1, 2)]
     for image, grid in zip(frames, embedder.embed(frames), strict=True):
-        wanted = patch_shares(rule.segment(image, grid), grid.grid_hw)
-        np.testing.assert_array_equal(grid.instances, wanted)
+        shares = patch_shares(rule.segment(image, grid), grid.grid_hw)
+        np.testing.assert_array_equal(grid.instances, shares)
     assert embedder.segmenter == rule.identity
     assert [len(g.instances) for g in embedder.embed(frames) if g.instances is not None] == [2, 3]
 
 
-def test_no_instances_are_none_and_not_missing() -> None:
+def test_no_instances_differ_from_no_segmentation() -> None:
     grid = running(ByRule(nothing)).embed([street(1).image])[0]
     assert grid.instances is not None and grid.instances.shape == (0, *grid.grid_hw)
 
@@ -69,14 +69,14 @@ def test_masks_of_another_image_are_refused() -> None:
         embedder.embed([street(1).image])
 
 
-def test_closing_frees_both() -> None:
+def test_closing_closes_both() -> None:
     segmenter = OfAnotherImage(halves)
     embedder: Any = running(segmenter)
     embedder.close()
     assert embedder._backbone.closed == segmenter.closed == 1
 
 
-def test_settings_load_what_they_name(tiny_backbone: Path) -> None:
+def test_settings_name_backbone_and_segmenter(tiny_backbone: Path) -> None:
     base = Settings(backbone=str(tiny_backbone), input_size=112, device="cpu", dtype="float32")
     assert RunningEmbedder.from_settings(base).segmenter is None
     embedder = RunningEmbedder.from_settings(base.replace(variant="instance"))
@@ -87,3 +87,18 @@ def test_settings_load_what_they_name(tiny_backbone: Path) -> None:
     assert embedder.embed([image])[0].instances is not None
     with pytest.raises(SettingsError, match="expected a model"):
         RunningEmbedder.from_settings(base.replace(variant="instance", segmenter="promptless"))
+
+
+@pytest.mark.parametrize(
+    ("family", "model", "message"),
+    [
+        ("token", "", "did you mean 'tokens'"),
+        ("tokens", "somewhere", "expected no model, found 'somewhere'"),
+        ("universal", "", "expected a model"),
+    ],
+)
+def test_unknown_families_and_missing_models_are_refused(
+    family: str, model: str, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        load_segmenter(family, model)
