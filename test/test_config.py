@@ -11,7 +11,12 @@ from types import ModuleType
 import pytest
 import yaml
 
-from semantic_anomaly.settings import Settings, camera_setting_specs, setting_specs
+from semantic_anomaly.settings import (
+    Settings,
+    camera_setting_specs,
+    read_settings_file,
+    setting_specs,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "config" / "semantic_anomaly.yaml"
@@ -48,10 +53,10 @@ def render() -> ModuleType:
 
 def rows() -> dict[str, tuple[object, str]]:
     """Return default and description of every parameter by its name in YAML."""
-    found = {name: (spec.default, spec.description) for name, spec in setting_specs().items()}
+    defaults = {name: (spec.default, spec.description) for name, spec in setting_specs().items()}
     for name, spec in camera_setting_specs().items():
-        found[f"camera.{name}"] = (spec.default, spec.description)
-    return found
+        defaults[f"camera.{name}"] = (spec.default, spec.description)
+    return defaults
 
 
 def test_the_yaml_holds_every_parameter_and_its_default() -> None:
@@ -62,9 +67,9 @@ def test_the_yaml_holds_every_parameter_and_its_default() -> None:
     flat |= {f"camera.{name}": value for name, value in flat.pop("camera").items()}
     assert list(flat) == list(rows())
     for name, (default, _) in rows().items():
-        wanted = list(default) if isinstance(default, tuple) else default
-        assert flat[name] == wanted and type(flat[name]) is type(wanted), name
-    assert Settings.from_yaml(CONFIG) == Settings()
+        expected = list(default) if isinstance(default, tuple) else default
+        assert flat[name] == expected and type(flat[name]) is type(expected), name
+    assert Settings.from_parameters(read_settings_file(CONFIG)) == Settings()
 
 
 def test_every_parameter_in_the_yaml_has_its_description_above() -> None:
@@ -80,10 +85,10 @@ def test_every_parameter_in_the_yaml_has_its_description_above() -> None:
 def test_the_documentation_lists_every_parameter(render: ModuleType) -> None:
     table = PAGE.partition(render.BEGIN)[2].partition(render.END)[0]
     cells = [re.split(r"(?<!\\) \| ", line.strip("| ")) for line in table.splitlines()]
-    found = {row[0].strip("`"): (row[1].strip("`"), row[-1]) for row in cells if len(row) > 3}
+    listed = {row[0].strip("`"): (row[1].strip("`"), row[-1]) for row in cells if len(row) > 3}
     for name, (default, description) in rows().items():
         shown = name.replace("camera.", "<camera>.", 1) if name.startswith("camera.") else name
-        assert found[shown] == (render.value_text(default), description), name
+        assert listed[shown] == (render.value_text(default), description), name
 
 
 def test_the_rendered_files_are_up_to_date(render: ModuleType) -> None:

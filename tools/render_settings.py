@@ -23,23 +23,27 @@ CONFIG = ROOT / "config" / "semantic_anomaly.yaml"
 PAGE = ROOT / "docs" / "settings.md"
 BEGIN, END = "<!-- settings:begin -->", "<!-- settings:end -->"
 
+_OVERRIDES = (
+    "Settings that may change while running may also be set for one camera, e.g. threshold: 0.4"
+)
 _HEAD = """\
-# Every parameter of the node with its default; rendered by tools/render_settings.py.
-# The commands read the same file: semantic-anomaly build-index --settings semantic_anomaly.yaml
+# Every parameter of the node with its default, written by tools/render_settings.py.
+# Only 'index' must be set: settings that index and calibration fix are taken from there.
+# The commands read the same file: semantic-anomaly build-index --settings semantic_anomaly.yaml ...
 /**:
   ros__parameters:
 """
 
 
 def value_text(value: object) -> str:
-    """Return a default as YAML writes it: strings quoted, lists in brackets."""
+    """Return a default as YAML: strings quoted, lists in brackets."""
     if isinstance(value, tuple):
         return json.dumps(list(value))
     return json.dumps(value)
 
 
 def bounds_text(spec: SettingSpec) -> str:
-    """Return what values a setting takes, empty where anything of its type goes."""
+    """Return the allowed values of a setting, empty if its type is the only condition."""
     if spec.choices:
         return ", ".join(filter(None, spec.choices))
     if spec.minimum is None or spec.maximum is None:
@@ -64,6 +68,7 @@ def render_yaml() -> str:
         lines += ["    # One section for each name in 'cameras'.", f"    {camera}:"]
         for name, spec in camera_setting_specs().items():
             lines += [f"      # {comment_text(spec)}", f"      {name}: {value_text(spec.default)}"]
+        lines += [f"      # {_OVERRIDES}"]
     return _HEAD + "\n".join(lines) + "\n"
 
 
@@ -96,19 +101,19 @@ def with_table(page: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print, write or check; return 1 when --check finds something out of date."""
+    """Print, write or check; return 1 if --check finds a file out of date."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--write", action="store_true", help="update both files")
-    what.add_argument("--check", action="store_true", help="fail if they are out of date")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--write", action="store_true", help="update both files")
+    mode.add_argument("--check", action="store_true", help="fail if they are out of date")
     args = parser.parse_args(argv)
     if not (args.write or args.check):
         print(render_yaml())
         print(render_markdown())
         return 0
     outdated = 0
-    wanted = {CONFIG: render_yaml(), PAGE: with_table(PAGE.read_text(encoding="utf-8"))}
-    for path, text in wanted.items():
+    rendered = {CONFIG: render_yaml(), PAGE: with_table(PAGE.read_text(encoding="utf-8"))}
+    for path, text in rendered.items():
         current = path.read_text(encoding="utf-8") if path.exists() else ""
         if current == text:
             continue

@@ -1,4 +1,4 @@
-"""Run the whole path offline: synthetic street, index, calibration, real node, pictures."""
+"""Run the demo: synthetic drives, index, calibration, the real node, pictures."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `semantic-anomaly demo`."""
-    parser.add_argument("--out", type=Path, default=Path("demo_output"))
-    parser.add_argument("--seed", type=int, default=4000, help="first seed of the drives")
+    parser.add_argument("--out", type=Path, default=Path("demo_output"), help="folder to write")
+    parser.add_argument("--seed", type=int, default=4000, help="seed of the first drive")
     parser.add_argument("--frames", type=int, help="frames of the drive played to the node")
-    parser.add_argument("--kinds", help="anomalies met, separated by commas")
+    parser.add_argument("--kinds", help="kinds of anomalies, separated by commas")
     parser.add_argument("--backbone", help="backbone folder, shipped name or hub id")
-    parser.add_argument("--quick", action="store_true", help="a short drive, for a first look")
+    parser.add_argument("--quick", action="store_true", help="few and short drives")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -28,9 +28,13 @@ def run(args: argparse.Namespace) -> int:
     plan = DemoPlan(seed=args.seed)
     if args.quick:
         plan = dataclasses.replace(
-            plan, index_drives=4, calibration_drives=4, frames=100, kinds=KINDS[:1]
+            plan,
+            index_drives=4,
+            calibration_drives=4,
+            frames=100,
+            kinds=KINDS[:1],
+            target_false_alarm_rate=0.05,
         )
-        plan = dataclasses.replace(plan, target_false_alarm_rate=0.05)
     if args.kinds:
         kinds = tuple(args.kinds.split(","))
         for kind in kinds:
@@ -43,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     begin = time.monotonic()
     summary = run_demo(args.out, plan, overrides)
     print(_table(summary))
-    print(f"{time.monotonic() - begin:.0f} s; pictures and summary.json in {args.out}/")
+    print(f"{time.monotonic() - begin:.0f} s; wrote pictures and summary.json to {args.out}/")
     return 0
 
 
@@ -52,17 +56,17 @@ def _table(summary: dict[str, Any]) -> str:
         return "none" if summary[key] is None else f"{summary[key]:.0f} ms"
 
     lines = [
-        f"frames sent {summary['frames_sent']}, received {summary['frames_received']}, "
+        f"frames sent {summary['frames_sent']}, with a status {summary['frames_received']}, "
         f"scored {summary['frames_scored']}",
-        f"{'met on the drive':<28}{'family':<18}{'frames found':>14}",
+        f"{'anomaly':<28}{'family':<18}{'frames detected':>16}",
     ]
     for kind, row in summary["by_kind"].items():
-        share = f"{row['frames_found']} of {row['frames']}"
-        lines.append(f"{kind:<28}{row['family']:<18}{share:>14}")
+        share = f"{row['frames_detected']} of {row['frames']}"
+        lines.append(f"{kind:<28}{row['family']:<18}{share:>16}")
     lines += [
         f"false alarms {summary['false_alarms']} of {summary['nominal_frames']} nominal frames "
         f"(target rate {summary['target_false_alarm_rate']:g})",
-        f"latency from stamp to status: p50 {milliseconds('latency_p50_ms')}, "
-        f"p95 {milliseconds('latency_p95_ms')}",
+        f"latency from stamp to status: median {milliseconds('latency_p50_ms')}, "
+        f"95th percentile {milliseconds('latency_p95_ms')}",
     ]
     return "\n".join(lines)

@@ -1,7 +1,7 @@
-"""The whole path in one run: a synthetic street, an index, a calibration, the real node over DDS.
+"""The demo: synthetic drives, an index, a calibration, and a drive played to the real node.
 
-The node and the process that feeds it are started as a vehicle would start them; nothing here
-computes a score. No ROS is imported in this module.
+The node and the player are started as processes of their own, as on a vehicle, and exchange
+messages over DDS. This module imports no ROS package and computes no score.
 """
 
 from __future__ import annotations
@@ -26,34 +26,33 @@ from tqdm import tqdm
 from semantic_anomaly.errors import SemanticAnomalyError
 from semantic_anomaly.offline.build_index import build_index
 from semantic_anomaly.offline.calibrate import calibrate
-from semantic_anomaly.segmentation.embedder import RunningEmbedder
-from semantic_anomaly.settings import Settings
+from semantic_anomaly.settings import Settings, read_settings_file
 from semantic_anomaly.storage import atomic_write_bytes
 from semantic_anomaly.synthetic import KINDS, StreetDrive, family
 from semantic_anomaly.synthetic.export import write_folder
 
 NODE_STOP_S = 30.0
-# The lane ahead, x and y in turn: houses and adverts are novel on every street, and no danger.
+# Polygon of the lane ahead: houses and adverts are new on every street, and not relevant.
 ROAD = (0.0, 1.0, 0.0, 0.9, 0.45, 0.46, 0.54, 0.46, 0.56, 0.5, 0.87, 1.0)
-# Half of the default's work: two cores without a GPU keep up with the camera.
+# Half of the default computation: two cores without a GPU keep up with the camera.
 INPUT_SIZE = 640
 
 
 class DemoError(SemanticAnomalyError):
-    """A process of the demo failed; the message says where its log lies."""
+    """A process of the demo failed; the message names its log."""
 
 
 @dataclass(frozen=True)
 class DemoPlan:
-    """How much is driven.
+    """The drives of the demo.
 
     Attributes:
         index_drives, calibration_drives: numbers of nominal drives.
         nominal_frames: frames of each nominal drive.
         frames: frames of the drive that is played to the node.
-        kinds: anomalies met on that drive, in this order.
-        seed: first seed; the drives take seeds from here on.
-        rate_hz: frames a second played to the node.
+        kinds: kinds of the anomalies on that drive, in this order.
+        seed: seed of the first drive; the next drives have the next seeds.
+        rate_hz: frames per second played to the node.
         target_false_alarm_rate: of the calibration.
     """
 
@@ -68,38 +67,36 @@ class DemoPlan:
 
 
 def run_demo(out: Path, plan: DemoPlan, overrides: dict[str, Any]) -> dict[str, Any]:
-    """Run everything and return the summary that was written to `out`/summary.json.
+    """Run the demo and return the summary that was written to `out`/summary.json.
 
     Args:
         out: folder for drives, index, settings, pictures and summary; files there are replaced.
-        plan: how much is driven.
-        overrides: settings that differ from their defaults.
+        plan: the drives.
+        overrides: settings of the index by name, such as `backbone`.
 
     Raises:
         DemoError: a process failed.
-        SemanticAnomalyError: a stage refused its input.
+        SemanticAnomalyError: a setting or a backbone cannot be used.
     """
     index_sources, calibration_sources, drive = _synthesise(out / "drives", plan)
-    settings = Settings.from_parameters(
-        {
-            "input_size": INPUT_SIZE,
-            **overrides,
-            "index": str(out / "index"),
-            "target_false_alarm_rate": plan.target_false_alarm_rate,
-            "camera.image_topic": "/camera/image_raw",
-            "camera.region_of_interest": ROAD,
-            "max_age_s": 1.0,
-        }
-    )
-    parameters = {k: v for k, v in settings.to_parameters().items() if v != []}
+    # The node takes all other settings from the index and the calibration.
+    parameters = {
+        "index": str((out / "index").absolute()),
+        "max_age_s": 1.0,
+        "camera": {"image_topic": "/camera/image_raw", "region_of_interest": list(ROAD)},
+    }
     document = {"/**": {"ros__parameters": parameters}}
     atomic_write_bytes(out / "settings.yaml", yaml.safe_dump(document).encode())
-    embedder = RunningEmbedder.from_settings(settings)
-    index = build_index(settings, "camera", index_sources, embedder=embedder)
-    index.save(out / "index")
-    calibration = calibrate(settings, "camera", index, calibration_sources, embedder=embedder)
-    calibration.save(out / "index")
-    embedder.close()
+    settings = Settings.from_parameters(read_settings_file(out / "settings.yaml"))
+    overrides = {"input_size": INPUT_SIZE, **overrides}
+    common: dict[str, Any] = {"settings": settings, "out": out / "index", "progress": True}
+    index = build_index(index_sources, force=True, **common, **overrides)
+    calibration = calibrate(
+        index,
+        calibration_sources,
+        target_false_alarm_rate=plan.target_false_alarm_rate,
+        **common,
+    )
     live = play_to_node(out, drive, plan.rate_hz)
     labels = json.loads((drive / "labels.json").read_text(encoding="utf-8"))
     rows = [_row(record, labels) for record in live["frames"]]
@@ -122,14 +119,14 @@ def _synthesise(folder: Path, plan: DemoPlan) -> tuple[list[Path], list[Path], P
     count = plan.index_drives + plan.calibration_drives
     nominal = [folder / f"nominal_{plan.seed + i}_{plan.nominal_frames}" for i in range(count)]
     driven = folder / f"driven_{plan.seed + count}_{plan.frames}_{'-'.join(plan.kinds)}"
-    # Nominal frames are spread over a longer drive: neighbours in time add little variety.
+    # Nominal frames are spread over a longer drive: consecutive frames resemble each other.
     jobs: list[tuple[int, int, Sequence[str], int, Path]] = [
         (plan.seed + i, 5 * plan.nominal_frames, (), 5, path) for i, path in enumerate(nominal)
     ]
     jobs.append((plan.seed + count, plan.frames, plan.kinds, 1, driven))
     folder.mkdir(parents=True, exist_ok=True)
     workers = min(os.cpu_count() or 1, 8)
-    # Fork would copy the threads of libraries already loaded in an undefined state.
+    # A fork would copy the threads of loaded libraries in an undefined state.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         futures = [pool.submit(_write_drive, *job) for job in reversed(jobs)]
         for future in tqdm(futures, desc="synthesise drives", disable=None):
@@ -138,16 +135,16 @@ def _synthesise(folder: Path, plan: DemoPlan) -> tuple[list[Path], list[Path], P
 
 
 def play_to_node(out: Path, drive: Path, rate_hz: float) -> dict[str, Any]:
-    """Start the real node on `out`/settings.yaml, play a drive to it, return what came back.
+    """Start the node with `out`/settings.yaml, play a drive to it, and return the recorded results.
 
     Raises:
-        DemoError: the node or the player failed; the node's log is `out`/node.log.
+        DemoError: the node or the player failed; the log of the node is `out`/node.log.
     """
-    # Overlays of an earlier drive would pass for this one's.
+    # Overlays of an earlier drive must not be mistaken for new ones.
     shutil.rmtree(out / "live", ignore_errors=True)
     environment = {**os.environ}
     environment.setdefault("FASTDDS_BUILTIN_TRANSPORTS", "LARGE_DATA")
-    # A domain of its own keeps the demo apart from whatever else runs on this network.
+    # A ROS domain of its own separates the demo from other nodes on this network.
     environment.setdefault("ROS_DOMAIN_ID", str(1 + os.getpid() % 100))
     parameters = ["--ros-args", "--params-file", str(out / "settings.yaml")]
     node_command = [sys.executable, "-m", "semantic_anomaly.ros.node", *parameters]
@@ -169,7 +166,9 @@ def play_to_node(out: Path, drive: Path, rate_hz: float) -> dict[str, Any]:
                 node.kill()
                 code = node.wait()
     if player.returncode or code:
-        raise DemoError(f"player ended with {player.returncode}, node with {code}; see {log_path}")
+        raise DemoError(
+            f"exit codes: player {player.returncode}, node {code}; see the log {log_path}"
+        )
     return json.loads((out / "live" / "frames.json").read_text(encoding="utf-8"))
 
 
@@ -197,9 +196,13 @@ def _summarise(
     latencies = [row["latency_ms"] for row in scored]
     by_kind = {}
     for kind in plan.kinds:
-        met = [row for row in scored if row["kind"] == kind]
-        found = sum(row["decision"] == "anomaly" for row in met)
-        by_kind[kind] = {"family": family(kind), "frames": len(met), "frames_found": found}
+        anomalous = [row for row in scored if row["kind"] == kind]
+        detected = sum(row["decision"] == "anomaly" for row in anomalous)
+        by_kind[kind] = {
+            "family": family(kind),
+            "frames": len(anomalous),
+            "frames_detected": detected,
+        }
     return {
         "frames_sent": len(rows),
         "frames_received": sum(row["received"] for row in rows),

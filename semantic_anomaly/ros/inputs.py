@@ -1,6 +1,6 @@
-"""What arrives for one camera: images, and for markers CameraInfo and depth.
+"""The subscriptions of one camera: images, and for markers CameraInfo and depth.
 
-Callbacks run in the executor's thread and only store; the worker reads what was stored.
+Callbacks run in the executor's thread and only store messages; the worker reads them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from semantic_anomaly.ros import messages
 from semantic_anomaly.ros.logs import ThrottledLog
 from semantic_anomaly.settings import Settings
 
-# Depth and image of one exposure differ by less; frames of a camera lie further apart.
+# Stamps of depth and image of one exposure differ by less, those of two frames by more.
 DEPTH_TOLERANCE_NS = 50_000_000
 LARGE_DATA_HINT = (
     "for images over 0.5 MB between processes set FASTDDS_BUILTIN_TRANSPORTS=LARGE_DATA"
@@ -36,9 +36,7 @@ _RELIABILITY = {
     "best_effort": ReliabilityPolicy.BEST_EFFORT,
     "reliable": ReliabilityPolicy.RELIABLE,
 }
-
-
-# Begins the reason of what is said of a silent camera, and of no image.
+# Start of the reason in the status of a silent camera, and of no image.
 SILENCE = "no frames for"
 
 
@@ -47,10 +45,10 @@ class CameraInputs:
 
     Args:
         node: owns the subscriptions.
-        camera: the camera's name.
+        camera: name of the camera.
         settings: topics and quality of service.
         on_image: takes every image message.
-        on_incompatible: takes a sentence when a publisher can never be heard.
+        on_incompatible: takes a description of a publisher with incompatible QoS.
         log: guards the callbacks.
     """
 
@@ -72,19 +70,18 @@ class CameraInputs:
         self._lock = threading.Lock()
         self._info: CameraInfo | None = None
         self._depths: deque[Image] = deque(maxlen=8)
-        self._made: list[Any] = []
+        self._subscriptions: list[Any] = []
         self.arrived_s = time.monotonic()
         self.frame_id = ""
         self._images: Any = None
 
     def subscribe(self) -> None:
-        """Make the subscriptions; `destroy` undoes as many as were made."""
-        settings, own = self._settings, self._settings.camera_settings[self._camera]
-        kind = CompressedImage if own.transport == "compressed" else Image
-        qos = QoSProfile(
-            depth=settings.qos_depth, reliability=_RELIABILITY[settings.qos_reliability]
-        )
-        self._images = self._subscribe(kind, own.image_topic, self._store_image, qos)
+        """Create the subscriptions; `destroy` removes them, even if only some were created."""
+        own = self._settings.camera_settings[self._camera]
+        image_type = CompressedImage if own.transport == "compressed" else Image
+        # Only the newest image is used.
+        qos = QoSProfile(depth=1, reliability=_RELIABILITY[self._settings.qos_reliability])
+        self._images = self._subscribe(image_type, own.image_topic, self._store_image, qos)
         best_effort = QoSProfile(depth=5, reliability=ReliabilityPolicy.BEST_EFFORT)
         if own.camera_info_topic:
             self._subscribe(CameraInfo, own.camera_info_topic, self._store_info, best_effort)
@@ -93,16 +90,16 @@ class CameraInputs:
 
     @property
     def topic(self) -> str:
-        """Return the full name of the image topic, remappings applied."""
+        """Return the full name of the image topic after remapping."""
         return self._images.topic_name
 
     def destroy(self) -> None:
         """Destroy the subscriptions."""
-        while self._made:
-            self._node.destroy_subscription(self._made.pop())
+        while self._subscriptions:
+            self._node.destroy_subscription(self._subscriptions.pop())
 
     def intrinsics(self, image_hw: tuple[int, int]) -> Intrinsics:
-        """Return the projection of images of a size: CameraInfo's, else an assumed lens."""
+        """Return the projection of images of a size: of the CameraInfo, or else an assumed lens."""
         with self._lock:
             info = self._info
         if info is not None:
@@ -113,7 +110,7 @@ class CameraInputs:
         return Intrinsics.assumed(image_hw)
 
     def depth_at(self, stamp_ns: int) -> np.ndarray | None:
-        """Return (h, w) float32 metres of the exposure at a stamp, None without one."""
+        """Return the depth image at a stamp as (h, w) float32 metres, None without one."""
         with self._lock:
             stored = list(self._depths)
         if not stored:
@@ -128,32 +125,32 @@ class CameraInputs:
             return None
 
     def silence(self) -> str:
-        """Return a sentence on how long no image has come, and what may be the reason."""
+        """Return how long there has been no image, with possible reasons."""
         silent_s = time.monotonic() - self.arrived_s
-        wanted = self._images.msg_type.__name__
-        found = self._node.get_publishers_info_by_topic(self.topic)
-        types = sorted({info.topic_type for info in found})
-        other = [name for name in types if not name.endswith(f"/{wanted}")]
-        hints = [f"publishers: {len(found)}"]
+        expected = self._images.msg_type.__name__
+        publishers = self._node.get_publishers_info_by_topic(self.topic)
+        types = sorted({info.topic_type for info in publishers})
+        other = [name for name in types if not name.endswith(f"/{expected}")]
+        hints = [f"publishers: {len(publishers)}"]
         if other:
-            hints.append(f"expected {wanted}, found {', '.join(other)}")
-        if found:
+            hints.append(f"expected {expected}, found {', '.join(other)}")
+        if publishers:
             hints += [
                 f"incompatible QoS? this side: {self._settings.qos_reliability}",
                 LARGE_DATA_HINT,
             ]
         return f"{SILENCE} {silent_s:.1f} s on topic {self.topic} ({'; '.join(hints)})"
 
-    def _subscribe(self, kind: Any, topic: str, store: Any, qos: QoSProfile) -> Any:
+    def _subscribe(self, message_type: Any, topic: str, store: Any, qos: QoSProfile) -> Any:
         def incompatible(event: Any) -> None:
-            self._report_incompatible(made, event)
+            self._report_incompatible(subscription, event)
 
         events = SubscriptionEventCallbacks(incompatible_qos=self._log.guarded(incompatible))
-        made = self._node.create_subscription(
-            kind, topic, self._log.guarded(store), qos, event_callbacks=events
+        subscription = self._node.create_subscription(
+            message_type, topic, self._log.guarded(store), qos, event_callbacks=events
         )
-        self._made.append(made)
-        return made
+        self._subscriptions.append(subscription)
+        return subscription
 
     def _report_incompatible(self, subscription: Any, event: Any) -> None:
         if not event.total_count_change:
@@ -162,8 +159,8 @@ class CameraInputs:
         publishers = self._node.get_publishers_info_by_topic(subscription.topic_name)
         names = sorted({f"{p.node_namespace.rstrip('/')}/{p.node_name}" for p in publishers})
         self._on_incompatible(
-            f"topic {subscription.topic_name}: publisher with incompatible QoS ({policy}), no "
-            f"messages come from it; publishers: {', '.join(names) or 'gone'}; "
+            f"topic {subscription.topic_name}: a publisher has incompatible QoS ({policy}), its "
+            f"messages do not arrive; publishers: {', '.join(names) or 'gone'}; "
             "see parameter 'qos_reliability'"
         )
 

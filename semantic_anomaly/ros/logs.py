@@ -1,7 +1,6 @@
-"""Logging that cannot flood, and callbacks that cannot end the process.
+"""Log lines of the node: throttled, forwarded from the package, and one for each alarm.
 
-An exception in a callback ends rclpy's spin, so every callback of the node is guarded. Any
-thread may log.
+Any thread may log.
 """
 
 from __future__ import annotations
@@ -11,25 +10,28 @@ import logging
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
+
+from semantic_anomaly.structures import AnomalyResult, ComponentState, Decision
 
 REPEAT_AFTER_S = 5.0
 
 
 class ThrottledLog:
-    """Says the same thing about the same subject at most every `REPEAT_AFTER_S` seconds."""
+    """Logs at most one line about a subject within `REPEAT_AFTER_S` seconds."""
 
     def __init__(self, logger: Any) -> None:
         self._logger = logger
         self._last: dict[str, float] = {}
 
     def error(self, subject: str, text: str) -> None:
-        """Log an error unless one about the subject was logged just now."""
+        """Log an error unless the subject was logged just now."""
         if self._due(subject):
             self._logger.error(text)
 
     def warning(self, subject: str, text: str) -> None:
-        """Log a warning unless one about the subject was logged just now."""
+        """Log a warning unless the subject was logged just now."""
         if self._due(subject):
             self._logger.warning(text)
 
@@ -41,7 +43,7 @@ class ThrottledLog:
         return True
 
     def guarded(self, callback: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a callback that logs what the given one raises and goes on."""
+        """Return a callback that logs exceptions instead of raising them, which would end spin."""
 
         @functools.wraps(callback)
         def guard(*args: Any) -> Any:
@@ -56,7 +58,7 @@ class ThrottledLog:
 
 
 class RosLogHandler(logging.Handler):
-    """Hands what the package logs to the node's logger, so that it reaches /rosout."""
+    """Forwards log records of the package to the logger of the node, and so to /rosout."""
 
     def __init__(self, logger: Any) -> None:
         super().__init__(logging.INFO)
@@ -65,10 +67,73 @@ class RosLogHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Log a record at its own severity."""
         text = record.getMessage()
-        # rclpy ties a severity to the calling line, so each has a line of its own.
+        # rclpy allows one severity for each calling line.
         if record.levelno >= logging.ERROR:
             self._ros_logger.error(text)
         elif record.levelno >= logging.WARNING:
             self._ros_logger.warning(text)
         else:
             self._ros_logger.info(text)
+
+
+@dataclass(frozen=True)
+class _Alarm:
+    track: int
+    begin_ns: int
+    last_ns: int
+    frames: int
+    peak_score: float
+
+
+class AlarmLog:
+    """Logs the start and the end of each alarm of a camera.
+
+    An alarm starts with the decision `anomaly` and ends after `silence_s` seconds without it, by
+    the stamps of the frames.
+    """
+
+    def __init__(self, logger: Any, camera: str) -> None:
+        self._logger = logger
+        self._camera = camera
+        self._alarm: _Alarm | None = None
+
+    def update(self, stamp_ns: int, result: AnomalyResult, silence_s: float) -> None:
+        """Take the result of the next frame.
+
+        Args:
+            stamp_ns: stamp of the frame.
+            result: of the frame.
+            silence_s: setting of the camera.
+        """
+        alarm = self._alarm
+        if alarm is not None and not 0 <= stamp_ns - alarm.last_ns <= silence_s * 1e9:
+            self.end()
+            alarm = None
+        if result.decision is not Decision.ANOMALY:
+            return
+        if alarm is None:
+            confirmed = [
+                place for place in result.localizations if place.state is ComponentState.CONFIRMED
+            ]
+            worst = max(confirmed, key=lambda place: place.score)
+            left, top, right, bottom = worst.box_xyxy
+            self._alarm = _Alarm(worst.track, stamp_ns, stamp_ns, 1, result.score)
+            self._logger.warning(
+                f"camera '{self._camera}': alarm starts: track {worst.track}, score "
+                f"{result.score:.4f} (threshold {result.threshold:.4f}), box x {left:.0f} to "
+                f"{right:.0f}, y {top:.0f} to {bottom:.0f} px"
+            )
+        else:
+            peak_score = max(alarm.peak_score, result.score)
+            frames = alarm.frames + 1
+            self._alarm = _Alarm(alarm.track, alarm.begin_ns, stamp_ns, frames, peak_score)
+
+    def end(self) -> None:
+        """End the alarm, if there is one."""
+        alarm, self._alarm = self._alarm, None
+        if alarm is not None:
+            self._logger.info(
+                f"camera '{self._camera}': alarm ends: track {alarm.track}, duration "
+                f"{(alarm.last_ns - alarm.begin_ns) / 1e9:.1f} s, {alarm.frames} frames, largest "
+                f"score {alarm.peak_score:.4f}"
+            )

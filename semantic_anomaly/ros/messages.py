@@ -1,6 +1,6 @@
-"""Messages to arrays and back, both directions; the only file that knows message fields.
+"""Conversion of messages to arrays and of results to messages; no other file knows message fields.
 
-Pure functions without state: any thread may call them.
+Functions without state: any thread may call them.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from builtin_interfaces.msg import Duration
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from geometry_msgs.msg import Point, Pose, Quaternion, Vector3
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
-from std_msgs.msg import Float32, Header
+from std_msgs.msg import ColorRGBA, Float32, Header
+from visualization_msgs.msg import Marker, MarkerArray
 
-from semantic_anomaly.detection.geometry import Intrinsics
+from semantic_anomaly.detection.geometry import ASSUMED, Intrinsics, PlacedBox
 from semantic_anomaly.errors import ImageError
 from semantic_anomaly.io.images import (
     UnsupportedEncodingError,
@@ -25,27 +28,34 @@ from semantic_anomaly.io.images import (
     decode_raw,
     encode_jpeg,
 )
-from semantic_anomaly.structures import Frame, Localization
+from semantic_anomaly.structures import ComponentState, Frame, Localization
 
-# numpy's dtype and channels of the encodings that are published.
+# dtype and channels of the encodings that are published.
 _PUBLISHED = {
     "rgb8": (np.uint8, 3),
     "mono8": (np.uint8, 1),
     "mono16": (np.uint16, 1),
     "32FC1": (np.float32, 1),
 }
+# Vermilion and yellow of Okabe and Ito's palette, distinguishable with any colour vision.
+_COLOURS = {
+    ComponentState.CONFIRMED: ColorRGBA(r=0.835, g=0.369, b=0.0, a=1.0),
+    ComponentState.CANDIDATE: ColorRGBA(r=0.941, g=0.894, b=0.259, a=0.8),
+}
+_LINE_M, _TEXT_M = 0.05, 0.4
+_EDGES = ((0, 1), (1, 2), (2, 3), (3, 0))
 
 
 def stamp_ns(header: Header) -> int:
-    """Return a header's stamp in nanoseconds; unlike rclpy's Time it takes negative seconds."""
+    """Return the stamp of a header in nanoseconds; unlike rclpy's Time it may be negative."""
     return int(header.stamp.sec) * 1_000_000_000 + int(header.stamp.nanosec)
 
 
 def frame_of(message: Image | CompressedImage, name: str = "") -> Frame:
-    """Return the frame that an image message holds.
+    """Return the frame of an image message.
 
     Raises:
-        ImageError: the image is damaged, or its encoding is unknown here and to cv_bridge.
+        ImageError: a damaged image, or an encoding that neither this package nor cv_bridge knows.
     """
     if isinstance(message, CompressedImage):
         image = decode_compressed(message.data, message.format)
@@ -55,7 +65,7 @@ def frame_of(message: Image | CompressedImage, name: str = "") -> Frame:
 
 
 def depth_of(message: Image) -> np.ndarray:
-    """Return (height, width) float32 metres, 0 where there is none.
+    """Return (height, width) float32 metres, 0 without a measurement.
 
     Raises:
         ImageError: another encoding than 32FC1 and 16UC1, or a damaged image.
@@ -65,23 +75,23 @@ def depth_of(message: Image) -> np.ndarray:
 
 
 def intrinsics_of(message: CameraInfo) -> Intrinsics:
-    """Return the projection in a CameraInfo; matrix K and distortion D, not the rectified P.
+    """Return the projection of a CameraInfo: matrix K and distortion D, not the rectified P.
 
     Raises:
-        ImageError: not calibrated (K is zero) or not finite.
+        ImageError: not calibrated (K is zero), not finite, or of a part of the image.
     """
     k, binning = message.k, (max(1, message.binning_y), max(1, message.binning_x))
     if message.roi.width or message.roi.height:
         raise ImageError("camera info: expected the full image, found a region of interest (roi)")
-    made = Intrinsics(
+    full = Intrinsics(
         *(float(k[0]), float(k[4]), float(k[2]), float(k[5])),
         (int(message.height), int(message.width)),
         tuple(float(d) for d in message.d),
         message.distortion_model == "equidistant",
     )
     # K holds for the full sensor, the image is smaller by the binning.
-    height, width = made.image_hw
-    return made.scaled_to((height // binning[0], width // binning[1]))
+    height, width = full.image_hw
+    return full.scaled_to((height // binning[0], width // binning[1]))
 
 
 def image_message(pixels: np.ndarray, encoding: str, header: Header | None = None) -> Image:
@@ -90,10 +100,10 @@ def image_message(pixels: np.ndarray, encoding: str, header: Header | None = Non
     Args:
         pixels: (height, width) or (height, width, 3) of the encoding's dtype.
         encoding: rgb8, mono8, mono16 or 32FC1.
-        header: used verbatim.
+        header: used unchanged.
 
     Raises:
-        ImageError: shape or dtype do not fit the encoding.
+        ImageError: the shape or dtype does not fit the encoding.
     """
     dtype, channels = _PUBLISHED[encoding]
     shape = pixels.shape if channels > 1 else (*pixels.shape, 1)
@@ -114,21 +124,22 @@ def image_message(pixels: np.ndarray, encoding: str, header: Header | None = Non
 
 def jpeg_message(rgb: np.ndarray, header: Header, quality: int = 85) -> CompressedImage:
     """Return (height, width, 3) uint8 RGB as a CompressedImage message."""
-    # What image_transport writes for JPEG of a colour image.
+    # The format that image_transport writes for a colour image.
     message = CompressedImage(header=header, format="rgb8; jpeg compressed bgr8")
     message.data = array("B", encode_jpeg(rgb, quality))
     return message
 
 
 def score_message(score: float) -> Float32:
-    """Return a score; numpy scalars would arrive as 0."""
+    """Return a score as a message."""
+    # numpy scalars would arrive as 0.
     return Float32(data=float(score))
 
 
 def status_message(
     header: Header, name: str, level: bytes, text: str, values: Mapping[str, Any]
 ) -> DiagnosticArray:
-    """Return one status with its values as text: floats in full precision, None left out."""
+    """Return one status; values as text, floats in full precision, without those that are None."""
     status = DiagnosticStatus(level=level, name=name, message=text, hardware_id="")
     status.values = [
         KeyValue(key=key, value=_text(value)) for key, value in values.items() if value is not None
@@ -138,33 +149,105 @@ def status_message(
 
 def diagnostics_message(stamp: Any, statuses: Iterable[DiagnosticArray]) -> DiagnosticArray:
     """Return the statuses of several cameras as one message."""
-    message = DiagnosticArray(status=[one for array in statuses for one in array.status])
+    message = DiagnosticArray(status=[status for array in statuses for status in array.status])
     message.header.stamp = stamp
     return message
 
 
 def localizations_json(localizations: Sequence[Localization]) -> str:
-    """Return localizations as JSON: box, score, area, state, track, nearest example."""
+    """Return localizations as JSON: box, score, area, state, track and nearest nominal patch."""
     rows = [
         {
-            "label": int(found.label),
-            "box_xyxy": [round(float(edge), 2) for edge in found.box_xyxy],
-            "centroid_xy": [round(float(place), 2) for place in found.centroid_xy],
-            "area_px": int(found.area_px),
-            "state": found.state.value,
-            "track": int(found.track),
-            "score": float(found.score),
+            "label": int(localization.label),
+            "box_xyxy": [round(float(edge), 2) for edge in localization.box_xyxy],
+            "centroid_xy": [round(float(value), 2) for value in localization.centroid_xy],
+            "area_px": int(localization.area_px),
+            "state": localization.state.value,
+            "track": int(localization.track),
+            "score": float(localization.score),
             "nearest": {
-                "frame": found.nearest.frame,
-                "row": int(found.nearest.row),
-                "col": int(found.nearest.col),
-                "grid_hw": [int(side) for side in found.nearest.grid_hw],
-                "distance": float(found.nearest.distance),
+                "frame": localization.nearest.frame,
+                "row": int(localization.nearest.row),
+                "col": int(localization.nearest.col),
+                "grid_hw": [int(side) for side in localization.nearest.grid_hw],
+                "distance": float(localization.nearest.distance),
             },
         }
-        for found in localizations
+        for localization in localizations
     ]
     return json.dumps(rows)
+
+
+def detection_array_type() -> Any | None:
+    """Return vision_msgs/Detection2DArray, None if vision_msgs is not installed."""
+    try:
+        from vision_msgs.msg import Detection2DArray
+    except ImportError:
+        return None
+    return Detection2DArray
+
+
+def detections_message(header: Header, localizations: Sequence[Localization]) -> Any:
+    """Return a Detection2DArray: class 'anomaly', with score and label of each localization."""
+    from vision_msgs import msg
+
+    array = msg.Detection2DArray(header=header)
+    for localization in localizations:
+        x0, y0, x1, y1 = (float(edge) for edge in localization.box_xyxy)
+        box = msg.BoundingBox2D(size_x=x1 - x0, size_y=y1 - y0)
+        # Boxes span pixel edges; ROS counts from pixel centres.
+        box.center.position.x = (x0 + x1) / 2 - 0.5
+        box.center.position.y = (y0 + y1) / 2 - 0.5
+        hypothesis = msg.ObjectHypothesisWithPose()
+        hypothesis.hypothesis.class_id = "anomaly"
+        hypothesis.hypothesis.score = float(localization.score)
+        detection = msg.Detection2D(header=header, bbox=box, id=str(localization.label))
+        detection.results = [hypothesis]
+        array.detections.append(detection)
+    return array
+
+
+def marker_array(header: Header, boxes: Sequence[tuple[Localization, PlacedBox]]) -> MarkerArray:
+    """Return rviz markers: DELETEALL, then a box and a label for each localization.
+
+    A box at an assumed range is joined to the camera by rays: only its direction is known.
+    """
+    markers = [Marker(header=header, action=Marker.DELETEALL)]
+    for localization, box in boxes:
+        outline = _marker(header, "boxes", localization.label, Marker.LINE_LIST)
+        outline.scale = Vector3(x=_LINE_M)
+        outline.color = _COLOURS[localization.state]
+        corners = [_point(corner) for corner in box.corners]
+        outline.points = [corners[end] for edge in _EDGES for end in edge]
+        if box.range_source == ASSUMED:
+            outline.points += [end for corner in corners for end in (Point(), corner)]
+        label = _marker(header, "labels", localization.label, Marker.TEXT_VIEW_FACING)
+        label.scale = Vector3(z=_TEXT_M)
+        label.color = ColorRGBA(r=1.0, g=1.0, b=1.0, a=1.0)
+        x, y, z = box.corners[:2].mean(axis=0)
+        # y points down in the optical frame.
+        label.pose.position = _point((x, y - _TEXT_M, z))
+        label.text = f"{localization.score:.2f}  {box.range_m:.1f} m ({box.range_source})"
+        if localization.state is ComponentState.CANDIDATE:
+            label.text += "  candidate"
+        markers += [outline, label]
+    return MarkerArray(markers=markers)
+
+
+def _marker(header: Header, namespace: str, label: int, marker_type: int) -> Marker:
+    return Marker(
+        header=header,
+        ns=namespace,
+        id=int(label),
+        type=marker_type,
+        action=Marker.ADD,
+        pose=Pose(orientation=Quaternion(w=1.0)),
+        lifetime=Duration(sec=1),
+    )
+
+
+def _point(xyz: Sequence[float]) -> Point:
+    return Point(x=float(xyz[0]), y=float(xyz[1]), z=float(xyz[2]))
 
 
 def _text(value: Any) -> str:
@@ -180,7 +263,7 @@ def _decode(message: Image) -> np.ndarray:
 
 
 def _decode_by_cv_bridge(message: Image, unsupported: UnsupportedEncodingError) -> np.ndarray:
-    # Imported late: builds of cv_bridge for another NumPy fail at import, in many ways.
+    # Builds of cv_bridge for another NumPy fail at import, in several ways.
     try:
         from cv_bridge import CvBridge
     except Exception as error:

@@ -1,7 +1,7 @@
-"""What takes memory: the backbone, the indexes and a detector for each camera.
+"""The models of the node: one embedder and a detector for each camera.
 
-Loaded and freed by the executor's thread, or by the thread of a reload; a loaded set is replaced
-as a whole, never changed, so the worker may hold one while the next is loaded.
+They are loaded and freed by the executor's thread or by the thread of a reload. A set of models is
+replaced as a whole and never changed, so the worker may use one while the next is loaded.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from semantic_anomaly.calibration.leakage import refuse_indexed
-from semantic_anomaly.detection.detector import AnomalyDetector
-from semantic_anomaly.errors import ModelOutputError, SemanticAnomalyError
-from semantic_anomaly.index import edits as index_edits
-from semantic_anomaly.offline import edit_index as edit_saving
+from semantic_anomaly.calibration.leakage import refuse_seen
+from semantic_anomaly.calibration.staleness import staleness_warning
+from semantic_anomaly.detection.detector import AnomalyDetector, load_detector
+from semantic_anomaly.errors import IndexMismatchError, ModelOutputError, SemanticAnomalyError
+from semantic_anomaly.index import edits
+from semantic_anomaly.offline.edit_index import save_edited
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import Frame, PatchGrid
 
@@ -26,18 +27,18 @@ if TYPE_CHECKING:
     from semantic_anomaly.index.nominal_index import NominalIndex
     from semantic_anomaly.segmentation.embedder import RunningEmbedder
 
-# The real size is unknown before the first image; this one is common and not small.
+# The image size is unknown before the first image; this one is common and not small.
 WARM_UP_HW = (720, 1280)
 
 
 @dataclass(frozen=True, eq=False)
 class Models:
-    """A backbone and the detectors that share it, by camera.
+    """An embedder and the detectors that share it.
 
     Attributes:
         embedder: used by one thread at a time: the worker, or `load`.
-        detectors: by camera.
-        probe: a synthetic frame and its embeddings, to try detectors with.
+        detectors: detector of each camera by its name.
+        probe: a synthetic frame and its embeddings, for the self-test.
     """
 
     embedder: RunningEmbedder
@@ -46,20 +47,18 @@ class Models:
 
     @classmethod
     def load(cls, settings: Settings) -> Models:
-        """Load, match, warm up and try out everything that the settings name.
+        """Load the detectors of all cameras, warm up the embedder, and run the self-test.
 
         Raises:
-            SemanticAnomalyError: something is missing, damaged or does not agree.
+            SemanticAnomalyError: something is missing, damaged or does not match.
         """
-        from semantic_anomaly.segmentation.embedder import RunningEmbedder
-
-        embedder = RunningEmbedder.from_settings(settings)
+        detectors = load_detectors(settings)
+        embedder = cast("RunningEmbedder", detectors[settings.cameras[0]].embedder)
         try:
-            detectors = load_detectors(settings, embedder)
             embedder.warm_up(WARM_UP_HW)
             noise = np.random.default_rng(0).integers(0, 256, (*WARM_UP_HW, 3), dtype=np.uint8)
-            probe = Frame(noise, name="self-test")
-            models = cls(embedder, detectors, (probe, embedder.embed([noise])[0]))
+            probe = Frame(noise, name="self-test"), embedder.embed([noise])[0]
+            models = cls(embedder, detectors, probe)
             models.self_test()
         except BaseException:
             embedder.close()
@@ -67,109 +66,122 @@ class Models:
         return models
 
     def self_test(self) -> None:
-        """Send the probe through every detector.
+        """Assess the probe with every detector.
 
         Raises:
             ModelOutputError: a score is not finite or out of range.
         """
         for camera, detector in self.detectors.items():
-            result = detector.assess(*self.probe)
+            score = detector.assess(*self.probe).score
             detector.reset()
-            if not (math.isfinite(result.score) and 0.0 <= result.score <= 2.0):
+            if not (math.isfinite(score) and 0.0 <= score <= 2.0):
                 raise ModelOutputError(
-                    f"self-test of camera '{camera}': expected a score in [0, 2], "
-                    f"found {result.score}"
+                    f"self-test of camera '{camera}': expected a score in [0, 2], found {score}"
                 )
 
     def reloaded(self, settings: Settings) -> Models:
-        """Return a set with indexes and calibrations read anew, and the same backbone.
+        """Return models with indexes and calibrations read again, and the same embedder.
 
         Raises:
-            SemanticAnomalyError: as `load`; the present set is unaffected.
+            SemanticAnomalyError: as `load`; the present models are unaffected.
         """
         models = Models(self.embedder, load_detectors(settings, self.embedder), self.probe)
         models.self_test()
         return models
 
     def add_nominal(self, settings: Settings, frames: Mapping[str, tuple[Frame, PatchGrid]]) -> str:
-        """Add frames to the index folders of their cameras, and return a sentence that says so.
+        """Add frames to the indexes of their cameras on disk, and return a summary.
 
         Args:
-            settings: name the folders.
-            frames: with their embeddings, by camera.
+            settings: name the index folders.
+            frames: one frame with its embeddings for each camera.
 
         Raises:
-            SemanticAnomalyError: an index has a frame already, or cannot take or write it.
+            SemanticAnomalyError: an index has seen a frame, is full, or cannot be written.
         """
-        edited: dict[Path, tuple[NominalIndex, NominalIndex]] = {}
-        said = []
+        edited: dict[str, tuple[NominalIndex, NominalIndex]] = {}
+        additions = []
         for camera, (frame, grid) in frames.items():
-            folder, detector = Path(settings.index_of(camera)), self.detectors[camera]
+            folder, detector = settings.index_of(camera), self.detectors[camera]
             before, index = edited.get(folder, (detector.index, detector.index))
-            refuse_indexed(index, frame)
-            index, report = index_edits.add_nominal(
-                index, [(frame, grid)], region=detector.region, source=frame.name, note="service"
+            refuse_seen(index, frame)
+            index, report = edits.add_nominal(
+                index, [(frame, grid)], region=detector.roi, source=frame.name, note="service"
             )
             edited[folder] = before, index
-            said.append(f"{report.stored} entries of '{frame.name}'")
+            additions.append(f"{report.stored} entries of '{frame.name}'")
         for folder, (before, index) in edited.items():
-            edit_saving.save_edited(folder, before, index)
-        return f"added {', '.join(said)}"
+            save_edited(Path(folder), before, index)
+        return f"added {', '.join(additions)}"
 
     def update(self, settings: Settings) -> None:
-        """Give all detectors new live settings, or none of them.
+        """Change the live settings of all detectors, or of none.
 
         Raises:
             SemanticAnomalyError: a detector refuses them.
         """
-        done: list[tuple[AnomalyDetector, Settings]] = []
+        updated: list[tuple[AnomalyDetector, Settings]] = []
         try:
             for detector in self.detectors.values():
                 before = detector.settings
                 detector.update(settings)
-                done.append((detector, before))
+                updated.append((detector, before))
         except SemanticAnomalyError:
-            for detector, before in done:
+            for detector, before in updated:
                 detector.update(before)
             raise
 
     def reset(self) -> None:
-        """Forget the frames seen so far."""
+        """Forget the tracks of all cameras."""
         for detector in self.detectors.values():
             detector.reset()
 
     def close(self) -> None:
-        """Free the backbone; indexes go with the last reference."""
+        """Free the embedder; the indexes are freed with the last reference to them."""
         self.embedder.close()
 
 
-def load_detectors(settings: Settings, embedder: RunningEmbedder) -> dict[str, AnomalyDetector]:
-    """Load a detector for each camera; cameras with the same index folder share the index.
+def load_detectors(
+    settings: Settings, embedder: RunningEmbedder | None = None
+) -> dict[str, AnomalyDetector]:
+    """Load the detector of each camera.
+
+    Cameras with the same index folder share the index. All cameras share one embedder, so their
+    indexes must have been built with the same backbone.
+
+    Args:
+        settings: of the node.
+        embedder: already loaded; None: loaded from the index of the first camera.
 
     Raises:
-        SemanticAnomalyError: prefixed with the camera's name where there are several.
+        SemanticAnomalyError: names the camera if there are several.
     """
-    indexes: dict[Path, NominalIndex] = {}
+    shared = embedder
+    indexes: dict[str, NominalIndex] = {}
     detectors: dict[str, AnomalyDetector] = {}
     for camera in settings.cameras:
-        folder = Path(settings.index_of(camera)).expanduser()
+        folder = settings.index_of(camera)
         try:
-            detector = AnomalyDetector.load(
-                settings, camera, embedder=embedder, index=indexes.get(folder)
-            )
-        except SemanticAnomalyError as error:
-            # The class decides what is done about it, so only the sentence changes.
-            if len(settings.cameras) > 1 and error.args:
-                error.args = (f"camera '{camera}': {error.args[0]}", *error.args[1:])
+            detector = load_detector(settings, camera, embedder=shared, index=indexes.get(folder))
+        except BaseException as error:
+            if shared is not None and embedder is None:
+                shared.close()
+            # The class of an error has a meaning, so only its message is extended.
+            if isinstance(error, SemanticAnomalyError) and len(settings.cameras) > 1:
+                hint = ""
+                if isinstance(error, IndexMismatchError) and detectors:
+                    hint = f" (all cameras share the backbone of camera '{settings.cameras[0]}')"
+                error.args = (f"camera '{camera}': {error}{hint}",)
             raise
+        shared = cast("RunningEmbedder", detector.embedder)
         indexes[folder] = detector.index
         detectors[camera] = detector
     return detectors
 
 
-def renewal_of(detector: AnomalyDetector) -> str | None:
-    """Return why a detector's calibration is due for renewal, None if it is not."""
+def stale_calibration(detector: AnomalyDetector) -> str | None:
+    """Return why the calibration of a detector is stale, None if it is not."""
     calibration = detector.calibration
-    if calibration is None or not calibration.renewal:
+    if calibration is None or not calibration.stale_edits:
         return None
-    return "; ".join(calibration.warnings)
+    return staleness_warning(calibration.stale_edits)

@@ -1,8 +1,8 @@
-"""The lifecycle node: plumbing between ROS and the detector.
+"""The lifecycle node.
 
-Threads: the executor's thread runs every callback and transition; one worker thread, alive while
-the node is active, computes and publishes; a reload loads in a thread of its own. They meet in
-the worker's slots, in the inputs' locks, and in `models`, which is replaced as a whole.
+Threads: the executor's thread runs every callback and transition; a worker thread computes and
+publishes while the node is active; a reload loads in a thread of its own. They share the slots of
+the worker, the inputs with their locks, and `models`, which is replaced as a whole.
 """
 
 from __future__ import annotations
@@ -29,11 +29,10 @@ from semantic_anomaly.errors import SemanticAnomalyError
 from semantic_anomaly.ros import messages
 from semantic_anomaly.ros.camera import Camera
 from semantic_anomaly.ros.logs import RosLogHandler, ThrottledLog
-from semantic_anomaly.ros.models import Models, renewal_of
+from semantic_anomaly.ros.models import Models, stale_calibration
 from semantic_anomaly.ros.parameters import NodeParameters
-from semantic_anomaly.ros.pipeline import Pipeline
+from semantic_anomaly.ros.pipeline import Pipeline, Worker
 from semantic_anomaly.ros.services import NodeServices
-from semantic_anomaly.ros.worker import Worker
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import Frame, PatchGrid
 
@@ -43,7 +42,7 @@ Transition = Callable[["AnomalyNode", LifecycleState], TransitionCallbackReturn]
 
 
 def _logged(transition: Transition) -> Transition:
-    # rclpy turns an exception in a transition into ERROR without a word.
+    # rclpy turns an exception in a transition into ERROR without a log line.
     @functools.wraps(transition)
     def guard(self: AnomalyNode, state: LifecycleState) -> TransitionCallbackReturn:
         try:
@@ -60,7 +59,7 @@ def _logged(transition: Transition) -> Transition:
 class AnomalyNode(LifecycleNode):
     """Detects semantic anomalies in the images of one or more cameras.
 
-    It never changes its own state: launch or a lifecycle manager does.
+    A launch file or a lifecycle manager changes its state, never the node itself.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -82,10 +81,10 @@ class AnomalyNode(LifecycleNode):
 
     @_logged
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Load, match, warm up and try out everything, and make the outputs.
+        """Load, check and warm up the models, run the self-test, and create the outputs.
 
-        SUCCESS -> inactive. FAILURE -> unconfigured: something that was given cannot be used, the
-        log has one line on it, nothing is left behind, a second try works. ERROR ->
+        SUCCESS -> inactive. FAILURE -> unconfigured: a setting or file cannot be used; the log has
+        one line about it, everything is undone, and configure may be tried again. ERROR ->
         errorprocessing -> unconfigured: an unexpected exception, logged with its traceback.
         """
         try:
@@ -110,7 +109,7 @@ class AnomalyNode(LifecycleNode):
         if models is None:
             raise RuntimeError("activated without models")
         models.reset()
-        # Publishers are enabled here, before there is anything to publish.
+        # Enables the publishers before the worker publishes.
         result = super().on_activate(state)
         pipeline = Pipeline(self._in_force, self._cameras, self.get_clock(), self._log)
         self._worker = Worker(pipeline.process, self._report_worker)
@@ -127,38 +126,38 @@ class AnomalyNode(LifecycleNode):
 
     @_logged
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Unsubscribe, join the worker, forget earlier frames. SUCCESS -> inactive."""
+        """Unsubscribe, join the worker, clear the tracks. SUCCESS -> inactive."""
         self._stop()
         return super().on_deactivate(state)
 
     @_logged
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Free models, indexes and outputs. SUCCESS -> unconfigured."""
+        """Free the models and destroy the outputs. SUCCESS -> unconfigured."""
         self.release()
         return super().on_cleanup(state)
 
     @_logged
     def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Free everything from whatever state. SUCCESS -> finalized."""
+        """Free everything, from any state. SUCCESS -> finalized."""
         self.release()
         return super().on_shutdown(state)
 
     @_logged
     def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Free everything. SUCCESS -> unconfigured, so that a second try is possible."""
+        """Free everything. SUCCESS -> unconfigured, where configure may be tried again."""
         self.release()
         return super().on_error(state)
 
     def take_exceeding(self) -> dict[str, tuple[Frame, PatchGrid]]:
         """Return the last frame above the threshold of each camera that has one, once."""
-        found = {}
+        frames = {}
         for name, camera in self._cameras.items():
             if camera.exceeding is not None:
-                found[name], camera.exceeding = camera.exceeding, None
-        return found
+                frames[name], camera.exceeding = camera.exceeding, None
+        return frames
 
     def release(self) -> None:
-        """Undo whatever activate and configure have done so far; the parameters stay."""
+        """Undo activate and configure, even if they failed half-way; the parameters stay."""
         self._stop()
         self._node_services.join()
         if self._diagnostics_timer is not None:
@@ -175,11 +174,11 @@ class AnomalyNode(LifecycleNode):
         self._node_parameters.thaw()
 
     def close(self) -> None:
-        """Shut down from any state, bounded by the frame that is being computed."""
+        """Shut down from any state; takes at most as long as the present frame."""
         try:
             self.trigger_shutdown()
         except Exception as error:
-            # Finalized already, or the context is gone: there is no transition left to make.
+            # Already finalized, or the context is shut down: no transition is possible.
             self.get_logger().debug(f"no shutdown transition: {error}")
         self.release()
         logging.getLogger("semantic_anomaly").removeHandler(self._log_handler)
@@ -196,11 +195,13 @@ class AnomalyNode(LifecycleNode):
         if self._worker is not None:
             self._worker.stop()
             self._worker = None
+        for camera in self._cameras.values():
+            camera.alarms.end()
         if self.models is not None:
             self.models.reset()
 
     def _timer(self, period_s: float, callback: Callable[[], None]) -> Any:
-        # On the steady clock: simulated time may stand still, silence must be noticed all the same.
+        # On the steady clock: silence must be noticed even if simulated time stands still.
         return self.create_timer(period_s, self._log.guarded(callback), clock=self._steady)
 
     def _announce(self) -> None:
@@ -208,12 +209,12 @@ class AnomalyNode(LifecycleNode):
             detector = self._in_force().detectors[camera]
             if detector.threshold is None:
                 self.get_logger().warning(
-                    f"camera '{camera}': index is not calibrated and no threshold is set; "
-                    "every decision will be unknown"
+                    f"camera '{camera}': the index is not calibrated and no threshold is set; "
+                    "all decisions will be unknown"
                 )
             else:
                 self.get_logger().info(
-                    f"camera '{camera}': index of {detector.index.count} embeddings, threshold "
+                    f"camera '{camera}': index of {detector.index.count} entries, threshold "
                     f"{detector.threshold:.4f}"
                 )
 
@@ -238,29 +239,31 @@ class AnomalyNode(LifecycleNode):
     def _on_jump(self, _: Any) -> None:
         if self.models is not None:
             self.models.reset()
-        self.get_logger().warning("clock changed or went back: earlier frames are forgotten")
+        self.get_logger().warning(
+            "the clock changed or went back: tracks of earlier frames are cleared"
+        )
 
     def _publish_diagnostics(self) -> None:
         models = self._in_force()
         statuses = []
         for name, camera in self._cameras.items():
             detector = models.detectors[name]
-            known = {
+            values = {
                 "state": "active" if camera.inputs is not None else "inactive",
                 "device": models.embedder.device,
                 "index_fingerprint": detector.index.fingerprint,
                 "threshold": detector.threshold,
-                "calibration_renewal": renewal_of(detector),
+                "stale_calibration": stale_calibration(detector),
             }
-            statuses.append(camera.diagnostics(known))
+            statuses.append(camera.diagnostics(values))
         stamp = self.get_clock().now().to_msg()
         self._diagnostics.publish(messages.diagnostics_message(stamp, statuses))
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run the node until SIGINT or SIGTERM; return 0, or 2 when ROS refuses the arguments."""
+    """Run the node until SIGINT or SIGTERM; return 0, or 2 if ROS refuses the arguments."""
     stop = threading.Event()
-    # Installed before rclpy, which with its own handlers tears the context down under the worker.
+    # Instead of the handlers of rclpy, which shut the context down while the worker publishes.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     try:
@@ -278,12 +281,12 @@ def main(args: list[str] | None = None) -> int:
         node.close()
         executor.shutdown()
         node.destroy_node()
-        # rclpy's lifecycle services live until their state machine is collected.
+        # The lifecycle services exist until their state machine is collected.
         del node, executor
         gc.collect()
         rclpy.try_shutdown()
-    # Python walks all of torch once more at exit, which takes seconds on a busy machine, and
-    # launch loses its patience after five.
+    # At exit Python would collect all objects of torch, which takes seconds on a busy machine, and
+    # launch kills the process after five.
     gc.freeze()
     return 0
 

@@ -1,7 +1,7 @@
-"""What the node publishes for one camera.
+"""The publishers of one camera.
 
-Publishers are made and destroyed by the executor's thread. The worker publishes results, the
-executor's thread publishes what only a clock can know (a silent camera); both may at once.
+They are created and destroyed by the executor's thread. The worker publishes results, and the
+executor's thread publishes that a camera is silent; both may publish at the same time.
 """
 
 from __future__ import annotations
@@ -20,12 +20,10 @@ from visualization_msgs.msg import MarkerArray
 from semantic_anomaly.detection.rendering import draw_overlay
 from semantic_anomaly.roi import ImageRegion
 from semantic_anomaly.ros import messages
-from semantic_anomaly.ros.detections import detection_array_type, detections_message
-from semantic_anomaly.ros.markers import marker_array
 from semantic_anomaly.structures import AnomalyResult, Decision, Frame
 
-# Reliable publishers serve reliable and best-effort subscribers alike; with a queue of one they
-# keep no old pictures for slow ones.
+# Reliable publishers serve reliable and best-effort subscribers; with a queue of one they do not
+# keep old pictures for slow subscribers.
 STATUS_QOS = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)
 PICTURE_QOS = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
 
@@ -42,7 +40,7 @@ class CameraOutputs:
     def __init__(self, node: LifecycleNode, camera: str) -> None:
         self._node = node
         self.camera = camera
-        self._made: list[Any] = []
+        self._publishers: list[Any] = []
         self._score = self._publisher(Float32, "score", STATUS_QOS)
         self._status = self._publisher(DiagnosticArray, "status", STATUS_QOS)
         self._heatmap = self._publisher(Image, "heatmap", PICTURE_QOS)
@@ -50,29 +48,32 @@ class CameraOutputs:
         self._overlay = self._publisher(Image, "overlay", PICTURE_QOS)
         self._overlay_jpeg = self._publisher(CompressedImage, "overlay/compressed", PICTURE_QOS)
         self._markers = self._publisher(MarkerArray, "markers", PICTURE_QOS)
-        kind = detection_array_type()
-        self._detections = self._publisher(kind, "detections", STATUS_QOS) if kind else None
+        detections = messages.detection_array_type()
+        self._detections = (
+            self._publisher(detections, "detections", STATUS_QOS) if detections else None
+        )
 
-    def _publisher(self, kind: Any, topic: str, qos: QoSProfile) -> Any:
-        made = self._node.create_lifecycle_publisher(kind, f"~/{self.camera}/{topic}", qos)
-        self._made.append(made)
-        return made
+    def _publisher(self, message_type: Any, topic: str, qos: QoSProfile) -> Any:
+        name = f"~/{self.camera}/{topic}"
+        publisher = self._node.create_lifecycle_publisher(message_type, name, qos)
+        self._publishers.append(publisher)
+        return publisher
 
     def destroy(self) -> None:
         """Destroy the publishers."""
-        while self._made:
-            made = self._made.pop()
+        while self._publishers:
+            publisher = self._publishers.pop()
             if hasattr(self._node, "destroy_lifecycle_publisher"):
-                self._node.destroy_lifecycle_publisher(made)
+                self._node.destroy_lifecycle_publisher(publisher)
             else:
-                # Older distributions would keep the dead publisher among the managed entities.
-                self._node._managed_entities.discard(made)
-                self._node.destroy_publisher(made)
+                # Older distributions keep a destroyed publisher among the managed entities.
+                self._node._managed_entities.discard(publisher)
+                self._node.destroy_publisher(publisher)
 
     @property
     def wants_markers(self) -> bool:
-        """Return whether somebody listens to the markers."""
-        return _heard(self._markers)
+        """Return whether the markers have a subscriber."""
+        return _has_subscriber(self._markers)
 
     def publish_markers(self, array: MarkerArray) -> None:
         """Publish markers."""
@@ -81,61 +82,61 @@ class CameraOutputs:
     def publish_result(
         self, header: Header, result: AnomalyResult, values: Mapping[str, Any]
     ) -> None:
-        """Publish score, status and detections of a frame that was computed.
+        """Publish score, status and detections of a frame.
 
         Args:
-            header: the input's, used verbatim.
-            result: what the detector states.
-            values: more for the status, such as latency and counters.
+            header: of the image, used unchanged.
+            result: of the frame.
+            values: further values of the status, such as latency and counters.
         """
         self._score.publish(messages.score_message(result.score))
-        said = {
+        status = {
             "decision": result.decision.value,
             "score": result.score,
             "p_value": result.p_value,
             "threshold": result.threshold,
             "reason": result.reason,
             "note": result.note or None,
-            **{f"{branch}_deviation": value for branch, value in result.parts.items()},
+            **{f"{stage}_deviation": value for stage, value in result.parts.items()},
             **values,
             **{f"{stage}_ms": ms for stage, ms in result.stage_ms.items()},
             "localizations": messages.localizations_json(result.localizations),
         }
         text = result.reason or f"{result.decision.value}, score {result.score:.4f}"
         text += f"; {result.note}" if result.note else ""
-        self._publish_status(header, _LEVELS[result.decision], text, said)
+        self._publish_status(header, _LEVELS[result.decision], text, status)
         if self._detections is not None:
-            self._detections.publish(detections_message(header, result.localizations))
+            self._detections.publish(messages.detections_message(header, result.localizations))
 
     def publish_unknown(
         self, header: Header, level: bytes, reason: str, values: Mapping[str, Any]
     ) -> None:
-        """Publish that nothing is known, and why; no score goes with it."""
-        said = {"decision": Decision.UNKNOWN.value, "reason": reason, **values}
-        self._publish_status(header, level, f"unknown: {reason}", said)
+        """Publish the decision `unknown` with its reason, without a score."""
+        status = {"decision": Decision.UNKNOWN.value, "reason": reason, **values}
+        self._publish_status(header, level, f"unknown: {reason}", status)
         if self.wants_markers:
-            # What was seen before does not hold any more.
-            self._markers.publish(marker_array(header, ()))
+            # Removes the markers of earlier frames.
+            self._markers.publish(messages.marker_array(header, ()))
 
     def publish_pictures(
         self,
         header: Header,
         frame: Frame,
         result: AnomalyResult,
-        region: ImageRegion,
+        roi: ImageRegion,
         overlay_alpha: float,
     ) -> None:
-        """Publish the pictures that somebody listens to; the others are not even drawn."""
-        if _heard(self._heatmap):
+        """Publish the pictures that have a subscriber; the others are not drawn."""
+        if _has_subscriber(self._heatmap):
             heat = result.scale.normalise(result.heatmap)
             self._heatmap.publish(messages.image_message(heat, "32FC1", header))
-        if _heard(self._mask):
-            ids = result.label_map.astype(np.uint16, copy=False)
-            self._mask.publish(messages.image_message(ids, "mono16", header))
-        raw, compressed = _heard(self._overlay), _heard(self._overlay_jpeg)
+        if _has_subscriber(self._mask):
+            labels = result.label_map.astype(np.uint16, copy=False)
+            self._mask.publish(messages.image_message(labels, "mono16", header))
+        raw, compressed = _has_subscriber(self._overlay), _has_subscriber(self._overlay_jpeg)
         if not (raw or compressed):
             return
-        overlay = draw_overlay(frame.image, result, region, overlay_alpha)
+        overlay = draw_overlay(frame.image, result, roi, overlay_alpha)
         if raw:
             self._overlay.publish(messages.image_message(overlay, "rgb8", header))
         if compressed:
@@ -148,5 +149,5 @@ class CameraOutputs:
         self._status.publish(messages.status_message(header, name, level, text, values))
 
 
-def _heard(publisher: Any) -> bool:
+def _has_subscriber(publisher: Any) -> bool:
     return publisher.get_subscription_count() > 0

@@ -1,12 +1,12 @@
-"""The settings table as ROS parameters: declared, checked as a whole, then taken.
+"""The settings as ROS parameters: declared from the table, checked together, then applied.
 
-Used by the executor's thread alone.
+Used by the executor's thread only.
 """
 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from rcl_interfaces.msg import (
@@ -21,10 +21,15 @@ from rclpy.parameter import Parameter
 from rclpy.validate_topic_name import validate_topic_name
 
 from semantic_anomaly.errors import SemanticAnomalyError, SettingsError, UnknownNameError
-from semantic_anomaly.settings import Settings, camera_setting_specs, setting_specs
+from semantic_anomaly.settings import (
+    Settings,
+    camera_override_specs,
+    camera_setting_specs,
+    setting_specs,
+)
 from semantic_anomaly.settings_schema import SettingSpec
 
-# Parameters that rclpy itself declares or understands.
+# Parameters that rclpy declares or reads itself.
 _FOREIGN = ("use_sim_time", "start_type_description_service")
 _FOREIGN_PREFIXES = ("qos_overrides.",)
 
@@ -36,11 +41,14 @@ _ARRAYS = {
 
 
 class NodeParameters:
-    """The parameters of a node: all may change until `freeze`, afterwards the live ones.
+    """The parameters of the node. Until `freeze` all may change, afterwards the live ones.
+
+    Live settings are also declared for each camera ('front.threshold'), without a value: the common
+    setting is in force until the parameter is set.
 
     Args:
         node: declares the parameters.
-        apply: takes new live settings, or raises a SemanticAnomalyError and changes nothing.
+        apply: takes changed live settings, or raises a SemanticAnomalyError and changes nothing.
     """
 
     def __init__(self, node: Node, apply: Callable[[Settings], None]) -> None:
@@ -48,97 +56,99 @@ class NodeParameters:
         self._apply = apply
         self._frozen = False
         self._declaring = False
-        self._problems: dict[str, SemanticAnomalyError] = {}
+        self._errors: dict[str, SemanticAnomalyError] = {}
         for name, spec in setting_specs().items():
             self._declare(name, spec)
         self._declare_cameras(self._value("cameras"))
         node.add_on_set_parameters_callback(self._on_set)
+        if hasattr(node, "add_post_set_parameters_callback"):  # not in Humble
+            node.add_post_set_parameters_callback(self._after_set)
 
     def settings(self) -> Settings:
-        """Return the settings that the parameters make.
+        """Return the settings that the parameters describe.
 
         Raises:
-            UnknownNameError: a parameter was given that is no setting.
-            SettingsError: a value that was given cannot be taken.
+            UnknownNameError: a parameter was given that is not a setting.
+            SettingsError: a value of the wrong type or out of bounds.
         """
-        known = {name for name, _ in self._specs()}
+        # A camera may have been named, or an override deleted, since the declaration.
+        self._declare_cameras(self._value("cameras"))
+        known = self._specs()
         for name in self._given():
             foreign = name in _FOREIGN or name.startswith(_FOREIGN_PREFIXES)
             if name not in known and not foreign:
                 raise UnknownNameError("parameter", name, known)
-        for name, problem in self._problems.items():
+        for name, error in self._errors.items():
             if name in known:
-                raise problem
-        settings = Settings.from_parameters(self._values())
+                raise error
+        settings = Settings.from_parameters({name: self._value(name) for name in known})
         _check_topics(settings)
         return settings
 
     def freeze(self) -> None:
-        """Refuse all changes but those of live settings, from configure on."""
+        """Refuse changes of settings that are not live, from configure on."""
         self._frozen = True
 
     def thaw(self) -> None:
-        """Take any change again, after cleanup."""
+        """Allow all changes again, after cleanup."""
         self._frozen = False
 
-    def _given(self) -> dict[str, Parameter]:
-        # rclpy keeps what YAML and command line gave here and tells nobody else of it.
-        return dict(self._node._parameter_overrides)
+    def _given(self) -> Mapping[str, Parameter]:
+        # Values from YAML and command line; rclpy has no public access to them.
+        return self._node._parameter_overrides
 
-    def _specs(self) -> Iterator[tuple[str, SettingSpec]]:
-        yield from setting_specs().items()
+    def _specs(self) -> dict[str, SettingSpec]:
+        """Return the row of every parameter by its name, with the prefix of its camera."""
+        specs = setting_specs()
         for camera in self._value("cameras"):
-            for key, spec in camera_setting_specs().items():
-                yield f"{camera}.{key}", spec
+            specs |= _camera_specs(camera)
+        return specs
 
     def _value(self, name: str) -> Any:
-        value = self._node.get_parameter(name).value
-        return (
-            list(value) if value is not None and not isinstance(value, str | int | float) else value
-        )
-
-    def _values(self) -> dict[str, Any]:
-        return {name: self._value(name) for name, _ in self._specs()}
+        """Return the value of a parameter, None if it has none or was deleted."""
+        value = self._node.get_parameter_or(name).value
+        return value if value is None or isinstance(value, str | int | float) else list(value)
 
     def _declare(self, name: str, spec: SettingSpec) -> None:
-        value = spec.default
+        optional = _is_override(name)
+        value = None if optional else spec.default
         given = self._given().get(name)
         if given is not None:
-            # An empty list in YAML has no type and arrives as nothing.
-            found = () if given.value is None and spec.is_list else given.value
+            # An empty list in YAML has no type and arrives as None.
+            given_value = () if given.value is None and spec.is_list else given.value
             try:
-                value = spec.check(found, name)
-            except SemanticAnomalyError as problem:
-                # Refused at configure, where somebody waits for the answer.
-                self._problems[name] = problem
+                value = _checked(name, given_value, spec)
+            except SemanticAnomalyError as error:
+                # Raised at configure, where it reaches the user.
+                self._errors[name] = error
         self._declaring = True
         try:
-            plain = list(value) if spec.is_list else value
-            self._node.declare_parameter(name, plain, _descriptor(spec), ignore_override=True)
+            plain = list(value) if isinstance(value, tuple) else value
+            descriptor = _descriptor(name, spec)
+            self._node.declare_parameter(name, plain, descriptor, ignore_override=True)
             if spec.is_list and not value:
-                empty = Parameter(name, _ARRAYS[spec.element], [])
-                self._node.set_parameters([empty])
+                self._node.set_parameters([Parameter(name, _ARRAYS[spec.element], [])])
         finally:
             self._declaring = False
 
-    def _declare_cameras(self, cameras: list[str]) -> None:
+    def _declare_cameras(self, cameras: Iterable[str]) -> None:
+        """Declare the parameters of cameras that are not declared yet."""
         for camera in cameras:
-            for key, spec in camera_setting_specs().items():
-                name = f"{camera}.{key}"
+            for name, spec in _camera_specs(camera).items():
                 try:
-                    declared = self._node.has_parameter(name)
-                    if not declared:
+                    if not self._node.has_parameter(name):
                         self._declare(name, spec)
                 except Exception as error:
-                    problem = SettingsError(f"setting 'cameras': '{camera}' is no name: {error}")
-                    self._problems["cameras"] = problem
+                    self._errors["cameras"] = SettingsError(
+                        f"setting 'cameras': '{camera}' is not a valid name: {error}"
+                    )
                     return
 
     def _on_set(self, parameters: list[Parameter]) -> SetParametersResult:
         if self._declaring:
             return SetParametersResult(successful=True)
         try:
-            self._take({parameter.name: parameter.value for parameter in parameters})
+            self._change({parameter.name: parameter.value for parameter in parameters})
         except SemanticAnomalyError as error:
             return SetParametersResult(successful=False, reason=str(error))
         except Exception as error:
@@ -146,59 +156,84 @@ class NodeParameters:
             return SetParametersResult(successful=False, reason=f"internal error: {error!r}")
         return SetParametersResult(successful=True)
 
-    def _take(self, changes: dict[str, Any]) -> None:
-        specs = dict(self._specs())
+    def _after_set(self, _: list[Parameter]) -> None:
+        # Deleting an override removes its declaration; it may be set again.
+        if not self._declaring:
+            self._declare_cameras(self._value("cameras"))
+
+    def _change(self, changes: dict[str, Any]) -> None:
+        specs = self._specs()
         changes = {name: value for name, value in changes.items() if name in specs}
         if not changes:
             return
-        current = self._values()
-        checked = {name: specs[name].check(value, name) for name, value in changes.items()}
+        current = {name: self._value(name) for name in specs}
+        checked = {name: _checked(name, value, specs[name]) for name, value in changes.items()}
         if self._frozen:
-            live = sorted(name for name, spec in specs.items() if spec.live)
             for name, value in checked.items():
-                if not specs[name].live and value != specs[name].check(current[name], name):
+                if not specs[name].live and value != _checked(name, current[name], specs[name]):
+                    live = ", ".join(sorted(camera_override_specs()))
                     raise SettingsError(
-                        f"parameter '{name}' is read-only after configure; "
-                        f"live ones: {', '.join(live)}"
+                        f"parameter '{name}' is read-only after configure; these may change, also "
+                        f"for one camera: {live}"
                     )
-        added = [c for c in checked.get("cameras", ()) if c not in current["cameras"]]
-        kept = {k: v for k, v in {**current, **changes}.items() if _belongs(k, checked)}
-        settings = Settings.from_parameters(kept)
+        cameras = checked.get("cameras", current["cameras"])
+        settings = Settings.from_parameters(
+            {
+                name: value
+                for name, value in {**current, **changes}.items()
+                if "." not in name or name.partition(".")[0] in cameras
+            }
+        )
         if self._frozen:
             self._apply(settings)
-        self._declare_cameras(added)
+        # Before rclpy stores the names, so that they can be set at once.
+        self._declare_cameras(camera for camera in cameras if camera not in current["cameras"])
         for name in changes:
-            self._problems.pop(name, None)
+            self._errors.pop(name, None)
+
+
+def _camera_specs(camera: str) -> dict[str, SettingSpec]:
+    specs = {**camera_setting_specs(), **camera_override_specs()}
+    return {f"{camera}.{name}": spec for name, spec in specs.items()}
+
+
+def _is_override(name: str) -> bool:
+    return "." in name and name.rpartition(".")[2] in camera_override_specs()
+
+
+def _checked(name: str, value: Any, spec: SettingSpec) -> Any:
+    """Return a checked value; an override may have none.
+
+    Raises:
+        SettingsError: naming the parameter.
+    """
+    return None if value is None and _is_override(name) else spec.check(value, name)
 
 
 def _check_topics(settings: Settings) -> None:
-    """Refuse names that ROS would refuse when the node is activated.
+    """Check the topic names, which ROS would refuse only when the node is activated.
 
     Raises:
-        SettingsError: a topic's name is malformed, or an image topic is missing.
+        SettingsError: a malformed name, or no image topic.
     """
-    for camera, own in settings.camera_settings.items():
+    for camera, camera_settings in settings.camera_settings.items():
         for key in ("image_topic", "camera_info_topic", "depth_topic"):
-            topic = getattr(own, key)
+            topic = getattr(camera_settings, key)
             if not topic and key != "image_topic":
                 continue
             try:
                 validate_topic_name(topic)
             except InvalidTopicNameException as error:
-                told = " ".join(str(error).split())
-                raise SettingsError(f"setting '{camera}.{key}': {told}") from error
+                text = " ".join(str(error).split())
+                raise SettingsError(f"setting '{camera}.{key}': {text}") from error
 
 
-def _belongs(name: str, checked: dict[str, Any]) -> bool:
-    camera, dot, _ = name.partition(".")
-    return not dot or "cameras" not in checked or camera in checked["cameras"]
-
-
-def _descriptor(spec: SettingSpec) -> ParameterDescriptor:
-    # Dynamic: YAML has no typed empty list, and people write 0 for 0.0. The table checks types.
-    when = "live" if spec.live else "read-only after configure"
+def _descriptor(name: str, spec: SettingSpec) -> ParameterDescriptor:
+    # Dynamic: YAML has no typed empty list, and users write 0 for 0.0. The row checks the type.
+    scope = " Without a value: the common setting." if _is_override(name) else ""
+    changes = "live" if spec.live else "read-only after configure"
     descriptor = ParameterDescriptor(
-        description=f"{spec.description} [{when}]", dynamic_typing=True
+        description=f"{spec.description}{scope} [{changes}]", dynamic_typing=True
     )
     if spec.choices:
         descriptor.additional_constraints = f"one of: {', '.join(spec.choices)}"

@@ -1,10 +1,13 @@
-"""The way of a batch of messages: checked, decoded, embedded together, assessed, published.
+"""The worker: the newest image of each camera is decoded, embedded, assessed and published.
 
-Runs in the worker's thread. Models are read once a batch, so a reload takes effect between two.
+The executor's thread puts messages into `FrameSlots`; the thread of `Worker` takes all new ones at
+once and gives them to `Pipeline`. The models are read once for each batch, so a reload takes effect
+between two batches.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -20,21 +23,88 @@ from semantic_anomaly.errors import ImageError, SemanticAnomalyError
 from semantic_anomaly.ros import messages
 from semantic_anomaly.ros.camera import Camera
 from semantic_anomaly.ros.logs import ThrottledLog
-from semantic_anomaly.ros.markers import marker_array
 from semantic_anomaly.ros.models import Models
+from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import AnomalyResult, Frame, PatchGrid
 
-# Ages above this are no delay: the clocks have nothing to do with each other.
+# An age above this is not a delay: the clocks are unrelated.
 OTHER_CLOCK_S = 60.0
 
 
-def age_problem(now_ns: int, stamp_ns: int, max_age_s: float) -> str:
-    """Return why an image of that stamp must not be used now, or an empty string.
+class FrameSlots:
+    """Holds the newest message of each camera until the worker takes it."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._newest: dict[str, Any] = {}
+        self._closed = False
+
+    def put(self, camera: str, message: Any) -> bool:
+        """Store a message; return whether it replaced one that was not taken."""
+        with self._changed:
+            replaced = camera in self._newest
+            self._newest[camera] = message
+            self._changed.notify()
+            return replaced
+
+    def take(self) -> dict[str, Any] | None:
+        """Wait for messages and return the newest by camera; None after `close`."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._newest or self._closed)
+            if self._closed:
+                return None
+            batch, self._newest = self._newest, {}
+            return batch
+
+    def close(self) -> None:
+        """Drop the messages and wake the worker, which then ends."""
+        with self._changed:
+            self._closed = True
+            self._newest = {}
+            self._changed.notify_all()
+
+
+class Worker:
+    """A thread that gives batches of messages to a function until it is stopped.
 
     Args:
-        now_ns: the node's clock; 0 while simulated time has not begun, when no age is known.
-        stamp_ns: the image's.
-        max_age_s: oldest that is used; as much ahead is taken for imprecise clocks.
+        process: takes {camera: message}.
+        report: takes the traceback of an exception of `process`.
+    """
+
+    def __init__(
+        self, process: Callable[[dict[str, Any]], None], report: Callable[[str], None]
+    ) -> None:
+        self.slots = FrameSlots()
+        self._process = process
+        self._report = report
+        self._thread = threading.Thread(target=self._run, name="anomaly_worker")
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread after its present batch."""
+        self.slots.close()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        while (batch := self.slots.take()) is not None:
+            try:
+                self._process(batch)
+            except Exception:
+                self._report(traceback.format_exc())
+
+
+def age_problem(now_ns: int, stamp_ns: int, max_age_s: float) -> str:
+    """Return why the age of an image is not acceptable, or an empty string.
+
+    Args:
+        now_ns: time of the node's clock; 0 before simulated time starts, when no age is known.
+        stamp_ns: stamp of the image.
+        max_age_s: largest age; a stamp may be ahead by as much, since clocks are not exact.
     """
     if now_ns == 0:
         return ""
@@ -43,8 +113,8 @@ def age_problem(now_ns: int, stamp_ns: int, max_age_s: float) -> str:
         return ""
     if age_s < 0:
         return (
-            f"clock mismatch: image stamped {-age_s:.3f} s ahead of this node's clock; are clocks "
-            "synchronised, and use_sim_time set alike?"
+            f"clock mismatch: the stamp of the image is {-age_s:.3f} s ahead of this node's clock; "
+            "are the clocks synchronised, and is use_sim_time the same everywhere?"
         )
     hint = ""
     if age_s > OTHER_CLOCK_S:
@@ -60,13 +130,13 @@ class _Job:
 
 
 class Pipeline:
-    """Turns batches of messages into published results.
+    """Publishes the results of batches of messages.
 
     Args:
-        models: gives the models in force.
-        cameras: by name.
-        clock: the node's.
-        log: for what goes wrong.
+        models: returns the models in force.
+        cameras: cameras by name.
+        clock: of the node.
+        log: for problems.
     """
 
     def __init__(
@@ -107,18 +177,19 @@ class Pipeline:
         reason = age_problem(self._clock.now().nanoseconds, stamp_ns, settings.max_age_s)
         if reason:
             camera.counts.dropped_stale += 1
-            camera.unknown(header, DiagnosticStatus.STALE, "stale", reason)
+            camera.publish_unknown(header, DiagnosticStatus.STALE, "stale", reason)
             return None
-        self._note_stamp(models, camera, stamp_ns)
+        self._check_order(models, camera, stamp_ns)
         try:
             frame = messages.frame_of(message, f"{camera.name}/{stamp_ns}")
         except ImageError as error:
             camera.counts.bad_images += 1
-            camera.unknown(header, DiagnosticStatus.ERROR, "bad image", f"bad image: {error}")
+            reason = f"bad image: {error}"
+            camera.publish_unknown(header, DiagnosticStatus.ERROR, "bad image", reason)
             return None
         return _Job(camera, header, frame)
 
-    def _note_stamp(self, models: Models, camera: Camera, stamp_ns: int) -> None:
+    def _check_order(self, models: Models, camera: Camera, stamp_ns: int) -> None:
         last_ns = self._last_stamp_ns.get(camera.name, stamp_ns)
         self._last_stamp_ns[camera.name] = stamp_ns
         if stamp_ns < last_ns:
@@ -126,7 +197,7 @@ class Pipeline:
             self._log.warning(
                 f"{camera.name} backward",
                 f"camera '{camera.name}': stamps went back by {(last_ns - stamp_ns) / 1e9:.3f} s; "
-                "what was remembered of earlier frames is cleared",
+                "its tracks are cleared",
             )
 
     def _embed(self, models: Models, jobs: Mapping[str, _Job]) -> dict[str, PatchGrid]:
@@ -139,7 +210,7 @@ class Pipeline:
             elif len(jobs) == 1:
                 self._fail(next(iter(jobs.values())), error)
                 return {}
-        # One by one: it takes less memory, and one camera's failure is not the others'.
+        # Single images take less memory, and the failure of one camera does not affect the others.
         grids = {}
         for name, job in jobs.items():
             try:
@@ -150,6 +221,7 @@ class Pipeline:
 
     def _assess(self, models: Models, job: _Job, grid: PatchGrid, embed_ms: float) -> None:
         camera, detector = job.camera, models.detectors[job.camera.name]
+        settings = detector.settings
         result = detector.assess(job.frame, grid, {"embed": embed_ms})
         if result.threshold is not None and result.score > result.threshold:
             camera.exceeding = job.frame, grid
@@ -158,40 +230,42 @@ class Pipeline:
         now_ns = self._clock.now().nanoseconds
         latency_ms = (now_ns - job.frame.stamp_ns) / 1e6 if now_ns else None
         counts.last_latency_ms = latency_ms
-        # The verdict first: pictures take longer and nobody brakes by them.
+        # The decision first: pictures take longer, and control does not depend on them.
         values = {"latency_ms": latency_ms, **camera.frame_counts()}
         camera.outputs.publish_result(job.header, result, values)
-        camera.answered()
+        camera.note_published()
+        camera.alarms.update(job.frame.stamp_ns, result, settings.silence_s)
         if camera.outputs.wants_markers:
-            self._publish_markers(job, result, detector.settings)
-        alpha = detector.settings.overlay_alpha
-        camera.outputs.publish_pictures(job.header, job.frame, result, detector.region, alpha)
+            self._publish_markers(job, result, settings)
+        camera.outputs.publish_pictures(
+            job.header, job.frame, result, detector.roi, settings.overlay_alpha
+        )
 
-    def _publish_markers(self, job: _Job, result: AnomalyResult, settings: Any) -> None:
-        inputs, found = job.camera.inputs, []
+    def _publish_markers(self, job: _Job, result: AnomalyResult, settings: Settings) -> None:
+        inputs, boxes = job.camera.inputs, []
         if result.localizations and inputs is not None:
-            own = settings.camera_settings[job.camera.name]
             intrinsics = inputs.intrinsics(job.frame.image_hw)
             depth = inputs.depth_at(job.frame.stamp_ns)
-            ranges = own.camera_height_m, settings.marker_range_m
-            found = [
-                (place, place_box(place, result.label_map, intrinsics, depth, *ranges))
-                for place in result.localizations
+            height_m = settings.camera_settings[job.camera.name].camera_height_m
+            view = result.label_map, intrinsics, depth, height_m, settings.marker_range_m
+            boxes = [
+                (localization, place_box(localization, *view))
+                for localization in result.localizations
             ]
-        job.camera.outputs.publish_markers(marker_array(job.header, found))
+        job.camera.outputs.publish_markers(messages.marker_array(job.header, boxes))
 
     def _fail(self, job: _Job, error: Exception) -> None:
         job.camera.counts.failed += 1
-        expected = isinstance(error, SemanticAnomalyError)
-        if not expected:
-            text = "".join(traceback.format_exception(error))
-            self._log.error(f"{job.camera.name} model", f"camera '{job.camera.name}': {text}")
-        said = str(error) if expected else f"{type(error).__name__}: {error}"
-        level, kind = DiagnosticStatus.ERROR, "model error"
-        job.camera.unknown(job.header, level, kind, f"{kind}: {said}")
+        text = str(error)
+        if not isinstance(error, SemanticAnomalyError):
+            text = f"{type(error).__name__}: {error}"
+            trace = "".join(traceback.format_exception(error))
+            self._log.error(f"{job.camera.name} model", f"camera '{job.camera.name}': {trace}")
+        reason = f"model error: {text}"
+        job.camera.publish_unknown(job.header, DiagnosticStatus.ERROR, "model error", reason)
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # By name: torch is imported in one file only, and each kind of device has a class of its own.
-    names = {kind.__name__ for kind in type(error).__mro__}
+    # By name: this module does not import torch, and every device has a class of its own.
+    names = {error_class.__name__ for error_class in type(error).__mro__}
     return any("OutOfMemory" in name for name in names) or isinstance(error, MemoryError)

@@ -1,7 +1,7 @@
-"""Play frames of a folder, video or bag to a camera topic and record what the node publishes.
+"""Play the frames of a folder, video or bag to a camera topic and record the results of the node.
 
-The demo and live evaluations use it: it is a second process, so everything crosses real DDS.
-One thread: callbacks only store what arrived; publishing and waiting happen in `play`.
+It is a process of its own, so all messages cross DDS. One thread: callbacks only store messages,
+`play` publishes and waits.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _RELIABLE = QoSProfile(depth=20, reliability=ReliabilityPolicy.RELIABLE)
 
 
 class SourcePlayer(Node):
-    """Publish frames with fresh stamps, drive the node's lifecycle, collect its outputs."""
+    """Publishes frames with present stamps, configures the node, and collects its outputs."""
 
     def __init__(self, node_name: str, camera: str, image_topic: str, compressed: bool) -> None:
         super().__init__("source_player")
         self.target = node_name
-        kind = CompressedImage if compressed else Image
+        image_type = CompressedImage if compressed else Image
         self._compressed = compressed
-        self._images = self.create_publisher(kind, image_topic, _RELIABLE)
+        self._images = self.create_publisher(image_type, image_topic, _RELIABLE)
         self.statuses: dict[int, tuple[int, dict[str, str]]] = {}
         self.scores = 0
         self.overlays: dict[int, bytes] = {}
@@ -55,7 +55,7 @@ class SourcePlayer(Node):
         self._executor.add_node(self)
 
     def collect_overlays(self) -> None:
-        """Subscribe to the compressed overlay, which the node draws only when somebody listens."""
+        """Subscribe to the compressed overlay, which the node draws only for subscribers."""
         self.create_subscription(CompressedImage, self._overlay_topic, self._on_overlay, _RELIABLE)
 
     def _on_status(self, message: DiagnosticArray) -> None:
@@ -71,7 +71,7 @@ class SourcePlayer(Node):
         self.overlays[_stamp_ns(message)] = bytes(message.data)
 
     def spin_until(self, done: Callable[[], bool], timeout_s: float) -> bool:
-        """Spin until `done()` holds; return whether it did within the time."""
+        """Spin until `done()` returns true; return whether it did within the time."""
         end = time.monotonic() + timeout_s
         while not done():
             left = end - time.monotonic()
@@ -84,38 +84,42 @@ class SourcePlayer(Node):
         """Call a service of the node and return its response.
 
         Raises:
-            InputError: no such service, or no answer in time.
+            SemanticAnomalyError: no such service, or no response in time.
         """
         client = self.create_client(service_type, f"{self.target}/{name}")
         try:
             if not client.wait_for_service(timeout_sec=timeout_s):
-                raise InputError(f"node '{self.target}': expected service '{name}', found none")
+                raise SemanticAnomalyError(
+                    f"node '{self.target}': expected service '{name}', found none"
+                )
             future = client.call_async(request)
             if not self.spin_until(future.done, timeout_s):
-                raise InputError(f"service '{self.target}/{name}': no answer in {timeout_s:.0f} s")
+                raise SemanticAnomalyError(
+                    f"service '{self.target}/{name}': no response in {timeout_s:.0f} s"
+                )
             return future.result()
         finally:
             self.destroy_client(client)
 
     def bring_up(self, timeout_s: float = 120.0) -> None:
-        """Configure and activate the node from whatever state it is in.
+        """Configure and activate the node, from any state.
 
         Raises:
-            InputError: the node does not reach `active`; its own log says why.
+            SemanticAnomalyError: the node does not become active.
         """
         for state, transition in (
             (State.PRIMARY_STATE_UNCONFIGURED, Transition.TRANSITION_CONFIGURE),
             (State.PRIMARY_STATE_INACTIVE, Transition.TRANSITION_ACTIVATE),
         ):
-            found = self.call(GetState, "get_state", GetState.Request(), timeout_s)
-            if found.current_state.id == state:
+            response = self.call(GetState, "get_state", GetState.Request(), timeout_s)
+            if response.current_state.id == state:
                 request = ChangeState.Request(transition=Transition(id=transition))
                 self.call(ChangeState, "change_state", request, timeout_s)
-        found = self.call(GetState, "get_state", GetState.Request(), timeout_s)
-        if found.current_state.id != State.PRIMARY_STATE_ACTIVE:
-            raise InputError(
+        response = self.call(GetState, "get_state", GetState.Request(), timeout_s)
+        if response.current_state.id != State.PRIMARY_STATE_ACTIVE:
+            raise SemanticAnomalyError(
                 f"node '{self.target}': expected state 'active', found "
-                f"'{found.current_state.label}'; its log says why"
+                f"'{response.current_state.label}'; see its log"
             )
 
     def publish(self, frame: Frame) -> int:
@@ -131,18 +135,20 @@ class SourcePlayer(Node):
         return int(stamp.nanoseconds)
 
     def play(self, frames: Any, count: int | None, rate_hz: float) -> list[dict[str, Any]]:
-        """Publish frames at a rate and return one record a frame, with what came back.
+        """Publish frames at a rate and return one record for each, with the status of the node.
 
         Args:
             frames: iterable of `Frame`.
             count: number of frames for the progress bar, None if unknown.
-            rate_hz: frames a second.
+            rate_hz: frames per second.
 
         Raises:
-            InputError: nobody subscribes to the image topic.
+            SemanticAnomalyError: the image topic has no subscriber.
         """
         if not self.spin_until(lambda: self._images.get_subscription_count() > 0, 20.0):
-            raise InputError(f"topic '{self._images.topic_name}': nobody subscribes to it")
+            raise SemanticAnomalyError(
+                f"topic '{self._images.topic_name}': expected a subscriber, found none"
+            )
         sent: list[tuple[int, Frame]] = []
         begin = time.monotonic()
         for number, frame in enumerate(tqdm(frames, total=count, desc="play", disable=None)):
@@ -175,9 +181,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--image-topic", default="/camera/image_raw", help="topic to publish to")
     parser.add_argument("--compressed", action="store_true", help="publish CompressedImage")
     parser.add_argument("--rate-hz", type=float, default=10.0)
-    parser.add_argument("--repeat", type=int, default=1, help="play the source so many times")
+    parser.add_argument("--repeat", type=int, default=1, help="how often the source is played")
     parser.add_argument("--node", default="/semantic_anomaly", help="full name of the node")
-    parser.add_argument("--camera", default="camera", help="the camera's name in the node")
+    parser.add_argument("--camera", default="camera", help="name of the camera in the node")
     parser.add_argument("--overlays", action="store_true", help="collect the overlay pictures")
     parser.add_argument("--bring-up", action="store_true", help="configure and activate first")
     return parser
@@ -203,14 +209,18 @@ def _run(args: argparse.Namespace) -> None:
             summary = {"frames": records, "scores_received": player.scores}
             atomic_write_bytes(args.out / "frames.json", json.dumps(summary, indent=1).encode())
         scored = sum("score" in record.get("status", {}) for record in records)
-        print(f"sent {len(records)}, with a status {sum('status' in r for r in records)}, "
-              f"scored {scored}")  # fmt: skip
+        answered = sum("status" in record for record in records)
+        print(f"frames sent {len(records)}, with a status {answered}, scored {scored}")
     finally:
         player.destroy_node()
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Play a source to the node; return 0, or 2 with one line on stderr."""
+    """Play a source to the node.
+
+    Returns:
+        0, or with one line on stderr 2 for bad input, 1 for any other failure, 130 if interrupted.
+    """
     args = _parser().parse_args(argv)
     rclpy.init(args=[])
     try:
@@ -218,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except SemanticAnomalyError as error:
         print(f"source_player: error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, InputError) else 1
     except (KeyboardInterrupt, ExternalShutdownException):
         return 130
     finally:

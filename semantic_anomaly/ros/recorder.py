@@ -1,4 +1,4 @@
-"""Record what the running node states of a drive, and measure it as `replay` measures its own."""
+"""Record the results of the running node on a drive, and report them as `replay` does."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from semantic_anomaly.evaluation.replay import SUMMARY, WRITTEN, write_drive
 from semantic_anomaly.ros.inputs import SILENCE
 from semantic_anomaly.structures import Decision
 
-# Statuses of a fast bag must not push each other out while the disk is busy.
+# A fast bag must not overwrite statuses in the queue while the disk is busy.
 _QOS = QoSProfile(depth=1000, reliability=ReliabilityPolicy.RELIABLE)
 _STAGE = "_ms"
 
@@ -40,14 +40,14 @@ class ResultRecorder(Node):
         super().__init__("result_recorder")
         self._rows: dict[int, dict[str, Any]] = {}
         self.threshold: float | None = None
-        self.heard_s = -math.inf
+        self.received_s = -math.inf
         self.create_subscription(
             DiagnosticArray, f"{node_name}/{camera}/status", self._on_status, _QOS
         )
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """Return one row a frame in the order of the stamps, as `write_drive` takes them."""
+        """Return one row for each frame in the order of the stamps, as `write_drive` takes them."""
         return [self._rows[stamp_ns] for stamp_ns in sorted(self._rows)]
 
     def _on_status(self, message: DiagnosticArray) -> None:
@@ -58,7 +58,7 @@ class ResultRecorder(Node):
         values = {pair.key: pair.value for pair in message.status[0].values}
         if values.get("reason", "").startswith(SILENCE):
             return
-        self.heard_s = time.monotonic()
+        self.received_s = time.monotonic()
         score, decision = _number(values.get("score")), values.get("decision", "unknown")
         threshold = _number(values.get("threshold"))
         self.threshold = self.threshold if threshold is None else threshold
@@ -80,21 +80,21 @@ class ResultRecorder(Node):
 def write_recording(
     recorder: ResultRecorder, out: Path, name: str, events: list[Event] | None
 ) -> dict[str, Any]:
-    """Write the report of what was recorded and return its summary.
+    """Write the report of a recording and return its summary.
 
     Args:
         recorder: after the drive.
         out: folder to write; an earlier recording or replay is replaced.
         name: of the drive.
-        events: what it met, None where it is not known.
+        events: anomalies of the drive; None: not known.
 
     Raises:
-        InputError: nothing was recorded, an event lies outside the drive, or `out` holds
+        InputError: nothing was recorded, an event lies outside the drive, or `out` contains
             something else.
     """
     rows = recorder.rows
     if not rows:
-        raise InputError("recorder: expected statuses of the node, heard none")
+        raise InputError("recorder: expected statuses of the node, found none")
     details = {"versions": provenance.versions(), "git_commit": provenance.git_commit()}
     with report_folder(out, SUMMARY, WRITTEN) as folder:
         return write_drive(folder, name, rows, recorder.threshold, events, details)
@@ -111,31 +111,38 @@ def _number(text: str | None) -> float | None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the report")
-    parser.add_argument("--name", default="drive", help="of the drive, for the report")
+    parser.add_argument("--name", default="drive", help="name of the drive in the report")
     parser.add_argument("--labels", type=Path, help="events of the drive, as for replay")
     parser.add_argument("--node", default="/semantic_anomaly", help="full name of the node")
-    parser.add_argument("--camera", default="camera", help="the camera's name in the node")
+    parser.add_argument("--camera", default="camera", help="name of the camera in the node")
     parser.add_argument(
-        "--idle-s", type=float, default=0.0, help="end after so long a silence; 0: when stopped"
+        "--idle-s",
+        type=float,
+        default=0.0,
+        help="end after this time without a status; 0: when interrupted",
     )
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Record until stopped or silence, write the report; return 0, or 2 with one line on stderr."""
-    given = sys.argv if argv is None else ["result_recorder", *argv]
-    args = _parser().parse_args(rclpy.utilities.remove_ros_args(given)[1:])
+    """Record until stopped or idle, and write the report.
+
+    Returns:
+        0, or with one line on stderr 2 for bad input, 1 for any other failure.
+    """
+    arguments = sys.argv if argv is None else ["result_recorder", *argv]
+    args = _parser().parse_args(rclpy.utilities.remove_ros_args(arguments)[1:])
     try:
         extras.require("matplotlib.figure", "jinja2")
         refuse_other_content(args.out, SUMMARY, WRITTEN)
         events = read_events(args.labels) if args.labels else None
-        rclpy.init(args=given)
+        rclpy.init(args=arguments)
         recorder = ResultRecorder(args.node, args.camera)
         _record(recorder, args.idle_s)
         summary = write_recording(recorder, args.out, args.name, events)
     except SemanticAnomalyError as error:
         print(f"result_recorder: error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, InputError) else 1
     finally:
         rclpy.try_shutdown()
     print(f"recorded {summary['frames']} frames, {len(summary['alarms'])} alarms; wrote {args.out}")
@@ -148,8 +155,8 @@ def _record(recorder: ResultRecorder, idle_s: float) -> None:
     try:
         while rclpy.ok():
             executor.spin_once(timeout_sec=0.1)
-            silent_s = time.monotonic() - recorder.heard_s
-            # Before the first status the silence is endless, and the bag has not begun.
+            silent_s = time.monotonic() - recorder.received_s
+            # Infinite before the first status, when the bag has not started.
             if idle_s and math.isfinite(silent_s) and silent_s > idle_s:
                 return
     except (KeyboardInterrupt, ExternalShutdownException):

@@ -1,7 +1,7 @@
-"""The node's services: `~/reset`, `~/reload_index` and `~/add_nominal`.
+"""The services of the node: `~/reset`, `~/reload_index` and `~/add_nominal`.
 
-Callbacks run in the executor's thread; a reload loads in a thread of its own and is awaited, so
-that images, timers and the worker go on meanwhile.
+Callbacks run in the executor's thread. A reload loads in a thread of its own and is awaited;
+images, timers and the worker continue meanwhile.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from semantic_anomaly.structures import Frame, PatchGrid
 
 
 class ModelsHolder(Protocol):
-    """What the services need of the node: the models and settings in force."""
+    """The part of the node that the services use: models and settings in force."""
 
     models: Models | None
     settings: Settings
@@ -33,24 +33,24 @@ class ModelsHolder(Protocol):
 
 
 class NodeServices:
-    """The services, as long as the node lives.
+    """The services; they exist as long as the node.
 
-    rclpy cannot answer by a service that was destroyed while its answer was awaited, so a cleanup
-    does not take them away; unconfigured, they say so.
+    rclpy cannot respond by a service that was destroyed while its response was awaited, so a
+    cleanup does not destroy them. Before configure they respond with a failure.
     """
 
     def __init__(self, node: LifecycleNode, holder: ModelsHolder) -> None:
         self._node = node
         self._holder = holder
         self._loader: threading.Thread | None = None
-        # A group of its own: while a reload is awaited, all other callbacks go on.
+        # A group of its own: other callbacks run while a reload is awaited.
         group = MutuallyExclusiveCallbackGroup()
         node.create_service(Trigger, "~/reset", self._on_reset)
         node.create_service(Trigger, "~/reload_index", self._on_reload, callback_group=group)
         node.create_service(Trigger, "~/add_nominal", self._on_add, callback_group=group)
 
     def join(self) -> None:
-        """Wait for the end of a reload that is under way."""
+        """Wait for the end of a running reload."""
         if self._loader is not None:
             self._loader.join()
             self._loader = None
@@ -58,38 +58,40 @@ class NodeServices:
     def _on_reset(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         models = self._holder.models
         if models is None:
-            response.message = "nothing to forget: the node is not configured"
+            response.message = "nothing to reset: the node is not configured"
             return response
         models.reset()
-        response.success, response.message = True, "earlier frames are forgotten"
+        response.success, response.message = True, "tracks of earlier frames are cleared"
         return response
 
     async def _on_reload(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         def reload(before: Models) -> tuple[Models, str]:
             after = before.reloaded(self._holder.settings)
-            counts = [f"{name} {one.index.count}" for name, one in after.detectors.items()]
-            return after, f"index reloaded; embeddings: {', '.join(counts)}"
+            counts = [f"{name} {item.index.count}" for name, item in after.detectors.items()]
+            return after, f"index reloaded; entries: {', '.join(counts)}"
 
-        return await self._answer(response, reload, "index not reloaded, the old one stays")
+        return await self._respond(response, reload, "index not reloaded, the old one is kept")
 
     async def _on_add(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         def add(before: Models) -> tuple[Models, str]:
             settings = self._holder.settings
             if not settings.allow_add_nominal:
-                raise SemanticAnomalyError("the parameter allow_add_nominal is false")
+                raise SemanticAnomalyError("parameter 'allow_add_nominal' is false")
             frames = self._holder.take_exceeding()
             if not frames:
-                raise SemanticAnomalyError("no frame was above its threshold since the last time")
-            said = before.add_nominal(settings, frames)
-            return before.reloaded(settings), f"{said}; calibration due for renewal"
+                raise SemanticAnomalyError(
+                    "no frame was above its threshold since the last addition"
+                )
+            summary = before.add_nominal(settings, frames)
+            return before.reloaded(settings), f"{summary}; the calibration is stale"
 
-        return await self._answer(response, add, "nothing added")
+        return await self._respond(response, add, "nothing added")
 
-    async def _answer(
+    async def _respond(
         self,
         response: Trigger.Response,
         change: Callable[[Models], tuple[Models, str]],
-        failed: str,
+        failure: str,
     ) -> Trigger.Response:
         logger = self._node.get_logger()
         try:
@@ -99,7 +101,7 @@ class NodeServices:
         except Exception as error:
             if not isinstance(error, SemanticAnomalyError):
                 logger.error(traceback.format_exc())
-            response.message = f"{failed}: {error}"
+            response.message = f"{failure}: {error}"
             logger.warning(response.message)
         return response
 
@@ -117,10 +119,10 @@ class NodeServices:
 
         self._loader = threading.Thread(target=load, name="index_reload")
         self._loader.start()
-        after, said = await loaded
+        after, summary = await loaded
         if self._holder.models is not before:
             raise SemanticAnomalyError("the node was cleaned up meanwhile")
         # Live parameters may have changed while loading.
         after.update(self._holder.settings)
         self._holder.models = after
-        return said
+        return summary

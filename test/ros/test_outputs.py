@@ -1,4 +1,4 @@
-"""One image in, everything out: values, headers, pictures, markers."""
+"""Outputs of the node for an image: values, headers, pictures, markers, detections."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("rclpy")
 
 from diagnostic_msgs.msg import DiagnosticStatus
+from sensor_msgs.msg import CameraInfo
 from std_msgs.msg import Header, String
 from visualization_msgs.msg import Marker
 from worlds.ros import (
@@ -30,18 +31,9 @@ from worlds.ros import (
 )
 
 from semantic_anomaly.io.images import decode_compressed
-from semantic_anomaly.ros import detections, outputs
+from semantic_anomaly.ros import messages, outputs
+from semantic_anomaly.ros.messages import image_message
 from semantic_anomaly.structures import Localization, NominalExample
-
-
-@pytest.fixture(scope="module")
-def index(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Path:
-    return build_monitor(tmp_path_factory.mktemp("monitor"), tiny_backbone)
-
-
-@pytest.fixture
-def values(index: Path, tiny_backbone: Path) -> dict[str, Any]:
-    return parameters(index, tiny_backbone)
 
 
 def pixels(message: Any, dtype: Any) -> np.ndarray:
@@ -176,25 +168,6 @@ def test_two_cameras_of_different_sizes_get_their_own_results(values: dict[str, 
         assert said[camera]["decision"] == wanted.decision.value
 
 
-def test_diagnostics_come_every_second_and_tell_the_state(values: dict[str, Any]) -> None:
-    with bench(values) as b:
-        b.listen_diagnostics()
-        b.start("status")
-        b.answer(b.send(nominal_image(1)))
-        b.diagnostics.clear()
-        b.spin_until(lambda: len(b.diagnostics) >= 2)
-        first, second = b.diagnostics[0], b.diagnostics[1]
-        said = values_of(second.status[0])
-    apart_s = second.header.stamp.sec - first.header.stamp.sec
-    apart_s += (second.header.stamp.nanosec - first.header.stamp.nanosec) / 1e9
-    # A busy machine may be late, never early.
-    assert apart_s > 0.5
-    assert said["state"] == "active" and said["device"] == "cpu"
-    assert said["frames_received"] == "1" and said["frames_processed"] == "1"
-    assert len(said["index_fingerprint"]) == 64
-    assert "rate_in_hz" in said and "rate_processed_hz" in said and "last_latency_ms" in said
-
-
 class VisionMessage:
     """Stands in for a class of vision_msgs, with the fields of its .msg file and no others."""
 
@@ -232,13 +205,13 @@ def fake_vision_msgs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_detections_have_their_boxes_around_pixel_centres(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert detections.detection_array_type() is None, "vision_msgs is not among the wheels"
+    assert messages.detection_array_type() is None, "vision_msgs is not among the wheels"
     fake_vision_msgs(monkeypatch)
-    assert detections.detection_array_type() is sys.modules["vision_msgs.msg"].Detection2DArray
+    assert messages.detection_array_type() is sys.modules["vision_msgs.msg"].Detection2DArray
     nearest = NominalExample("n/0.png", 0, 0, (6, 10), 0.5)
     place = Localization((10, 20, 14, 30), (12, 25), 40, 0.75, nearest, 3)
     header = Header(frame_id="front_optical")
-    array = detections.detections_message(header, [place])
+    array = messages.detections_message(header, [place])
     [found] = array.detections
     assert array.header == found.header == header and found.id == "3"
     # Pixels 10 to 13 and 20 to 29.
@@ -255,8 +228,8 @@ def test_detections_are_published_where_vision_msgs_is_installed(
     def message(header: Header, places: Any) -> String:
         return String(data=f"{header.frame_id} {len(places)}")
 
-    monkeypatch.setattr(outputs, "detection_array_type", lambda: String)
-    monkeypatch.setattr(outputs, "detections_message", message)
+    monkeypatch.setattr(messages, "detection_array_type", lambda: String)
+    monkeypatch.setattr(messages, "detections_message", message)
     heard: list[String] = []
     with bench(values) as b:
         b.helper.create_subscription(
@@ -270,3 +243,44 @@ def test_detections_are_published_where_vision_msgs_is_installed(
 
 def outputs_topics() -> list[str]:
     return ["score", "status", "heatmap", "mask", "overlay", "overlay/compressed", "markers"]
+
+
+def camera_info() -> CameraInfo:
+    height, width = HW
+    info = CameraInfo(height=height, width=width, distortion_model="plumb_bob")
+    info.k = [100.0, 0.0, (width - 1) / 2, 0.0, 100.0, (height - 1) / 2, 0.0, 0.0, 1.0]
+    return info
+
+
+def test_markers_lie_at_the_measured_range(values: dict[str, Any]) -> None:
+    topics = {"camera.depth_topic": "/depth", "camera.camera_info_topic": "/info"}
+    with bench({**values, **topics}) as b:
+        b.start("status", "markers")
+        now_ns = b.helper.get_clock().now().nanoseconds
+        depth = image_message(np.full(HW, 6.5, np.float32), "32FC1")
+        b.publisher("/info", CameraInfo).publish(b.stamped(camera_info(), stamp_ns=now_ns))
+        b.publisher("/depth").publish(b.stamped(depth, stamp_ns=now_ns))
+        inputs = b.node._cameras["camera"].inputs
+        b.spin_until(lambda: inputs._info is not None and inputs._depths)
+        b.send(odd_image(), stamp_ns=now_ns)
+        b.spin_until(lambda: b.got["camera"]["markers"])
+        markers = b.got["camera"]["markers"][-1].markers
+    boxes = [marker for marker in markers if marker.ns == "boxes"]
+    labels = [marker for marker in markers if marker.ns == "labels"]
+    assert boxes and all(point.z == 6.5 for marker in boxes for point in marker.points)
+    assert all("6.5 m (measured)" in marker.text for marker in labels)
+    # The right half of the image lies to the right of the optical axis.
+    assert np.mean([point.x for point in boxes[0].points]) > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "how"),
+    [({"camera.camera_height_m": 1.5}, "ground"), ({"marker_range_m": 12.0}, "12.0 m (assumed)")],
+)
+def test_markers_without_depth(values: dict[str, Any], changes: dict[str, Any], how: str) -> None:
+    with bench({**values, **changes}) as b:
+        b.start("status", "markers")
+        b.send(odd_image())
+        b.spin_until(lambda: b.got["camera"]["markers"])
+        markers = b.got["camera"]["markers"][-1].markers
+    assert any(how in marker.text for marker in markers if marker.ns == "labels")

@@ -1,4 +1,4 @@
-"""Parameters: declared from the table, refused as a whole, live where they may be."""
+"""Parameters: declared from the table, changed together or not at all, live for one camera."""
 
 from __future__ import annotations
 
@@ -15,41 +15,37 @@ from worlds.ros import (
     FAILURE,
     SUCCESS,
     bench,
-    build_monitor,
     nominal_image,
     odd_image,
-    parameters,
 )
 
 from semantic_anomaly.errors import CalibrationError
 from semantic_anomaly.ros.node import AnomalyNode
-from semantic_anomaly.settings import Settings, camera_setting_specs, setting_specs
-
-
-@pytest.fixture(scope="module")
-def index(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Path:
-    return build_monitor(tmp_path_factory.mktemp("monitor"), tiny_backbone)
-
-
-@pytest.fixture
-def values(index: Path, tiny_backbone: Path) -> dict[str, Any]:
-    return parameters(index, tiny_backbone)
+from semantic_anomaly.settings import (
+    Settings,
+    camera_override_specs,
+    camera_setting_specs,
+    read_settings_file,
+    setting_specs,
+)
 
 
 def test_every_setting_is_declared_described_and_bounded() -> None:
+    overrides = {f"camera.{name}": spec for name, spec in camera_override_specs().items()}
+    rows = {**setting_specs(), **overrides}
+    rows.update({f"camera.{name}": spec for name, spec in camera_setting_specs().items()})
     with bench({}) as b:
-        rows = dict(setting_specs())
-        rows.update({f"camera.{name}": spec for name, spec in camera_setting_specs().items()})
         for name, spec in rows.items():
-            found = b.node.describe_parameter(name)
-            assert found.description.startswith(spec.description), name
-            assert ("live" in found.description) == spec.live, name
-            assert not found.read_only, name
+            descriptor = b.node.describe_parameter(name)
+            assert descriptor.description.startswith(spec.description), name
+            assert ("live" in descriptor.description) == spec.live, name
+            assert not descriptor.read_only, name
             if spec.minimum is not None and not spec.is_list:
-                [span] = [*found.integer_range, *found.floating_point_range]
+                [span] = [*descriptor.integer_range, *descriptor.floating_point_range]
                 assert (span.from_value, span.to_value) == (spec.minimum, spec.maximum), name
             value = b.node.get_parameter(name).value
-            assert (tuple(value) if spec.is_list else value) == spec.default, name
+            expected = None if name in overrides else spec.default
+            assert (tuple(value) if spec.is_list else value) == expected, name
         assert b.node._node_parameters.settings() == Settings()
 
 
@@ -58,6 +54,7 @@ def test_a_parameter_file_with_empty_lists_and_whole_numbers(tmp_path: Path) -> 
     file.write_text(
         "/**:\n  ros__parameters:\n    layers: []\n    threshold: 0\n    cameras: [front, rear]\n"
         "    front:\n      region_of_interest: [0, 0, 1, 0, 1, 1]\n      camera_height_m: 2\n"
+        "      threshold: 1\n      confirm_count: 3\n"
         "    rear:\n      region_of_interest: []\n      image_topic: /rear/image\n"
     )
     rclpy.init(args=["--ros-args", "--params-file", str(file)])
@@ -69,10 +66,13 @@ def test_a_parameter_file_with_empty_lists_and_whole_numbers(tmp_path: Path) -> 
         node.destroy_node()
     finally:
         rclpy.try_shutdown()
-    assert settings == Settings.from_yaml(file)
+    assert settings == Settings.from_parameters(read_settings_file(file))
     assert settings.camera_settings["front"].region_of_interest == (0.0, 0.0, 1.0, 0.0, 1.0, 1.0)
     assert settings.camera_settings["front"].camera_height_m == 2.0
     assert settings.camera_settings["rear"].image_topic == "/rear/image"
+    assert settings.for_camera("front").threshold == 1.0
+    assert settings.for_camera("front").confirm_count == 3
+    assert settings.for_camera("rear").threshold == 0.0
     assert kind == Parameter.Type.DOUBLE_ARRAY
 
 
@@ -82,7 +82,9 @@ def test_a_parameter_file_with_empty_lists_and_whole_numbers(tmp_path: Path) -> 
         ({"neighbors": 1}, "did you mean 'neighbours'"),
         ({"camera.image_topics": "/x"}, "did you mean 'camera.image_topic'"),
         ({"front.image_topic": "/x"}, "unknown parameter 'front.image_topic'"),
-        ({"input_size": 3}, "'input_size': expected at least 32, found 3"),
+        ({"input_size": -1}, "'input_size': expected at least 0, found -1"),
+        ({"camera.threshold": 3}, "'camera.threshold': expected at most 2.0, found 3"),
+        ({"camera.neighbours": 1}, "unknown parameter 'camera.neighbours'"),
         ({"input_size": 64.0}, "'input_size': expected int"),
         ({"backbone": 5}, "'backbone': expected str"),
         ({"search": "magic"}, "'search': expected one of"),
@@ -104,7 +106,7 @@ def test_what_was_given_wrongly_is_named_at_configure(
 
 
 def test_a_wrong_value_is_repaired_before_the_next_try(values: dict[str, Any]) -> None:
-    with bench({**values, "input_size": 3}) as b:
+    with bench({**values, "input_size": -1}) as b:
         assert b.node.trigger_configure() == FAILURE
         assert b.set(input_size=140).successful
         assert b.node.trigger_configure() == SUCCESS
@@ -153,8 +155,8 @@ def test_live_parameters_take_effect_at_once(values: dict[str, Any]) -> None:
         first = b.answer(b.send(nominal_image(10)))
         assert first["decision"] == "nominal"
         assert b.set(threshold=0.001).successful
-        told = b.answer(b.send(nominal_image(10)))
-        assert told["decision"] == "anomaly" and told["threshold"] == "0.001"
+        status = b.answer(b.send(nominal_image(10)))
+        assert status["decision"] == "anomaly" and status["threshold"] == "0.001"
         assert b.set(threshold=0).successful
         assert b.answer(b.send(nominal_image(10)))["threshold"] == first["threshold"]
         assert b.set(target_false_alarm_rate=0.5).successful
@@ -164,6 +166,41 @@ def test_live_parameters_take_effect_at_once(values: dict[str, Any]) -> None:
         assert b.answer(b.send(odd_image(1)))["decision"] == "anomaly"
         assert b.set(max_age_s=0.05).successful
         assert "stale" in b.answer(b.send(nominal_image(10), ahead_s=-1.0))["reason"]
+
+
+def test_live_parameters_of_one_camera(values: dict[str, Any]) -> None:
+    topics = {f"{camera}.image_topic": f"/{camera}/image" for camera in ("front", "rear")}
+    both = {**values, **topics, "cameras": ["front", "rear"], "front.threshold": 1.5}
+    with bench(both, ("front", "rear")) as b:
+        b.start("status")
+
+        def statuses() -> dict[str, dict[str, str]]:
+            b.publisher("/front/image")
+            b.publisher("/rear/image")
+            sent = {c: b.send(odd_image(1), f"/{c}/image") for c in ("front", "rear")}
+            return {c: b.answer(message, c) for c, message in sent.items()}
+
+        first = statuses()
+        assert first["front"]["threshold"] == "1.5" and first["front"]["decision"] == "nominal"
+        assert first["rear"]["decision"] == "anomaly"
+        assert b.set(front__threshold=0.001, rear__threshold=1).successful
+        second = statuses()
+        assert second["front"]["decision"] == "anomaly" and second["rear"]["threshold"] == "1.0"
+        # The common value is for cameras without a value of their own.
+        assert b.set(threshold=0.7).successful
+        assert b.node.models.detectors["front"].threshold == 0.001
+        # Deleting the parameter restores the common value; afterwards it may be set again.
+        assert b.set(front__threshold=None).successful
+        assert b.node.models.detectors["front"].threshold == 0.7
+        if hasattr(b.node, "add_post_set_parameters_callback"):
+            assert b.set(front__threshold=0.4).successful
+            assert b.node.models.detectors["front"].threshold == 0.4
+        for name, value in {"rear__threshold": 5, "rear__confirm_count": "often"}.items():
+            refused = b.set(**{name: value})
+            assert not refused.successful and name.replace("__", ".") in refused.reason
+        refused = b.set(rear__target_false_alarm_rate=0.0001, rear__threshold=0)
+        assert not refused.successful and "9999" in refused.reason
+        assert b.node.models.detectors["rear"].threshold == 1.0
 
 
 def test_live_parameters_that_cannot_be_taken_change_nothing(values: dict[str, Any]) -> None:

@@ -26,7 +26,6 @@ from sensor_msgs.msg import Image
 from std_msgs.msg import Float32
 from worlds.ros import (
     TIMEOUT_S,
-    build_monitor,
     frame,
     odd_image,
     offline_detector,
@@ -40,11 +39,6 @@ _RUNS = itertools.count()
 CAMERA_HW = (720, 1280)
 # Loading torch alone takes seconds on a busy machine.
 START_S = 90.0
-
-
-@pytest.fixture(scope="module")
-def index(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Path:
-    return build_monitor(tmp_path_factory.mktemp("monitor"), tiny_backbone)
 
 
 class Process:
@@ -162,7 +156,7 @@ def test_camera_size_images_cross_processes_and_sigint_in_an_inference_ends_it_w
     run = Process(parameter_file(tmp_path / "p.yaml", values), tmp_path / "log")
     try:
         run.bring_up()
-        sent, told = run.send_until_answered(image)
+        sent, status = run.send_until_answered(image)
         # The score's connection may be made later than the status's.
         run.send_until_scored(image)
         # The signal arrives while the worker is busy with what was sent just before it.
@@ -175,9 +169,9 @@ def test_camera_size_images_cross_processes_and_sigint_in_an_inference_ends_it_w
     assert code == 0, text
     assert "Traceback" not in text and "terminate called" not in text
     wanted = offline_detector(values).detect(frame(image, sent))
-    assert abs(float(told["score"]) - wanted.score) < 1e-6
+    assert abs(float(status["score"]) - wanted.score) < 1e-6
     assert abs(run.scores[0] - wanted.score) < 1e-6
-    assert told["decision"] == wanted.decision.value
+    assert status["decision"] == wanted.decision.value
 
 
 def test_sigterm_while_configuring_ends_it_well(

@@ -1,4 +1,4 @@
-"""What the running node states of a bag is what `replay` computes of it."""
+"""The recorded results of the running node equal those of `replay`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("rclpy")
 
 import rclpy
-from worlds.ros import bench, build_monitor, odd_image, offline_detector, parameters
+from worlds.ros import bench, odd_image, offline_detector, parameters
 
 from semantic_anomaly.errors import InputError
 from semantic_anomaly.evaluation.events import Event
@@ -22,11 +22,6 @@ from semantic_anomaly.ros.messages import image_message
 from semantic_anomaly.ros.recorder import ResultRecorder, main, write_recording
 
 KIND = "block"
-
-
-@pytest.fixture(scope="module")
-def index(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Path:
-    return build_monitor(tmp_path_factory.mktemp("monitor"), tiny_backbone)
 
 
 def test_live_and_offline_agree_frame_by_frame(
@@ -78,7 +73,7 @@ def test_nothing_heard_is_no_report(tmp_path: Path) -> None:
     rclpy.init()
     try:
         recorder = ResultRecorder("/nowhere", "camera")
-        with pytest.raises(InputError, match="heard none"):
+        with pytest.raises(InputError, match="found none"):
             write_recording(recorder, tmp_path / "out", "drive", None)
         recorder.destroy_node()
     finally:

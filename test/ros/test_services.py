@@ -1,4 +1,4 @@
-"""Services: the index is replaced as a whole or not at all, and state is forgotten when asked."""
+"""Services: the index is replaced as a whole or not at all, and tracks are reset on request."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from worlds.ros import (
     parameters,
 )
 
-from semantic_anomaly.index import edits as index_edits
+from semantic_anomaly.index import edits
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.io.images import write_image
-from semantic_anomaly.offline import edit_index as edit_saving
 from semantic_anomaly.offline.build_index import build_index
 from semantic_anomaly.offline.calibrate import calibrate
+from semantic_anomaly.offline.edit_index import save_edited
 from semantic_anomaly.ros import models
-from semantic_anomaly.ros.models import renewal_of
+from semantic_anomaly.ros.models import stale_calibration
 from semantic_anomaly.settings import Settings
 
 
@@ -59,7 +59,7 @@ def test_reload_takes_a_new_index_and_keeps_live_parameters(
         assert b.set(overlay_alpha=0.25).successful
         before = b.node.models
         assert before is not None
-        # An index of the odd scene: what was strange is known now.
+        # An index of the odd scene: the anomaly is nominal now.
         for number in range(12):
             write_image(tmp_path / "drive_0" / f"odd_{number:03d}.png", odd_image(number))
         assert b.answer(b.send(odd_image(3)))["decision"] == "anomaly"
@@ -85,15 +85,15 @@ def test_what_was_fine_is_added_and_can_be_undone(
         assert b.answer(b.send(odd_image(3)))["decision"] == "anomaly"
         before = NominalIndex.load(index)
         added = b.call("add_nominal")
-        assert added.success and "calibration due for renewal" in added.message, added.message
+        assert added.success and "the calibration is stale" in added.message, added.message
         assert b.answer(b.send(odd_image(3)))["decision"] == "nominal"
         assert not b.call("add_nominal").success
-        known = [renewal_of(d) for d in b.node.models.detectors.values()]
-        assert known[0] is not None and "renewal" in known[0]
+        reason = stale_calibration(b.node.models.detectors["camera"])
+        assert reason is not None and "stale calibration, 1 edit" in reason
     edited = NominalIndex.load(index)
     assert edited.count > before.count and edited.edits[0].source.startswith("camera/")
-    undone, _ = index_edits.undo(edited)
-    edit_saving.save_edited(index, edited, undone)
+    undone, _ = edits.undo(edited)
+    save_edited(index, edited, undone)
     assert NominalIndex.load(index).fingerprint == before.fingerprint
 
 
@@ -103,16 +103,15 @@ def test_nothing_is_added_unless_it_is_allowed(values: dict[str, Any], index: Pa
         assert b.answer(b.send(odd_image(3)))["decision"] == "anomaly"
         before = NominalIndex.load(index).fingerprint
         refused = b.call("add_nominal")
-        assert not refused.success and "allow_add_nominal is false" in refused.message
+        assert not refused.success and "'allow_add_nominal' is false" in refused.message
         assert NominalIndex.load(index).fingerprint == before
 
 
 def rebuild(index: Path, values: dict[str, Any], folder: Path) -> None:
     settings = Settings.from_parameters(values)
-    made = build_index(settings, "camera", [folder / "drive_0"], progress=False)
-    made.save(index)
+    rebuilt = build_index(folder / "drive_0", settings=settings, out=index, force=True)
     drives = [folder / "drive_1", folder / "drive_2"]
-    calibrate(settings, "camera", made, drives, progress=False).save(index)
+    calibrate(rebuilt, drives, settings=settings, out=index)
 
 
 def test_a_reload_that_fails_keeps_the_old_index_and_says_why(
@@ -126,7 +125,7 @@ def test_a_reload_that_fails_keeps_the_old_index_and_says_why(
         embeddings.write_bytes(content[:-4] + b"\0\0\0\1")
         response = b.call("reload_index")
         assert not response.success
-        assert "embeddings.npy" in response.message and "the old one stays" in response.message
+        assert "embeddings.npy" in response.message and "the old one is kept" in response.message
         assert b.node.models is before
         assert b.answer(b.send(nominal_image(10)))["decision"] == "nominal"
         shutil.rmtree(index)

@@ -1,20 +1,22 @@
-"""What the tests of the node share: a small monitor on disk, and a bench to run the node on."""
+"""A small index on disk, and a bench to run the node on."""
 
 from __future__ import annotations
 
 import gc
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# One domain a process: tests that run side by side do not hear each other.
+# One domain for each process: tests that run side by side stay separate.
 os.environ["ROS_DOMAIN_ID"] = str(1 + os.getpid() % 100)
 os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
 
 import numpy as np
+import pytest
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from rclpy.executors import SingleThreadedExecutor
@@ -25,13 +27,12 @@ from std_msgs.msg import Float32
 from std_srvs.srv import Trigger
 from visualization_msgs.msg import MarkerArray
 
-from semantic_anomaly.detection.detector import AnomalyDetector
+from semantic_anomaly.detection.detector import AnomalyDetector, load_detector
 from semantic_anomaly.io.images import write_image
 from semantic_anomaly.offline.build_index import build_index
 from semantic_anomaly.offline.calibrate import calibrate
 from semantic_anomaly.ros.messages import image_message
 from semantic_anomaly.ros.node import AnomalyNode
-from semantic_anomaly.segmentation.embedder import RunningEmbedder
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import Frame
 
@@ -73,16 +74,14 @@ def build_monitor(folder: Path, backbone: Path, *, calibrated: bool = True, **ch
         for seed in seeds:
             write_image(drives[-1] / f"{seed:03d}.png", nominal_image(seed))
     settings = Settings.from_parameters(parameters(folder / "index", backbone, **changes))
-    index = build_index(settings, "camera", drives[:1], progress=False)
-    index.save(folder / "index")
+    index = build_index(drives[:1], settings=settings, out=folder / "index")
     if calibrated:
-        made = calibrate(settings, "camera", index, drives[1:], progress=False)
-        made.save(folder / "index")
+        calibrate(index, drives[1:], settings=settings, out=folder / "index")
     return folder / "index"
 
 
 def parameters(index: Path, backbone: Path, **changes: Any) -> dict[str, Any]:
-    """Return flat parameters of a node that runs the small monitor."""
+    """Return flat parameters of a node with an index of `build_monitor`."""
     return {
         "backbone": str(backbone),
         "index": str(index),
@@ -98,9 +97,8 @@ def parameters(index: Path, backbone: Path, **changes: Any) -> dict[str, Any]:
 
 
 def offline_detector(values: dict[str, Any], camera: str = "camera") -> AnomalyDetector:
-    """Return the detector that the commands would make of the same parameters."""
-    settings = Settings.from_parameters(values)
-    return AnomalyDetector.load(settings, camera, embedder=RunningEmbedder.from_settings(settings))
+    """Return the detector that the commands load with the same parameters."""
+    return load_detector(Settings.from_parameters(values), camera)
 
 
 class Bench:
@@ -130,24 +128,25 @@ class Bench:
         """Subscribe to outputs of every camera, all of them if none is named."""
         for camera, got in self.got.items():
             for topic in topics or TOPICS:
-                heard = got.setdefault(topic, [])
+                received = got.setdefault(topic, [])
                 name = f"/semantic_anomaly/{camera}/{topic}"
                 qos = QoSProfile(depth=20)
-                self.helper.create_subscription(TOPICS[topic], name, heard.append, qos)
+                self.helper.create_subscription(TOPICS[topic], name, received.append, qos)
 
     def listen_diagnostics(self) -> None:
-        kind, heard = DiagnosticArray, self.diagnostics
-        self.helper.create_subscription(kind, "/diagnostics", heard.append, 10)
+        self.helper.create_subscription(
+            DiagnosticArray, "/diagnostics", self.diagnostics.append, 10
+        )
 
     def spin_until(self, done: Callable[[], Any], timeout_s: float = TIMEOUT_S) -> None:
-        """Spin until done() holds; fail when it does not in time."""
+        """Spin until done() returns true; fail after a time-out."""
         end = time.monotonic() + timeout_s
         while not done():
-            assert time.monotonic() < end, "expected event did not come"
+            assert time.monotonic() < end, "the expected event did not happen"
             self.executor.spin_once(timeout_sec=0.05)
 
     def start(self, *topics: str) -> None:
-        """Configure, activate, listen, and wait until all are connected."""
+        """Configure and activate the node, subscribe, and wait for the connections."""
         if topics:
             self.listen(*topics)
         assert self.node.trigger_configure() == SUCCESS
@@ -155,20 +154,22 @@ class Bench:
         self.spin_until(self.connected)
 
     def connected(self) -> bool:
-        """Return whether every output that is listened to has found its listener."""
+        """Return whether all subscriptions are connected."""
         names = [f"/semantic_anomaly/{c}/{t}" for c, got in self.got.items() for t in got]
-        made = {p.topic_name: p for p in self.node.publishers}
-        return all(name in made and made[name].get_subscription_count() for name in names)
+        publishers = {p.topic_name: p for p in self.node.publishers}
+        return all(
+            name in publishers and publishers[name].get_subscription_count() for name in names
+        )
 
     def publisher(self, topic: str = "/camera/image_raw", kind: Any = Image, qos: Any = 10) -> Any:
-        """Return a publisher that the node has found."""
+        """Return a publisher that is connected to the node."""
         if topic not in self._publishers:
             self._publishers[topic] = self.helper.create_publisher(kind, topic, qos)
             self.spin_until(lambda: self._publishers[topic].get_subscription_count() > 0)
         return self._publishers[topic]
 
     def stamped(self, message: Any, ahead_s: float = 0.0, stamp_ns: int | None = None) -> Any:
-        """Return the message stamped now, or so far ahead, or as given."""
+        """Return the message stamped now, some time ahead, or with a given stamp."""
         now_ns = self.helper.get_clock().now().nanoseconds + round(ahead_s * 1e9)
         chosen = now_ns if stamp_ns is None else stamp_ns
         message.header.stamp.sec, message.header.stamp.nanosec = divmod(chosen, 10**9)
@@ -188,24 +189,23 @@ class Bench:
 
     def answer_message(self, message: Any, camera: str = "camera") -> DiagnosticArray:
         """Wait for the status that answers an image."""
-        heard = self.got[camera]["status"]
+        statuses = self.got[camera]["status"]
 
         def answers() -> list[DiagnosticArray]:
-            return [status for status in heard if status.header == message.header]
+            return [status for status in statuses if status.header == message.header]
 
         self.spin_until(answers)
         return answers()[-1]
 
     def unknown(self, camera: str = "camera", having: str = "") -> dict[str, str]:
-        """Wait for a status 'unknown' whose reason holds a text and return its values."""
-        heard = self.got[camera]["status"]
+        """Wait for a status 'unknown' whose reason contains a text, and return its values."""
 
-        def found() -> list[dict[str, str]]:
-            said = [values_of(array.status[0]) for array in heard]
-            return [v for v in said if v["decision"] == "unknown" and having in v["reason"]]
+        def matching() -> list[dict[str, str]]:
+            statuses = [values_of(array.status[0]) for array in self.got[camera]["status"]]
+            return [v for v in statuses if v["decision"] == "unknown" and having in v["reason"]]
 
-        self.spin_until(found)
-        return found()[0]
+        self.spin_until(matching)
+        return matching()[0]
 
     def call(self, service: str) -> Trigger.Response:
         """Call a service of the node and return its response."""
@@ -218,8 +218,24 @@ class Bench:
 
     def set(self, **values: Any) -> Any:
         """Set parameters together and return the result; '__' stands for the dot."""
-        made = [Parameter(k.replace("__", "."), value=v) for k, v in values.items()]
-        return self.node.set_parameters_atomically(made)
+        changes = [Parameter(k.replace("__", "."), value=v) for k, v in values.items()]
+        return self.node.set_parameters_atomically(changes)
+
+
+class Gate:
+    """Holds the worker inside the embedder until it is opened."""
+
+    def __init__(self, b: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert b.node.models is not None
+        self.entered, self.opened = threading.Event(), threading.Event()
+        embed = b.node.models.embedder.embed
+
+        def held(images: Any) -> Any:
+            self.entered.set()
+            assert self.opened.wait(20)
+            return embed(images)
+
+        monkeypatch.setattr(b.node.models.embedder, "embed", held)
 
 
 SUCCESS = rclpy.lifecycle.TransitionCallbackReturn.SUCCESS
@@ -228,7 +244,7 @@ ERROR = rclpy.lifecycle.TransitionCallbackReturn.ERROR
 
 
 def values_of(status: DiagnosticStatus) -> dict[str, str]:
-    """Return a status' values by key."""
+    """Return the values of a status by key."""
     return {pair.key: pair.value for pair in status.values}
 
 
@@ -237,16 +253,16 @@ def bench(values: dict[str, Any], cameras: Sequence[str] = ("camera",)) -> Itera
     """Run a bench inside an initialised context of its own."""
     rclpy.init()
     try:
-        made = Bench(values, cameras)
+        running = Bench(values, cameras)
         try:
-            yield made
+            yield running
         finally:
-            made.close()
+            running.close()
     finally:
         rclpy.try_shutdown()
 
 
 def frame(image: np.ndarray, message: Any) -> Frame:
-    """Return the frame that a message holds, for the offline detector."""
+    """Return the frame of a message, for the offline detector."""
     stamp_ns = message.header.stamp.sec * 10**9 + message.header.stamp.nanosec
     return Frame(image, stamp_ns, message.header.frame_id)

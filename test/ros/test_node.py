@@ -20,23 +20,11 @@ from worlds.ros import (
     SUCCESS,
     Bench,
     bench,
-    build_monitor,
     nominal_image,
     odd_image,
-    parameters,
 )
 
 from semantic_anomaly.ros import models, node
-
-
-@pytest.fixture(scope="module")
-def index(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Path:
-    return build_monitor(tmp_path_factory.mktemp("monitor"), tiny_backbone)
-
-
-@pytest.fixture
-def values(index: Path, tiny_backbone: Path) -> dict[str, Any]:
-    return parameters(index, tiny_backbone)
 
 
 def state(b: Bench) -> str:

@@ -1,0 +1,89 @@
+"""One camera of the node: rates, reports without a result, diagnostics, log lines of alarms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("rclpy")
+
+from diagnostic_msgs.msg import DiagnosticStatus
+from worlds.ros import Gate, bench, nominal_image, odd_image, values_of
+
+from semantic_anomaly.ros import camera
+from semantic_anomaly.ros.camera import RateMeter
+
+
+def test_a_rate_is_measured_between_two_readings(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter((10.0, 12.0, 12.0, 13.0))
+    monkeypatch.setattr(camera.time, "monotonic", lambda: next(times))
+    meter = RateMeter()
+    assert [meter.rate_hz(count) for count in (0, 10, 11)] == [0.0, 5.0, 0.0]
+    # A smaller count: the counter was reset.
+    assert meter.rate_hz(2) == 0.0
+
+
+def test_frames_without_a_result_are_reported(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with bench({**values, "silent_after_s": 0.4}) as b:
+        b.start("status")
+        gate = Gate(b, monkeypatch)
+        statuses = b.got["camera"]["status"]
+
+        def reported() -> bool:
+            b.send(nominal_image(10))
+            reasons = [values_of(array.status[0])["reason"] for array in statuses]
+            return any("there was no result for" in reason for reason in reasons)
+
+        b.spin_until(reported)
+        gate.opened.set()
+
+
+def test_diagnostics_are_published_every_second(values: dict[str, Any]) -> None:
+    with bench(values) as b:
+        b.listen_diagnostics()
+        b.start("status")
+        b.answer(b.send(nominal_image(1)))
+        b.diagnostics.clear()
+        b.spin_until(lambda: len(b.diagnostics) >= 2)
+        first, second = b.diagnostics[0], b.diagnostics[1]
+        status = values_of(second.status[0])
+    apart_s = second.header.stamp.sec - first.header.stamp.sec
+    apart_s += (second.header.stamp.nanosec - first.header.stamp.nanosec) / 1e9
+    # A busy machine may be late, but not early.
+    assert apart_s > 0.5
+    assert status["state"] == "active" and status["device"] == "cpu"
+    assert status["frames_received"] == "1" and status["frames_processed"] == "1"
+    assert len(status["index_fingerprint"]) == 64
+    assert "stale_calibration" not in status
+    assert "rate_in_hz" in status and "rate_processed_hz" in status and "last_latency_ms" in status
+
+
+def test_diagnostics_warn_of_a_stale_calibration(values: dict[str, Any]) -> None:
+    with bench(values) as b:
+        b.start("status")
+        front = b.node._cameras["camera"]
+        [status] = front.diagnostics({"stale_calibration": "1 edit"}).status
+    assert status.level == DiagnosticStatus.WARN and "stale calibration" in status.message
+    assert values_of(status)["stale_calibration"] == "1 edit"
+
+
+def test_start_and_end_of_an_alarm_are_logged_once(
+    values: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with bench({**values, "silence_s": 0.5}) as b:
+        b.start("status")
+        now_ns = b.helper.get_clock().now().nanoseconds
+        for offset_ms, image in ((0, odd_image(1)), (200, odd_image(2)), (900, nominal_image(10))):
+            b.answer(b.send(image, stamp_ns=now_ns + offset_ms * 1_000_000))
+        lines = capfd.readouterr().err.splitlines()
+        b.answer(b.send(odd_image(3), stamp_ns=now_ns + 2_000_000_000))
+        assert b.node.trigger_deactivate().name == "SUCCESS"
+    [start] = [line for line in lines if "alarm starts" in line]
+    [end] = [line for line in lines if "alarm ends" in line]
+    assert "camera 'camera': alarm starts: track 1, score" in start and "box x" in start
+    assert "track 1, duration 0.2 s, 2 frames" in end
+    # An alarm also ends with the node.
+    assert "alarm ends" in capfd.readouterr().err

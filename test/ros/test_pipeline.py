@@ -1,0 +1,215 @@
+"""The pipeline: failures of the model, frames that wait, ages of images, simulated time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("rclpy")
+
+from worlds.ros import Bench, Gate, bench, nominal_image, odd_image
+
+from semantic_anomaly.errors import ModelOutputError
+from semantic_anomaly.ros.pipeline import FrameSlots, Worker, age_problem
+
+SECOND_NS = 10**9
+
+
+class CudaOutOfMemoryError(RuntimeError):
+    """Named like torch's, whose class tests without a GPU cannot provoke."""
+
+
+@pytest.mark.parametrize(
+    ("error", "times", "decision"),
+    [
+        (ModelOutputError("patch features: not finite"), 9, "unknown"),
+        (RuntimeError("something else"), 9, "unknown"),
+        (CudaOutOfMemoryError("tried to allocate"), 1, "nominal"),  # one retry
+        (CudaOutOfMemoryError("tried to allocate"), 9, "unknown"),
+    ],
+)
+def test_model_errors_give_unknown_and_memory_a_second_try(
+    values: dict[str, Any],
+    error: Exception,
+    times: int,
+    decision: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with bench(values) as b:
+        b.start("status")
+        assert b.node.models is not None
+        embedder, failures = b.node.models.embedder, iter(range(times))
+        embed = embedder.embed
+
+        def failing(images: Any) -> Any:
+            for _ in failures:
+                raise error
+            return embed(images)
+
+        monkeypatch.setattr(embedder, "embed", failing)
+        status = b.answer(b.send(nominal_image(10)))
+        assert status["decision"] == decision
+        if decision == "unknown":
+            assert "model error" in status["reason"] and str(error) in status["reason"]
+            assert "score" not in status and status["frames_failed"] == "1"
+            # The traceback of what nobody expected is in the log.
+            expected = isinstance(error, ModelOutputError)
+            assert ("Traceback" in capfd.readouterr().err) != expected
+        monkeypatch.setattr(embedder, "embed", embed)
+        assert b.answer(b.send(nominal_image(10)))["decision"] == "nominal"
+
+
+def test_one_cameras_failure_is_not_the_others(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = {
+        **values,
+        "cameras": ["left", "right"],
+        "left.image_topic": "/left/image",
+        "right.image_topic": "/right/image",
+    }
+    with bench(both, ("left", "right")) as b:
+        b.start("status")
+        assert b.node.models is not None
+        embedder = b.node.models.embedder
+        embed = embedder.embed
+
+        def failing(images: Any) -> Any:
+            if any(image.shape[0] == 70 for image in images):
+                raise ModelOutputError("patch features: not finite")
+            return embed(images)
+
+        monkeypatch.setattr(embedder, "embed", failing)
+        b.publisher("/left/image")
+        b.publisher("/right/image")
+        bad = b.send(nominal_image(10, (70, 140)), "/left/image")
+        good = b.send(nominal_image(10), "/right/image")
+        assert b.answer(bad, "left")["decision"] == "unknown"
+        assert b.answer(good, "right")["decision"] == "nominal"
+
+
+def test_only_the_newest_frame_waits(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with bench(values) as b:
+        b.start("status")
+        gate = Gate(b, monkeypatch)
+        first = b.send(nominal_image(10))
+        b.spin_until(gate.entered.is_set)
+        counts, later = b.node._cameras["camera"].counts, []
+        for number, seed in enumerate((11, 12, 13), 2):
+            later.append(b.send(nominal_image(seed)))
+            b.spin_until(lambda number=number: counts.received == number)
+        gate.opened.set()
+        b.answer(first)
+        status = b.answer(later[-1])
+        assert status["frames_replaced"] == "2" and status["frames_processed"] == "2"
+        assert status["frames_received"] == "4"
+
+
+def test_a_worker_reports_exceptions_and_continues() -> None:
+    reports: list[str] = []
+    batches: list[dict[str, Any]] = []
+
+    def process(batch: dict[str, Any]) -> None:
+        batches.append(batch)
+        if len(batches) == 1:
+            raise ValueError("first batch")
+
+    worker = Worker(process, reports.append)
+    worker.start()
+    worker.slots.put("front", 1)
+    while not reports:
+        pass
+    worker.slots.put("rear", 2)
+    while len(batches) < 2:
+        pass
+    worker.stop()
+    assert batches == [{"front": 1}, {"rear": 2}]
+    assert len(reports) == 1 and "ValueError: first batch" in reports[0]
+
+
+def test_slots_keep_the_newest_message_of_each_camera() -> None:
+    slots = FrameSlots()
+    assert not slots.put("front", 1) and not slots.put("rear", 2)
+    assert slots.put("front", 3)
+    assert slots.take() == {"front": 3, "rear": 2}
+    slots.close()
+    assert slots.take() is None
+
+
+@pytest.mark.parametrize(
+    ("now_ns", "stamp_ns", "problem"),
+    [
+        (100 * SECOND_NS, 100 * SECOND_NS, ""),
+        (100 * SECOND_NS, 99 * SECOND_NS, ""),  # as old as allowed
+        (100 * SECOND_NS, 101 * SECOND_NS, ""),  # as far ahead as allowed
+        (100 * SECOND_NS, 99 * SECOND_NS - 1, "stale: image is 1.000 s old"),
+        (100 * SECOND_NS, 101 * SECOND_NS + 1, "clock mismatch"),
+        (100 * SECOND_NS, 0, "does the driver stamp its images"),
+        (100 * SECOND_NS, -5 * SECOND_NS, "stale"),
+        (0, 50 * SECOND_NS, ""),  # simulated time has not started: no age is known
+    ],
+)
+def test_ages(now_ns: int, stamp_ns: int, problem: str) -> None:
+    text = age_problem(now_ns, stamp_ns, 1.0)
+    assert problem in text and bool(problem) == bool(text)
+
+
+@pytest.fixture
+def simulated(values: dict[str, Any]) -> dict[str, Any]:
+    pytest.importorskip("rosgraph_msgs.msg")
+    return {**values, "use_sim_time": True, "max_age_s": 1.0}
+
+
+def set_time(b: Bench, seconds: int) -> None:
+    """Publish the time and wait until the node has it."""
+    from rosgraph_msgs.msg import Clock
+
+    message = Clock()
+    message.clock.sec = seconds
+    publisher = b.publisher("/clock", Clock, 1)
+    publisher.publish(message)
+    b.spin_until(lambda: b.node.get_clock().now().nanoseconds == seconds * SECOND_NS)
+
+
+def test_before_the_first_clock_no_age_is_known(simulated: dict[str, Any]) -> None:
+    with bench(simulated) as b:
+        b.start("status")
+        status = b.answer(b.send(nominal_image(10), stamp_ns=70 * SECOND_NS))
+    assert status["decision"] == "nominal" and "latency_ms" not in status
+
+
+def test_ages_go_by_simulated_time(simulated: dict[str, Any]) -> None:
+    with bench(simulated) as b:
+        b.start("status")
+        set_time(b, 100)
+        status = b.answer(b.send(nominal_image(10), stamp_ns=100 * SECOND_NS - SECOND_NS // 4))
+        assert status["decision"] == "nominal" and float(status["latency_ms"]) == 250.0
+        status = b.answer(b.send(nominal_image(10), stamp_ns=80 * SECOND_NS))
+        assert "stale: image is 20.000 s old" in status["reason"]
+        status = b.answer(b.send(nominal_image(10)))
+        assert "clock mismatch" in status["reason"]
+
+
+def test_time_that_goes_back_clears_the_tracks(
+    simulated: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with bench({**simulated, "confirm_count": 2, "confirm_s": 30.0, "silence_s": 30.0}) as b:
+        b.start("status")
+        set_time(b, 100)
+        assert b.answer(b.send(odd_image(1), stamp_ns=100 * SECOND_NS))["decision"] == "nominal"
+        set_time(b, 5)
+        assert "the clock changed or went back" in capfd.readouterr().err
+        # Later than the last stamp, so that only the clock can have cleared the tracks.
+        set_time(b, 101)
+        assert b.answer(b.send(odd_image(2), stamp_ns=101 * SECOND_NS))["decision"] == "nominal"
+        assert b.answer(b.send(odd_image(3), stamp_ns=101 * SECOND_NS + 1))["decision"] == "anomaly"
+
+
+def test_silence_is_noticed_while_time_stands_still(simulated: dict[str, Any]) -> None:
+    with bench({**simulated, "silent_after_s": 0.2}) as b:
+        b.start("status")
+        assert "/camera/image_raw" in b.unknown(having="no frames for")["reason"]
