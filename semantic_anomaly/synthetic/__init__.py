@@ -1,4 +1,4 @@
-"""A small street simulator for demonstration, tests and training of the shipped backbone."""
+"""Synthetic street: drives with ground truth for the demo, tests and the shipped backbone."""
 
 from semantic_anomaly.synthetic.drive import (
     KINDS,

@@ -1,4 +1,4 @@
-"""One frame in the making: painter's order over a textured ground, with depth and instance ids."""
+"""Rasteriser of one frame: faces in painter's order over a textured ground, with depth and ids."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from semantic_anomaly.synthetic.textures import (
 )
 from semantic_anomaly.synthetic.world import Thing
 
-# Faces below this size in pixels change no pixel worth drawing.
+# Smaller faces are not drawn.
 SMALLEST_FACE_PX = 0.8
 
 
 class _Shape(NamedTuple):
-    """One face as the camera sees it."""
+    """One projected face: points in camera axes, pixels, fixed-point corners and box."""
 
     seen: np.ndarray
     pixels: np.ndarray
@@ -30,11 +30,11 @@ class _Shape(NamedTuple):
 
 
 class Canvas:
-    """One frame in the making: image, inverse depth and instance ids.
+    """Image, inverse depth and instance ids of one frame while it is drawn.
 
     Args:
-        stage: what all frames share.
-        eye: camera place in world axes, metres.
+        stage: data shared by all frames.
+        eye: position of the camera in world axes, metres.
         yaw: heading in radians.
     """
 
@@ -64,11 +64,11 @@ class Canvas:
         u = distance * (sides * c - s) + float(self._eye[0] + GROUND_HALF_WIDTH_M)
         v = distance * (sides * s + c)
         u *= 1 / GROUND_M_PER_PX
-        # The offset is wrapped in double precision: far along the street float32 would shimmer.
+        # The offset is wrapped in double precision: float32 is too coarse far along the street.
         v += float(self._eye[2] % GROUND_PERIOD_M)
         v -= GROUND_PERIOD_M * np.floor(v * (1 / GROUND_PERIOD_M))
         v *= 1 / GROUND_M_PER_PX
-        # Far rows take coarser levels, or the texture would flicker.
+        # Mipmaps: far rows take coarser levels against aliasing.
         footprint = (distance[:, 0] ** 2 / (camera.fy * self._eye[1])) / GROUND_M_PER_PX
         level = np.clip(np.log2(np.maximum(footprint, 1)) * 0.75, 0, 3).astype(int)
         for number, texture in enumerate(self._stage.ground):
@@ -94,7 +94,7 @@ class Canvas:
         return pixels
 
     def shadows(self, things: list[tuple[Thing, float]]) -> None:
-        """Darken the ground under things at their present z."""
+        """Darken the ground under things, given with their current z."""
         height, width = self._camera.image_hw
         low = int(self._camera.cy)
         cover = np.zeros((height - low, width), np.uint8)
@@ -113,12 +113,12 @@ class Canvas:
         self.image[low:] = cv2.blendLinear(self.image[low:], black, 1 - dark, dark)
 
     def draw(self, thing: Thing, number: int, z: float) -> None:
-        """Draw a thing over what is there.
+        """Draw a thing over the image.
 
         Args:
-            thing: what to draw.
-            number: its instance id; an odd part of it has the next.
-            z: where it stands now along the street.
+            thing: the thing.
+            number: its instance id; its odd part has the next one.
+            z: its current position along the street in metres.
         """
         shift = np.array([thing.x, 0.0, z]) - self._eye
         sheets = self._stage.sheets(number, thing)
@@ -205,7 +205,7 @@ class Canvas:
         inside = np.zeros((y1 - y0, x1 - x0), np.uint8)
         shifted = (corners - (x0 * 16, y0 * 16)).astype(np.int32)
         cv2.fillConvexPoly(inside, shifted, 1, cv2.LINE_8, 4)
-        # On a plane the inverse depth is affine in the pixel.
+        # On a plane the inverse depth is affine in pixel coordinates.
         across = (np.arange(x0, x1) - camera.cx) * (normal[0] / (camera.fx * offset))
         down = (np.arange(y0, y1) - camera.cy) * (-normal[1] / (camera.fy * offset))
         values = (across[None] + (down + normal[2] / offset)[:, None]).astype(np.float32)
@@ -233,11 +233,11 @@ class Canvas:
         cv2.copyTo(drawn, cover, self.image[y0:y1, x0:x1])
 
     def develop(self, noise: np.ndarray, i: int) -> np.ndarray:
-        """Return the image through haze, lens and sensor.
+        """Return the image with haze, lens blur, exposure and sensor noise.
 
         Args:
-            noise: (H + 64, W + 64, 3) int16 grain of the drive.
-            i: frame number, which shifts the grain.
+            noise: (H + 64, W + 64, 3) int16 noise of the drive.
+            i: frame number, shifts the noise.
         """
         day = self._day
         clear = cv2.exp(-day.haze_per_m / np.maximum(self._inverse, 1 / 300.0))
@@ -253,13 +253,13 @@ class Canvas:
         return cv2.add(exposed, grain, dtype=cv2.CV_8U)
 
     def depth(self) -> np.ndarray:
-        """Return (H, W) float32 metres, 0 where there is none."""
+        """Return (H, W) float32 metres, 0 for the sky."""
         safe = np.maximum(self._inverse, 1e-6)
         return np.where(self._inverse > 2e-4, 1.0 / safe, 0.0).astype(np.float32)
 
 
 def _normal(points: np.ndarray) -> np.ndarray:
-    # np.cross spends most of its time on finding out the shapes.
+    # np.cross is slow for single vectors.
     a, b, c = points[:3].tolist()
     x, y, z = (q - p for p, q in zip(a, b, strict=True))
     u, v, w = (q - p for p, q in zip(b, c, strict=True))

@@ -1,4 +1,4 @@
-"""A drive along a street: the camera moves, every frame is drawn from its own index alone."""
+"""Drives along a street; every frame depends only on the seed and its number."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from semantic_anomaly.synthetic.world import VIEW_M, Thing, clear_for, make_oddi
 ODD_OBJECTS = tuple(oddities.ODD_OBJECTS)
 ODD_ARRANGEMENTS = tuple(oddities.ODD_ARRANGEMENTS)
 KINDS = ODD_OBJECTS + ODD_ARRANGEMENTS
-# An anomaly is met between these distances; before and after it nothing of it is seen.
+# An anomaly is drawn only while its distance is in this range.
 MEET_FAR_M, MEET_NEAR_M = 40.0, 6.0
+LEAD_M = 4.0
 MIN_ANOMALY_PX_AT_360 = 25
 
 
 def family(kind: str) -> str:
-    """Return 'odd object' or 'odd arrangement'.
+    """Return the family of a kind of anomaly: 'odd object' or 'odd arrangement'.
 
     Raises:
-        ValueError: no such kind.
+        ValueError: an unknown kind.
     """
     if kind in ODD_OBJECTS:
         return "odd object"
@@ -41,12 +42,12 @@ class StreetFrame:
 
     Attributes:
         image: (H, W, 3) uint8 RGB.
-        depth_m: (H, W) float32 along the optical axis; 0 where there is none (sky).
+        depth_m: (H, W) float32, metres along the optical axis; 0 for the sky.
         instances: (H, W) int32 instance ids, 0 for ground and sky.
         classes: class name by instance id.
         anomaly_mask: (H, W) bool, visible pixels of the anomaly.
-        kind: kind of the anomaly that is visible, None in a nominal frame.
-        stamp_ns: nanoseconds since the start stamp.
+        kind: kind of the visible anomaly, None in a nominal frame.
+        stamp_ns: stamp in nanoseconds.
         name: drive and frame number.
     """
 
@@ -70,15 +71,15 @@ class StreetDrive:
     """A drive along the street of a seed; frames are rendered on demand, in any order.
 
     Args:
-        seed: of street, day, traffic, speed and anomalies.
-        frames: length of the drive.
-        anomalies: kinds met one after another, evenly spaced, nominal stretches between them.
+        seed: of street, day, traffic, speed and anomalies; >= 0.
+        frames: number of frames.
+        anomalies: kinds of anomaly, passed one after another with nominal sections between them.
         image_hw: (height, width) in pixels.
-        rate_hz: frames a second.
+        rate_hz: frames per second.
         start_ns: stamp of the first frame.
 
     Raises:
-        ValueError: an unknown kind, or too few frames for the anomalies.
+        ValueError: a value out of range, an unknown kind, or too few frames for the anomalies.
     """
 
     def __init__(
@@ -110,42 +111,42 @@ class StreetDrive:
         self.camera = CameraModel(focal, focal, width / 2, horizon, image_hw, camera_height)
         self._sway = rng.uniform(0, 2 * np.pi, 4)
         self._step_m = self._speed / rate_hz
-        self._places = self._meeting_places()
+        self._anomaly_zs = self._place_anomalies()
 
     @cached_property
     def _scene(self) -> _Scene:
-        # Made when first needed: a fleet of drives is checked before a long run without memory.
+        # Built on first use: many drives can be constructed and validated with little memory.
         world = make_world(self.seed, self._frames * self._step_m)
         kept = np.ones(len(world.things), bool)
-        met = [
-            make_oddity(kind, self.seed, z)
-            for kind, z in zip(self.anomalies, self._places, strict=True)
-        ]
-        for oddity, place in zip(met, self._places, strict=True):
-            metres = np.arange(place - MEET_FAR_M, place - MEET_NEAR_M, 0.5)
-            kept &= clear_for(world.things, oddity, metres / self._speed)
-        # Ids of the nominal world do not depend on the anomalies; an odd part has the next id.
+        anomalies = []
+        for kind, z in zip(self.anomalies, self._anomaly_zs, strict=True):
+            anomalies.append(make_oddity(kind, self.seed, z))
+            camera_zs = np.arange(z - MEET_FAR_M, z - MEET_NEAR_M, 0.5)
+            kept &= clear_for(world.things, anomalies[-1], camera_zs / self._speed)
+        # Ids of nominal things do not depend on the anomalies; the odd part has the id after its
+        # thing.
         numbered = [(n, thing) for n, thing in enumerate(world.things, start=1) if kept[n - 1]]
         first = len(world.things) + 1
-        numbered += [(first + 2 * j, thing) for j, thing in enumerate(met)]
+        numbered += [(first + 2 * j, thing) for j, thing in enumerate(anomalies)]
         noise = _noise_tile(self.seed, self.camera.image_hw, world.day.noise)
         return _Scene(numbered, Stage(self.camera, world.day, world.ground), noise)
 
-    def _meeting_places(self) -> list[float]:
+    def _place_anomalies(self) -> list[float]:
+        """Return the position of each anomaly along the street in metres."""
         count = len(self.anomalies)
         if not count:
             return []
-        stretch = self._frames * self._step_m / count
-        # Each stretch holds a nominal lead-in, the approach and a nominal rest.
-        needed = MEET_FAR_M - MEET_NEAR_M + 2 * 4.0
-        if stretch < needed:
+        section = self._frames * self._step_m / count
+        # Each section has a nominal lead, the approach and a nominal rest.
+        needed = MEET_FAR_M - MEET_NEAR_M + 2 * LEAD_M
+        if section < needed:
             frames = int(np.ceil(count * needed / self._step_m))
             raise ValueError(
                 f"{count} anomalies at {self._speed:.1f} m/s need at least {frames} frames, "
                 f"found {self._frames}"
             )
-        free = (stretch - needed) / 2
-        return [i * stretch + free + 4.0 + MEET_FAR_M for i in range(count)]
+        free = (section - needed) / 2
+        return [i * section + free + LEAD_M + MEET_FAR_M for i in range(count)]
 
     def __len__(self) -> int:
         """Return the number of frames."""
@@ -156,7 +157,7 @@ class StreetDrive:
         return (self.frame(i) for i in range(self._frames))
 
     def frame(self, i: int) -> StreetFrame:
-        """Render frame i, whatever was rendered before.
+        """Render frame i.
 
         Raises:
             IndexError: no such frame.
@@ -178,7 +179,7 @@ class StreetDrive:
             if near - 0.01 <= z + thing.odd_z <= far:
                 order = (thing.cls == "house", float(np.hypot(thing.x - camera_x, z)))
                 visible.append((order, number, thing, z + camera_z))
-        # Houses line the street, so nothing stands behind them but other houses.
+        # Painter's order; behind houses there are only other houses.
         visible.sort(key=lambda item: item[0], reverse=True)
         canvas.shadows([(thing, z) for _, _, thing, z in visible])
         classes = {}
@@ -189,11 +190,11 @@ class StreetDrive:
             canvas.draw(thing, number, z)
         image = canvas.develop(scene.noise, i)
         height, width = self.camera.image_hw
-        enough = MIN_ANOMALY_PX_AT_360 * height * width / (360 * 640)
+        min_px = MIN_ANOMALY_PX_AT_360 * height * width / (360 * 640)
         kind, mask = None, np.zeros((height, width), bool)
         for number, thing in [(n, thing) for _, n, thing, _ in visible if thing.kind]:
             odd = canvas.ids == number + bool(thing.odd_part)
-            if np.count_nonzero(odd) >= enough:
+            if np.count_nonzero(odd) >= min_px:
                 kind, mask = thing.kind, odd
         drawn = set(np.flatnonzero(np.bincount(canvas.ids.ravel())).tolist())
         return StreetFrame(

@@ -1,4 +1,4 @@
-"""Drives written to disk: folders of images with ground truth, and rosbag2 bags."""
+"""Write drives to disk: folders of images with ground truth, and rosbag2 bags."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ def write_folder(
 ) -> int:
     """Write drives as images with ground truth and return the number of images.
 
-    The folder holds `images/<frame>.png`; `masks/<frame>.png` (0 normal, 1 anomaly) of the frames
-    with an anomaly; `labels.json` with anomaly, kind, family, stamp_s and drive by image file;
-    `camera.json` with the intrinsics by drive; and if asked for, `instances/` (16-bit ids, classes
-    by drive and id in `classes.json`) and `depth/` (16-bit, centimetres, 0 for none). It appears
-    as a whole or not at all.
+    The folder has `images/<frame>.png`; `masks/<frame>.png` (0 nominal, 1 anomaly) of frames with
+    an anomaly; `labels.json` with anomaly, kind, family, stamp_s and drive by image file;
+    `camera.json` with the intrinsics by drive; optionally `instances/` (16-bit ids, and classes by
+    drive and id in `classes.json`) and `depth/` (16-bit centimetres, 0 for the sky). It is written
+    atomically.
 
     Args:
         drives: drives of different seeds.
-        out: a folder that is new or empty.
+        out: a new or empty folder.
         instances: whether to write instance ids.
         depth: whether to write depth.
         progress: whether to show progress on a terminal.
-        stride: write every so many frames.
-        total: number of images to expect, for the progress.
+        stride: write every n-th frame.
+        total: expected number of images, for the progress.
 
     Raises:
-        InputError: `out` holds something, no drives or two of one seed, or a stride below 1.
-        ArtefactError: something cannot be written.
+        InputError: `out` is not empty, no drives or two of one seed, or a stride below 1.
+        ArtefactError: the folder cannot be written.
     """
     if stride < 1:
         raise InputError(f"expected a stride of at least 1, found {stride}")
@@ -104,24 +104,24 @@ def write_bag(
 ) -> int:
     """Write a drive as a rosbag2 bag and return the number of images.
 
-    It holds Image (rgb8) on `image_topic`, or CompressedImage (jpeg) on `<image_topic>/compressed`;
-    beside it CameraInfo on `camera_info` and, if asked for, Image (32FC1 in metres, NaN for none)
-    on `depth/image_raw`. It appears as a whole or not at all.
+    It has Image (rgb8) on `image_topic`, or CompressedImage (jpeg) on `<image_topic>/compressed`;
+    in the same namespace CameraInfo on `camera_info` and optionally Image (32FC1 in metres, NaN for
+    the sky) on `depth/image_raw`. It is written atomically.
 
     Args:
-        drive: the drive; its stamps become those of the headers and of the recording.
-        out: a folder that is new or empty.
+        drive: the drive; its stamps are those of the headers and of the recording.
+        out: a new or empty folder.
         storage: mcap or sqlite3.
         compressed: whether to write jpeg.
         depth: whether to write depth.
-        image_topic: full name, such as /camera/image_raw.
+        image_topic: absolute name, such as /camera/image_raw.
         frame_id: of all headers.
         progress: whether to show progress on a terminal.
 
     Raises:
-        InputError: `out` holds something, another storage, a topic that is not a full name, or
+        InputError: `out` is not empty, an unknown storage, a topic that is not absolute, or
             rosbags is not installed.
-        ArtefactError: something cannot be written.
+        ArtefactError: the bag cannot be written.
     """
     try:
         from rosbags.rosbag2 import StoragePlugin, Writer
@@ -136,10 +136,10 @@ def write_bag(
     store = get_typestore(Stores.ROS2_HUMBLE)
     topics = _Messages(store, drive, image_topic, frame_id).topics(compressed, depth)
     with _new_folder(out) as folder:
-        # The writer makes its own folder and names the files in it by the folder's name.
-        made = folder / out.name
-        # Metadata of version 9 cannot be parsed by distributions before Jazzy.
-        with Writer(made, version=8, storage_plugin=plugins[storage]) as writer:
+        # The writer creates its folder and names the files in it after the folder.
+        bag = folder / out.name
+        # ROS 2 distributions before Jazzy cannot parse metadata of version 9.
+        with Writer(bag, version=8, storage_plugin=plugins[storage]) as writer:
             connections = {
                 topic: writer.add_connection(topic, kind, typestore=store)
                 for topic, (kind, _) in topics.items()
@@ -148,14 +148,14 @@ def write_bag(
                 for topic, (kind, make) in topics.items():
                     content = store.serialize_cdr(make(frame), kind)
                     writer.write(connections[topic], frame.stamp_ns, content)
-        for file in made.iterdir():
+        for file in bag.iterdir():
             file.rename(folder / file.name)
-        made.rmdir()
+        bag.rmdir()
     return len(drive)
 
 
 class _Messages:
-    """ROS messages of a drive's frames."""
+    """ROS messages of the frames of a drive."""
 
     def __init__(self, store: Any, drive: StreetDrive, image_topic: str, frame_id: str) -> None:
         self._types, self._camera = store.types, drive.camera
@@ -164,18 +164,18 @@ class _Messages:
     def topics(
         self, compressed: bool, depth: bool
     ) -> dict[str, tuple[str, Callable[[StreetFrame], Any]]]:
-        """Return type and maker of the message by topic."""
-        beside = self._topic.rsplit("/", 1)[0]
-        found: dict[str, tuple[str, Callable[[StreetFrame], Any]]] = {
-            f"{beside}/camera_info": ("sensor_msgs/msg/CameraInfo", self._info)
+        """Return the type of message and the function that makes it, by topic."""
+        namespace = self._topic.rsplit("/", 1)[0]
+        topics: dict[str, tuple[str, Callable[[StreetFrame], Any]]] = {
+            f"{namespace}/camera_info": ("sensor_msgs/msg/CameraInfo", self._info)
         }
         if compressed:
-            found[f"{self._topic}/compressed"] = ("sensor_msgs/msg/CompressedImage", self._jpeg)
+            topics[f"{self._topic}/compressed"] = ("sensor_msgs/msg/CompressedImage", self._jpeg)
         else:
-            found[self._topic] = ("sensor_msgs/msg/Image", self._image)
+            topics[self._topic] = ("sensor_msgs/msg/Image", self._image)
         if depth:
-            found[f"{beside}/depth/image_raw"] = ("sensor_msgs/msg/Image", self._depth)
-        return found
+            topics[f"{namespace}/depth/image_raw"] = ("sensor_msgs/msg/Image", self._depth)
+        return topics
 
     def _header(self, frame: StreetFrame) -> Any:
         time = self._types["builtin_interfaces/msg/Time"](*divmod(frame.stamp_ns, _NS))
@@ -192,7 +192,7 @@ class _Messages:
         return self._raw(frame, "rgb8", frame.image)
 
     def _depth(self, frame: StreetFrame) -> Any:
-        # REP 118: what has no depth is NaN.
+        # REP 118: NaN without depth.
         metres = np.where(frame.depth_m > 0, frame.depth_m, np.nan).astype("<f4")
         return self._raw(frame, "32FC1", metres)
 
@@ -223,7 +223,7 @@ class _Messages:
 
 def _new_folder(out: Path) -> Any:
     if out.is_dir() and any(out.iterdir()):
-        raise InputError(f"folder '{out}': expected a new or empty one, found something in it")
+        raise InputError(f"folder '{out}': expected a new or empty folder, found files in it")
     return atomic_folder(out, replace=True)
 
 

@@ -1,6 +1,6 @@
-"""Objects of the street as convex solids and flat layers of coloured planar faces, in metres.
+"""Meshes of coloured planar faces, in metres: convex solids and flat layers.
 
-World and object axes: x right, y up, z forward (along the street).
+Axes: x right, y up, z forward (along the street).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class Face:
     Attributes:
         points: (n, 3) float64 corners in metres.
         colour: RGB in 0..255.
-        texture: (h, w, 3) uint8 stretched over a quad's corners (top left, top right, bottom
-            right, bottom left), or None.
-        part: name of the part for ground truth; empty for the object itself.
+        texture: (h, w, 3) uint8 over the corners of a quad (top left, top right, bottom right,
+            bottom left), or None.
+        part: name of the part in the ground truth; empty for the object itself.
     """
 
     points: np.ndarray
@@ -33,11 +33,11 @@ class Face:
 
 @dataclass(frozen=True, eq=False)
 class Mesh:
-    """Faces drawn in the order given.
+    """Faces in drawing order.
 
     Attributes:
-        faces: a convex solid's faces followed by what is painted on them, or flat layers.
-        solid: faces turned away from the camera are not drawn; they point away from the centre.
+        faces: the hull of a convex solid and what is painted on it, or flat layers.
+        solid: whether faces turned away from the camera are skipped.
     """
 
     faces: tuple[Face, ...]
@@ -51,11 +51,10 @@ class Mesh:
         *,
         yaw: float = 0.0,
         roll: float = 0.0,
-        pitch: float = 0.0,
         scale: float = 1.0,
     ) -> Mesh:
-        """Return the mesh scaled, rolled (about z), pitched (about x), yawed (about y), shifted."""
-        turn = (_yaw(yaw) @ _pitch(pitch) @ _roll(roll) * scale).T
+        """Return the mesh scaled, rolled (about z), yawed (about y) and then shifted."""
+        turn = (_yaw(yaw) @ _roll(roll) * scale).T
         shift = np.array([x, y, z])
         return Mesh(
             tuple(replace(face, points=face.points @ turn + shift) for face in self.faces),
@@ -63,15 +62,15 @@ class Mesh:
         )
 
     def named(self, part: str) -> Mesh:
-        """Return the mesh with every face belonging to a named part."""
+        """Return the mesh with all faces in a named part."""
         return Mesh(tuple(replace(face, part=part) for face in self.faces), self.solid)
 
 
 def solid(*meshes: Mesh) -> Mesh:
-    """Return one convex solid of the faces given, all turned outwards.
+    """Return a convex solid with all faces turned outwards.
 
     Args:
-        *meshes: the hull first, then what is painted on it.
+        *meshes: the hull, then what is painted on it.
     """
     faces = [face for mesh in meshes for face in mesh.faces]
     centre = np.concatenate([face.points for face in meshes[0].faces]).mean(axis=0)
@@ -79,7 +78,7 @@ def solid(*meshes: Mesh) -> Mesh:
     for face in faces:
         normal = np.cross(face.points[1] - face.points[0], face.points[2] - face.points[0])
         inwards = normal @ (face.points.mean(axis=0) - centre) < 0
-        # A texture's corners have an order of their own, so its quad is mirrored instead.
+        # The corners of a texture have a fixed order, so its quad is mirrored.
         if inwards and face.texture is not None:
             face = replace(face, points=face.points[[1, 0, 3, 2]])
         elif inwards:
@@ -89,7 +88,7 @@ def solid(*meshes: Mesh) -> Mesh:
 
 
 def layers(*meshes: Mesh) -> Mesh:
-    """Return flat layers drawn in the order given, seen from both sides."""
+    """Return flat layers, visible from both sides, in drawing order."""
     return Mesh(tuple(face for mesh in meshes for face in mesh.faces))
 
 
@@ -98,18 +97,13 @@ def _yaw(angle: float) -> np.ndarray:
     return np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]])
 
 
-def _pitch(angle: float) -> np.ndarray:
-    c, s = np.cos(angle), np.sin(angle)
-    return np.array([[1, 0, 0], [0, c, -s], [0, s, c]])
-
-
 def _roll(angle: float) -> np.ndarray:
     c, s = np.cos(angle), np.sin(angle)
     return np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
 
 
 def shade(colour: Colour, factor: float) -> Colour:
-    """Return the colour times a factor, within 0..255."""
+    """Return the colour times a factor, clipped to 0..255."""
     r, g, b = (float(min(255.0, max(0.0, channel * factor))) for channel in colour)
     return r, g, b
 
@@ -141,7 +135,7 @@ def disc(
     z: float = 0.0,
     squash: float = 1.0,
 ) -> Mesh:
-    """Return an upright ellipse as a polygon of n corners, half a step turned."""
+    """Return an upright ellipse as a polygon of n corners."""
     angles = (np.arange(n) + 0.5) * 2 * np.pi / n
     xs, ys = x + radius * np.cos(angles), y + radius * squash * np.sin(angles)
     return flat(np.stack([xs, ys], 1).tolist(), colour, z)
@@ -154,7 +148,7 @@ def box(
     at: tuple[float, float, float] = (0.0, 0.0, 0.0),
     textures: dict[str, np.ndarray] | None = None,
 ) -> Mesh:
-    """Return the hull of a box, lit from above and the left; make it `solid` to draw it.
+    """Return the hull of a box, lit from above and the left.
 
     Args:
         size: width (x), height (y), length (z).

@@ -1,4 +1,4 @@
-"""The anomalies: odd objects, and odd arrangements of the very parts that are familiar."""
+"""Anomalies: odd objects, and odd arrangements of nominal parts."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def stop_sign_on_billboard(rng: np.random.Generator) -> list[Mesh]:
     *posts, board = billboard(advert(rng))
     x, y = float(rng.uniform(-0.9, 0.9)), float(rng.uniform(2.95, 3.25))
     sign = stop_sign_face(float(rng.uniform(0.55, 0.8))).moved(x=x, y=y, z=-0.1)
-    # One solid, so that the sign is always drawn after the board it is printed on.
+    # One solid: the sign is drawn after the board.
     return [*posts, solid(board, sign.named(ANOMALY))]
 
 
@@ -166,14 +166,14 @@ def traffic_light_on_road(rng: np.random.Generator) -> list[Mesh]:
 
 @dataclass(frozen=True)
 class Oddity:
-    """How an anomaly of one kind is made and where it stands.
+    """Recipe of a kind of anomaly.
 
     Attributes:
-        make: returns its meshes.
-        lateral: range of its place across the street in metres.
-        footprint: half width and half length of its shadow.
-        whole: class of the thing where that is familiar by itself, else empty.
-        odd_part: class of the odd part where only a part is odd, else empty.
+        make: returns the meshes.
+        lateral: range of x in metres.
+        footprint: half width and half length of the shadow.
+        whole: class of the thing if it is a nominal one, else empty.
+        odd_part: class of the odd part if only a part is odd, else empty.
     """
 
     make: Callable[[np.random.Generator], list[Mesh]]

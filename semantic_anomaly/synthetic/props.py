@@ -1,7 +1,7 @@
-"""The things of the street, each drawn by one routine wherever it stands.
+"""Nominal things of the street, except vehicles.
 
-Every function returns meshes around the origin, standing on y = 0 and facing the camera (-z),
-so that an odd arrangement is made of exactly the parts that are familiar elsewhere.
+Every function returns meshes around the origin, standing on y = 0 and facing the camera (-z). Odd
+arrangements are made of the same parts.
 """
 
 from __future__ import annotations
@@ -96,16 +96,16 @@ def pole(height: float, radius: float = 0.06, colour: Colour = STEEL) -> Mesh:
 
 
 def traffic_light_head(lit: int) -> Mesh:
-    """Return the head of a traffic light, 1 m high, its lamps towards the camera.
+    """Return the head of a traffic light, 1 m high, facing the camera.
 
     Args:
-        lit: the lamp that is on: 0 red, 1 amber, 2 green.
+        lit: lamp that is on: 0 red, 1 amber, 2 green.
     """
     colours = ((225, 40, 30), (240, 170, 40), (60, 210, 110))
     lamps = []
-    for place, colour in enumerate(colours):
-        y = 0.83 - 0.31 * place
-        on = place == lit
+    for number, colour in enumerate(colours):
+        y = 0.83 - 0.31 * number
+        on = number == lit
         lamps.append(disc(0, y, 0.14, (18, 18, 18), z=-0.13))
         lamps.append(disc(0, y, 0.12, colour if on else shade(colour, 0.28), z=-0.14))
         if on:
@@ -145,10 +145,10 @@ def stop_sign(_: np.random.Generator) -> list[Mesh]:
 
 
 def billboard(advert: np.ndarray) -> list[Mesh]:
-    """Return a billboard of 4 x 2.2 m on two posts, its advert towards the camera.
+    """Return a billboard of 4 x 2.2 m on two posts, facing the camera.
 
     Args:
-        advert: (h, w, 3) uint8 picture.
+        advert: (h, w, 3) uint8 RGB.
     """
     board = box((4.2, 2.4, 0.16), (92, 92, 90), at=(0, 1.9, 0))
     corners = [(-2.0, 4.2, -0.09), (2.0, 4.2, -0.09), (2.0, 2.0, -0.09), (-2.0, 2.0, -0.09)]

@@ -1,4 +1,4 @@
-"""What all frames of a drive share: the camera, the lit ground and the lit faces of things."""
+"""Data shared by all frames of a drive: camera, lit ground, and lit faces of the things."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class CameraModel:
     """A pinhole camera; optical frame: x right, y down, z forward.
 
     Attributes:
-        fx, fy, cx, cy: pixels.
+        fx, fy, cx, cy: in pixels.
         image_hw: (height, width) in pixels.
         height_m: above the ground.
     """
@@ -33,7 +33,7 @@ class CameraModel:
 
 
 class Sheet:
-    """The faces of one mesh as arrays, lit by the day, ready to be drawn many times."""
+    """The lit faces of one mesh as arrays."""
 
     def __init__(self, mesh: Mesh, light: np.ndarray, own_id: bool) -> None:
         faces, solid = mesh.faces, mesh.solid
@@ -63,7 +63,7 @@ class Sheet:
 
 
 class Stage:
-    """What all frames of a drive share: the lit ground and the lit faces of every thing."""
+    """The lit ground and the lit faces of every thing of a drive."""
 
     def __init__(self, camera: CameraModel, day: Day, ground: np.ndarray) -> None:
         self.camera, self.day = camera, day
@@ -75,7 +75,7 @@ class Stage:
         self._sheets: dict[int, list[Sheet]] = {}
 
     def sheets(self, number: int, thing: Thing) -> list[Sheet]:
-        """Return the drawable meshes of a thing, made when it is first seen."""
+        """Return the lit meshes of a thing; cached by its instance id."""
         if number not in self._sheets:
             own_id = bool(thing.odd_part)
             self._sheets[number] = [Sheet(m, self._light, own_id) for m in thing.meshes]
@@ -83,7 +83,7 @@ class Stage:
 
 
 def clip_near(points: np.ndarray) -> np.ndarray:
-    """Return a polygon of (n, 3) camera points cut at the near plane; none or (m, 3) points."""
+    """Return an (n, 3) polygon in camera axes, clipped at the near plane: (m, 3), or empty."""
     kept = []
     for i in range(len(points)):
         a, b = points[i], points[(i + 1) % len(points)]
@@ -95,7 +95,10 @@ def clip_near(points: np.ndarray) -> np.ndarray:
 
 
 def cut_texture(seen: np.ndarray, texture: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Return a wall beside the camera and its texture, cut where it passes the near plane."""
+    """Return a (4, 3) textured quad and its texture, both clipped at the near plane.
+
+    Only quads with one vertical side behind the plane are drawn; others become empty.
+    """
     depth = seen[:, 2]
     left, right = (0, 3), (1, 2)
     behind = [side for side in (left, right) if depth[list(side)].min() <= NEAR_M]

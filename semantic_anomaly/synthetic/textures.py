@@ -1,4 +1,4 @@
-"""Pictures that are stretched over faces: facades, adverts, and the ground from above."""
+"""Textures: facades, adverts, and the ground from above."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _noise(rng: np.random.Generator, shape: tuple[int, int], grain: int) -> np.n
 
 
 def facade(rng: np.random.Generator, width_m: float, height_m: float) -> np.ndarray:
-    """Return a facade with windows and a door, (h, w, 3) uint8 at 12 px a metre."""
+    """Return a facade with windows and a door, (h, w, 3) uint8 at 12 px per metre."""
     scale = 12
     h, w = int(height_m * scale), int(width_m * scale)
     wall = np.array(shade(_WALLS[int(rng.integers(len(_WALLS)))], float(rng.uniform(0.8, 1.1))))
@@ -64,7 +64,7 @@ def facade(rng: np.random.Generator, width_m: float, height_m: float) -> np.ndar
 
 
 def advert(rng: np.random.Generator) -> np.ndarray:
-    """Return a harmless advert, (110, 200, 3) uint8: colour fields, shapes, lines of text."""
+    """Return an advert of colour gradient, shapes and text, (110, 200, 3) uint8."""
     h, w = 110, 200
     base, ink = rng.uniform(40, 235, 3), rng.uniform(20, 250, 3)
     ramp = np.linspace(0.75, 1.2, w, dtype=np.float32)[None, :, None]
@@ -86,16 +86,16 @@ def advert(rng: np.random.Generator) -> np.ndarray:
     words = ("SALE", "FRESH", "DRIVE", "COLA", "RADIO 7", "TOURS", "HOTEL", "PIZZA", "BANK", "TEA")
     for line in range(int(rng.integers(1, 4))):
         word = words[int(rng.integers(len(words)))]
-        place = (int(rng.integers(5, 80)), 28 + 32 * line)
+        corner = (int(rng.integers(5, 80)), 28 + 32 * line)
         cv2.putText(
-            image, word, place, cv2.FONT_HERSHEY_DUPLEX, float(rng.uniform(0.7, 1.3)),
+            image, word, corner, cv2.FONT_HERSHEY_DUPLEX, float(rng.uniform(0.7, 1.3)),
             tuple(float(c) for c in ink), 2, cv2.LINE_AA,
         )  # fmt: skip
     return image
 
 
 def ground(rng: np.random.Generator) -> np.ndarray:
-    """Return the ground from above, one period along the street, (rows z, columns x, 3) uint8."""
+    """Return one period of the ground from above, (z, x, 3) uint8."""
     h, w = int(GROUND_PERIOD_M / GROUND_M_PER_PX), int(2 * GROUND_HALF_WIDTH_M / GROUND_M_PER_PX)
     x = (np.arange(w) + 0.5) * GROUND_M_PER_PX - GROUND_HALF_WIDTH_M
     z = (np.arange(h) + 0.5) * GROUND_M_PER_PX
@@ -121,7 +121,7 @@ def ground(rng: np.random.Generator) -> np.ndarray:
         axes = (int(rng.integers(6, 30)), int(rng.integers(6, 40)))
         tone = tuple(float(c) for c in asphalt * rng.uniform(0.72, 0.92))
         angle = float(rng.uniform(0, 180))
-        # The street repeats the picture, so what leaves it at one end enters at the other.
+        # The texture is periodic along the street.
         for shift in (-h, 0, h):
             middle = (centre[0], centre[1] + shift)
             cv2.ellipse(image, middle, axes, angle, 0, 360, tone, -1)

@@ -1,4 +1,4 @@
-"""Cars and trucks, standing on y = 0 with their rear towards the camera (-z)."""
+"""Cars and trucks, standing on y = 0 with the rear towards the camera (-z)."""
 
 from __future__ import annotations
 

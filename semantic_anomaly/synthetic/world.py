@@ -1,4 +1,4 @@
-"""A street laid out from a seed: what stands where, what moves, and how the day looks."""
+"""The world of a seed: things along the street, traffic, and the look of the day."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from semantic_anomaly.synthetic.oddities import ANOMALY, ODDITIES
 from semantic_anomaly.synthetic.textures import advert, facade, ground
 
 VIEW_M = 95.0
-# Nothing stands between the lane and an anomaly beside it for so long before it.
+# Length before an anomaly beside the lane in which nothing hides it.
 CLEAR_BEFORE_M = 20.0
 
 
@@ -23,13 +23,13 @@ class Thing:
 
     Attributes:
         cls: class name.
-        meshes: around the object's own origin, already turned.
-        x, z: place of the origin in metres, at time 0 where it moves.
-        speed_z: metres a second along the street.
+        meshes: in axes of the object, already turned.
+        x, z: position of the origin in metres, at time 0.
+        speed_z: metres per second along the street.
         footprint: half width and half length of the shadow.
         kind: kind of anomaly, empty for nominal things.
-        odd_part: class name of the odd part where only a part is odd, else empty.
-        odd_z: where the odd part is along the street, seen from the origin.
+        odd_part: class name of the odd part if only a part is odd, else empty.
+        odd_z: position of the odd part along the street, relative to the origin.
     """
 
     cls: str
@@ -45,16 +45,16 @@ class Thing:
 
 @dataclass(frozen=True)
 class Day:
-    """How a drive looks: light, haze and sensor, constant over the drive.
+    """Light, haze and sensor of a drive.
 
     Attributes:
         light: RGB factors on every colour.
         sky_top, sky_low: RGB of the sky.
-        haze_per_m: extinction.
-        gain: exposure.
+        haze_per_m: extinction coefficient.
+        gain: exposure factor.
         noise: standard deviation of the sensor noise in grey levels.
         blur: standard deviation of the lens blur in pixels.
-        shadow: factor of light left in shadows.
+        shadow: light factor in shadows.
     """
 
     light: tuple[float, float, float]
@@ -69,7 +69,7 @@ class Day:
 
 @dataclass(frozen=True, eq=False)
 class World:
-    """Everything that a drive passes."""
+    """The nominal things of a street, its ground texture and its day."""
 
     things: tuple[Thing, ...]
     ground: np.ndarray
@@ -77,7 +77,7 @@ class World:
 
 
 def make_day(rng: np.random.Generator) -> Day:
-    """Return the light of a day between morning, noon, overcast and dusk."""
+    """Return a random day: warm or cool, bright or dim, clear or hazy."""
     warm = float(rng.uniform(-0.1, 0.12))
     level = float(rng.uniform(0.72, 1.08))
     blue = rng.uniform(0.0, 1.0)
@@ -95,13 +95,12 @@ def make_day(rng: np.random.Generator) -> Day:
     )
 
 
-def make_world(seed: int, length_m: float, oncoming: bool = True) -> World:
-    """Return the nominal world of a seed along 0..length_m.
+def make_world(seed: int, length_m: float) -> World:
+    """Return the nominal world of a seed.
 
     Args:
-        seed: the world's seed.
-        length_m: metres driven.
-        oncoming: whether other vehicles move.
+        seed: of layout, looks and traffic.
+        length_m: length of the drive in metres.
     """
     root = np.random.SeedSequence(seed)
     layout, looks, traffic = (np.random.default_rng(s) for s in root.spawn(3))
@@ -110,8 +109,7 @@ def make_world(seed: int, length_m: float, oncoming: bool = True) -> World:
     for side in (-1, 1):
         _line_with_houses(things, layout, side, end)
         _line_with_furniture(things, layout, side, end)
-    if oncoming:
-        _add_traffic(things, traffic, end)
+    _add_traffic(things, traffic, end)
     return World(tuple(things), ground(looks), make_day(looks))
 
 
@@ -155,14 +153,14 @@ def _line_with_houses(things: list[Thing], rng: np.random.Generator, side: int, 
         gap = float(rng.choice([1.5, 3.0, 9.0]))
         if gap > 5 and rng.random() < 0.7:
             parked = _turned(vehicles.car(rng), side * np.pi / 2)
-            place = side * (edge + float(rng.uniform(1.0, 2.5)))
-            things.append(Thing("car", parked, place, z + length / 2 + 4.5, 0.0, (2.1, 0.9)))
+            driveway_x = side * (edge + float(rng.uniform(1.0, 2.5)))
+            things.append(Thing("car", parked, driveway_x, z + length / 2 + 4.5, 0.0, (2.1, 0.9)))
         z += length / 2 + gap
 
 
 _Maker = Callable[[np.random.Generator], list[Mesh]]
 _Range = tuple[float, float]
-# class, maker, metres between two of a kind, lateral place on the right and the left, footprint
+# class, maker, metres between two, lateral range on the right and on the left, footprint
 _FURNITURE: tuple[tuple[str, _Maker, float, _Range, _Range, _Range], ...] = (
     ("tree", props.tree, 11.0, (7.6, 9.6), (-12.8, -11.0), (1.2, 1.2)),
     ("hedge", props.hedge, 19.0, (8.0, 9.4), (-12.6, -11.4), (0.5, 1.5)),
@@ -219,12 +217,12 @@ def _add_traffic(things: list[Thing], rng: np.random.Generator, end: float) -> N
 
 
 def make_oddity(kind: str, seed: int, z: float) -> Thing:
-    """Return the anomaly of a kind, what is odd of it standing at z metres along the street.
+    """Return an anomaly with its odd part at z metres along the street.
 
     Args:
-        kind: one of the kinds of anomaly.
-        seed: of its looks and lateral place.
-        z: place along the street.
+        kind: kind of anomaly.
+        seed: of its look and lateral position.
+        z: position along the street in metres.
     """
     rng = np.random.default_rng(np.random.SeedSequence([seed, sum(kind.encode()), 77]))
     oddity = ODDITIES[kind]
@@ -239,21 +237,21 @@ def make_oddity(kind: str, seed: int, z: float) -> Thing:
 
 
 def clear_for(things: Sequence[Thing], oddity: Thing, times: np.ndarray) -> list[bool]:
-    """Tell which things do not stand where the anomaly stands nor hide it.
+    """Return for each thing whether it neither overlaps nor hides the anomaly.
 
     Args:
-        things: the nominal world.
+        things: the nominal things.
         oddity: the anomaly.
-        times: (n,) seconds at which the anomaly is seen.
+        times: (n,) seconds at which the anomaly is visible.
     """
     kept = []
     for thing in things:
         beside = abs(thing.x - oddity.x) < thing.footprint[0] + oddity.footprint[0] + 0.4
         reach = thing.footprint[1] + oddity.footprint[1]
         ahead = thing.z + thing.speed_z * times - oddity.z
-        there = beside and bool(np.any((-reach - 5.0 < ahead) & (ahead < reach + 0.5)))
-        # What stands nearer to the lane hides what is behind it from a passing camera.
+        overlaps = beside and bool(np.any((-reach - 5.0 < ahead) & (ahead < reach + 0.5)))
+        # A thing between the lane and the anomaly hides it from the camera.
         between = 2.0 < thing.x < oddity.x + 0.8
         hides = between and bool(np.any((ahead > -CLEAR_BEFORE_M) & (ahead < reach)))
-        kept.append(thing.cls == "house" or not (there or hides))
+        kept.append(thing.cls == "house" or not (overlaps or hides))
     return kept

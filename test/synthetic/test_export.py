@@ -1,8 +1,7 @@
-"""Drives on disk: folders and bags as others read them, whole or not at all."""
+"""Drives on disk: content of folders and bags, and refusal of bad input."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -12,23 +11,16 @@ import numpy as np
 import pytest
 from rosbags.highlevel import AnyReader
 
-from semantic_anomaly.cli import synth
 from semantic_anomaly.errors import InputError
 from semantic_anomaly.evaluation.datasets import LabelledFolder
-from semantic_anomaly.io.images import decode_compressed, read_image
+from semantic_anomaly.io.images import decode_compressed
 from semantic_anomaly.synthetic import StreetDrive
 from semantic_anomaly.synthetic.export import DEPTH_UNIT_M, write_bag, write_folder
 
 SIZE = (90, 160)
 
 
-def command(*argv: str) -> int:
-    parser = argparse.ArgumentParser()
-    synth.add_arguments(parser)
-    return synth.run(parser.parse_args(argv))
-
-
-def test_a_folder_holds_what_was_driven(tmp_path: Path) -> None:
+def test_a_folder_has_the_frames_and_their_ground_truth(tmp_path: Path) -> None:
     drives = [
         StreetDrive(5, 20, image_hw=SIZE),
         StreetDrive(6, 100, anomalies=["cow"], image_hw=SIZE),
@@ -60,12 +52,12 @@ def test_a_folder_holds_what_was_driven(tmp_path: Path) -> None:
         named = classes["drive0000006"]
         assert all(named[str(n)] == name for n, name in frame.classes.items())
     assert cameras["drives"]["drive0000006"]["fx"] == drives[1].camera.fx
-    # The evaluation reads it, and finds the truth.
+    # The evaluation reads the same labels.
     for _, truth, mask in LabelledFolder(out):
         assert truth.anomaly == bool(mask.any()) == labels[truth.file]["anomaly"]
 
 
-def test_nothing_is_overwritten_and_nothing_is_left_half(tmp_path: Path) -> None:
+def test_bad_input_writes_and_overwrites_nothing(tmp_path: Path) -> None:
     drive = StreetDrive(5, 2, image_hw=SIZE)
     out = tmp_path / "street"
     with pytest.raises(InputError, match="found 5 twice"):
@@ -87,7 +79,9 @@ def test_nothing_is_overwritten_and_nothing_is_left_half(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
-def test_bags_hold_what_was_driven(tmp_path: Path, storage: Any, compressed: bool) -> None:
+def test_a_bag_has_the_messages_of_the_drive(
+    tmp_path: Path, storage: Any, compressed: bool
+) -> None:
     start = 1_600_000_000_123_456_789
     drive = StreetDrive(5, 4, image_hw=SIZE, start_ns=start)
     out = tmp_path / "bag"
@@ -97,34 +91,34 @@ def test_bags_hold_what_was_driven(tmp_path: Path, storage: Any, compressed: boo
     assert count == 4
     assert list(tmp_path.iterdir()) == [out]
     topic = "/camera/image_raw" + "/compressed" * compressed
-    found: dict[str, list[Any]] = {}
+    received: dict[str, list[Any]] = {}
     with AnyReader([out]) as reader:
         for connection, time, raw in reader.messages():
             message = reader.deserialize(raw, connection.msgtype)
-            found.setdefault(connection.topic, []).append(message)
+            received.setdefault(connection.topic, []).append(message)
             stamp = message.header.stamp
             assert stamp.sec * 10**9 + stamp.nanosec == time
             assert message.header.frame_id == "camera_optical_frame"
             if connection.topic == topic:
-                assert time == start + (len(found[topic]) - 1) * 100_000_000
-    assert {name: len(messages) for name, messages in found.items()} == {
+                assert time == start + (len(received[topic]) - 1) * 100_000_000
+    assert {name: len(messages) for name, messages in received.items()} == {
         topic: 4,
         "/camera/camera_info": 4,
         "/camera/depth/image_raw": 4,
     }
-    frame, image = drive.frame(3), found[topic][3]
+    frame, image = drive.frame(3), received[topic][3]
     if compressed:
         pixels = decode_compressed(image.data, image.format)
         assert np.abs(pixels.astype(int) - frame.image).mean() < 6
     else:
         assert (image.encoding, image.step) == ("rgb8", SIZE[1] * 3)
         assert np.array_equal(image.data.reshape(*SIZE, 3), frame.image)
-    info = found["/camera/camera_info"][0]
+    info = received["/camera/camera_info"][0]
     assert (info.height, info.width, info.distortion_model) == (*SIZE, "plumb_bob")
     camera = drive.camera
     assert info.k.tolist() == [camera.fx, 0, camera.cx, 0, camera.fy, camera.cy, 0, 0, 1]
     assert info.p.reshape(3, 4)[:, :3].ravel().tolist() == info.k.tolist()
-    metres = found["/camera/depth/image_raw"][3].data.view("<f4").reshape(SIZE)
+    metres = received["/camera/depth/image_raw"][3].data.view("<f4").reshape(SIZE)
     assert np.array_equal(np.nan_to_num(metres), frame.depth_m)
     assert np.isnan(metres[0]).any()
 
@@ -135,42 +129,4 @@ def test_bags_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
         write_bag(drive, tmp_path / "bag", storage="zip")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="/camera/image_raw"):
         write_bag(drive, tmp_path / "bag", storage="mcap", image_topic="camera")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_command_writes_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "street"
-    arguments = ("--drives=2", "--frames=80", "--stride=20", "--seed=7", "--size=90x160")
-    assert command(str(out), *arguments, "--anomalies", "cow,sofa") == 0
-    assert "8 images of 2 drives" in capsys.readouterr().out
-    labels = json.loads((out / "labels.json").read_text())
-    assert {label["kind"] for label in labels.values()} == {None, "cow", "sofa"}
-    assert {label["drive"] for label in labels.values()} == {"drive0000007", "drive0000008"}
-    assert read_image(next((out / "images").iterdir())).shape == (90, 160, 3)
-
-
-def test_the_command_writes_a_bag_a_drive(tmp_path: Path) -> None:
-    arguments = ("--drives=2", "--frames=2", "--seed=7", "--size=90x160", "--format=mcap")
-    assert command(str(tmp_path), *arguments) == 0
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["drive_7", "drive_8"]
-    with pytest.raises(InputError, match="drive_7"):
-        command(str(tmp_path), *arguments)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("--anomalies unicorn", "unknown kind of anomaly 'unicorn'.*cow"),
-        ("--anomalies all --per-drive 10", "seed 0: 10 anomalies .* need at least"),
-        ("--drives 0", "--drives: expected at least 1, found 0"),
-        ("--seed -1", "--seed: expected at least 0"),
-        ("--size 640", "--size: expected height x width"),
-        ("--size 8x8", "sides >= 32 px"),
-        ("--compressed", "--format mcap"),
-        ("--format mcap --instances", "--format folder"),
-    ],
-)
-def test_the_command_refuses_bad_input(tmp_path: Path, arguments: str, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        command(str(tmp_path / "out"), *arguments.split())
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""The synthetic street: deterministic, honestly labelled, and odd only where it should be."""
+"""Synthetic drives: deterministic, correctly labelled, and odd only at the anomaly."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ PARTS = {
 
 
 @lru_cache(maxsize=len(KINDS))
-def met(kind: str) -> tuple[list[StreetFrame], list[StreetFrame]]:
-    """Return frames while an anomaly is met, and frames before and after."""
+def frames_of(kind: str) -> tuple[list[StreetFrame], list[StreetFrame]]:
+    """Return frames with an anomaly, and frames before and after it."""
     drive = StreetDrive(40 + KINDS.index(kind), 100, anomalies=[kind])
     seen = [f for f in (drive.frame(i) for i in range(32, 70, 9)) if f.kind]
     return seen, [drive.frame(0), drive.frame(99)]
@@ -46,7 +46,7 @@ def same(one: StreetFrame, other: StreetFrame) -> bool:
     return equal and one.classes == other.classes and one.stamp_ns == other.stamp_ns
 
 
-def test_frames_depend_on_seed_and_number_alone() -> None:
+def test_frames_depend_only_on_seed_and_number() -> None:
     one, other = (StreetDrive(3, 80, anomalies=["cow"]) for _ in range(2))
     assert [f.name for f in map(other.frame, (50, 2))] == [
         "drive0000003_000050",
@@ -66,7 +66,7 @@ def test_a_nominal_drive_has_no_anomaly() -> None:
     assert frames[0].stamp_ns == 5
 
 
-def test_frames_are_what_they_say() -> None:
+def test_frames_have_consistent_ground_truth() -> None:
     drive = StreetDrive(9, 30, image_hw=(240, 424))
     frame = drive.frame(10)
     assert drive.camera.image_hw == (240, 424)
@@ -77,7 +77,7 @@ def test_frames_are_what_they_say() -> None:
     assert set(np.unique(frame.instances)) - {0} == set(frame.classes)
     assert {"house", "car", "tree", "person"} <= set(frame.classes.values())
     assert np.isfinite(frame.depth_m).all()
-    # Sky has no depth; the ground has the one at which its ray meets it.
+    # The sky has no depth; the ground has that of its ray.
     assert frame.depth_m[0].min() == 0
     ground = (frame.instances == 0) & (frame.depth_m > 0)
     rows = np.nonzero(ground)[0]
@@ -86,8 +86,8 @@ def test_frames_are_what_they_say() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_is_met(kind: str) -> None:
-    frames, around = met(kind)
+def test_every_kind_of_anomaly_is_shown(kind: str) -> None:
+    frames, around = frames_of(kind)
     assert len(frames) >= 3
     assert not any(frame.kind or frame.anomaly_mask.any() for frame in around)
     for frame in frames:
@@ -102,7 +102,7 @@ def test_every_kind_is_met(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ODD_ARRANGEMENTS)
-def test_the_parts_of_an_odd_arrangement_are_familiar(kind: str) -> None:
+def test_the_parts_of_an_odd_arrangement_occur_in_nominal_drives(kind: str) -> None:
     drive = StreetDrive(40 + KINDS.index(kind), 100)
     seen = {name for i in (0, 50, 99) for name in drive.frame(i).classes.values()}
     assert {PARTS[kind], "billboard", "truck", "car", "person"} <= seen
@@ -110,22 +110,22 @@ def test_the_parts_of_an_odd_arrangement_are_familiar(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["sofa", "person_on_car_roof", "stop_sign_on_billboard"])
 def test_the_world_is_the_same_with_and_without_an_anomaly(kind: str) -> None:
-    frames, _ = met(kind)
+    frames, _ = frames_of(kind)
     drive = StreetDrive(40 + KINDS.index(kind), 100)
     for odd in frames[::2]:
         plain = drive.frame(int(odd.name[-6:]))
         new = np.isin(odd.instances, list(odd.classes.keys() - plain.classes.keys()))
-        # A few things make room for the anomaly; what is behind them is seen instead.
+        # A few things are removed for the anomaly, which shows what is behind them.
         gone = np.isin(plain.instances, list(plain.classes.keys() - odd.classes.keys()))
         changed = grown(new | gone, 9)
         shadows = grown((plain.instances == 0) & (odd.instances == 0) & (plain.depth_m > 0), 3)
         differs = (plain.image != odd.image).any(axis=2)
-        # Things that are too thin to own a pixel still tint some.
+        # Things too thin for a pixel of their own still change colours.
         assert (differs & ~changed & ~shadows).sum() < 20
         assert (differs & ~changed).mean() < 0.1
 
 
-def test_several_kinds_are_met_in_order_with_nominal_stretches_between() -> None:
+def test_several_kinds_come_in_order_with_nominal_sections_between() -> None:
     kinds = ("cow", "traffic_light_on_road", "sofa")
     drive = StreetDrive(12, 260, anomalies=kinds, image_hw=(90, 160))
     labels = [drive.frame(i).kind for i in range(0, 260, 9)]
@@ -133,7 +133,7 @@ def test_several_kinds_are_met_in_order_with_nominal_stretches_between() -> None
     assert runs == [None, "cow", None, "traffic_light_on_road", None, "sofa", None]
 
 
-def test_colours_alone_do_not_tell() -> None:
+def test_colour_histograms_do_not_separate_anomalies() -> None:
     def histogram(frame: StreetFrame) -> np.ndarray:
         counts = cv2.calcHist([frame.image], [0, 1, 2], None, [6] * 3, [0, 256] * 3).ravel()
         return counts / counts.sum()
@@ -145,12 +145,12 @@ def test_colours_alone_do_not_tell() -> None:
     ]
 
     def scores(frames: list[StreetFrame]) -> np.ndarray:
-        mine = np.array([histogram(frame) for frame in frames])[:, None]
-        chi = ((mine - index) ** 2 / (mine + index + 1e-9)).sum(axis=2)
+        histograms = np.array([histogram(frame) for frame in frames])[:, None]
+        chi = ((histograms - index) ** 2 / (histograms + index + 1e-9)).sum(axis=2)
         return np.stack([chi.mean(axis=1), chi.min(axis=1)], axis=1)
 
-    odd = scores([frame for kind in KINDS for frame in met(kind)[0]])
-    plain = scores([frame for kind in KINDS for frame in met(kind)[1]])
+    odd = scores([frame for kind in KINDS for frame in frames_of(kind)[0]])
+    plain = scores([frame for kind in KINDS for frame in frames_of(kind)[1]])
     auroc = (odd[:, None] > plain[None]).mean(axis=(0, 1))
     assert auroc.max() < 0.8
 
@@ -167,15 +167,15 @@ def test_bad_arguments_are_named() -> None:
         StreetDrive(1, 100, anomalies=["unicorn"])
     with pytest.raises(ValueError, match=r"need at least (\d+) frames, found 100") as caught:
         StreetDrive(1, 100, anomalies=KINDS)
-    enough = int(str(caught.value).split("at least ")[1].split()[0])
-    assert len(StreetDrive(1, enough, anomalies=KINDS)) == enough
+    count = int(str(caught.value).split("at least ")[1].split()[0])
+    assert len(StreetDrive(1, count, anomalies=KINDS)) == count
     with pytest.raises(ValueError, match="expected frames >= 1"):
         StreetDrive(1, 0)
     with pytest.raises(IndexError, match="expected 0 to 9"):
         StreetDrive(1, 10).frame(10)
 
 
-def test_importing_it_imports_nothing_heavy() -> None:
+def test_importing_is_cheap() -> None:
     code = "import sys, semantic_anomaly.synthetic; print([m for m in sys.modules])"
     names = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not any(f"'{name}'" in names.stdout for name in ("rosbags", "torch", "rclpy", "ray"))
