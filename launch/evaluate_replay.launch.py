@@ -1,4 +1,4 @@
-"""Play a bag to the running node and write what it stated as `semantic-anomaly replay` does."""
+"""Play a bag to the node, record its results, and write the report of `semantic-anomaly replay`."""
 
 from launch import LaunchDescription
 from launch.actions import (
@@ -28,7 +28,7 @@ PASSED_ON = {
 
 
 def _recorder(context):
-    """Return the recorder, and the end of everything when it has written its report."""
+    """Return the recorder, and the shutdown of all processes after its report."""
     given = {name: LaunchConfiguration(name).perform(context) for name in ("labels", "bag")}
     recorder = Node(
         package=PACKAGE,
@@ -38,12 +38,12 @@ def _recorder(context):
             *("--out", LaunchConfiguration("out")),
             *("--name", given["bag"]),
             *("--camera", LaunchConfiguration("camera")),
-            # The node answers the last images after the bag has ended.
+            # The last results arrive after the end of the bag.
             *("--idle-s", LaunchConfiguration("idle_s")),
             *(("--labels", given["labels"]) if given["labels"] else ()),
         ],
     )
-    end = Shutdown(reason="the report is written, or could not be: see the recorder's last line")
+    end = Shutdown(reason="the recorder has ended; its last line says with which result")
     return [RegisterEventHandler(OnProcessExit(target_action=recorder, on_exit=[end])), recorder]
 
 
@@ -63,8 +63,14 @@ def generate_launch_description() -> LaunchDescription:
     arguments += [
         DeclareLaunchArgument("out", description="folder for the report"),
         DeclareLaunchArgument("labels", default_value="", description="events of the drive, YAML"),
-        DeclareLaunchArgument("camera", default_value="camera", description="its name in the node"),
-        DeclareLaunchArgument("idle_s", default_value="10.0", description="silence that ends it"),
+        DeclareLaunchArgument(
+            "camera", default_value="camera", description="name of the camera in the node"
+        ),
+        DeclareLaunchArgument(
+            "idle_s",
+            default_value="10.0",
+            description="seconds without a status that end the recording",
+        ),
         DeclareLaunchArgument("params_file", default_value=params_file),
     ]
     replay = IncludeLaunchDescription(
@@ -72,7 +78,7 @@ def generate_launch_description() -> LaunchDescription:
         launch_arguments=[
             *((name, LaunchConfiguration(name)) for name in (*PASSED_ON, "params_file")),
             ("rviz", "false"),
-            # The recorder ends the run, when the last images have been answered.
+            # The recorder shuts down after the last results.
             ("stop_at_end", "false"),
         ],
     )

@@ -1,4 +1,4 @@
-"""Play a bag to the anomaly node in the bag's own time, and look at the results in rviz."""
+"""Play a bag to the anomaly node with the time of the bag, and show the results in rviz."""
 
 from launch import LaunchDescription
 from launch.actions import (
@@ -28,9 +28,11 @@ def generate_launch_description() -> LaunchDescription:
     arguments = [
         DeclareLaunchArgument("bag", description="rosbag2 folder or file to play"),
         DeclareLaunchArgument("index", description="index folder"),
-        DeclareLaunchArgument("backbone", default_value="", description="as in params_file"),
+        DeclareLaunchArgument("backbone", default_value="", description="empty: that of the index"),
         DeclareLaunchArgument("params_file", default_value=params_file),
-        DeclareLaunchArgument("image_topic", default_value="", description="as in the bag"),
+        DeclareLaunchArgument(
+            "image_topic", default_value="", description="image topic of the bag"
+        ),
         DeclareLaunchArgument("transport", default_value="", description="raw or compressed"),
         DeclareLaunchArgument("camera_info_topic", default_value=""),
         DeclareLaunchArgument("depth_topic", default_value=""),
@@ -38,7 +40,7 @@ def generate_launch_description() -> LaunchDescription:
         DeclareLaunchArgument("rviz", default_value="true", description="start rviz"),
         DeclareLaunchArgument("rviz_config", default_value=rviz_config),
         DeclareLaunchArgument(
-            "stop_at_end", default_value="true", description="end with the bag's last message"
+            "stop_at_end", default_value="true", description="shut down at the end of the bag"
         ),
     ]
     passed_on = (
@@ -68,7 +70,7 @@ def generate_launch_description() -> LaunchDescription:
         ],
         output="screen",
     )
-    # Only an active node hears the first frames.
+    # An inactive node would miss the first frames.
     when_active = OnStateTransition(goal_state="active", entities=[play])
     at_end = OnProcessExit(
         target_action=play,
@@ -82,7 +84,7 @@ def generate_launch_description() -> LaunchDescription:
     refused = OnStateTransition(
         start_state="configuring",
         goal_state="unconfigured",
-        entities=[Shutdown(reason="the node could not be configured; its log says why")],
+        entities=[Shutdown(reason="the node could not be configured; see its log")],
     )
     handlers = [RegisterEventHandler(handler) for handler in (when_active, at_end, refused)]
     return LaunchDescription([*arguments, *handlers, node, rviz])

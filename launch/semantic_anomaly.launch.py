@@ -35,8 +35,8 @@ def generate_launch_description() -> LaunchDescription:
         ("use_sim_time", "false", "take the time from /clock"),
         ("log_level", "info", "debug, info, warn, error or fatal"),
         ("index", "", "index folder; empty: as in params_file"),
-        ("backbone", "", "backbone; empty: as in params_file"),
-        ("camera", "camera", "name of the camera that the topic arguments are for"),
+        ("backbone", "", "backbone; empty: as in params_file, or else that of the index"),
+        ("camera", "camera", "name of the camera to which the topic arguments apply"),
         ("image_topic", "", "image topic; empty: as in params_file"),
         ("transport", "", "raw or compressed; empty: as in params_file"),
         ("camera_info_topic", "", "CameraInfo topic; empty: as in params_file"),
@@ -82,7 +82,7 @@ def _start(context: LaunchContext) -> list[LaunchDescriptionEntity]:
 def _autostart(node: LifecycleNode) -> list[LaunchDescriptionEntity]:
     configured = OnStateTransition(
         target_lifecycle_node=node,
-        # Not from 'deactivating': who deactivates the node wants it inactive.
+        # Not from 'deactivating': a node that was deactivated stays inactive.
         start_state="configuring",
         goal_state="inactive",
         entities=[_change_state(node, Transition.TRANSITION_ACTIVATE)],
@@ -91,12 +91,12 @@ def _autostart(node: LifecycleNode) -> list[LaunchDescriptionEntity]:
         target_lifecycle_node=node,
         start_state="configuring",
         goal_state="unconfigured",
-        entities=[LogInfo(msg="semantic_anomaly could not be configured; its log says why")],
+        entities=[LogInfo(msg="semantic_anomaly could not be configured; see its log")],
     )
     started = OnProcessStart(
         target_action=node, on_start=[_change_state(node, Transition.TRANSITION_CONFIGURE)]
     )
-    # Registered before the node starts, or its first transition could be missed.
+    # Registered before the node starts, so that its first transition is not missed.
     return [RegisterEventHandler(handler) for handler in (configured, refused, started)]
 
 
