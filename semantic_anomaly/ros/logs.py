@@ -113,9 +113,11 @@ class AlarmLog:
             return
         if alarm is None:
             confirmed = [
-                place for place in result.localizations if place.state is ComponentState.CONFIRMED
+                localization
+                for localization in result.localizations
+                if localization.state is ComponentState.CONFIRMED
             ]
-            worst = max(confirmed, key=lambda place: place.score)
+            worst = max(confirmed, key=lambda item: item.score)
             left, top, right, bottom = worst.box_xyxy
             self._alarm = _Alarm(worst.track, stamp_ns, stamp_ns, 1, result.score)
             self._logger.warning(

@@ -68,13 +68,13 @@ class NodeParameters:
         """Return the settings that the parameters describe.
 
         Raises:
-            UnknownNameError: a parameter was given that is not a setting.
+            UnknownNameError: a parameter is not a setting.
             SettingsError: a value of the wrong type or out of bounds.
         """
         # A camera may have been named, or an override deleted, since the declaration.
         self._declare_cameras(self._value("cameras"))
         known = self._specs()
-        for name in self._given():
+        for name in self._initial():
             foreign = name in _FOREIGN or name.startswith(_FOREIGN_PREFIXES)
             if name not in known and not foreign:
                 raise UnknownNameError("parameter", name, known)
@@ -93,7 +93,7 @@ class NodeParameters:
         """Allow all changes again, after cleanup."""
         self._frozen = False
 
-    def _given(self) -> Mapping[str, Parameter]:
+    def _initial(self) -> Mapping[str, Parameter]:
         # Values from YAML and command line; rclpy has no public access to them.
         return self._node._parameter_overrides
 
@@ -112,12 +112,12 @@ class NodeParameters:
     def _declare(self, name: str, spec: SettingSpec) -> None:
         optional = _is_override(name)
         value = None if optional else spec.default
-        given = self._given().get(name)
-        if given is not None:
+        initial = self._initial().get(name)
+        if initial is not None:
             # An empty list in YAML has no type and arrives as None.
-            given_value = () if given.value is None and spec.is_list else given.value
+            initial_value = () if initial.value is None and spec.is_list else initial.value
             try:
-                value = _checked(name, given_value, spec)
+                value = _checked(name, initial_value, spec)
             except SemanticAnomalyError as error:
                 # Raised at configure, where it reaches the user.
                 self._errors[name] = error

@@ -23,9 +23,9 @@ from semantic_anomaly.io.images import encode_jpeg
 from semantic_anomaly.ros.messages import image_message
 
 
-@pytest.mark.parametrize(("ahead_s", "said"), [(-20.0, "stale"), (20.0, "clock mismatch")])
-def test_images_of_another_time_are_dropped_counted_and_said(
-    values: dict[str, Any], ahead_s: float, said: str
+@pytest.mark.parametrize(("ahead_s", "problem"), [(-20.0, "stale"), (20.0, "clock mismatch")])
+def test_images_of_another_time_are_dropped_and_counted(
+    values: dict[str, Any], ahead_s: float, problem: str
 ) -> None:
     with bench(values) as b:
         b.start("status", "score")
@@ -33,7 +33,9 @@ def test_images_of_another_time_are_dropped_counted_and_said(
         assert array.status[0].level == DiagnosticStatus.STALE
         status = values_of(array.status[0])
         assert (
-            status["decision"] == "unknown" and said in status["reason"] and "score" not in status
+            status["decision"] == "unknown"
+            and problem in status["reason"]
+            and "score" not in status
         )
         assert status["frames_dropped_stale"] == "1" and status["frames_processed"] == "0"
         # The next good one is scored, and it alone.
@@ -58,11 +60,11 @@ def nameless(message: Image) -> Image:
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "problem"),
     [(cut, "bytes"), (swapped, "140 rows"), (nameless, "'bayer_of_mars' is not supported")],
 )
 def test_bad_images_give_unknown_and_the_next_good_one_a_score(
-    values: dict[str, Any], damage: Any, said: str, capfd: pytest.CaptureFixture[str]
+    values: dict[str, Any], damage: Any, problem: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with bench(values) as b:
         b.start("status")
@@ -72,7 +74,7 @@ def test_bad_images_give_unknown_and_the_next_good_one_a_score(
             array = b.answer_message(message)
         assert array.status[0].level == DiagnosticStatus.ERROR
         status = values_of(array.status[0])
-        assert status["decision"] == "unknown" and said in status["reason"]
+        assert status["decision"] == "unknown" and problem in status["reason"]
         assert status["frames_bad"] == "3"
         assert b.answer(b.send(nominal_image(10)))["decision"] == "nominal"
     # Throttled: three bad images, one line.
@@ -94,7 +96,7 @@ def test_compressed_images_and_truncated_ones(values: dict[str, Any]) -> None:
         assert "bad image" in b.answer(half)["reason"]
 
 
-def test_a_silent_camera_is_named_and_heard_again(
+def test_a_silent_camera_and_its_return_are_reported(
     values: dict[str, Any], capfd: pytest.CaptureFixture[str]
 ) -> None:
     with bench({**values, "silent_after_s": 0.2}) as b:
@@ -109,7 +111,7 @@ def test_a_silent_camera_is_named_and_heard_again(
         b.spin_until(lambda: "receives frames again" in capfd.readouterr().err)
 
 
-def test_a_publisher_that_can_never_be_heard_is_named(values: dict[str, Any]) -> None:
+def test_a_publisher_with_incompatible_qos_is_named(values: dict[str, Any]) -> None:
     best_effort = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
     with bench({**values, "qos_reliability": "reliable"}) as b:
         b.start("status")
@@ -148,7 +150,7 @@ def test_a_backward_stamp_clears_the_confirmation(
     assert "stamps went back by" in capfd.readouterr().err
 
 
-def test_an_exception_in_a_callback_is_logged_and_spinning_goes_on(
+def test_an_exception_in_a_callback_is_logged_and_spinning_continues(
     values: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],

@@ -33,9 +33,9 @@ def rgb(rng: np.random.Generator) -> np.ndarray:
 
 
 def header() -> Header:
-    made = Header(frame_id="front_optical")
-    made.stamp.sec, made.stamp.nanosec = -3, 250_000_000
-    return made
+    message_header = Header(frame_id="front_optical")
+    message_header.stamp.sec, message_header.stamp.nanosec = -3, 250_000_000
+    return message_header
 
 
 @pytest.mark.parametrize("value", [0.93, np.float32(0.93), np.float64(0.93), np.array(0.93)])
@@ -104,7 +104,7 @@ def test_bgr8_and_padded_rows(rgb: np.ndarray) -> None:
     np.testing.assert_array_equal(messages.frame_of(message).image, rgb)
 
 
-def test_an_encoding_that_nobody_knows_is_named() -> None:
+def test_an_unknown_encoding_is_named() -> None:
     message = Image(height=2, width=2, encoding="rgb5", step=4, data=bytes(8))
     with pytest.raises(ImageError, match=r"'rgb5' is not supported.*cv_bridge cannot be used"):
         messages.frame_of(message)
@@ -116,7 +116,7 @@ def fake_cv_bridge(monkeypatch: pytest.MonkeyPatch, convert: Any) -> None:
     monkeypatch.setitem(sys.modules, "cv_bridge", module)
 
 
-def test_cv_bridge_decodes_what_is_unknown_here(
+def test_cv_bridge_decodes_other_encodings(
     monkeypatch: pytest.MonkeyPatch, rgb: np.ndarray
 ) -> None:
     asked = []
@@ -134,7 +134,7 @@ def test_cv_bridge_decodes_what_is_unknown_here(
     assert len(asked) == 1
 
 
-def test_cv_bridges_refusal_is_an_image_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_cv_bridge_is_an_image_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def convert(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no conversion")
 
@@ -153,15 +153,24 @@ def camera_info(**changes: Any) -> CameraInfo:
 
 
 def test_intrinsics_come_from_k_and_d() -> None:
-    found = messages.intrinsics_of(camera_info(d=[0.1, 0.01, 0.0, 0.0, 0.0]))
-    assert (found.fx, found.fy, found.cx, found.cy) == (500.0, 510.0, 320.0, 240.0)
-    assert found.image_hw == (480, 640) and found.distortion[0] == 0.1 and not found.fisheye
+    intrinsics = messages.intrinsics_of(camera_info(d=[0.1, 0.01, 0.0, 0.0, 0.0]))
+    assert (intrinsics.fx, intrinsics.fy, intrinsics.cx, intrinsics.cy) == (
+        500.0,
+        510.0,
+        320.0,
+        240.0,
+    )
+    assert (
+        intrinsics.image_hw == (480, 640)
+        and intrinsics.distortion[0] == 0.1
+        and not intrinsics.fisheye
+    )
     assert messages.intrinsics_of(camera_info(distortion_model="equidistant")).fisheye
 
 
 def test_binned_images_have_smaller_intrinsics() -> None:
-    found = messages.intrinsics_of(camera_info(binning_x=2, binning_y=2))
-    assert found.image_hw == (240, 320) and found.fx == 250.0 and found.cx == 159.75
+    intrinsics = messages.intrinsics_of(camera_info(binning_x=2, binning_y=2))
+    assert intrinsics.image_hw == (240, 320) and intrinsics.fx == 250.0 and intrinsics.cx == 159.75
 
 
 def test_uncalibrated_camera_info_is_refused() -> None:
@@ -183,19 +192,23 @@ def test_depth_messages_are_metres() -> None:
 def test_a_status_holds_text_in_full_precision_and_no_empty_values() -> None:
     values = {"score": np.float32(0.1), "p_value": None, "frames": np.int64(3), "reason": ""}
     sent = messages.status_message(header(), "n: c", DiagnosticStatus.WARN, "anomaly", values)
-    found = over_the_wire(sent)
-    assert found.header == header() and found.status[0].level == DiagnosticStatus.WARN
-    said = {pair.key: pair.value for pair in found.status[0].values}
-    assert np.float32(said["score"]) == np.float32(0.1)
-    assert said["frames"] == "3" and said["reason"] == "" and "p_value" not in said
+    received = over_the_wire(sent)
+    assert received.header == header() and received.status[0].level == DiagnosticStatus.WARN
+    values_by_key = {pair.key: pair.value for pair in received.status[0].values}
+    assert np.float32(values_by_key["score"]) == np.float32(0.1)
+    assert (
+        values_by_key["frames"] == "3"
+        and values_by_key["reason"] == ""
+        and "p_value" not in values_by_key
+    )
 
 
 def test_localizations_are_json_of_plain_numbers() -> None:
     nearest = NominalExample("drive/3.png", np.int64(2), 5, (6, 10), np.float32(0.25))  # type: ignore[arg-type]
-    place = Localization((1.0, 2.0, 5.5, 7.0), (3.0, 4.0), np.int64(12), 0.75, nearest, 1)  # type: ignore[arg-type]
-    [found] = json.loads(messages.localizations_json([place]))
-    assert found["box_xyxy"] == [1.0, 2.0, 5.5, 7.0] and found["area_px"] == 12
-    assert found["nearest"] == {
+    localization = Localization((1.0, 2.0, 5.5, 7.0), (3.0, 4.0), np.int64(12), 0.75, nearest, 1)  # type: ignore[arg-type]
+    [row] = json.loads(messages.localizations_json([localization]))
+    assert row["box_xyxy"] == [1.0, 2.0, 5.5, 7.0] and row["area_px"] == 12
+    assert row["nearest"] == {
         "frame": "drive/3.png",
         "row": 2,
         "col": 5,

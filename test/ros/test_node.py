@@ -60,7 +60,7 @@ def test_the_node_never_changes_its_own_state(values: dict[str, Any]) -> None:
         assert state(b) == "unconfigured"
 
 
-def test_each_transition_makes_and_unmakes_its_part(values: dict[str, Any]) -> None:
+def test_each_transition_creates_or_destroys_its_entities(values: dict[str, Any]) -> None:
     with bench(values) as b:
         bare = entities(b)
         assert b.node.trigger_configure() == SUCCESS and state(b) == "inactive"
@@ -119,7 +119,7 @@ def test_transitions_by_service(values: dict[str, Any]) -> None:
     ]
 
 
-def test_results_come_again_after_deactivation_and_cleanup(values: dict[str, Any]) -> None:
+def test_results_after_deactivation_and_cleanup(values: dict[str, Any]) -> None:
     with bench({**values, "confirm_count": 2, "confirm_s": 30.0, "silence_s": 30.0}) as b:
         b.start("status")
         first = [b.answer(b.send(odd_image(i)))["decision"] for i in range(2)]
@@ -142,7 +142,7 @@ def test_results_come_again_after_deactivation_and_cleanup(values: dict[str, Any
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "text"),
     [
         ({"index": ""}, "setting 'index'"),
         ({"index": "/nowhere/index"}, "/nowhere/index"),
@@ -155,10 +155,10 @@ def test_results_come_again_after_deactivation_and_cleanup(values: dict[str, Any
         ({"device": "abacus"}, "abacus"),
     ],
 )
-def test_what_cannot_be_used_fails_in_one_line_and_a_second_try_works(
+def test_an_unusable_setting_fails_in_one_line_and_configure_may_be_tried_again(
     values: dict[str, Any],
     change: dict[str, Any],
-    said: str,
+    text: str,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     with bench({**values, **change}) as b:
@@ -167,7 +167,7 @@ def test_what_cannot_be_used_fails_in_one_line_and_a_second_try_works(
         assert b.node.trigger_configure() == FAILURE
         assert state(b) == "unconfigured" and b.node.models is None
         lines = [line for line in capfd.readouterr().err.splitlines() if "[ERROR]" in line]
-        assert len(lines) == 1 and "cannot configure" in lines[0] and said in lines[0]
+        assert len(lines) == 1 and "cannot configure" in lines[0] and text in lines[0]
         clean = entities(b)
         for name in ("publishers", "subscriptions", "services", "timers", "threads", "managed"):
             assert clean[name] == bare[name], name
@@ -180,8 +180,8 @@ def test_what_cannot_be_used_fails_in_one_line_and_a_second_try_works(
             "tail_percent": rclpy.Parameter("tail_percent", value=0.2),
         }
         for name in change:
-            wanted = repaired.get(name) or rclpy.Parameter(name, value=values[name])
-            assert b.node.set_parameters([wanted])[0].successful
+            parameter = repaired.get(name) or rclpy.Parameter(name, value=values[name])
+            assert b.node.set_parameters([parameter])[0].successful
         assert b.node.trigger_configure() == SUCCESS
         assert b.node.trigger_activate() == SUCCESS
 
@@ -192,16 +192,16 @@ def test_an_unexpected_exception_is_logged_and_undone(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     def broken(*_: Any) -> Any:
-        raise ZeroDivisionError("nobody thought of this")
+        raise ZeroDivisionError("unexpected")
 
     with bench(values) as b:
         bare = entities(b)
-        # After the models are loaded and outputs made: there is much to undo.
+        # After models and outputs were created, all of which must be undone.
         monkeypatch.setattr(node.AnomalyNode, "_announce", broken)
         assert b.node.trigger_configure() == ERROR
         assert state(b) == "unconfigured" and b.node.models is None
         err = capfd.readouterr().err
-        assert "Traceback" in err and "nobody thought of this" in err
+        assert "Traceback" in err and "unexpected" in err
         clean = entities(b)
         for name in ("publishers", "subscriptions", "services", "timers", "threads", "managed"):
             assert clean[name] == bare[name], name
@@ -211,7 +211,7 @@ def test_an_unexpected_exception_is_logged_and_undone(
         monkeypatch.setattr(node, "Pipeline", broken)
         assert b.node.trigger_activate() == ERROR
         assert state(b) == "unconfigured" and b.node.models is None
-        assert "nobody thought of this" in capfd.readouterr().err
+        assert "unexpected" in capfd.readouterr().err
         monkeypatch.undo()
         b.start("status")
         assert b.answer(b.send(nominal_image(10)))["decision"] == "nominal"
@@ -227,7 +227,7 @@ def broken_once(original: Any) -> Any:
     def wrapped(self: Any) -> None:
         calls.append(1)
         if len(calls) == 1:
-            raise ZeroDivisionError("nobody thought of this")
+            raise ZeroDivisionError("unexpected")
         original(self)
 
     return wrapped

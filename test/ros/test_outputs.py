@@ -41,44 +41,46 @@ def pixels(message: Any, dtype: Any) -> np.ndarray:
     return np.frombuffer(message.data, dtype).reshape(message.height, message.width)
 
 
-def test_an_odd_image_gives_all_results_equal_to_the_detectors(values: dict[str, Any]) -> None:
+def test_an_anomalous_image_gives_the_results_of_the_detector(values: dict[str, Any]) -> None:
     image = odd_image()
     with bench(values) as b:
         b.start(*outputs_topics())
         sent = b.send(image)
         status = b.answer_message(sent)
         b.spin_until(lambda: all(b.got["camera"].values()))
-        got = {topic: heard[-1] for topic, heard in b.got["camera"].items()}
+        got = {topic: received[-1] for topic, received in b.got["camera"].items()}
     detector = offline_detector(values)
-    wanted = detector.detect(frame(image, sent))
-    said = values_of(status.status[0])
+    expected = detector.detect(frame(image, sent))
+    reported = values_of(status.status[0])
 
     # What the commands evaluate is what the node runs.
-    assert abs(float(said["score"]) - wanted.score) < 1e-6
-    assert abs(got["score"].data - wanted.score) < 1e-6
-    assert wanted.threshold is not None and wanted.p_value is not None
-    assert abs(float(said["threshold"]) - wanted.threshold) < 1e-9
-    assert abs(float(said["p_value"]) - wanted.p_value) < 1e-9
-    assert said["decision"] == wanted.decision.value == "anomaly"
+    assert abs(float(reported["score"]) - expected.score) < 1e-6
+    assert abs(got["score"].data - expected.score) < 1e-6
+    assert expected.threshold is not None and expected.p_value is not None
+    assert abs(float(reported["threshold"]) - expected.threshold) < 1e-9
+    assert abs(float(reported["p_value"]) - expected.p_value) < 1e-9
+    assert reported["decision"] == expected.decision.value == "anomaly"
     assert status.status[0].level == DiagnosticStatus.WARN
-    assert float(said["latency_ms"]) > 0 and float(said["embed_ms"]) > 0
+    assert float(reported["latency_ms"]) > 0 and float(reported["embed_ms"]) > 0
 
-    heat = wanted.scale.normalise(wanted.heatmap)
+    heat = expected.scale.normalise(expected.heatmap)
     np.testing.assert_allclose(pixels(got["heatmap"], np.float32), heat, atol=1e-4)
-    np.testing.assert_array_equal(pixels(got["mask"], np.uint16), wanted.label_map)
+    np.testing.assert_array_equal(pixels(got["mask"], np.uint16), expected.label_map)
     assert got["mask"].encoding == "mono16" and got["heatmap"].encoding == "32FC1"
     assert got["overlay"].encoding == "rgb8"
     drawn = np.frombuffer(got["overlay"].data, np.uint8).reshape(*HW, 3)
     jpeg = decode_compressed(got["overlay/compressed"].data, got["overlay/compressed"].format)
     assert np.abs(drawn.astype(int) - jpeg).mean() < 12
 
-    places = json.loads(said["localizations"])
-    assert len(places) == len(wanted.localizations) >= 1
-    assert places[0]["box_xyxy"] == pytest.approx(wanted.localizations[0].box_xyxy, abs=0.01)
-    assert places[0]["nearest"]["frame"] == wanted.localizations[0].nearest.frame
+    localizations = json.loads(reported["localizations"])
+    assert len(localizations) == len(expected.localizations) >= 1
+    assert localizations[0]["box_xyxy"] == pytest.approx(
+        expected.localizations[0].box_xyxy, abs=0.01
+    )
+    assert localizations[0]["nearest"]["frame"] == expected.localizations[0].nearest.frame
     markers = got["markers"].markers
     assert markers[0].action == Marker.DELETEALL
-    assert len(markers) == 1 + 2 * len(places)
+    assert len(markers) == 1 + 2 * len(localizations)
 
     for topic, message in got.items():
         if topic == "markers":
@@ -93,9 +95,9 @@ def test_a_nominal_image_is_quiet(values: dict[str, Any]) -> None:
         status = b.answer_message(b.send(nominal_image(10)))
         b.spin_until(lambda: b.got["camera"]["markers"] and b.got["camera"]["mask"])
         [mask], [array] = b.got["camera"]["mask"], b.got["camera"]["markers"]
-    said = values_of(status.status[0])
+    reported = values_of(status.status[0])
     assert status.status[0].level == DiagnosticStatus.OK
-    assert said["decision"] == "nominal" and said["localizations"] == "[]"
+    assert reported["decision"] == "nominal" and reported["localizations"] == "[]"
     assert [marker.action for marker in array.markers] == [Marker.DELETEALL]
     assert not pixels(mask, np.uint16).any()
 
@@ -108,14 +110,16 @@ def test_an_uncalibrated_index_gives_scores_but_no_decision(
         b.start("status", "score")
         status = b.answer_message(b.send(odd_image()))
         b.spin_until(lambda: b.got["camera"]["score"])
-    said = values_of(status.status[0])
-    assert said["decision"] == "unknown" and "uncalibrated" in said["reason"]
+    reported = values_of(status.status[0])
+    assert reported["decision"] == "unknown" and "uncalibrated" in reported["reason"]
     assert status.status[0].level == DiagnosticStatus.ERROR
-    assert float(said["score"]) > 0 and "threshold" not in said and "p_value" not in said
+    assert (
+        float(reported["score"]) > 0 and "threshold" not in reported and "p_value" not in reported
+    )
     assert "not calibrated" in capfd.readouterr().err
 
 
-def test_pictures_nobody_listens_to_are_not_drawn(
+def test_pictures_without_a_subscriber_are_not_drawn(
     values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = []
@@ -139,15 +143,6 @@ def test_pictures_nobody_listens_to_are_not_drawn(
     assert len(drawn) == 1
 
 
-def test_region_of_interest_is_kept_free_outside(tmp_path: Path, tiny_backbone: Path) -> None:
-    region = {"camera.region_of_interest": [0.0, 0.0, 0.45, 0.0, 0.45, 1.0, 0.0, 1.0]}
-    with bench(parameters(tmp_path / "none", tiny_backbone, **region)) as b:
-        # The region differs from none, so an index of the whole image must be refused.
-        index = build_monitor(tmp_path, tiny_backbone)
-        b.set(index=str(index))
-        assert b.node.trigger_configure().name == "FAILURE"
-
-
 def test_two_cameras_of_different_sizes_get_their_own_results(values: dict[str, Any]) -> None:
     both = {
         **values,
@@ -161,11 +156,11 @@ def test_two_cameras_of_different_sizes_get_their_own_results(values: dict[str, 
         b.publisher("/left/image")
         b.publisher("/right/image")
         sent = {"left": b.send(small, "/left/image"), "right": b.send(large, "/right/image")}
-        said = {camera: b.answer(message, camera) for camera, message in sent.items()}
+        reported = {camera: b.answer(message, camera) for camera, message in sent.items()}
     for camera, image in (("left", small), ("right", large)):
-        wanted = offline_detector(both, camera).detect(frame(image, sent[camera]))
-        assert abs(float(said[camera]["score"]) - wanted.score) < 1e-6
-        assert said[camera]["decision"] == wanted.decision.value
+        expected = offline_detector(both, camera).detect(frame(image, sent[camera]))
+        assert abs(float(reported[camera]["score"]) - expected.score) < 1e-6
+        assert reported[camera]["decision"] == expected.decision.value
 
 
 class VisionMessage:
@@ -187,9 +182,9 @@ def fake_vision_msgs(monkeypatch: pytest.MonkeyPatch) -> None:
     module: Any = types.ModuleType("vision_msgs.msg")
 
     def kind(name: str, **fields: Any) -> Any:
-        made = type(name, (VisionMessage,), {"FIELDS": fields})
-        setattr(module, name, made)
-        return made
+        message_class = type(name, (VisionMessage,), {"FIELDS": fields})
+        setattr(module, name, message_class)
+        return message_class
 
     point = kind("Point2D", x=float, y=float)
     pose = kind("Pose2D", position=point, theta=float)
@@ -209,15 +204,15 @@ def test_detections_have_their_boxes_around_pixel_centres(monkeypatch: pytest.Mo
     fake_vision_msgs(monkeypatch)
     assert messages.detection_array_type() is sys.modules["vision_msgs.msg"].Detection2DArray
     nearest = NominalExample("n/0.png", 0, 0, (6, 10), 0.5)
-    place = Localization((10, 20, 14, 30), (12, 25), 40, 0.75, nearest, 3)
+    localization = Localization((10, 20, 14, 30), (12, 25), 40, 0.75, nearest, 3)
     header = Header(frame_id="front_optical")
-    array = messages.detections_message(header, [place])
-    [found] = array.detections
-    assert array.header == found.header == header and found.id == "3"
+    array = messages.detections_message(header, [localization])
+    [detection] = array.detections
+    assert array.header == detection.header == header and detection.id == "3"
     # Pixels 10 to 13 and 20 to 29.
-    assert (found.bbox.center.position.x, found.bbox.center.position.y) == (11.5, 24.5)
-    assert (found.bbox.size_x, found.bbox.size_y) == (4.0, 10.0)
-    [result] = found.results
+    assert (detection.bbox.center.position.x, detection.bbox.center.position.y) == (11.5, 24.5)
+    assert (detection.bbox.size_x, detection.bbox.size_y) == (4.0, 10.0)
+    [result] = detection.results
     assert (result.hypothesis.class_id, result.hypothesis.score) == ("anomaly", 0.75)
 
 
@@ -225,20 +220,20 @@ def test_detections_are_published_where_vision_msgs_is_installed(
     values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Any message does for the topic; the fields are the test above.
-    def message(header: Header, places: Any) -> String:
-        return String(data=f"{header.frame_id} {len(places)}")
+    def message(header: Header, localizations: Any) -> String:
+        return String(data=f"{header.frame_id} {len(localizations)}")
 
     monkeypatch.setattr(messages, "detection_array_type", lambda: String)
     monkeypatch.setattr(messages, "detections_message", message)
-    heard: list[String] = []
+    received: list[String] = []
     with bench(values) as b:
         b.helper.create_subscription(
-            String, "/semantic_anomaly/camera/detections", heard.append, 10
+            String, "/semantic_anomaly/camera/detections", received.append, 10
         )
         b.start("status")
         b.answer(b.send(nominal_image(10)))
-        b.spin_until(lambda: heard)
-    assert heard[0].data == "front_optical 0"
+        b.spin_until(lambda: received)
+    assert received[0].data == "front_optical 0"
 
 
 def outputs_topics() -> list[str]:

@@ -77,7 +77,7 @@ def test_a_parameter_file_with_empty_lists_and_whole_numbers(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("parameter", "text"),
     [
         ({"neighbors": 1}, "did you mean 'neighbours'"),
         ({"camera.image_topics": "/x"}, "did you mean 'camera.image_topic'"),
@@ -97,15 +97,17 @@ def test_a_parameter_file_with_empty_lists_and_whole_numbers(tmp_path: Path) -> 
         ({"camera.camera_height_m": -1.0}, "'camera.camera_height_m': expected at least"),
     ],
 )
-def test_what_was_given_wrongly_is_named_at_configure(
-    values: dict[str, Any], given: dict[str, Any], said: str, capfd: pytest.CaptureFixture[str]
+def test_an_invalid_parameter_is_named_at_configure(
+    values: dict[str, Any], parameter: dict[str, Any], text: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with bench({**values, **given}) as b:
+    with bench({**values, **parameter}) as b:
         assert b.node.trigger_configure() == FAILURE
-    assert said in capfd.readouterr().err
+    assert text in capfd.readouterr().err
 
 
-def test_a_wrong_value_is_repaired_before_the_next_try(values: dict[str, Any]) -> None:
+def test_an_invalid_value_may_be_corrected_before_the_next_configure(
+    values: dict[str, Any],
+) -> None:
     with bench({**values, "input_size": -1}) as b:
         assert b.node.trigger_configure() == FAILURE
         assert b.set(input_size=140).successful
@@ -203,7 +205,7 @@ def test_live_parameters_of_one_camera(values: dict[str, Any]) -> None:
         assert b.node.models.detectors["rear"].threshold == 1.0
 
 
-def test_live_parameters_that_cannot_be_taken_change_nothing(values: dict[str, Any]) -> None:
+def test_refused_live_parameters_change_nothing(values: dict[str, Any]) -> None:
     both = {**values, "cameras": ["left", "right"]}
     with bench(both, ("left", "right")) as b:
         assert b.node.trigger_configure() == SUCCESS
@@ -237,11 +239,11 @@ def test_a_refusal_by_one_camera_is_undone_for_the_others(
         assert left.settings.threshold == 0.0
 
 
-def test_an_unexpected_exception_is_no_end_of_the_node(
+def test_an_unexpected_exception_refuses_the_change(
     values: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def broken(_: Settings) -> None:
-        raise ZeroDivisionError("nobody thought of this")
+        raise ZeroDivisionError("unexpected")
 
     with bench(values) as b:
         assert b.node.trigger_configure() == SUCCESS

@@ -29,7 +29,7 @@ class CudaOutOfMemoryError(RuntimeError):
         (CudaOutOfMemoryError("tried to allocate"), 9, "unknown"),
     ],
 )
-def test_model_errors_give_unknown_and_memory_a_second_try(
+def test_model_errors_give_unknown_and_out_of_memory_one_retry(
     values: dict[str, Any],
     error: Exception,
     times: int,
@@ -54,14 +54,14 @@ def test_model_errors_give_unknown_and_memory_a_second_try(
         if decision == "unknown":
             assert "model error" in status["reason"] and str(error) in status["reason"]
             assert "score" not in status and status["frames_failed"] == "1"
-            # The traceback of what nobody expected is in the log.
+            # Tracebacks of unexpected exceptions are in the log.
             expected = isinstance(error, ModelOutputError)
             assert ("Traceback" in capfd.readouterr().err) != expected
         monkeypatch.setattr(embedder, "embed", embed)
         assert b.answer(b.send(nominal_image(10)))["decision"] == "nominal"
 
 
-def test_one_cameras_failure_is_not_the_others(
+def test_a_failure_of_one_camera_does_not_affect_the_other(
     values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     both = {

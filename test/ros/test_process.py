@@ -100,14 +100,14 @@ class Process:
         return message
 
     def answer(self, message: Image) -> dict[str, str]:
-        def found() -> list[DiagnosticArray]:
+        def answers() -> list[DiagnosticArray]:
             return [status for status in self.statuses if status.header == message.header]
 
-        self.spin_until(found)
-        return values_of(found()[0].status[0])
+        self.spin_until(answers)
+        return values_of(answers()[0].status[0])
 
     def send_until_answered(self, image: Any) -> tuple[Image, dict[str, str]]:
-        """Send until an answer comes: the first ones may be lost while connections are made."""
+        """Send until there is a status: the first images may be lost before the connection."""
         sent: list[Image] = []
         next_s = 0.0
 
@@ -148,7 +148,7 @@ def parameter_file(path: Path, values: dict[str, Any]) -> list[str]:
     return ["--params-file", str(path)]
 
 
-def test_camera_size_images_cross_processes_and_sigint_in_an_inference_ends_it_well(
+def test_camera_size_images_cross_processes_and_sigint_during_inference_exits_cleanly(
     tmp_path: Path, index: Path, tiny_backbone: Path, context: None
 ) -> None:
     values = parameters(index, tiny_backbone)
@@ -157,9 +157,9 @@ def test_camera_size_images_cross_processes_and_sigint_in_an_inference_ends_it_w
     try:
         run.bring_up()
         sent, status = run.send_until_answered(image)
-        # The score's connection may be made later than the status's.
+        # The score may be connected later than the status.
         run.send_until_scored(image)
-        # The signal arrives while the worker is busy with what was sent just before it.
+        # The signal arrives while the worker processes these images.
         for _ in range(3):
             run.send(image)
         code = run.stop(signal.SIGINT)
@@ -168,13 +168,13 @@ def test_camera_size_images_cross_processes_and_sigint_in_an_inference_ends_it_w
     text = run.log.read_text()
     assert code == 0, text
     assert "Traceback" not in text and "terminate called" not in text
-    wanted = offline_detector(values).detect(frame(image, sent))
-    assert abs(float(status["score"]) - wanted.score) < 1e-6
-    assert abs(run.scores[0] - wanted.score) < 1e-6
-    assert status["decision"] == wanted.decision.value
+    expected = offline_detector(values).detect(frame(image, sent))
+    assert abs(float(status["score"]) - expected.score) < 1e-6
+    assert abs(run.scores[0] - expected.score) < 1e-6
+    assert status["decision"] == expected.decision.value
 
 
-def test_sigterm_while_configuring_ends_it_well(
+def test_sigterm_while_configuring_exits_cleanly(
     tmp_path: Path, index: Path, tiny_backbone: Path, context: None
 ) -> None:
     values = parameters(index, tiny_backbone)

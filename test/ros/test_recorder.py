@@ -36,23 +36,23 @@ def test_live_and_offline_agree_frame_by_frame(
     values = parameters(index, tiny_backbone)
     source, events = open_source(tmp_path / "drive"), [Event(0.45, 0.75, KIND)]
     expected = replay(offline_detector(values), source, tmp_path / "offline", events=events)
-    with bench(values) as made:
+    with bench(values) as b:
         recorder = ResultRecorder("/semantic_anomaly", "camera")
-        made.executor.add_node(recorder)
-        made.start("status")
+        b.executor.add_node(recorder)
+        b.start("status")
         topic = "/semantic_anomaly/camera/status"
-        made.spin_until(lambda: recorder.count_publishers(topic) > 0)
-        begin_ns = made.helper.get_clock().now().nanoseconds
+        b.spin_until(lambda: recorder.count_publishers(topic) > 0)
+        begin_ns = b.helper.get_clock().now().nanoseconds
         for frame in source:
-            message = made.stamped(
+            message = b.stamped(
                 image_message(frame.image, "rgb8"), stamp_ns=begin_ns + frame.stamp_ns
             )
-            made.publisher().publish(message)
+            b.publisher().publish(message)
             # One after the other: none is replaced by a newer one.
-            made.spin_until(
+            b.spin_until(
                 lambda at=begin_ns + frame.stamp_ns: at in {r["stamp_ns"] for r in recorder.rows}
             )
-        found = write_recording(recorder, tmp_path / "live", "drive", events)
+        summary = write_recording(recorder, tmp_path / "live", "drive", events)
         recorder.destroy_node()
     scores = [
         np.loadtxt(tmp_path / name / "scores.csv", delimiter=",", skiprows=1, usecols=(0, 1, 2))
@@ -61,15 +61,15 @@ def test_live_and_offline_agree_frame_by_frame(
     np.testing.assert_allclose(scores[1][:, 1:], scores[0][:, 1:], rtol=0, atol=1e-4)
     np.testing.assert_array_equal(scores[1][:, 0] - begin_ns, scores[0][:, 0])
     for key in ("frames", "decisions", "against_events", "source"):
-        assert found[key] == expected[key]
-    assert found["against_events"]["missed"] == 0
-    assert found["threshold"] == pytest.approx(expected["threshold"])
-    assert {"p50", "p95", "p99"} <= set(found["latency_ms"]["latency"])
-    assert json.loads((tmp_path / "live" / "summary.json").read_text()) == found
+        assert summary[key] == expected[key]
+    assert summary["against_events"]["missed"] == 0
+    assert summary["threshold"] == pytest.approx(expected["threshold"])
+    assert {"p50", "p95", "p99"} <= set(summary["latency_ms"]["latency"])
+    assert json.loads((tmp_path / "live" / "summary.json").read_text()) == summary
     assert (tmp_path / "live" / "score_curve.png").is_file()
 
 
-def test_nothing_heard_is_no_report(tmp_path: Path) -> None:
+def test_without_statuses_there_is_no_report(tmp_path: Path) -> None:
     rclpy.init()
     try:
         recorder = ResultRecorder("/nowhere", "camera")

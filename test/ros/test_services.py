@@ -42,7 +42,7 @@ def values(index: Path, tiny_backbone: Path) -> dict[str, Any]:
     return parameters(index, tiny_backbone)
 
 
-def test_reset_forgets_what_confirmation_counted(values: dict[str, Any]) -> None:
+def test_reset_clears_the_tracks(values: dict[str, Any]) -> None:
     with bench({**values, "confirm_count": 2, "confirm_s": 30.0, "silence_s": 30.0}) as b:
         b.start("status")
         assert b.answer(b.send(odd_image(1)))["decision"] == "nominal"
@@ -75,7 +75,7 @@ def test_reload_takes_a_new_index_and_keeps_live_parameters(
         assert b.answer(b.send(odd_image(3)))["decision"] == "nominal"
 
 
-def test_what_was_fine_is_added_and_can_be_undone(
+def test_a_false_alarm_is_added_and_the_addition_undone(
     values: dict[str, Any], index: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with bench({**values, "allow_add_nominal": True}) as b:
@@ -133,7 +133,7 @@ def test_a_reload_that_fails_keeps_the_old_index_and_says_why(
         assert b.answer(b.send(nominal_image(10)))["decision"] == "nominal"
 
 
-def test_frames_are_answered_while_a_reload_is_under_way(
+def test_frames_are_processed_during_a_reload(
     values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, go_on = threading.Event(), threading.Event()
@@ -189,7 +189,7 @@ def test_a_reload_overtaken_by_cleanup_changes_nothing(
         assert b.node.trigger_configure() == SUCCESS
 
 
-def test_services_of_an_unconfigured_node_say_so(values: dict[str, Any]) -> None:
+def test_services_of_an_unconfigured_node_fail(values: dict[str, Any]) -> None:
     with bench(values) as b:
         for service in ("reset", "reload_index"):
             response = b.call(service)
