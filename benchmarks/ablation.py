@@ -1,64 +1,236 @@
-"""Which part of the method earns what: one row a part, on held-out streets.
+"""Measure what each part of the method earns: one row for each part, on held-out streets.
 
-Two sets of drives, one a family of anomalies, each with anomalous and nominal frames; index and
-calibration of other drives, all through the package's own index, calibration and evaluation.
-Rows differ in settings alone. Frames are embedded once; the times are those of a second pass.
+Two sets of drives, one for each family of anomalies, with anomalous and nominal frames. Index and
+calibration come from other drives. Rows differ only in settings; "grid" and "instances" have no
+score normalisation and no smoothing. Frames are embedded once. With the defaults it takes about
+two hours on two CPU cores and 7 GB of memory; --data adds rendered and real data sets.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import hashlib
 import itertools
 import json
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import carla_composites
+import carla_drive
 import numpy as np
-from ablation_tables import RATES, table
-from ablation_trials import Trial, real_trials, street_trial
-from remembered import Remembered
 from tqdm import tqdm
 
 from semantic_anomaly.calibration.calibration import Calibration
 from semantic_anomaly.calibration.conformal import scores_needed
+from semantic_anomaly.cli import main as command
 from semantic_anomaly.detection.detector import AnomalyDetector
+from semantic_anomaly.embedding.identity import EmbedderIdentity, SegmenterIdentity
 from semantic_anomaly.evaluation.components import OBSTACLE_TRACK
 from semantic_anomaly.evaluation.evaluate import evaluate
 from semantic_anomaly.evaluation.layouts import Dataset, open_dataset
+from semantic_anomaly.evaluation.measures import figure
 from semantic_anomaly.evaluation.metrics import frame_auroc, frame_measures
 from semantic_anomaly.evaluation.protocols import SelfNominal
-from semantic_anomaly.index.build import INSTANCES, PAIRS
+from semantic_anomaly.index.build import INSTANCES
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.io.open import open_source
 from semantic_anomaly.offline.build_index import build_index
 from semantic_anomaly.offline.calibrate import calibrate
-from semantic_anomaly.roi import ImageRegion
-from semantic_anomaly.scoring.normalisation import CELLS_HW, Kinds, UsualDistances, anchors_of
+from semantic_anomaly.offline.drives import embedded_frames, open_drives
+from semantic_anomaly.scoring.normalisation import (
+    CELLS_HW,
+    PatchClasses,
+    ScoreNormalisation,
+    class_anchors,
+)
 from semantic_anomaly.segmentation.embedder import RunningEmbedder
 from semantic_anomaly.settings import Settings
+from semantic_anomaly.structures import PatchGrid
+from semantic_anomaly.synthetic import KINDS, family
+
+INDEX_DRIVES, CALIBRATION_DRIVES = 80, 60
+TEST_DRIVES_A_KIND = 10
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Where index, calibration and tests come from; without an index, the test sets' own pixels.
+
+    Attributes:
+        index, calibration: sources.
+        tests: labelled sources by name.
+    """
+
+    index: list[str]
+    calibration: list[str]
+    tests: dict[str, str]
+
+
+def synthesise(folder: Path, first_seed: int) -> dict[str, Path]:
+    """Write the drives of all sets and return their folders by name."""
+    kinds = {name: [k for k in KINDS if family(k) == name] for name in map(family, KINDS)}
+    plans = {
+        "index": (INDEX_DRIVES, 48, 12, first_seed, "none"),
+        "calibration": (CALIBRATION_DRIVES, 96, 24, first_seed + 500, "none"),
+    }
+    for number, (name, listed) in enumerate(kinds.items()):
+        drives = TEST_DRIVES_A_KIND * len(listed)
+        plans[name] = drives, 100, 10, first_seed + 1000 + 500 * number, ",".join(listed)
+    for name, (drives, frames, stride, seed, anomalies) in plans.items():
+        if (folder / name / "labels.json").exists():
+            continue
+        wanted = [] if anomalies == "none" else ["--anomalies", anomalies]
+        numbers = [
+            ("--drives", drives),
+            ("--frames", frames),
+            ("--stride", stride),
+            ("--seed", seed),
+        ]
+        given = [str(part) for pair in numbers for part in pair]
+        if command(["synth", str(folder / name), *given, *wanted]):
+            raise SystemExit(1)
+    return {name: folder / name for name in plans}
+
+
+def street_trial(folder: Path, first_seed: int) -> Trial:
+    """Return the trial of the street world, writing its drives where they are not yet."""
+    sets = synthesise(folder, first_seed)
+    tests = {n: str(p) for n, p in sets.items() if n not in ("index", "calibration")}
+    return Trial([str(sets["index"])], [str(sets["calibration"])], tests)
+
+
+def real_trials(data: Path, scratch: Path) -> list[Trial]:
+    """Return the trials of the real and rendered sets that are there."""
+    trials = []
+    drive = data / "carla_drives/spawn_props"
+    if drive.is_dir():
+        tests = {"CARLA drive, box on the road": f"{drive}{carla_drive.TEST}"}
+        trials.append(
+            Trial([f"{drive}{carla_drive.INDEX}"], [f"{drive}{carla_drive.CALIBRATION}"], tests)
+        )
+    frames = data / "carla_frames"
+    if frames.is_dir():
+        made = scratch / "composites"
+        carla_composites.write_composites(frames, made, 0)
+        index, calibration = (
+            carla_composites.slices(frames, towns)
+            for towns in (carla_composites.INDEX, carla_composites.CALIBRATION)
+        )
+        tests = {"CARLA composites, lights and signs on vehicles": str(made)}
+        trials.append(Trial(index, calibration, tests))
+    for name, title in (("road_anomaly", "Road Anomaly"), ("road_obstacle21", "RoadObstacle21")):
+        if (data / name).is_dir():
+            trials.append(Trial([], [], {f"{title}, self-nominal": str(data / name)}))
+    return trials
+
+
+RATES = (0.01, 0.05)
+
+
+def table(rows: dict[str, dict[str, dict[str, Any]]], name: str) -> str:
+    """Return the Markdown table of a test set.
+
+    Args:
+        rows: what was measured, by row and test set, and the times as `ms`.
+        name: of the test set; rows that lack it are left out.
+    """
+    heads = ["row", "frame AUROC", *(f"TPR, FPR at {100 * rate:g} %" for rate in RATES)]
+    heads += ["drives found at 5 %", "AUROC small, middle, large", "pixel AP", "FPR95", "F1", "ms"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for row, found in rows.items():
+        if name not in found:
+            continue
+        m = found[name]
+        cells = [figure(m["auroc"]) + _interval(m["auroc_interval"])]
+        for rate in RATES:
+            r = m["rates"].get(str(rate))
+            told = f"{r['tpr']:.3f}, {r['fpr']:.3f}{_interval(r['fpr_interval'])}" if r else "-"
+            cells.append(told)
+        hit = m["drives"].get(str(RATES[-1]))
+        cells.append(f"{hit[0]} of {hit[1]}" if hit else "-")
+        cells.append(", ".join(figure(auroc) for _, auroc in m["sizes"]) or "-")
+        cells += [figure(m[k]) for k in ("pixel_ap", "pixel_fpr95", "component_f1_oracle")]
+        cells.append(figure(found.get("ms", {}).get("median"), 0))
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _interval(ends: tuple[float, float] | None) -> str:
+    return f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else ""
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A grid whose instances, nearly all zeros, take no room."""
+
+    bare: PatchGrid
+    shape: tuple[int, ...]
+    covered: np.ndarray
+    shares: np.ndarray
+
+    @classmethod
+    def of(cls, grid: PatchGrid) -> _Packed:
+        instances = np.zeros((0, *grid.grid_hw), np.float32)
+        if grid.instances is not None:
+            instances = grid.instances
+        covered = np.flatnonzero(instances)
+        bare = dataclasses.replace(grid, instances=None)
+        return cls(bare, instances.shape, covered, instances.flat[covered])
+
+    def unpacked(self) -> PatchGrid:
+        instances = np.zeros(self.shape, np.float32)
+        instances.flat[self.covered] = self.shares
+        return dataclasses.replace(self.bare, instances=instances)
+
+
+class Remembered:
+    """Embeds each image once.
+
+    Attributes:
+        identity, segmenter: of what it gives.
+    """
+
+    def __init__(self, running: RunningEmbedder) -> None:
+        self._running = running
+        self._known: dict[str, _Packed] = {}
+        self.identity: EmbedderIdentity = running.identity
+        self.segmenter: SegmenterIdentity | None = running.segmenter
+
+    def grid_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
+        """Return (rows, cols) of the grid that an image of (height, width) gives."""
+        return self._running.grid_hw(image_hw)
+
+    def embed(self, images: Sequence[np.ndarray]) -> list[PatchGrid]:
+        """Return the patch embeddings of images, in order, with their instances."""
+        keys = [hashlib.sha1(image.tobytes()).hexdigest() for image in images]
+        for key, image in zip(keys, images, strict=True):
+            if key not in self._known:
+                self._known[key] = _Packed.of(self._running.embed([image])[0])
+        return [self._known[key].unpacked() for key in keys]
+
 
 TIMED_FRAMES = 40
 SHOWN = "auroc", "pixel_ap", "rates", "sizes", "kinds"
 COMMON: dict[str, Any] = {"place_weight": 0.0}
 INSTANCE: dict[str, Any] = {"variant": "instance"}
-AGREEMENT = {**INSTANCE, "min_agreement": 0.25}
-SURROUNDED = {**AGREEMENT, "surroundings_weight": 0.3}
 PLACE: dict[str, Any] = {"place_weight": 0.2}
-PLACED = {**SURROUNDED, **PLACE}
-BARE: dict[str, Any] = {"place_normalisation": False, "smoothing": 0.0}
+COMBINED: dict[str, Any] = {"variant": "combined"}
+# Plain distances: the calibration of these rows has no score normalisation.
+BARE: dict[str, Any] = {"smoothing": 0.0}
 ROWS: dict[str, dict[str, Any]] = {
     "grid": BARE,
     "grid + filters": {},
     "grid + filters + place": PLACE,
     "instances": {**INSTANCE, **BARE},
-    "instances + filters": AGREEMENT,
-    "instances + filters + surroundings": SURROUNDED,
-    "instances + filters + surroundings + place": PLACED,
-    "instances + filters + surroundings + place + scene": {**PLACED, "scene_frames": 80},
-    "grid, instances and pairs + filters": {**SURROUNDED, "variant": "combined"},
+    "instances + filters": INSTANCE,
+    "instances + filters + place": {**INSTANCE, **PLACE},
+    "grid and instances + filters": COMBINED,
 }
 
 
@@ -72,15 +244,14 @@ def measure(
     """Build, calibrate and evaluate one row; return its figures by test set."""
     protocol, calibration = None, None
     if trial.index:
-        key = _made_of(trial, settings)
+        key = _index_key(trial, settings)
         if key not in indexes:
-            indexes[key] = build_index(
-                _with_all_parts(settings), "camera", trial.index, embedder=embedder
-            )
-        calibration = calibrate(
-            settings, "camera", indexes[key], trial.calibration, embedder=embedder
+            indexes[key] = build_index(trial.index, settings=settings, embedder=embedder)
+        calibrate_row = bare_calibration if is_bare(settings) else calibrate
+        calibration = calibrate_row(
+            indexes[key], trial.calibration, settings=settings, embedder=embedder
         )
-        detector = AnomalyDetector(embedder, indexes[key], calibration, settings, ImageRegion())
+        detector = AnomalyDetector(indexes[key], calibration, settings=settings, embedder=embedder)
     found: dict[str, dict[str, Any]] = {}
     for name, source in trial.tests.items():
         dataset = open_dataset(source, "")
@@ -111,18 +282,34 @@ def measure(
     return found
 
 
-def _with_all_parts(settings: Settings) -> Settings:
-    """Return the settings of an index that serves rows of every kind."""
-    weight = settings.surroundings_weight or SURROUNDED["surroundings_weight"]
-    parts = {"variant": "instance", "surroundings_weight": weight, "scene_frames": 1}
-    return settings.replace(place_normalisation=True, **parts)
+def is_bare(settings: Settings) -> bool:
+    """Return whether a row has neither score normalisation nor smoothing."""
+    return not settings.smoothing
 
 
-def _made_of(trial: Trial, settings: Settings) -> tuple[Any, ...]:
-    """Return what an index depends on that rows may differ in."""
+def bare_calibration(
+    index: NominalIndex, sources: list[str], *, settings: Settings, embedder: Remembered
+) -> Calibration:
+    """Return a calibration of plain distances, without score normalisation."""
+    detector = AnomalyDetector(index, settings=settings, embedder=embedder)
+    drives = open_drives(sources)
+    scores: dict[str, list[float]] = {}
+    for drive, _, _, grid in embedded_frames(drives, embedder):
+        scores.setdefault(drive, []).append(detector.score(grid).score)
+    return Calibration.fit(
+        scores,
+        heatmap_low=0.0,
+        index=index,
+        settings=detector.settings,
+        roi=detector.roi,
+        camera="camera",
+    )
+
+
+def _index_key(trial: Trial, settings: Settings) -> tuple[Any, ...]:
+    """Return what an index depends on and rows may differ in."""
     limits = settings.dedup_distance, settings.max_entries
-    weight = _with_all_parts(settings).surroundings_weight
-    return (*trial.index, *_embedded_by(settings), weight, *limits)
+    return (*trial.index, *_embedded_by(settings), settings.variant, *limits)
 
 
 def _embedded_by(settings: Settings) -> tuple[Any, ...]:
@@ -165,30 +352,26 @@ def drives_found(
 def milliseconds(settings: Settings, index: NominalIndex, folder: str) -> float:
     """Return the median milliseconds of a frame, embedding and segmentation included."""
     frames = list(itertools.islice(open_source(folder), TIMED_FRAMES))
-    usual: dict[str, UsualDistances] = {}
-    if settings.place_normalisation:
-        flat = _flat(anchors_of(index.content.embeddings, settings.usual_kinds))
-        usual = dict.fromkeys(("grid", INSTANCES, PAIRS), flat)
-    embedder = RunningEmbedder.from_settings(settings)
-    try:
-        detector = AnomalyDetector(embedder, index, None, settings, ImageRegion(), usual)
-        taken = []
-        for frame in frames:
-            begin = time.perf_counter()
-            detector.assess(frame, embedder.embed([frame.image])[0])
-            taken.append((time.perf_counter() - begin) * 1e3)
-    finally:
-        embedder.close()
-    return float(np.median(taken[len(taken) // 4 :]))
+    normalisations: dict[str, ScoreNormalisation] = {}
+    if not is_bare(settings):
+        flat = _flat(class_anchors(index.content.embeddings))
+        normalisations = dict.fromkeys(("grid", INSTANCES), flat)
+    detector = AnomalyDetector(index, settings=settings, normalisations=normalisations)
+    times_ms = []
+    for frame in frames:
+        begin = time.perf_counter()
+        detector.detect(frame)
+        times_ms.append((time.perf_counter() - begin) * 1e3)
+    return float(np.median(times_ms[len(times_ms) // 4 :]))
 
 
-def _flat(anchors: np.ndarray | None) -> UsualDistances:
-    kinds = None
+def _flat(anchors: np.ndarray | None) -> ScoreNormalisation:
+    classes = None
     if anchors is not None:
-        even = np.zeros(len(anchors), np.float32), np.ones(len(anchors), np.float32)
-        kinds = Kinds(anchors, *even)
+        zeros, ones = np.zeros(len(anchors), np.float32), np.ones(len(anchors), np.float32)
+        classes = PatchClasses(anchors, zeros, ones)
     cells = np.full(CELLS_HW, 0.1, np.float32), np.full(CELLS_HW, 0.05, np.float32)
-    return UsualDistances(*cells, kinds)
+    return ScoreNormalisation(*cells, classes)
 
 
 def main() -> None:
@@ -215,7 +398,10 @@ def main() -> None:
     chosen = {**chosen, **{text: json.loads(text) for text in args.tried}}
     rows: dict[str, dict[str, Any]] = {name: {} for name in chosen}
     indexes: dict[Any, NominalIndex] = {}
-    made = {name: Settings.from_parameters({**common, **chosen[name]}) for name in chosen}
+    made = {
+        name: Settings.from_parameters({**common, **chosen[name]}).with_build_defaults()
+        for name in chosen
+    }
     with tempfile.TemporaryDirectory() as temporary:
         scratch = Path(temporary)
         trials = real_trials(args.data, scratch) if args.data else []
@@ -226,11 +412,9 @@ def main() -> None:
         for name, settings in made.items():
             groups.setdefault(_embedded_by(settings), []).append(name)
         for alike, trial in itertools.product(groups.values(), trials):
-            segmenting = made[alike[0]].replace(variant="instance", place_normalisation=True)
+            segmenting = made[alike[0]].replace(variant="instance")
             embedder = Remembered(RunningEmbedder.from_settings(segmenting))
             for name in tqdm(alike, "rows", disable=None):
-                if made[name].scene_frames and not trial.index:
-                    continue  # Of sets where every image shows an anomaly no scene is nominal.
                 out = scratch / "report"
                 rows[name] |= measure(trial, made[name], embedder, out, indexes)
                 shutil.rmtree(out)
@@ -241,7 +425,7 @@ def main() -> None:
                     args.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         # At the end, one row after the other, so that nothing else runs beside it.
         for name, settings in made.items() if args.times and trials[0].index else ():
-            index = indexes[_made_of(trials[0], settings)]
+            index = indexes[_index_key(trials[0], settings)]
             first = next(iter(trials[0].tests.values()))
             rows[name]["ms"] = {"median": milliseconds(settings, index, first)}
         if args.out:

@@ -28,8 +28,8 @@ from semantic_anomaly.embedding.identity import Embedder, EmbedderIdentity
 from semantic_anomaly.embedding.pretrained import SHIPPED
 from semantic_anomaly.evaluation.metrics import PixelScores, frame_auroc
 from semantic_anomaly.index.nominal_index import NominalIndex
-from semantic_anomaly.roi import ImageRegion
-from semantic_anomaly.scoring.normalisation import PlaceSums
+from semantic_anomaly.roi import RegionOfInterest
+from semantic_anomaly.scoring.normalisation import NormalisationSums
 from semantic_anomaly.segmentation.embedder import RunningEmbedder
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import Frame, PatchGrid
@@ -145,24 +145,29 @@ def measure(
     """Score the test frames against an index of the nominal frames.
 
     Returns:
-        Scores by the end of their row's name: distances relative to what is usual at their place
-        in the calibration frames, as the detector takes them, and as they are.
+        Scores by the end of the row's name: standardised by image cell with the calibration
+        frames, and plain distances.
     """
-    region = ImageRegion()
+    roi = RegionOfInterest()
     index = NominalIndex.build(
         sampled(nominal, embedder, places),
         identity=embedder.identity,
-        region=region,
+        roi=roi,
         settings=settings,
     )
-    index.configure_search("exact", settings.search_ef)
-    plain = AnomalyDetector(embedder, index, None, settings, region)
-    sums = PlaceSums()
-    for frame in tqdm(calibration, desc="usual distances", disable=None):
-        here = plain.plain_distances(embedder.embed([frame.image])[0])["grid"]
-        sums.add(here.values, here.inside)
-    relative = AnomalyDetector(embedder, index, None, settings, region, {"grid": sums.usual()})
-    detectors = {"": relative, ", plain distances": plain}
+    settings = settings.replace(search="exact")
+    plain = AnomalyDetector(index, settings=settings, embedder=embedder)
+    sums = NormalisationSums()
+    for frame in tqdm(calibration, desc="score normalisation", disable=None):
+        here = plain.distance_maps(embedder.embed([frame.image])[0])["grid"]
+        sums.add(here.values, here.inside, here.embeddings)
+    standardised = AnomalyDetector(
+        index,
+        settings=settings,
+        embedder=embedder,
+        normalisations={"grid": sums.normalisation()},
+    )
+    detectors = {"": standardised, ", plain distances": plain}
     found = {end: Scores(entries=index.count, dim=index.dim) for end in detectors}
     for scores in found.values():
         scores.pixels = {name: PixelScores() for name in ("nominal", *FAMILIES)}
@@ -172,11 +177,11 @@ def measure(
         embed_ms = (time.perf_counter() - begin) * 1e3
         name = family(view.kind) if view.kind else "nominal"
         for end, detector in detectors.items():
-            score, distances = detector.score(grid)
+            frame_score = detector.score(grid)
             found[end].embed_ms.append(embed_ms)
-            found[end].frame.append(score)
+            found[end].frame.append(frame_score.score)
             # The heatmap's own values: distances in [0, 2], interpolated to pixels.
-            heat = np.clip(heatmap(distances, region, grid.image_hw), 0, 2)
+            heat = np.clip(heatmap(frame_score.anomaly_map, roi, grid.image_hw), 0, 2)
             found[end].pixels[name].add(heat.ravel(), view.anomaly_mask.ravel())
     return found
 
@@ -279,7 +284,6 @@ def main() -> None:
             tail_percent=args.tail_percent,
             neighbours=args.neighbours,
             dedup_distance=0.0,
-            usual_kinds=0,
             smoothing=0.0,
         )
         kinds = {}

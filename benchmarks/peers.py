@@ -207,7 +207,7 @@ def main() -> None:
     path.write_text(yaml.safe_dump({"/**": {"ros__parameters": parameters}}))
     options = ["--components", args.components]
     rows = {"semantic_anomaly": measure_ours(args, path, options)}
-    embedder = RunningEmbedder.from_settings(Settings.from_yaml(path))
+    embedder = RunningEmbedder.from_settings(Settings.from_parameters(parameters))
     nominal = [frame.image for source in args.nominal for frame in open_source(source)]
     hw = (nominal[0].shape[0], nominal[0].shape[1])
     makers = {

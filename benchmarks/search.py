@@ -18,7 +18,7 @@ import numpy as np
 
 from semantic_anomaly.embedding.identity import EmbedderIdentity
 from semantic_anomaly.index.nominal_index import NominalIndex
-from semantic_anomaly.roi import ImageRegion
+from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import Frame, PatchGrid
 
@@ -56,7 +56,7 @@ def build(world: World, entries: int, dim: int) -> NominalIndex:
         image = np.zeros((rows, SIDE, 3), np.uint8)
         frames.append((Frame(image, name=str(start)), PatchGrid(grid, grid[0, 0], image.shape[:2])))
     settings = Settings(dedup_distance=0.0, max_entries=entries)
-    return NominalIndex.build(frames, identity=identity, region=ImageRegion(), settings=settings)
+    return NominalIndex.build(frames, identity=identity, roi=RegionOfInterest(), settings=settings)
 
 
 def largest_exact(index: NominalIndex, queries: np.ndarray, k: int, top: int) -> np.ndarray:

@@ -14,11 +14,9 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from semantic_anomaly.calibration.calibration import Calibration
 from semantic_anomaly.detection.detector import AnomalyDetector
-from semantic_anomaly.index.nominal_index import NominalIndex
-from semantic_anomaly.roi import ImageRegion
-from semantic_anomaly.scoring.normalisation import PlaceSums, anchors_of
+from semantic_anomaly.offline.build_index import build_index
+from semantic_anomaly.offline.calibrate import calibrate
 from semantic_anomaly.segmentation.embedder import RunningEmbedder
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import Frame
@@ -28,42 +26,22 @@ from semantic_anomaly.synthetic import StreetDrive
 def make_detector(settings: Settings, drives: int, frames: int) -> AnomalyDetector:
     """Return a calibrated detector of synthetic nominal drives."""
     embedder = RunningEmbedder.from_settings(settings)
-    region = ImageRegion()
 
-    def embedded(seeds: range):  # type: ignore[no-untyped-def]
-        for seed in tqdm(seeds, desc="drives", disable=None):
-            for view in StreetDrive(seed, frames=frames):
-                grid = embedder.embed([view.image])[0]
-                yield Frame(view.image, name=view.name), grid
+    def drive_images(seed: int) -> list[np.ndarray]:
+        return [view.image for view in StreetDrive(seed, frames=frames)]
 
-    index = NominalIndex.build(
-        embedded(range(drives)), identity=embedder.identity, region=region, settings=settings
-    )
-    detector = AnomalyDetector(embedder, index, None, settings, region)
-    scored: dict[str, list[float]] = {}
-    lows = []
-    nominal = list(embedded(range(1000, 1000 + max(2, drives // 2))))
-    sums = PlaceSums(anchors_of(index.content.embeddings, settings.usual_kinds))
-    for _, grid in nominal:
-        found = detector.plain_distances(grid)["grid"]
-        sums.add(found.values, found.inside, found.embeddings)
-    detector = AnomalyDetector(embedder, index, None, settings, region, {"grid": sums.usual()})
-    for frame, grid in nominal:
-        score, distances = detector.score(grid)
-        scored.setdefault(frame.name.rpartition("_")[0], []).append(score)
-        lows.append(float(np.median(distances)))
-    calibration = Calibration.fit(
-        scored,
-        heatmap_low=float(np.median(lows)),
-        index=index,
-        settings=settings.replace(target_false_alarm_rate=0.1),
-        region=region,
-        camera="camera",
-        usual={"grid": sums.usual()},
-    )
-    return AnomalyDetector(
-        embedder, index, calibration, settings.replace(target_false_alarm_rate=0.1), region
-    )
+    images = [
+        image
+        for seed in tqdm(range(drives), desc="drives", disable=None)
+        for image in drive_images(seed)
+    ]
+    index = build_index(images, settings=settings, embedder=embedder)
+    nominal = {
+        f"drive {seed}": embedder.embed(drive_images(seed))
+        for seed in range(1000, 1000 + max(2, drives // 2))
+    }
+    calibration = calibrate(index, nominal, settings=settings, target_false_alarm_rate=0.1)
+    return AnomalyDetector(index, calibration, settings=settings, embedder=embedder)
 
 
 def main() -> None:
@@ -73,7 +51,7 @@ def main() -> None:
     parser.add_argument("--drives", type=int, default=6)
     parser.add_argument("--frames", type=int, default=30, help="frames a drive")
     parser.add_argument("--measured", type=int, default=60, help="frames measured")
-    parser.add_argument("--input-sizes", nargs="+", type=int, default=[640, Settings().input_size])
+    parser.add_argument("--input-sizes", nargs="+", type=int, default=[640, 960])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     args = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, backbone {args.backbone}, 1280x720 input")

@@ -17,10 +17,6 @@ from worlds.backbones import PREPROCESSOR
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
-import backbone_data  # noqa: E402
-import backbone_foreign  # noqa: E402
-import backbone_losses  # noqa: E402
-import backbone_views  # noqa: E402
 import train_backbone  # noqa: E402
 
 SHIPPED = ROOT / "semantic_anomaly" / "backbones" / "street_small"
@@ -88,8 +84,8 @@ def test_the_loss_falls(tmp_path: Path, teacher: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(train_backbone, "WARM_UP_STEPS", 1)
     taught = ["--teacher", str(teacher), "--teacher-layers", "2", "--steps", "8"]
     args = train_backbone.parser().parse_args(arguments(tmp_path, *taught))
-    images = backbone_data.procedural_images(1, 0)
-    sampler = backbone_views.PairSampler([images], [1.0], 0)
+    images = train_backbone.procedural_images(1, 0)
+    sampler = train_backbone.PairSampler([images], [1.0], 0)
     losses = list(train_backbone.Trainer(args, sampler).run())
     assert len(losses) == 8
     assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
@@ -109,20 +105,20 @@ def test_a_time_budget_ends_the_run(tmp_path: Path) -> None:
     args = train_backbone.parser().parse_args(
         arguments(tmp_path, "--steps", "100000", "--minutes", "1e-9")
     )
-    sampler = backbone_views.PairSampler([np.zeros((1, 360, 640, 3), np.uint8)], [1.0], 0)
+    sampler = train_backbone.PairSampler([np.zeros((1, 360, 640, 3), np.uint8)], [1.0], 0)
     assert list(train_backbone.Trainer(args, sampler).run()) == []
 
 
 def test_views_show_the_same_place_where_the_map_says(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(backbone_views, "photometric", lambda rng, image: image)
+    monkeypatch.setattr(train_backbone, "photometric", lambda rng, image: image)
     y, x = np.mgrid[:360, :640]
     image = np.stack([x * 255 / 639, y * 255 / 359, 0 * x], -1).astype(np.uint8)
-    height, width = backbone_views.VIEW_HW
+    height, width = train_backbone.VIEW_HW
     for seed in range(10):
         rng = np.random.default_rng(seed)
-        clean, first, second, across = backbone_views.make_pair(rng, image)
+        clean, first, second, across = train_backbone.make_pair(rng, image)
         np.testing.assert_array_equal(clean, first)
         assert clean.shape == (height, width, 3)
         places = rng.integers(0, (width, height), (200, 2))
@@ -139,7 +135,7 @@ def test_corresponding_places_of_the_identity_are_the_places_themselves() -> Non
     order = torch.arange(36).expand(2, -1)
     xy = torch.stack([order % 6, order // 6], -1).float()
     identity = torch.tensor([[1.0, 0, 0], [0, 1, 0]]).expand(2, -1, -1)
-    target = backbone_losses.corresponding(identity, xy, 10.0, (60, 60))
+    target = train_backbone.corresponding(identity, xy, 10.0, (60, 60))
     sampled = nn.functional.grid_sample(features, target[:, :, None], align_corners=False)
     torch.testing.assert_close(sampled[..., 0], features.flatten(2))
 
@@ -148,19 +144,19 @@ def test_losses_prefer_what_they_should() -> None:
     torch.manual_seed(0)
     features = torch.randn(3, 16, 8, 8)
     identity = torch.tensor([[1.0, 0, 0], [0, 1, 0]]).expand(3, -1, -1)
-    same = backbone_losses.contrast_loss(features, features, identity, (80, 80))
-    mixed = backbone_losses.contrast_loss(features, features.flip(2), identity, (80, 80))
+    same = train_backbone.contrast_loss(features, features, identity, (80, 80))
+    mixed = train_backbone.contrast_loss(features, features.flip(2), identity, (80, 80))
     assert same < 0.2 * mixed
     unit = nn.functional.normalize(features, dim=1)
-    learnt = backbone_losses.imitation_loss(unit, unit)
-    wrong = backbone_losses.imitation_loss(unit.roll(3, 2), unit)
+    learnt = train_backbone.imitation_loss(unit, unit)
+    wrong = train_backbone.imitation_loss(unit.roll(3, 2), unit)
     assert float(learnt) == 0
     assert float(wrong) > 0.05
 
 
 def test_projected_features_of_the_teacher_keep_their_distances(teacher: Path) -> None:
-    model = backbone_losses.Teacher(teacher, (1, 2), torch.device("cpu"))
-    images = torch.from_numpy(backbone_data.procedural_images(2, 0)).permute(0, 3, 1, 2) / 255
+    model = train_backbone.Teacher(teacher, (1, 2), torch.device("cpu"))
+    images = torch.from_numpy(train_backbone.procedural_images(2, 0)).permute(0, 3, 1, 2) / 255
     whole = model(images, (9, 16))
     dim = whole.shape[1]
     assert model.project_on(images, (9, 16), dim) == pytest.approx(1)
@@ -172,7 +168,7 @@ def test_projected_features_of_the_teacher_keep_their_distances(teacher: Path) -
         return flat.T @ flat
 
     torch.testing.assert_close(products(turned), products(whole), rtol=0, atol=1e-4)
-    model = backbone_losses.Teacher(teacher, (1, 2), torch.device("cpu"))
+    model = train_backbone.Teacher(teacher, (1, 2), torch.device("cpu"))
     kept = model.project_on(images, (9, 16), 6)
     few = model(images, (9, 16))
     assert few.shape == (2, 6, 9, 16)
@@ -181,14 +177,14 @@ def test_projected_features_of_the_teacher_keep_their_distances(teacher: Path) -
 
 
 def test_a_pasted_thing_lies_where_its_mask_says() -> None:
-    other = backbone_data.procedural_images(1, 3)[0]
+    other = train_backbone.procedural_images(1, 3)[0]
     sizes = []
     for seed in range(40):
         before = np.full((360, 640, 3), 90, np.uint8)
         image = before.copy()
-        mask = backbone_foreign.paste_thing(image, other, np.random.default_rng(seed))
+        mask = train_backbone.paste_thing(image, other, np.random.default_rng(seed))
         again = before.copy()
-        backbone_foreign.paste_thing(again, other, np.random.default_rng(seed))
+        train_backbone.paste_thing(again, other, np.random.default_rng(seed))
         np.testing.assert_array_equal(image, again)
         np.testing.assert_array_equal(image[mask == 0], before[mask == 0])
         sizes.append(int((mask > 127).sum()))
@@ -199,24 +195,24 @@ def test_a_pasted_thing_lies_where_its_mask_says() -> None:
 
 
 def test_training_streets_are_nominal_and_not_those_of_the_evaluation(tmp_path: Path) -> None:
-    seed = backbone_data.FIRST_TRAINING_SEED
+    seed = train_backbone.FIRST_TRAINING_SEED
     assert seed >= 1_000_000
-    images = backbone_data.render_drive(seed, 1)
+    images = train_backbone.render_drive(seed, 1)
     assert images.shape == (1, 360, 640, 3)
-    drive = backbone_data.StreetDrive(seed, frames=backbone_data.FRAMES_BETWEEN)
-    frame = drive.frame(seed % backbone_data.FRAMES_BETWEEN)
+    drive = train_backbone.StreetDrive(seed, frames=train_backbone.FRAMES_BETWEEN)
+    frame = drive.frame(seed % train_backbone.FRAMES_BETWEEN)
     assert frame.kind is None
     np.testing.assert_array_equal(images[0], frame.image)
 
 
 def test_folders_without_pictures_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no pictures"):
-        backbone_data.folder_images([tmp_path])
+        train_backbone.folder_images([tmp_path])
     (tmp_path / "broken.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"broken\.png"):
-        backbone_data.folder_images([tmp_path])
+        train_backbone.folder_images([tmp_path])
     with pytest.raises(ValueError, match="no images"):
-        backbone_views.PairSampler([np.empty((0, 360, 640, 3), np.uint8)], [1.0], 0)
+        train_backbone.PairSampler([np.empty((0, 360, 640, 3), np.uint8)], [1.0], 0)
 
 
 def test_shipped_backbone_is_small_whole_and_finite() -> None:
@@ -228,7 +224,7 @@ def test_shipped_backbone_is_small_whole_and_finite() -> None:
 
 
 def test_shipped_backbone_tells_places_apart() -> None:
-    image = backbone_data.StreetDrive(7, frames=1).frame(0).image
+    image = train_backbone.StreetDrive(7, frames=1).frame(0).image
     processor = json.loads((SHIPPED / "preprocessor_config.json").read_text())
     mean, std = np.array(processor["image_mean"]), np.array(processor["image_std"])
     pixels = ((image * processor["rescale_factor"] - mean) / std).astype(np.float32)
