@@ -71,10 +71,10 @@ class RegionOfInterest:
                 raise ImageError(f"ego mask '{camera.ego_mask}': {error.strerror}") from error
             if not content:
                 raise ImageError(f"ego mask '{camera.ego_mask}' is empty")
-        region = cls(polygon, content)
-        if not region.pixel_mask((360, 640)).any():
+        roi = cls(polygon, content)
+        if not roi.pixel_mask((360, 640)).any():
             raise SettingsError("region of interest and ego mask leave no pixel of the image")
-        return region
+        return roi
 
     @property
     def is_whole_image(self) -> bool:
@@ -107,16 +107,16 @@ class RegionOfInterest:
 
 # Cameras keep their size, so the masks of the last few sizes are all that is ever asked for.
 @lru_cache(maxsize=32)
-def _pixel_mask(region: RegionOfInterest, image_hw: tuple[int, int]) -> np.ndarray:
+def _pixel_mask(roi: RegionOfInterest, image_hw: tuple[int, int]) -> np.ndarray:
     height, width = image_hw
     mask = np.ones((height, width), np.uint8)
-    if region.polygon_xy:
+    if roi.polygon_xy:
         mask[:] = 0
         # Relative coordinates span pixel edges; fillPoly counts from pixel centres.
-        corners = np.array(region.polygon_xy) * (width, height) - 0.5
+        corners = np.array(roi.polygon_xy) * (width, height) - 0.5
         cv2.fillPoly(mask, [np.round(corners * 256).astype(np.int32)], 1, shift=8)
-    if region.ego_mask_png:
-        ego = _ego_pixels(region.ego_mask_png)
+    if roi.ego_mask_png:
+        ego = _ego_pixels(roi.ego_mask_png)
         mask[cv2.resize(ego, (width, height), interpolation=cv2.INTER_NEAREST) > 0] = 0
     result = mask.astype(bool)
     result.flags.writeable = False
@@ -139,9 +139,9 @@ def _ego_pixels(content: bytes) -> np.ndarray:
 
 @lru_cache(maxsize=32)
 def _patch_mask(
-    region: RegionOfInterest, grid_hw: tuple[int, int], image_hw: tuple[int, int]
+    roi: RegionOfInterest, grid_hw: tuple[int, int], image_hw: tuple[int, int]
 ) -> np.ndarray:
-    mask = _pixel_mask(region, image_hw).astype(np.float32)
+    mask = _pixel_mask(roi, image_hw).astype(np.float32)
     share = cv2.resize(mask, (grid_hw[1], grid_hw[0]), interpolation=cv2.INTER_AREA)
     result = share >= 0.5
     result.flags.writeable = False
@@ -162,6 +162,3 @@ def patches_inside(grid: PatchGrid, roi: RegionOfInterest) -> np.ndarray:
     if not inside.any():
         raise SettingsError("region of interest and ego mask leave no patch of the image")
     return inside
-
-
-ImageRegion = RegionOfInterest

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from semantic_anomaly.errors import ImageError, SettingsError
-from semantic_anomaly.roi import ImageRegion, patches_inside
+from semantic_anomaly.roi import RegionOfInterest, patches_inside
 from semantic_anomaly.settings import CameraSettings
 from semantic_anomaly.structures import PatchGrid
 
@@ -34,7 +34,7 @@ def grid_of(rows: int, cols: int, image_hw: tuple[int, int]) -> PatchGrid:
 
 @pytest.mark.parametrize("width", [640, 639, 64, 7])
 def test_polygon_covers_the_pixels_whose_centres_it_holds(width: int) -> None:
-    mask = ImageRegion(RIGHT_HALF).pixel_mask((4, width))
+    mask = RegionOfInterest(RIGHT_HALF).pixel_mask((4, width))
     centres = (np.arange(width) + 0.5) / width
     # A centre on the very edge, and the pixel next to it, may fall either way.
     clear = np.abs(centres - 0.5) > 0.75 / width
@@ -42,9 +42,9 @@ def test_polygon_covers_the_pixels_whose_centres_it_holds(width: int) -> None:
 
 
 def test_whole_image_has_every_pixel_and_patch() -> None:
-    region = ImageRegion()
-    assert region.is_whole_image
-    assert region.pixel_mask((7, 9)).all() and region.patch_mask((3, 4), (7, 9)).all()
+    roi = RegionOfInterest()
+    assert roi.is_whole_image
+    assert roi.pixel_mask((7, 9)).all() and roi.patch_mask((3, 4), (7, 9)).all()
 
 
 @pytest.mark.parametrize(
@@ -58,16 +58,16 @@ def test_whole_image_has_every_pixel_and_patch() -> None:
 def test_patches_take_part_when_half_of_them_is_inside(
     left: float, expected: list[bool], reason: str
 ) -> None:
-    region = ImageRegion(((left, 0.0), (1.0, 0.0), (1.0, 1.0), (left, 1.0)))
-    np.testing.assert_array_equal(region.patch_mask((1, 4), (100, 400))[0], expected)
+    roi = RegionOfInterest(((left, 0.0), (1.0, 0.0), (1.0, 1.0), (left, 1.0)))
+    np.testing.assert_array_equal(roi.patch_mask((1, 4), (100, 400))[0], expected)
 
 
 def test_masks_cannot_be_written_to_by_those_who_share_them() -> None:
-    region = ImageRegion(RIGHT_HALF)
+    roi = RegionOfInterest(RIGHT_HALF)
     with pytest.raises(ValueError, match="read-only"):
-        region.pixel_mask((4, 6))[0, 0] = True
+        roi.pixel_mask((4, 6))[0, 0] = True
     with pytest.raises(ValueError, match="read-only"):
-        region.patch_mask((2, 3), (4, 6))[0, 0] = True
+        roi.patch_mask((2, 3), (4, 6))[0, 0] = True
 
 
 @pytest.mark.parametrize(
@@ -87,14 +87,14 @@ def test_ego_mask_takes_its_non_zero_pixels_away(
 ) -> None:
     path = tmp_path / "ego.png"
     path.write_bytes(png(pixels))
-    region = ImageRegion.from_settings(CameraSettings(ego_mask=str(path)))
-    mask = region.pixel_mask((72, 128))
+    roi = RegionOfInterest.from_settings(CameraSettings(ego_mask=str(path)))
+    mask = roi.pixel_mask((72, 128))
     assert mask[:36].all() and not mask[36:].any()
-    assert not region.is_whole_image
+    assert not roi.is_whole_image
 
 
 def test_polygon_and_ego_mask_together() -> None:
-    mask = ImageRegion(RIGHT_HALF, png(bottom_half())).pixel_mask((36, 64))
+    mask = RegionOfInterest(RIGHT_HALF, png(bottom_half())).pixel_mask((36, 64))
     assert mask[:18, 33:].all() and not mask[18:].any() and not mask[:, :31].any()
 
 
@@ -112,12 +112,12 @@ def test_ego_mask_that_is_no_png_is_refused(tmp_path: Path, content: bytes, mess
     path = tmp_path / "ego.png"
     path.write_bytes(content)
     with pytest.raises(ImageError, match=message):
-        ImageRegion.from_settings(CameraSettings(ego_mask=str(path)))
+        RegionOfInterest.from_settings(CameraSettings(ego_mask=str(path)))
 
 
 def test_missing_ego_mask_is_named(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"missing.png.*No such file"):
-        ImageRegion.from_settings(CameraSettings(ego_mask=str(tmp_path / "missing.png")))
+        RegionOfInterest.from_settings(CameraSettings(ego_mask=str(tmp_path / "missing.png")))
 
 
 @pytest.mark.parametrize(
@@ -134,36 +134,36 @@ def test_polygons_partly_outside_or_without_area_are_refused(
     polygon: tuple[tuple[float, float], ...], message: str
 ) -> None:
     with pytest.raises(SettingsError, match=message):
-        ImageRegion(polygon)
+        RegionOfInterest(polygon)
 
 
 def test_nothing_left_of_the_image_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "ego.png"
     path.write_bytes(png(np.full((36, 64), 255, np.uint8)))
     with pytest.raises(SettingsError, match="leave no pixel"):
-        ImageRegion.from_settings(CameraSettings(ego_mask=str(path)))
+        RegionOfInterest.from_settings(CameraSettings(ego_mask=str(path)))
 
 
 def test_patches_at_least_half_inside_take_part() -> None:
     grid = grid_of(2, 4, (20, 40))
-    assert patches_inside(grid, ImageRegion()).all()
-    half = patches_inside(grid, ImageRegion(RIGHT_HALF))
+    assert patches_inside(grid, RegionOfInterest()).all()
+    half = patches_inside(grid, RegionOfInterest(RIGHT_HALF))
     np.testing.assert_array_equal(half, [[False, False, True, True]] * 2)
 
 
 def test_region_too_small_for_any_patch_is_refused() -> None:
-    speck = ImageRegion(((0.45, 0.45), (0.55, 0.45), (0.5, 0.55)))
+    speck = RegionOfInterest(((0.45, 0.45), (0.55, 0.45), (0.5, 0.55)))
     with pytest.raises(SettingsError, match="leave no patch"):
         patches_inside(grid_of(2, 4, (200, 400)), speck)
 
 
 def test_description_tells_regions_apart() -> None:
     regions = [
-        ImageRegion(),
-        ImageRegion(RIGHT_HALF),
-        ImageRegion(RIGHT_HALF, png(bottom_half())),
-        ImageRegion(RIGHT_HALF, png(bottom_half(value=1))),
+        RegionOfInterest(),
+        RegionOfInterest(RIGHT_HALF),
+        RegionOfInterest(RIGHT_HALF, png(bottom_half())),
+        RegionOfInterest(RIGHT_HALF, png(bottom_half(value=1))),
     ]
-    described = [str(region.describe()) for region in regions]
+    described = [str(roi.describe()) for roi in regions]
     assert len(set(described)) == len(regions)
-    assert ImageRegion(RIGHT_HALF).describe() == regions[1].describe()
+    assert RegionOfInterest(RIGHT_HALF).describe() == regions[1].describe()

@@ -25,7 +25,7 @@ from semantic_anomaly.calibration.conformal import (
 )
 from semantic_anomaly.calibration.staleness import StaleEdit, edits_since, staleness_warning
 from semantic_anomaly.errors import CalibrationError, MismatchError, ModelOutputError
-from semantic_anomaly.roi import ImageRegion
+from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.scoring.normalisation import ScoreNormalisation
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import HeatmapScale
@@ -120,7 +120,7 @@ class Calibration:
         heatmap_low: float,
         index: CalibratedIndex,
         settings: Settings,
-        roi: ImageRegion,
+        roi: RegionOfInterest,
         camera: str,
         dtype: str = "",
         normalisations: Mapping[str, ScoreNormalisation] | None = None,
@@ -257,7 +257,7 @@ class Calibration:
         since = edits_since(self.stale_edits, changes)
         return replace(self, index_fingerprint=index.fingerprint, stale_edits=since)
 
-    def check(self, index_fingerprint: str, settings: Settings, roi: ImageRegion) -> None:
+    def check(self, index_fingerprint: str, settings: Settings, roi: RegionOfInterest) -> None:
         """Check that index, settings and region of interest are those of the calibration.
 
         Raises:

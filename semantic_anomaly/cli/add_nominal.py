@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     index = NominalIndex.load(args.index)
     settings = resolve_settings(settings, index)
     roi = resolve_roi(settings.camera_settings[camera], index, None)
-    index.check_region(roi)
+    index.check_roi(roi)
     chosen = list(_chosen(args, index))
     embedder = RunningEmbedder.from_settings(settings)
     try:
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
             index.check_segmenter(embedder.segmenter)
         frames = ((frame, embedder.embed([frame.image])[0]) for frame in chosen)
         edited, report = index_edits.add_nominal(
-            index, frames, region=roi, source=args.source, note=args.note
+            index, frames, roi=roi, source=args.source, note=args.note
         )
     finally:
         embedder.close()

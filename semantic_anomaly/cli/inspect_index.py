@@ -64,8 +64,8 @@ def _index_rows(folder: Path, index: NominalIndex) -> list[tuple[str, str]]:
     layers = ", ".join(map(str, identity.layers)) or "last"
     drives = Counter(name.rpartition("/")[0] for name in index.frame_names)
     limits = content["limits"]
-    polygon = index.region_description["polygon_xy"]
-    mask = index.region_description["ego_mask_sha256"]
+    polygon = index.roi_description["polygon_xy"]
+    mask = index.roi_description["ego_mask_sha256"]
     whole = "whole image" if not polygon and not mask else ""
     made = "last edited" if index.edits else "built"
     return [

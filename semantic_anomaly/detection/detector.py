@@ -23,7 +23,7 @@ from semantic_anomaly.errors import (
     SettingsError,
     UnknownNameError,
 )
-from semantic_anomaly.roi import ImageRegion
+from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.scoring.distances import DistanceMap, FrameScore, FrameScorer
 from semantic_anomaly.scoring.normalisation import ScoreNormalisation
 from semantic_anomaly.settings import (
@@ -124,7 +124,7 @@ def resolve_settings(
 
 def resolve_roi(
     camera: CameraSettings, index: NominalIndex, calibration: Calibration | None
-) -> ImageRegion:
+) -> RegionOfInterest:
     """Return the region of interest of a camera.
 
     A polygon that is not set is that of the calibration, or else of the index.
@@ -134,10 +134,10 @@ def resolve_roi(
         ImageError: the ego mask cannot be read.
     """
     if not camera.region_of_interest:
-        stored = calibration.roi if calibration is not None else index.region_description
+        stored = calibration.roi if calibration is not None else index.roi_description
         numbers = tuple(float(value) for corner in stored["polygon_xy"] for value in corner)
         camera = CameraSettings(region_of_interest=numbers, ego_mask=camera.ego_mask)
-    return ImageRegion.from_settings(camera)
+    return RegionOfInterest.from_settings(camera)
 
 
 class AnomalyDetector:
@@ -181,7 +181,7 @@ class AnomalyDetector:
         self.camera = settings.cameras[0] if camera is None else camera
         settings = resolve_settings(settings.for_camera(self.camera), index, calibration)
         roi = resolve_roi(settings.camera_settings[self.camera], index, calibration)
-        index.check_region(roi)
+        index.check_roi(roi)
         if settings.neighbours > index.count:
             raise IndexMismatchError(
                 "setting 'neighbours'", f"at most the index's {index.count}", settings.neighbours

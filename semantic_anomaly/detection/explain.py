@@ -14,7 +14,7 @@ from semantic_anomaly.errors import InputError
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.index.search import nearest_rows
 from semantic_anomaly.io.images import decode_compressed
-from semantic_anomaly.roi import ImageRegion
+from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.segmentation.masks import instances_of
 from semantic_anomaly.structures import PatchGrid
 
@@ -47,7 +47,7 @@ class Explanation:
 
 
 def patches_of_box(
-    grid: PatchGrid, roi: ImageRegion, box_xyxy: tuple[float, float, float, float]
+    grid: PatchGrid, roi: RegionOfInterest, box_xyxy: tuple[float, float, float, float]
 ) -> np.ndarray:
     """Return (rows, cols) bool: patches inside the ROI of which at least half lies in a box.
 
@@ -85,7 +85,7 @@ def patches_of_box(
     return mask
 
 
-def instances_of_box(grid: PatchGrid, roi: ImageRegion, inside: np.ndarray) -> np.ndarray:
+def instances_of_box(grid: PatchGrid, roi: RegionOfInterest, inside: np.ndarray) -> np.ndarray:
     """Return (n, dim) float32 embeddings of the instances at least half inside a box.
 
     Args:

@@ -16,7 +16,7 @@ from typing import Protocol
 import cv2
 import numpy as np
 
-from semantic_anomaly.roi import ImageRegion
+from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.structures import Localization, NominalExample, PatchGrid
 
 # An image that is unknown throughout has hundreds of components; only the worst are kept, because
@@ -41,7 +41,9 @@ def upsample(values: np.ndarray, image_hw: tuple[int, int]) -> np.ndarray:
     return cv2.resize(values, (image_hw[1], image_hw[0]), interpolation=cv2.INTER_LINEAR)
 
 
-def heatmap(anomaly_map: np.ndarray, roi: ImageRegion, image_hw: tuple[int, int]) -> np.ndarray:
+def heatmap(
+    anomaly_map: np.ndarray, roi: RegionOfInterest, image_hw: tuple[int, int]
+) -> np.ndarray:
     """Return (height, width) float32: the anomaly map at every pixel, 0 outside the ROI.
 
     At the edge of the ROI only patches inside are averaged, so values do not fall off there.
@@ -59,7 +61,9 @@ def heatmap(anomaly_map: np.ndarray, roi: ImageRegion, image_hw: tuple[int, int]
 
 
 @lru_cache(maxsize=8)
-def _edge_gain(roi: ImageRegion, grid_hw: tuple[int, int], image_hw: tuple[int, int]) -> np.ndarray:
+def _edge_gain(
+    roi: RegionOfInterest, grid_hw: tuple[int, int], image_hw: tuple[int, int]
+) -> np.ndarray:
     weight = upsample(roi.patch_mask(grid_hw, image_hw).astype(np.float32), image_hw)
     gain = np.zeros(image_hw, np.float32)
     np.divide(1.0, weight, out=gain, where=roi.pixel_mask(image_hw) & (weight > 0))

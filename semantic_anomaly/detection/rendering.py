@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 
 from semantic_anomaly.errors import ImageError
-from semantic_anomaly.roi import ImageRegion
+from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.structures import (
     AnomalyResult,
     ComponentState,
@@ -44,21 +44,21 @@ _STATE_COLOURS = {ComponentState.CONFIRMED: _ORANGE, ComponentState.CANDIDATE: _
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
 
 
-def draw_heatmap(result: AnomalyResult, roi: ImageRegion | None = None) -> np.ndarray:
+def draw_heatmap(result: AnomalyResult, roi: RegionOfInterest | None = None) -> np.ndarray:
     """Return (height, width, 3) uint8 RGB: dark is typical, bright from the threshold on.
 
     Args:
         result: of the frame.
         roi: pixels outside are drawn black; None: the whole image.
     """
-    steps = _steps(result, roi or ImageRegion(), slice(None))
+    steps = _steps(result, roi or RegionOfInterest(), slice(None))
     return cv2.applyColorMap(steps, _tables(result.scale, 1.0).colours)
 
 
 def draw_overlay(
     image: np.ndarray | Frame,
     result: AnomalyResult,
-    roi: ImageRegion | None = None,
+    roi: RegionOfInterest | None = None,
     alpha: float = 0.5,
 ) -> np.ndarray:
     """Return (height, width, 3) uint8 RGB: the image with heatmap, localizations and a banner.
@@ -86,7 +86,7 @@ def draw_overlay(
             f"overlay: expected an image of the result's size {result.heatmap.shape}, "
             f"found {canvas.shape[:2]}"
         )
-    roi = roi or ImageRegion()
+    roi = roi or RegionOfInterest()
     _blend_heatmap(canvas, result, roi, _tables(result.scale, float(alpha)))
     if not roi.is_whole_image:
         cv2.drawContours(canvas, _outline(roi, result.heatmap.shape), -1, _GREEN, 2)
@@ -124,7 +124,7 @@ def contact_sheet(images: Sequence[np.ndarray], columns: int, gap_px: int = 4) -
     return sheet
 
 
-def _steps(result: AnomalyResult, roi: ImageRegion, rows: slice) -> np.ndarray:
+def _steps(result: AnomalyResult, roi: RegionOfInterest, rows: slice) -> np.ndarray:
     """Return (rows, width) uint8 indices into the colour tables."""
     steps = cv2.convertScaleAbs(result.heatmap[rows], alpha=_steps_per_distance(result.scale))
     cv2.min(steps, _STEPS, dst=steps)
@@ -138,7 +138,7 @@ def _steps_per_distance(scale: HeatmapScale) -> float:
 
 
 def _blend_heatmap(
-    canvas: np.ndarray, result: AnomalyResult, roi: ImageRegion, tables: _Tables
+    canvas: np.ndarray, result: AnomalyResult, roi: RegionOfInterest, tables: _Tables
 ) -> None:
     # Strips stay in the cache and avoid allocating large buffers, which would dominate the time.
     for top in range(0, len(canvas), _STRIP_ROWS):
@@ -186,12 +186,12 @@ def _tables(scale: HeatmapScale, alpha: float) -> _Tables:
 
 
 @lru_cache(maxsize=8)
-def _outside(roi: ImageRegion, image_hw: tuple[int, int]) -> np.ndarray:
+def _outside(roi: RegionOfInterest, image_hw: tuple[int, int]) -> np.ndarray:
     return np.where(roi.pixel_mask(image_hw), 0, _OUTSIDE).astype(np.uint8)
 
 
 @lru_cache(maxsize=8)
-def _outline(roi: ImageRegion, image_hw: tuple[int, int]) -> tuple[np.ndarray, ...]:
+def _outline(roi: RegionOfInterest, image_hw: tuple[int, int]) -> tuple[np.ndarray, ...]:
     mask = roi.pixel_mask(image_hw).astype(np.uint8)
     return tuple(cv2.findContours(mask, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)[0])
 
@@ -248,6 +248,8 @@ def _draw_banner(canvas: np.ndarray, result: AnomalyResult) -> None:
         parts.append(f"p {result.p_value:.2g}")
     if result.reason:
         parts.append(result.reason)
+    if result.threshold is None:
+        parts.append(f"heatmap scaled by {result.scale.source}")
     text = "   ".join(parts)
     text_width, text_height = _text_size(text, 1.0)
     scale = min(height * 0.5 / text_height, (canvas.shape[1] - 8) / text_width)

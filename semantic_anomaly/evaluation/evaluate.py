@@ -40,7 +40,7 @@ from semantic_anomaly.evaluation.metrics import (
 from semantic_anomaly.evaluation.protocols import Reference, SelfNominal
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.offline.drives import settings_of
-from semantic_anomaly.roi import ImageRegion
+from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.storage import sha256_bytes
 from semantic_anomaly.structures import AnomalyResult, Decision, Frame
@@ -279,7 +279,7 @@ def _map_file(maps: Path, truth: FrameTruth) -> Path:
 
 
 def _maps(
-    maps: Path, dataset: Dataset, roi: ImageRegion
+    maps: Path, dataset: Dataset, roi: RegionOfInterest
 ) -> Iterator[tuple[FrameTruth, np.ndarray, np.ndarray]]:
     """Yield truth, anomaly map and labels of frames with pixel labels; 255 outside the ROI."""
     for truth in dataset.truths:

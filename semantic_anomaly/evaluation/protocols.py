@@ -127,7 +127,7 @@ class SelfNominal:
             index = NominalIndex.build(
                 self._others(fold),
                 identity=self._embedder.identity,
-                region=camera_roi(self._settings, self._camera),
+                roi=camera_roi(self._settings, self._camera),
                 settings=self._settings.with_build_defaults(),
                 source=[self._dataset.name],
                 camera=self._camera,

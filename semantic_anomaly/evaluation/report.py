@@ -20,7 +20,7 @@ from semantic_anomaly.evaluation import extras
 from semantic_anomaly.evaluation.figures import at_width
 from semantic_anomaly.evaluation.measures import figure, interval, measure_rows, percent
 from semantic_anomaly.io.images import encode_jpeg, encode_png, read_image
-from semantic_anomaly.roi import ImageRegion
+from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.structures import AnomalyResult, Frame
 
 if TYPE_CHECKING:
@@ -244,7 +244,7 @@ class Album:
     def __init__(
         self,
         folder: Path,
-        roi: ImageRegion,
+        roi: RegionOfInterest,
         alpha: float,
         every: int,
         sheet: Collection[int] = (),

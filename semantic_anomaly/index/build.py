@@ -18,7 +18,7 @@ from semantic_anomaly.index.hnsw import HnswGraph
 from semantic_anomaly.index.search import nearest_similarities
 from semantic_anomaly.io.images import encode_jpeg
 from semantic_anomaly.linalg import inner_products
-from semantic_anomaly.roi import ImageRegion, patches_inside
+from semantic_anomaly.roi import RegionOfInterest, patches_inside
 from semantic_anomaly.segmentation.masks import instances_of
 from semantic_anomaly.structures import Frame, PatchGrid
 
@@ -52,7 +52,7 @@ class FrameEmbeddings:
     embeddings: np.ndarray
 
 
-def patch_embeddings(nominal_frame: NominalFrame, roi: ImageRegion) -> FrameEmbeddings:
+def patch_embeddings(nominal_frame: NominalFrame, roi: RegionOfInterest) -> FrameEmbeddings:
     """Return the nominal patches of a frame inside the region of interest.
 
     Raises:
@@ -65,7 +65,7 @@ def patch_embeddings(nominal_frame: NominalFrame, roi: ImageRegion) -> FrameEmbe
     return FrameEmbeddings(frame, grid.grid_hw, np.argwhere(inside), grid.features[inside])
 
 
-def instance_embeddings(nominal_frame: NominalFrame, roi: ImageRegion) -> FrameEmbeddings:
+def instance_embeddings(nominal_frame: NominalFrame, roi: RegionOfInterest) -> FrameEmbeddings:
     """Return the instances of a frame that are nominal on all patches that they cover.
 
     Raises:
@@ -108,8 +108,8 @@ class Stage:
         needs_distances: whether it is an error if there are none; otherwise all is stored.
     """
 
-    embeddings_of: Callable[[NominalFrame, ImageRegion], FrameEmbeddings]
-    distances_of: Callable[[NominalFrame, ImageRegion], np.ndarray]
+    embeddings_of: Callable[[NominalFrame, RegionOfInterest], FrameEmbeddings]
+    distances_of: Callable[[NominalFrame, RegionOfInterest], np.ndarray]
     dedup_share: float
     needs_distances: bool
 
@@ -142,7 +142,9 @@ _NEIGHBOURHOOD = 4
 PATCH_STAGE = Stage(
     patch_embeddings,
     # On the whole image, so that the distance does not depend on the region of interest.
-    lambda f, roi: nearest_in_frame(patch_embeddings(f[:2], ImageRegion()), _NEIGHBOURHOOD + 1),
+    lambda f, roi: nearest_in_frame(
+        patch_embeddings(f[:2], RegionOfInterest()), _NEIGHBOURHOOD + 1
+    ),
     # Half of it stores four times as much.
     dedup_share=1.0,
     needs_distances=True,
@@ -215,7 +217,7 @@ class Selection:
     """
 
     def __init__(
-        self, stage: Stage, dim: int, roi: ImageRegion, dedup_distance: float, max_entries: int
+        self, stage: Stage, dim: int, roi: RegionOfInterest, dedup_distance: float, max_entries: int
     ) -> None:
         self.dedup_distance = dedup_distance
         self.graph = HnswGraph.empty(dim)

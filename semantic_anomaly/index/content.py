@@ -70,7 +70,7 @@ class IndexContent:
 
     Attributes:
         identity: the embedder.
-        roi: `ImageRegion.describe()` of the camera.
+        roi: `RegionOfInterest.describe()` of the camera.
         camera: its name.
         source: names of the sources it was built from.
         settings: settings of the build by name, as the user gave them: 'backbone', 'variant' and

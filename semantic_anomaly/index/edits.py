@@ -27,7 +27,7 @@ from semantic_anomaly.index.build import (
 from semantic_anomaly.index.content import ADD, RETRACT, Edit, IndexContent, Retracted
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.linalg import inner_products
-from semantic_anomaly.roi import ImageRegion
+from semantic_anomaly.roi import RegionOfInterest
 
 
 def rows_of(content: IndexContent, numbers: Sequence[int]) -> np.ndarray:
@@ -86,7 +86,7 @@ def add_nominal(
     index: NominalIndex,
     frames: Iterable[NominalFrame],
     *,
-    region: ImageRegion,
+    roi: RegionOfInterest,
     source: str,
     note: str = "",
 ) -> tuple[NominalIndex, BuildReport]:
@@ -99,21 +99,21 @@ def add_nominal(
     Args:
         index: to be edited; stays as it is.
         frames: made by the index's own embedder.
-        region: patches outside take no part; a part of the index's own region.
+        roi: patches outside take no part; a part of the region of interest of the index.
         source: where the frames come from.
         note: why.
 
     Raises:
-        IndexMismatchError: a region outside the index's own, or a grid of another dimension.
+        IndexMismatchError: an ROI outside that of the index, or a grid of another dimension.
         InputError: the index is full, or has everything already.
         ModelOutputError: the index has instances, and the frames were not segmented.
     """
-    index.check_region(region)
-    patches = _resumed("index", index, PATCH_STAGE, region)
+    index.check_roi(roi)
+    patches = _resumed("index", index, PATCH_STAGE, roi)
     part, selections = index.parts.get(INSTANCES), [patches]
     if part is not None:
         name = f"part '{INSTANCES}' of the index"
-        selections.append(_resumed(name, part, INSTANCE_STAGE, region))
+        selections.append(_resumed(name, part, INSTANCE_STAGE, roi))
     select(frames, selections)
     report = replace(patches.report, stored=patches.count - index.count)
     edit = _new_edit(index.content, ADD, note=note, source=source)
@@ -198,13 +198,13 @@ def undo(index: NominalIndex, number: int | None = None) -> tuple[NominalIndex, 
     return undone, edit
 
 
-def _resumed(name: str, index: NominalIndex, stage: Stage, region: ImageRegion) -> Selection:
+def _resumed(name: str, index: NominalIndex, stage: Stage, roi: RegionOfInterest) -> Selection:
     """Return a selection that begins with the entries of an index or a part."""
     content, limits = index.content, index.content.limits
     max_entries = int(limits["max_entries"])
     if index.count >= max_entries:
         raise InputError(f"{name}: expected room for more than {max_entries} entries, found none")
-    selection = Selection(stage, index.dim, region, limits["dedup_distance"], max_entries)
+    selection = Selection(stage, index.dim, roi, limits["dedup_distance"], max_entries)
     selection.resume(content.embeddings, content.entries, content.frames)
     return selection
 

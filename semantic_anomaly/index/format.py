@@ -17,7 +17,7 @@ from semantic_anomaly.index.build import INSTANCES, BuildReport, FrameRecord
 from semantic_anomaly.index.content import FORMAT, FORMAT_VERSION, Edit, IndexContent, Retracted
 from semantic_anomaly.index.hnsw import HnswGraph, graph_parameters
 from semantic_anomaly.index.search import are_unit_vectors
-from semantic_anomaly.roi import ImageRegion
+from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.storage import canonical_json, sha256_bytes, sha256_file
 
 MANIFEST = "manifest.json"
@@ -260,7 +260,7 @@ def _read_content(folder: Path, manifest: Mapping[str, Any]) -> IndexContent:
 def _read_roi(folder: Path, roi: Mapping[str, Any]) -> Mapping[str, Any]:
     polygon = tuple((float(x), float(y)) for x, y in roi["polygon_xy"])
     try:
-        ImageRegion(polygon)
+        RegionOfInterest(polygon)
     except SettingsError as error:
         raise _wrong(folder, "a region of interest", str(error)) from error
     return {**roi, "ego_mask_sha256": str(roi["ego_mask_sha256"])}

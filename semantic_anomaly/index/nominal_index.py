@@ -30,7 +30,7 @@ from semantic_anomaly.index.format import (
 from semantic_anomaly.index.hnsw import HnswGraph, predicted_graph_bytes
 from semantic_anomaly.index.search import NeighbourSearch
 from semantic_anomaly.io.images import decode_compressed
-from semantic_anomaly.roi import ImageRegion
+from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.settings import GRID, Settings
 from semantic_anomaly.storage import atomic_folder
 from semantic_anomaly.structures import NominalExample
@@ -78,7 +78,7 @@ class NominalIndex:
         frames: Iterable[NominalFrame],
         *,
         identity: EmbedderIdentity,
-        region: ImageRegion,
+        roi: RegionOfInterest,
         settings: Settings,
         source: Sequence[str] = (),
         camera: str = "camera",
@@ -90,7 +90,7 @@ class NominalIndex:
         Args:
             frames: nominal frames and grids, and (rows, cols) bool where not all is nominal.
             identity: of the embedder that made the grids.
-            region: patches outside take no part.
+            roi: patches outside take no part.
             settings: `dedup_distance`, `max_entries`, `search_ef`, and for `fixed_settings`:
                 `backbone`, `variant` and `segmenter_model`.
             source, camera: names of the sources and the camera, for the manifest.
@@ -108,7 +108,7 @@ class NominalIndex:
         def index_of(selection: Selection, segmenter: SegmenterIdentity | None) -> NominalIndex:
             content = IndexContent(
                 identity=identity,
-                roi=region.describe(),
+                roi=roi.describe(),
                 camera=camera,
                 source=tuple(source),
                 settings={
@@ -130,7 +130,7 @@ class NominalIndex:
             return cls(content, graph=selection.graph)
 
         patches, instances = (
-            Selection(stage, identity.dim, region, settings.dedup_distance, settings.max_entries)
+            Selection(stage, identity.dim, roi, settings.dedup_distance, settings.max_entries)
             for stage in (PATCH_STAGE, INSTANCE_STAGE)
         )
         select(frames, [patches] if segmenter is None else [patches, instances])
@@ -238,8 +238,8 @@ class NominalIndex:
         return fixed
 
     @property
-    def region_description(self) -> dict[str, Any]:
-        """Return `ImageRegion.describe()` of the build."""
+    def roi_description(self) -> dict[str, Any]:
+        """Return `RegionOfInterest.describe()` of the build."""
         return dict(self._content.roi)
 
     @property
@@ -354,13 +354,13 @@ class NominalIndex:
                 "use the settings it was built with, or build it again",
             )
 
-    def check_region(self, region: ImageRegion) -> None:
+    def check_roi(self, roi: RegionOfInterest) -> None:
         """Check that a region of interest is a part of the index's own.
 
         Raises:
             IndexMismatchError: it reaches outside, or the index has another ego mask.
         """
-        running = region.describe()
+        running = roi.describe()
         expected, found = self._content.roi["ego_mask_sha256"], running["ego_mask_sha256"]
         if expected and expected != found:
             raise IndexMismatchError(
@@ -369,7 +369,7 @@ class NominalIndex:
                 found or "none",
                 "set the mask it was built with",
             )
-        if not region.is_within(self._content.roi):
+        if not roi.is_within(self._content.roi):
             raise IndexMismatchError(
                 f"{self._name}: region of interest",
                 f"a part of the index's own {self._content.roi['polygon_xy']}",

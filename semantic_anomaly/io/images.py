@@ -46,10 +46,10 @@ _PACKED: dict[str, tuple[int, int, int | None]] = {
     "yuv422_yuy2": (2, 1, cv2.COLOR_YUV2RGB_YUYV),
 }
 for _bits in (8, 16):
-    _PACKED[f"bayer_rggb{_bits}"] = (1, _bits // 8, cv2.COLOR_BayerRGGB2RGB)
-    _PACKED[f"bayer_bggr{_bits}"] = (1, _bits // 8, cv2.COLOR_BayerBGGR2RGB)
-    _PACKED[f"bayer_gbrg{_bits}"] = (1, _bits // 8, cv2.COLOR_BayerGBRG2RGB)
-    _PACKED[f"bayer_grbg{_bits}"] = (1, _bits // 8, cv2.COLOR_BayerGRBG2RGB)
+    _PACKED[f"bayer_rggb{_bits}"] = (1, _bits // 8, cv2.COLOR_BayerBG2RGB)
+    _PACKED[f"bayer_bggr{_bits}"] = (1, _bits // 8, cv2.COLOR_BayerRG2RGB)
+    _PACKED[f"bayer_gbrg{_bits}"] = (1, _bits // 8, cv2.COLOR_BayerGR2RGB)
+    _PACKED[f"bayer_grbg{_bits}"] = (1, _bits // 8, cv2.COLOR_BayerGB2RGB)
 _PLANAR = {"nv12": cv2.COLOR_YUV2RGB_NV12, "nv21": cv2.COLOR_YUV2RGB_NV21}
 _DEPTH = {"32FC1": ("f4", 1.0), "16UC1": ("u2", 1e-3), "mono16": ("u2", 1e-3)}
 RAW_ENCODINGS = (*_PACKED, *_PLANAR)

@@ -18,7 +18,7 @@ from semantic_anomaly.offline.drives import (
     open_drives,
     settings_of,
 )
-from semantic_anomaly.roi import ImageRegion
+from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.settings import Settings
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def build_index(
         index = NominalIndex.build(
             ((item.frame, item.grid) for item in frames),
             identity=embedder.identity,
-            region=roi,
+            roi=roi,
             settings=settings,
             source=list(drives),
             camera=camera,
@@ -102,7 +102,7 @@ def build_index(
 
 def _log_predicted_size(
     settings: Settings,
-    roi: ImageRegion,
+    roi: RegionOfInterest,
     drives: Mapping[str, FrameSource],
     embedder: Embedder,
     stride: int,

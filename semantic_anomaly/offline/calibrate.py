@@ -87,7 +87,7 @@ def calibrate(
         settings = settings.replace(target_false_alarm_rate=DEFAULT_FALSE_ALARM_RATE)
     settings = resolve_settings(settings.for_camera(camera), index)
     roi = resolve_roi(settings.camera_settings[camera], index, None)
-    index.check_region(roi)
+    index.check_roi(roi)
     index.configure_search(settings.search, settings.search_ef)
     names: list[str]
     loaded = None

@@ -14,7 +14,7 @@ from semantic_anomaly.embedding.identity import Embedder
 from semantic_anomaly.errors import SourceError, UnknownNameError
 from semantic_anomaly.io.open import open_source
 from semantic_anomaly.io.sources import FrameSource
-from semantic_anomaly.roi import ImageRegion
+from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import Frame, PatchGrid
 
@@ -53,7 +53,7 @@ def settings_of(settings: Settings | None, overrides: Mapping[str, Any]) -> Sett
     return Settings.from_parameters({**parameters, **values})
 
 
-def camera_roi(settings: Settings, camera: str) -> ImageRegion:
+def camera_roi(settings: Settings, camera: str) -> RegionOfInterest:
     """Return the region of interest of a camera.
 
     Raises:
@@ -61,7 +61,7 @@ def camera_roi(settings: Settings, camera: str) -> ImageRegion:
     """
     if camera not in settings.cameras:
         raise UnknownNameError("camera", camera, settings.cameras)
-    return ImageRegion.from_settings(settings.camera_settings[camera])
+    return RegionOfInterest.from_settings(settings.camera_settings[camera])
 
 
 def open_drives(sources: Sources, topic: str | None = None) -> dict[str, FrameSource]:

@@ -106,7 +106,7 @@ class Models:
             before, index = edited.get(folder, (detector.index, detector.index))
             refuse_seen(index, frame)
             index, report = edits.add_nominal(
-                index, [(frame, grid)], region=detector.roi, source=frame.name, note="service"
+                index, [(frame, grid)], roi=detector.roi, source=frame.name, note="service"
             )
             edited[folder] = before, index
             additions.append(f"{report.stored} entries of '{frame.name}'")

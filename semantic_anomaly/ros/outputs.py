@@ -18,7 +18,7 @@ from std_msgs.msg import Float32, Header
 from visualization_msgs.msg import MarkerArray
 
 from semantic_anomaly.detection.rendering import draw_overlay
-from semantic_anomaly.roi import ImageRegion
+from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.ros import messages
 from semantic_anomaly.structures import AnomalyResult, Decision, Frame
 
@@ -123,7 +123,7 @@ class CameraOutputs:
         header: Header,
         frame: Frame,
         result: AnomalyResult,
-        roi: ImageRegion,
+        roi: RegionOfInterest,
         overlay_alpha: float,
     ) -> None:
         """Publish the pictures that have a subscriber; the others are not drawn."""

@@ -5,8 +5,10 @@ Used by the executor's thread only.
 
 from __future__ import annotations
 
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from rcl_interfaces.msg import (
@@ -25,13 +27,17 @@ from semantic_anomaly.settings import (
     Settings,
     camera_override_specs,
     camera_setting_specs,
+    read_settings_file,
     setting_specs,
 )
-from semantic_anomaly.settings_schema import SettingSpec
+from semantic_anomaly.settings_schema import SettingSpec, read_parameters_yaml
 
 # Parameters that rclpy declares or reads itself.
 _FOREIGN = ("use_sim_time", "start_type_description_service")
 _FOREIGN_PREFIXES = ("qos_overrides.",)
+
+# Values of launch arguments, which launch_ros writes to a file of its own: no user wrote it.
+_LAUNCH_FILE_PREFIX = "launch_params_"
 
 _ARRAYS = {
     float: Parameter.Type.DOUBLE_ARRAY,
@@ -81,7 +87,8 @@ class NodeParameters:
         for name, error in self._errors.items():
             if name in known:
                 raise error
-        settings = Settings.from_parameters({name: self._value(name) for name in known})
+        values = {name: self._value(name) for name in known}
+        settings = Settings.from_parameters(_with_resolved_paths(values))
         _check_topics(settings)
         return settings
 
@@ -246,3 +253,25 @@ def _descriptor(name: str, spec: SettingSpec) -> ParameterDescriptor:
         span = FloatingPointRange(from_value=float(spec.minimum), to_value=float(spec.maximum))
         descriptor.floating_point_range = [span]
     return descriptor
+
+
+def _with_resolved_paths(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return parameters in which relative paths from --params-file are relative to that file.
+
+    The commands read a parameter file in the same way. rclpy does not tell which file a value comes
+    from, so a value is taken to come from a file that has the same value.
+    """
+    resolved = dict(values)
+    for option, argument in zip(sys.argv, sys.argv[1:], strict=False):
+        path = Path(argument)
+        if option != "--params-file" or path.name.startswith(_LAUNCH_FILE_PREFIX):
+            continue
+        try:
+            written, absolute = read_parameters_yaml(path), read_settings_file(path)
+        except SettingsError:
+            # Parameters of several nodes: rcl has read them, their paths stay as they are.
+            continue
+        for name, value in written.items():
+            if name in resolved and resolved[name] == value:
+                resolved[name] = absolute[name]
+    return resolved

@@ -17,7 +17,7 @@ import numpy as np
 
 from semantic_anomaly.index.build import INSTANCES
 from semantic_anomaly.index.nominal_index import NominalIndex
-from semantic_anomaly.roi import ImageRegion, patches_inside
+from semantic_anomaly.roi import RegionOfInterest, patches_inside
 from semantic_anomaly.scoring.anomaly_map import (
     smoothed,
     smoothing_support,
@@ -83,7 +83,7 @@ class FrameScorer:
         roi: patches outside are ignored.
     """
 
-    def __init__(self, index: NominalIndex, settings: Settings, roi: ImageRegion) -> None:
+    def __init__(self, index: NominalIndex, settings: Settings, roi: RegionOfInterest) -> None:
         self._index, self._settings, self._roi = index, settings, roi
 
     def distance_maps(self, grid: PatchGrid) -> dict[str, DistanceMap]:

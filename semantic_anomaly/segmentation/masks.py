@@ -16,7 +16,7 @@ import numpy as np
 from semantic_anomaly.embedding.identity import SegmenterIdentity
 from semantic_anomaly.errors import ModelOutputError
 from semantic_anomaly.linalg import inner_products
-from semantic_anomaly.roi import ImageRegion
+from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.structures import PatchGrid
 
 _EPSILON = 1e-6
@@ -150,7 +150,7 @@ def patch_shares(masks: InstanceMasks, grid_hw: tuple[int, int]) -> np.ndarray:
     return np.clip(shares, 0.0, 1.0)
 
 
-def instances_of(grid: PatchGrid, roi: ImageRegion) -> Instances:
+def instances_of(grid: PatchGrid, roi: RegionOfInterest) -> Instances:
     """Return the instances of an image, cut to the region of interest.
 
     Args:

@@ -11,12 +11,12 @@ import pytest
 from semantic_anomaly.calibration.calibration import Calibration
 from semantic_anomaly.calibration.conformal import scores_needed
 from semantic_anomaly.errors import CalibrationError, MismatchError, ModelOutputError
-from semantic_anomaly.roi import ImageRegion
+from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.scoring.normalisation import CELLS_HW, ScoreNormalisation
 from semantic_anomaly.settings import Settings
 
 FINGERPRINT = "f" * 64
-RIGHT_HALF = ImageRegion(((0.5, 0.0), (1.0, 0.0), (1.0, 1.0), (0.5, 1.0)))
+RIGHT_HALF = RegionOfInterest(((0.5, 0.0), (1.0, 0.0), (1.0, 1.0), (0.5, 1.0)))
 
 
 def usual() -> ScoreNormalisation:
@@ -25,7 +25,7 @@ def usual() -> ScoreNormalisation:
 
 
 def fitted(
-    scores: Any, rate: float = 0.1, *, drives: int = 1, region: ImageRegion | None = None
+    scores: Any, rate: float = 0.1, *, drives: int = 1, roi: RegionOfInterest | None = None
 ) -> Calibration:
     scores = np.asarray(scores, np.float64)
     parts = np.array_split(scores, drives)
@@ -34,7 +34,7 @@ def fitted(
         heatmap_low=0.05,
         index=SimpleNamespace(fingerprint=FINGERPRINT),
         settings=Settings(target_false_alarm_rate=rate),
-        roi=region or ImageRegion(),
+        roi=roi or RegionOfInterest(),
         camera="camera",
         dtype="float32",
         normalisations={"grid": usual()},
@@ -180,7 +180,7 @@ def test_scores_that_cannot_be_are_refused(scores: dict[str, list[float]], messa
             heatmap_low=0.05,
             index=SimpleNamespace(fingerprint=FINGERPRINT),
             settings=Settings(target_false_alarm_rate=0.1),
-            roi=ImageRegion(),
+            roi=RegionOfInterest(),
             camera="camera",
         )
 
@@ -199,24 +199,24 @@ def test_scale(threshold: float, low: float, high: float, reason: str) -> None:
 
 
 def test_check_accepts_what_it_was_made_with_and_any_live_setting() -> None:
-    calibration = fitted(steps(20), region=RIGHT_HALF)
+    calibration = fitted(steps(20), roi=RIGHT_HALF)
     calibration.check(FINGERPRINT, Settings(threshold=0.5, search="exact"), RIGHT_HALF)
 
 
 @pytest.mark.parametrize(
-    ("fingerprint", "changes", "region", "named"),
+    ("fingerprint", "changes", "roi", "named"),
     [
         ("0" * 64, {}, RIGHT_HALF, "index fingerprint"),
         (FINGERPRINT, {"neighbours": 2}, RIGHT_HALF, "'neighbours': expected 1, found 2"),
         (FINGERPRINT, {"tail_percent": 2.0}, RIGHT_HALF, "'tail_percent'"),
-        (FINGERPRINT, {}, ImageRegion(), "region of interest"),
+        (FINGERPRINT, {}, RegionOfInterest(), "region of interest"),
     ],
 )
 def test_check_names_what_differs(
-    fingerprint: str, changes: dict[str, Any], region: ImageRegion, named: str
+    fingerprint: str, changes: dict[str, Any], roi: RegionOfInterest, named: str
 ) -> None:
     with pytest.raises(MismatchError, match=named):
-        fitted(steps(20), region=RIGHT_HALF).check(fingerprint, Settings(**changes), region)
+        fitted(steps(20), roi=RIGHT_HALF).check(fingerprint, Settings(**changes), roi)
 
 
 def test_scores_cannot_be_written_to() -> None:

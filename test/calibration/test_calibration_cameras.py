@@ -19,7 +19,7 @@ from semantic_anomaly.index import edits as index_edits
 from semantic_anomaly.index.format import refuse_existing
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.offline.edit_index import save_edited
-from semantic_anomaly.roi import ImageRegion
+from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.settings import Settings
 
 
@@ -29,7 +29,7 @@ def calibration(camera: str, highest: float, fingerprint: str = "f" * 64) -> Cal
         heatmap_low=0.0005,
         index=SimpleNamespace(fingerprint=fingerprint),
         settings=Settings(target_false_alarm_rate=0.05, variant="grid"),
-        roi=ImageRegion(),
+        roi=RegionOfInterest(),
         camera=camera,
     )
 

@@ -18,7 +18,7 @@ from semantic_anomaly.cli import main
 from semantic_anomaly.detection.tracking import ComponentTracker
 from semantic_anomaly.errors import CalibrationError, MismatchError
 from semantic_anomaly.io.images import write_image
-from semantic_anomaly.roi import ImageRegion
+from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import ComponentState, Decision
 
@@ -95,7 +95,7 @@ def test_the_threshold_is_the_conformal_one_and_the_stricter_of_both() -> None:
         heatmap_low=0.05,
         index=SimpleNamespace(fingerprint="f" * 64),
         settings=Settings(target_false_alarm_rate=0.5),
-        roi=ImageRegion(),
+        roi=RegionOfInterest(),
         camera="camera",
         episodes=made,
     )
@@ -160,7 +160,7 @@ def test_a_calibration_keeps_its_episodes(tmp_path: Path) -> None:
         heatmap_low=0.05,
         index=index,
         settings=Settings(target_false_alarm_rate=0.1),
-        roi=ImageRegion(),
+        roi=RegionOfInterest(),
         camera="camera",
         episodes=made,
     )

@@ -15,12 +15,12 @@ import pytest
 from semantic_anomaly.calibration.calibration import Calibration
 from semantic_anomaly.calibration.format import FILE_NAME
 from semantic_anomaly.errors import ArtefactError, CalibrationError
-from semantic_anomaly.roi import ImageRegion
+from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.scoring.normalisation import CELLS_HW, ScoreNormalisation
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.storage import canonical_json, sha256_bytes
 
-REGION = ImageRegion(((0.5, 0.0), (1.0, 0.0), (1.0, 1.0), (0.5, 1.0)))
+REGION = RegionOfInterest(((0.5, 0.0), (1.0, 0.0), (1.0, 1.0), (0.5, 1.0)))
 
 
 def usual() -> ScoreNormalisation:

@@ -162,11 +162,11 @@ def test_settings_file_of_the_node_is_taken_as_it_is(world: World, tmp_path: Pat
     drive = f"{world.at('index_1')}[0:2]"
     assert main(["build-index", drive, "--out", str(out), *given]) == 0
     index = NominalIndex.load(out)
-    assert len(index.region_description["polygon_xy"]) == 4
+    assert len(index.roi_description["polygon_xy"]) == 4
     report = tmp_path / "report"
     argv = ["evaluate", f"{world.at('labelled')}[4:6]", "--index", str(out), "--out", str(report)]
     assert main([*argv, *given, "--set", "threshold=0.5"]) == 0
     results = json.loads((report / "results.json").read_text())
     assert results["pixels"]["roi"] == "region of interest"
     assert results["threshold_from"] == "setting"
-    assert results["roi"] == index.region_description
+    assert results["roi"] == index.roi_description

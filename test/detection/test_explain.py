@@ -14,10 +14,10 @@ from semantic_anomaly.detection.explain import (
 )
 from semantic_anomaly.errors import InputError
 from semantic_anomaly.index.nominal_index import NominalIndex
-from semantic_anomaly.roi import ImageRegion
+from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.structures import PatchGrid
 
-WHOLE = ImageRegion()
+WHOLE = RegionOfInterest()
 BOX = (16, 8, 40, 24)
 
 
@@ -38,7 +38,7 @@ def test_patches_of_a_box(grid: PatchGrid) -> None:
     for box in ((0, 0, 0, 5), (5, 5, 4, 9), (-1, 0, 4, 4), (0, 0, 129, 4), (0, 0, float("nan"), 4)):
         with pytest.raises(InputError, match="within the image of 128x72"):
             patches_of_box(grid, WHOLE, box)
-    left_half = ImageRegion(((0.0, 0.0), (0.5, 0.0), (0.5, 1.0), (0.0, 1.0)))
+    left_half = RegionOfInterest(((0.0, 0.0), (0.5, 0.0), (0.5, 1.0), (0.0, 1.0)))
     with pytest.raises(InputError, match="region of interest"):
         patches_of_box(grid, left_half, (100, 10, 120, 30))
 

@@ -16,7 +16,7 @@ from semantic_anomaly.detection.localization import (
     pixel_of_patch,
     upsample,
 )
-from semantic_anomaly.roi import ImageRegion
+from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.structures import Localization, NominalExample
 
 # Whole multiples, fractions, more patches than pixels, and single rows or columns.
@@ -31,18 +31,18 @@ SIZES = [
     ((1, 1), (5, 8)),
     ((1, 8), (9, 64)),
 ]
-WEDGE = ImageRegion(((0.1, 1.0), (0.45, 0.3), (0.6, 0.3), (0.9, 1.0)))
+WEDGE = RegionOfInterest(((0.1, 1.0), (0.45, 0.3), (0.6, 0.3), (0.9, 1.0)))
 
 
 def localized(
     anomaly_map: np.ndarray,
     image_hw: tuple[int, int],
     threshold: float,
-    roi: ImageRegion | None = None,
+    roi: RegionOfInterest | None = None,
     min_area_px: int = 0,
 ) -> tuple[np.ndarray, tuple[Localization, ...]]:
     """Localize with examples that name the patch they were searched for."""
-    roi = roi or ImageRegion()
+    roi = roi or RegionOfInterest()
     rows, cols = anomaly_map.shape
     inside = roi.patch_mask((rows, cols), image_hw)
     anomaly_map = np.where(inside, anomaly_map, 0).astype(np.float32)
@@ -105,7 +105,7 @@ def test_upsampling_follows_half_pixel_centres(
 
 def test_heatmap_is_zero_outside_and_undiluted_at_the_edge() -> None:
     image_hw, grid_hw = (90, 130), (9, 13)
-    right = ImageRegion(((0.5, 0.0), (1.0, 0.0), (1.0, 1.0), (0.5, 1.0)))
+    right = RegionOfInterest(((0.5, 0.0), (1.0, 0.0), (1.0, 1.0), (0.5, 1.0)))
     inside = right.patch_mask(grid_hw, image_hw)
     anomaly_map = np.where(inside, 0.6, 0).astype(np.float32)
     pixels = heatmap(anomaly_map, right, image_hw)
@@ -117,7 +117,7 @@ def test_heatmap_is_zero_outside_and_undiluted_at_the_edge() -> None:
 def test_heatmap_of_the_whole_image_is_the_upsampled_map(rng: np.random.Generator) -> None:
     anomaly_map = rng.uniform(0, 1, (5, 7)).astype(np.float32)
     np.testing.assert_array_equal(
-        heatmap(anomaly_map, ImageRegion(), (33, 52)), upsample(anomaly_map, (33, 52))
+        heatmap(anomaly_map, RegionOfInterest(), (33, 52)), upsample(anomaly_map, (33, 52))
     )
 
 
@@ -168,9 +168,9 @@ def test_minimum_area_removes_small_components(min_area_px: int, kept: int) -> N
 
 
 @pytest.mark.parametrize(("grid_hw", "image_hw"), SIZES)
-@pytest.mark.parametrize("roi", [ImageRegion(), WEDGE], ids=["whole", "wedge"])
+@pytest.mark.parametrize("roi", [RegionOfInterest(), WEDGE], ids=["whole", "wedge"])
 def test_every_patch_above_the_threshold_is_in_a_component(
-    grid_hw: tuple[int, int], image_hw: tuple[int, int], roi: ImageRegion
+    grid_hw: tuple[int, int], image_hw: tuple[int, int], roi: RegionOfInterest
 ) -> None:
     inside = roi.patch_mask(grid_hw, image_hw)
     mask = roi.pixel_mask(image_hw)
@@ -190,8 +190,8 @@ def test_every_patch_above_the_threshold_is_in_a_component(
     assert inside.any()
 
 
-@pytest.mark.parametrize("roi", [ImageRegion(), WEDGE], ids=["whole", "wedge"])
-def test_components_of_random_maps_are_consistent(roi: ImageRegion) -> None:
+@pytest.mark.parametrize("roi", [RegionOfInterest(), WEDGE], ids=["whole", "wedge"])
+def test_components_of_random_maps_are_consistent(roi: RegionOfInterest) -> None:
     rng = np.random.default_rng(3)
     for _ in range(60):
         grid_hw = tuple(rng.integers(1, 14, 2).tolist())

@@ -13,7 +13,7 @@ import pytest
 from semantic_anomaly.detection.localization import heatmap, localize
 from semantic_anomaly.detection.rendering import contact_sheet, draw_heatmap, draw_overlay
 from semantic_anomaly.errors import ImageError
-from semantic_anomaly.roi import ImageRegion
+from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.structures import (
     AnomalyResult,
     ComponentState,
@@ -24,16 +24,16 @@ from semantic_anomaly.structures import (
 )
 
 THRESHOLD = 0.3
-WEDGE = ImageRegion(((0.1, 1.0), (0.4, 0.3), (0.6, 0.3), (0.9, 1.0)))
+WEDGE = RegionOfInterest(((0.1, 1.0), (0.4, 0.3), (0.6, 0.3), (0.9, 1.0)))
 
 
 def result_of(
     anomaly_map: np.ndarray,
     image_hw: tuple[int, int],
-    roi: ImageRegion | None = None,
+    roi: RegionOfInterest | None = None,
     **changes: Any,
 ) -> AnomalyResult:
-    roi = roi or ImageRegion()
+    roi = roi or RegionOfInterest()
     inside = roi.patch_mask(anomaly_map.shape, image_hw)  # type: ignore[arg-type]
     anomaly_map = np.where(inside, anomaly_map, 0).astype(np.float32)
     heat = heatmap(anomaly_map, roi, image_hw)
@@ -123,14 +123,16 @@ def test_overlay_of_a_nominal_frame_is_the_plain_image_under_a_banner(
     rows = banner_rows((360, 640))
     np.testing.assert_array_equal(drawn[rows:], image[rows:])
     np.testing.assert_array_equal(image, kept)
-    np.testing.assert_array_equal(draw_overlay(Frame(image), result, ImageRegion(), 0.5), drawn)
+    np.testing.assert_array_equal(
+        draw_overlay(Frame(image), result, RegionOfInterest(), 0.5), drawn
+    )
 
 
 def test_overlay_marks_the_component_and_nothing_else() -> None:
     image_hw = (360, 640)
     image = grey(image_hw)
     result = result_of(one_odd_patch(), image_hw)
-    drawn = draw_overlay(image, result, ImageRegion(), 0.5)
+    drawn = draw_overlay(image, result, RegionOfInterest(), 0.5)
     changed = (drawn != image).any(axis=2)
     changed[: banner_rows(image_hw)] = False
     left, top, right, bottom = (int(v) for v in result.localizations[0].box_xyxy)
@@ -149,7 +151,7 @@ def test_alpha_is_the_strength_of_the_heatmap() -> None:
     )
     y, x = np.unravel_index(int(result.heatmap.argmax()), result.heatmap.shape)
     shifts = [
-        np.abs(draw_overlay(image, result, ImageRegion(), alpha)[y, x].astype(int) - 120).sum()
+        np.abs(draw_overlay(image, result, RegionOfInterest(), alpha)[y, x].astype(int) - 120).sum()
         for alpha in (0.0, 0.3, 0.6, 1.0)
     ]
     assert shifts[0] == 0 and shifts == sorted(shifts) and shifts[-1] > 100
@@ -200,7 +202,7 @@ def test_the_banner_of_a_candidate_differs_from_nominal_and_anomaly() -> None:
 
 @pytest.mark.parametrize("image_hw", [(2, 3), (16, 16), (48, 64), (97, 131), (2000, 90)])
 def test_small_and_odd_sizes_are_drawn(image_hw: tuple[int, int]) -> None:
-    for roi in (ImageRegion(), ImageRegion(((0.0, 0.0), (1.0, 0.0), (1.0, 1.0)))):
+    for roi in (RegionOfInterest(), RegionOfInterest(((0.0, 0.0), (1.0, 0.0), (1.0, 1.0)))):
         result = result_of(one_odd_patch(), image_hw, roi)
         drawn = draw_overlay(grey(image_hw), result, roi)
         assert drawn.shape == (*image_hw, 3) and drawn.dtype == np.uint8

@@ -8,7 +8,7 @@ import numpy as np
 
 from semantic_anomaly.evaluation.report import Album, frame_stem, side_by_side
 from semantic_anomaly.io.images import read_image
-from semantic_anomaly.roi import ImageRegion
+from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.structures import AnomalyResult, Decision, Frame, HeatmapScale
 
 
@@ -35,7 +35,7 @@ def fill(album: Album, scores: list[float], group: str = "highest_nominal") -> N
 
 def test_the_album_keeps_the_worst_in_order_and_every_nth(tmp_path: Path) -> None:
     scores = [0.10, 0.90, 0.30, 0.80, 0.20, 0.70, 0.60]
-    fill(Album(tmp_path, ImageRegion(), 0.5, every=3, sheet=(0, 6)), scores)
+    fill(Album(tmp_path, RegionOfInterest(), 0.5, every=3, sheet=(0, 6)), scores)
     names = contents(tmp_path)
     assert [n for n in names if n.startswith("overlays/")] == [
         f"overlays/{n}.jpg" for n in (0, 3, 6)
@@ -50,7 +50,7 @@ def test_the_album_keeps_the_worst_in_order_and_every_nth(tmp_path: Path) -> Non
 
 
 def test_the_album_may_be_asked_for_nothing(tmp_path: Path) -> None:
-    album = Album(tmp_path, ImageRegion(), 0.5, every=0)
+    album = Album(tmp_path, RegionOfInterest(), 0.5, every=0)
     frame = Frame(np.zeros((36, 64, 3), np.uint8))
     album.add(0, frame, result_of(0.2), stem="0", caption="")
     album.finish()

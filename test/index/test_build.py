@@ -25,7 +25,7 @@ from semantic_anomaly.errors import ArtefactError, IndexMismatchError, ModelOutp
 from semantic_anomaly.index import build as index_build
 from semantic_anomaly.index.build import INSTANCES, instance_embeddings
 from semantic_anomaly.index.nominal_index import NominalIndex
-from semantic_anomaly.roi import ImageRegion
+from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import Frame, PatchGrid
 
@@ -88,7 +88,7 @@ def test_without_suppression_everything_is_stored() -> None:
     index = NominalIndex.build(
         [*frames, *frames],
         identity=IDENTITY,
-        region=ImageRegion(),
+        roi=RegionOfInterest(),
         settings=Settings(dedup_distance=0.0),
     )
     assert index.count == index.report.seen == 4 * GRID[0] * GRID[1]
@@ -105,7 +105,7 @@ def test_no_more_than_max_entries_are_stored_and_the_rest_is_counted() -> None:
 
 
 def test_only_patches_of_the_region_take_part() -> None:
-    index = build(region=LEFT_HALF, dedup_distance=0.0)
+    index = build(roi=LEFT_HALF, dedup_distance=0.0)
     assert index.count == 8 * GRID[0] * GRID[1] // 2
     columns = index.content.entries[:, 2]
     assert columns.max() == GRID[1] // 2 - 1
@@ -123,7 +123,7 @@ def test_building_holds_no_more_than_the_frame_at_hand() -> None:
             assert sum(ref() is not None for ref in alive) <= 1
 
     settings = Settings(dedup_distance=0.1)
-    NominalIndex.build(watched(), identity=IDENTITY, region=ImageRegion(), settings=settings)
+    NominalIndex.build(watched(), identity=IDENTITY, roi=RegionOfInterest(), settings=settings)
     assert len(alive) == 8
 
 
@@ -134,7 +134,7 @@ def test_equal_builds_are_equal(index: NominalIndex, saved: Path, tmp_path: Path
     for name in ("graph.hnsw", "embeddings.npy", "entries.npy"):
         assert (tmp_path / "again" / name).read_bytes() == (saved / name).read_bytes()
     assert build(7).fingerprint != index.fingerprint
-    assert build(region=LEFT_HALF).fingerprint != index.fingerprint
+    assert build(roi=LEFT_HALF).fingerprint != index.fingerprint
 
 
 def test_frames_that_gave_nothing_new_are_not_kept() -> None:
@@ -142,7 +142,7 @@ def test_frames_that_gave_nothing_new_are_not_kept() -> None:
     index = NominalIndex.build(
         [*frames, *((dataclasses.replace(f, name="again"), g) for f, g in frames)],
         identity=IDENTITY,
-        region=ImageRegion(),
+        roi=RegionOfInterest(),
         settings=Settings(dedup_distance=0.01),
     )
     assert index.frame_names == ("drive/000", "drive/001")
@@ -158,7 +158,7 @@ def test_grids_of_another_dimension_are_refused() -> None:
     identity = dataclasses.replace(IDENTITY, dim=DIM + 1)
     with pytest.raises(IndexMismatchError, match=r"drive/000.*expected 17, found 16"):
         NominalIndex.build(
-            make_frames(1), identity=identity, region=ImageRegion(), settings=Settings()
+            make_frames(1), identity=identity, roi=RegionOfInterest(), settings=Settings()
         )
 
 
@@ -185,13 +185,13 @@ def similar_patches(step: float, seed: int = 0) -> PatchGrid:
     return PatchGrid(features, features.mean((0, 1)), (200, 300))
 
 
-def measured(grids: list[PatchGrid], region: ImageRegion | None = None) -> float:
+def measured(grids: list[PatchGrid], roi: RegionOfInterest | None = None) -> float:
     """Return the `dedup_distance` that is measured on grids."""
     frame, _ = next(make_frames(1))
     index = NominalIndex.build(
         [(frame, grid) for grid in grids],
         identity=IDENTITY,
-        region=region or ImageRegion(),
+        roi=roi or RegionOfInterest(),
         settings=Settings(dedup_distance=-1.0),
     )
     return index.content.limits["dedup_distance"]
@@ -251,7 +251,7 @@ def test_frames_without_instances_give_none() -> None:
         return NominalIndex.build(
             frames,
             identity=IDENTITY,
-            region=ImageRegion(),
+            roi=RegionOfInterest(),
             settings=Settings(dedup_distance=-1.0),
             segmenter=SEGMENTER,
         )
@@ -276,14 +276,14 @@ def test_what_is_not_nominal_reaches_no_stage() -> None:
     spoilt[0, 1] = unit(np.ones(DIM))
     for features in (grid.features, spoilt):
         instances = instance_embeddings(
-            (frame, dataclasses.replace(grid, features=features), nominal), ImageRegion()
+            (frame, dataclasses.replace(grid, features=features), nominal), RegionOfInterest()
         )
         assert len(instances.embeddings) == 2, "the upper half is not nominal"
         assert instances.cells.tolist()[1] == [0, 0]
     index = NominalIndex.build(
         [(frame, grid, nominal)],
         identity=IDENTITY,
-        region=ImageRegion(),
+        roi=RegionOfInterest(),
         settings=Settings(dedup_distance=0.0),
         segmenter=SEGMENTER,
     )

@@ -12,7 +12,7 @@ from worlds.nominal_world import SEGMENTER, build, make_frames
 from semantic_anomaly.index.content import ADD, RETRACT, Edit, IndexContent
 from semantic_anomaly.index.edits import add_nominal, retract
 from semantic_anomaly.index.nominal_index import NominalIndex
-from semantic_anomaly.roi import ImageRegion
+from semantic_anomaly.roi import RegionOfInterest
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,9 @@ def index() -> NominalIndex:
 def edited(index: NominalIndex) -> IndexContent:
     """Two entries retracted by edit 1, two frames added by edit 2."""
     retracted = retract(index, [1, 5])
-    return add_nominal(retracted, make_frames(2, 7), region=ImageRegion(), source="new")[0].content
+    return add_nominal(retracted, make_frames(2, 7), roi=RegionOfInterest(), source="new")[
+        0
+    ].content
 
 
 @pytest.mark.parametrize(

@@ -13,15 +13,15 @@ from semantic_anomaly.errors import IndexMismatchError, InputError, ModelOutputE
 from semantic_anomaly.index import edits as index_edits
 from semantic_anomaly.index.build import INSTANCES
 from semantic_anomaly.index.nominal_index import NominalIndex
-from semantic_anomaly.roi import ImageRegion
+from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.structures import Frame, PatchGrid
 
-WHOLE = ImageRegion()
+WHOLE = RegionOfInterest()
 
 
 def added(index: NominalIndex, count: int = 2, seed: int = 7) -> NominalIndex:
     frames = make_frames(count, seed)
-    return index_edits.add_nominal(index, frames, region=WHOLE, source="new", note="why")[0]
+    return index_edits.add_nominal(index, frames, roi=WHOLE, source="new", note="why")[0]
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_what_else_is_refused(index: NominalIndex) -> None:
     with pytest.raises(InputError, match="room"):
         added(build(max_entries=20))
     with pytest.raises(IndexMismatchError, match="region of interest"):
-        added(build(region=LEFT_HALF))
+        added(build(roi=LEFT_HALF))
     full = index_edits.retract(build(max_entries=50), [0])
     with pytest.raises(InputError, match="undo an addition first"):
         index_edits.undo(added(full), 1)
@@ -149,12 +149,10 @@ def test_neighbours_and_frames_name_entries(index: NominalIndex) -> None:
 
 
 def test_frames_may_be_added_in_a_smaller_region(index: NominalIndex) -> None:
-    edited, report = index_edits.add_nominal(
-        index, make_frames(1, 7), region=LEFT_HALF, source="new"
-    )
+    edited, report = index_edits.add_nominal(index, make_frames(1, 7), roi=LEFT_HALF, source="new")
     assert report.seen == GRID[0] * GRID[1] // 2
     assert edited.content.entries[index.count :, 2].max() < GRID[1] // 2
-    assert edited.region_description == index.region_description
+    assert edited.roi_description == index.roi_description
 
 
 def test_several_frames_of_one_name_are_ambiguous(index: NominalIndex) -> None:
@@ -182,7 +180,7 @@ def test_added_frames_reach_the_instances_and_leave_with_the_edit(
         added(grown)
     bare = [(f, dataclasses.replace(g, instances=None)) for f, g in make_frames(1, 7)]
     with pytest.raises(ModelOutputError, match="segmented"):
-        index_edits.add_nominal(segmented, bare, region=WHOLE, source="new")
+        index_edits.add_nominal(segmented, bare, roi=WHOLE, source="new")
 
 
 def test_two_additions_are_undone_one_by_one(segmented: NominalIndex) -> None:
@@ -209,7 +207,7 @@ def rearranged(seed: int) -> tuple[Frame, PatchGrid]:
 
 
 def test_a_new_arrangement_of_known_patches_can_be_added(segmented: NominalIndex) -> None:
-    grown, report = index_edits.add_nominal(segmented, [rearranged(0)], region=WHOLE, source="new")
+    grown, report = index_edits.add_nominal(segmented, [rearranged(0)], roi=WHOLE, source="new")
     assert report.stored == 0 and grown.count == segmented.count and not grown.edits
     part = grown.parts[INSTANCES]
     assert part.count > segmented.parts[INSTANCES].count

@@ -18,7 +18,7 @@ from semantic_anomaly.index.edits import add_nominal, retract
 from semantic_anomaly.index.format import fingerprint_of, is_calibration_file, refuse_existing
 from semantic_anomaly.index.hnsw import check_graph_file
 from semantic_anomaly.index.nominal_index import NominalIndex
-from semantic_anomaly.roi import ImageRegion
+from semantic_anomaly.roi import RegionOfInterest
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +240,7 @@ def test_calibrations_are_known_by_name(copy: Path, name: str, expected: bool) -
 def saved_edited(index: NominalIndex, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("edited") / "index"
     retracted = retract(index, [1, 5])
-    add_nominal(retracted, make_frames(2, 7), region=ImageRegion(), source="s")[0].save(folder)
+    add_nominal(retracted, make_frames(2, 7), roi=RegionOfInterest(), source="s")[0].save(folder)
     return folder
 
 

@@ -32,7 +32,7 @@ from semantic_anomaly.index.edits import add_nominal, retract
 from semantic_anomaly.index.hnsw import HnswGraph
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.io.images import encode_png
-from semantic_anomaly.roi import ImageRegion
+from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import Frame
 
@@ -79,7 +79,7 @@ def test_thumbnails_show_the_frames_and_are_small(saved: Path) -> None:
     index = NominalIndex.build(
         [(large, dataclasses.replace(grid, image_hw=(900, 1600)))],
         identity=IDENTITY,
-        region=ImageRegion(),
+        roi=RegionOfInterest(),
         settings=Settings(dedup_distance=0.0),
     )
     thumbnail = index.thumbnail("large")
@@ -116,25 +116,25 @@ def test_another_segmenter_is_refused(index: NominalIndex, segmented: NominalInd
 
 
 def test_the_region_of_interest_may_be_a_part_of_the_index_s_own(index: NominalIndex) -> None:
-    quarter = ImageRegion(((0.1, 0.1), (0.4, 0.1), (0.4, 0.6), (0.1, 0.6)))
+    quarter = RegionOfInterest(((0.1, 0.1), (0.4, 0.1), (0.4, 0.6), (0.1, 0.6)))
     bonnet = np.zeros((4, 4, 3), np.uint8)
     bonnet[3] = 255
     mask = encode_png(bonnet)
-    for region in (ImageRegion(), LEFT_HALF, ImageRegion(ego_mask_png=mask)):
-        index.check_region(region)
-    half = build(region=dataclasses.replace(LEFT_HALF, ego_mask_png=mask))
-    for region in (LEFT_HALF, quarter):
-        half.check_region(dataclasses.replace(region, ego_mask_png=mask))
+    for roi in (RegionOfInterest(), LEFT_HALF, RegionOfInterest(ego_mask_png=mask)):
+        index.check_roi(roi)
+    half = build(roi=dataclasses.replace(LEFT_HALF, ego_mask_png=mask))
+    for roi in (LEFT_HALF, quarter):
+        half.check_roi(dataclasses.replace(roi, ego_mask_png=mask))
         with pytest.raises(
             IndexMismatchError, match=r"ego mask: expected [0-9a-f]{64}, found none"
         ):
-            half.check_region(region)
-    right = ImageRegion(((0.4, 0.0), (0.7, 0.0), (0.7, 1.0)), mask)
-    for region in (right, ImageRegion(ego_mask_png=mask)):
+            half.check_roi(roi)
+    right = RegionOfInterest(((0.4, 0.0), (0.7, 0.0), (0.7, 1.0)), mask)
+    for roi in (right, RegionOfInterest(ego_mask_png=mask)):
         with pytest.raises(
             IndexMismatchError, match="region of interest: expected a part of the index's own"
         ):
-            half.check_region(region)
+            half.check_roi(roi)
 
 
 def test_the_settings_that_an_index_fixes(segmented: NominalIndex, tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_what_was_saved_is_what_is_loaded(index: NominalIndex, saved: Path, tmp_
     assert (loaded.identity, loaded.report) == (index.identity, index.report)
     assert (loaded.count, loaded.dim, loaded.camera) == (index.count, DIM, "camera")
     assert loaded.frame_names == index.frame_names
-    assert loaded.region_description == ImageRegion().describe()
+    assert loaded.roi_description == RegionOfInterest().describe()
     assert loaded.manifest["written"]["source"] == ["drive"]
     assert json.loads((saved / "manifest.json").read_text()) == loaded.manifest
     queries = patches(2, seed=3)
@@ -194,7 +194,7 @@ def test_size_is_predicted(tmp_path: Path) -> None:
 def test_an_index_is_replaced_only_by_force(copy: Path) -> None:
     loaded = NominalIndex.load(copy)
     edited, _ = add_nominal(
-        retract(loaded, [0]), make_frames(1, 7), region=ImageRegion(), source=""
+        retract(loaded, [0]), make_frames(1, 7), roi=RegionOfInterest(), source=""
     )
     edited.save(copy, force=True)
     for name in ("calibration.json", "calibration.front.json"):
@@ -335,4 +335,4 @@ def test_parts_that_do_not_belong_are_refused(index: NominalIndex, segmented: No
     with pytest.raises(IndexMismatchError, match="part 'instances' of an index: weights_sha256"):
         index.with_parts({INSTANCES: part.with_content(content)})
     with pytest.raises(IndexMismatchError, match="region of interest"):
-        build(region=LEFT_HALF).with_parts({INSTANCES: part})
+        build(roi=LEFT_HALF).with_parts({INSTANCES: part})

@@ -23,7 +23,7 @@ from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.io.open import open_source
 from semantic_anomaly.offline.build_index import build_index
 from semantic_anomaly.offline.calibrate import _fold, calibrate
-from semantic_anomaly.roi import ImageRegion
+from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.scoring.normalisation import NormalisationSums, class_anchors
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import Decision
@@ -50,7 +50,7 @@ def test_index_holds_the_drive_and_names_it(index: NominalIndex, drives: Path) -
             for frame in open_source(drives / "index")
         ),
         identity=ColourEmbedder().identity,
-        region=ImageRegion(),
+        roi=RegionOfInterest(),
         settings=SETTINGS,
     )
     assert by_hand.fingerprint == index.fingerprint

@@ -15,10 +15,10 @@ from semantic_anomaly.errors import CalibrationError, MismatchError
 from semantic_anomaly.index import edits as index_edits
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.offline.edit_index import save_edited
-from semantic_anomaly.roi import ImageRegion
+from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.storage import canonical_json, sha256_bytes
 
-WHOLE = ImageRegion()
+WHOLE = RegionOfInterest()
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_a_calibration_goes_along_and_becomes_stale(
     both = NominalIndex.load(folder)
     frame = street(5000, odd=True)
     grid = ColourEmbedder().embed([frame.image])[0]
-    more, _ = index_edits.add_nominal(both, [(frame, grid)], region=WHOLE, source="s")
+    more, _ = index_edits.add_nominal(both, [(frame, grid)], roi=WHOLE, source="s")
     save_edited(folder, both, more)
     last = Calibration.load(folder).warnings[-1]
     assert (

@@ -258,3 +258,23 @@ def test_sim_time_and_foreign_parameters_are_left_alone(values: dict[str, Any]) 
     with bench({**values, **foreign}) as b:
         assert b.node.trigger_configure() == SUCCESS
         assert b.set(use_sim_time=True).successful
+
+
+def test_relative_paths_of_a_parameter_file_are_relative_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "node.yaml"
+    file.write_text("/**:\n  ros__parameters:\n    index: data/index\n    backbone: ./dino\n")
+    arguments = ["--ros-args", "--params-file", str(file), "-p", "camera.index:=own"]
+    monkeypatch.setattr("sys.argv", ["anomaly_node", *arguments])
+    rclpy.init()
+    node = AnomalyNode(cli_args=arguments)
+    try:
+        settings = node._node_parameters.settings()
+        assert settings.index == str(tmp_path / "data" / "index")
+        assert settings.backbone == str(tmp_path / "dino")
+        assert settings.index_of("camera") == "own", "of the command line, not of the file"
+    finally:
+        node.close()
+        node.destroy_node()
+        rclpy.try_shutdown()

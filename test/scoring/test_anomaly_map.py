@@ -40,7 +40,7 @@ def polygon() -> np.ndarray:
 
 
 @pytest.mark.parametrize("sigma", [0.3, 0.8, 1.7, 10.0])
-@pytest.mark.parametrize("inside", [EVERYWHERE, polygon()], ids=["whole", "region"])
+@pytest.mark.parametrize("inside", [EVERYWHERE, polygon()], ids=["whole", "roi"])
 def test_smoothing_is_a_weighted_mean_of_what_takes_part(
     values: np.ndarray, inside: np.ndarray, sigma: float
 ) -> None:

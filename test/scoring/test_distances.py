@@ -23,14 +23,14 @@ from semantic_anomaly.index.build import INSTANCES
 from semantic_anomaly.io.images import write_image
 from semantic_anomaly.offline.build_index import build_index
 from semantic_anomaly.offline.calibrate import calibrate
-from semantic_anomaly.roi import ImageRegion
+from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.scoring.distances import NO_INSTANCES
 from semantic_anomaly.scoring.normalisation import CELLS_HW, ScoreNormalisation
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import Decision, PatchGrid
 
 BASE = {"target_false_alarm_rate": 0.05, "dedup_distance": 0.0005, "smoothing": 0.0}
-WHOLE = ImageRegion()
+WHOLE = RegionOfInterest()
 ODD = (
     slice(ODD_BOX[1] // PATCH, ODD_BOX[3] // PATCH),
     slice(ODD_BOX[0] // PATCH, ODD_BOX[2] // PATCH),
@@ -51,15 +51,15 @@ def detector(
     settings: Settings,
     embedder: SegmentedColours | None = None,
     usual: Mapping[str, ScoreNormalisation] | None = None,
-    region: ImageRegion = WHOLE,
+    roi: RegionOfInterest = WHOLE,
 ) -> AnomalyDetector:
     embedder = embedder or SegmentedColours()
-    if region.polygon_xy:
-        corners = [value for corner in region.polygon_xy for value in corner]
+    if roi.polygon_xy:
+        corners = [value for corner in roi.polygon_xy for value in corner]
         settings = Settings.from_parameters(
             {**settings.to_parameters(), "camera.region_of_interest": corners}
         )
-    index = build(embedder, settings, region=region)
+    index = build(embedder, settings, roi=roi)
     return AnomalyDetector(index, settings=settings, embedder=embedder, normalisations=usual)
 
 

@@ -7,11 +7,11 @@ import pytest
 from worlds.nominal_world import LEFT_HALF, unit
 
 from semantic_anomaly.errors import ModelOutputError
-from semantic_anomaly.roi import ImageRegion
+from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.segmentation.masks import InstanceMasks, instances_of, patch_shares
 from semantic_anomaly.structures import PatchGrid
 
-WHOLE = ImageRegion()
+WHOLE = RegionOfInterest()
 HW = (60, 80)
 
 

@@ -11,14 +11,14 @@ from semantic_anomaly.calibration.calibration import Calibration
 from semantic_anomaly.detection.detector import AnomalyDetector
 from semantic_anomaly.embedding.identity import EmbedderIdentity
 from semantic_anomaly.index.nominal_index import NominalIndex
-from semantic_anomaly.roi import ImageRegion
+from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import AnomalyResult, Frame, PatchGrid
 
 PATCH = 8
 IMAGE_HW = (72, 128)
 ODD_BOX = (80, 32, 104, 56)
-LEFT_HALF = ImageRegion(((0.0, 0.0), (0.5, 0.0), (0.5, 1.0), (0.0, 1.0)))
+LEFT_HALF = RegionOfInterest(((0.0, 0.0), (0.5, 0.0), (0.5, 1.0), (0.0, 1.0)))
 
 
 class ColourEmbedder:
@@ -75,13 +75,13 @@ def street(seed: int, odd: bool = False, image_hw: tuple[int, int] = IMAGE_HW) -
 def make_detector(
     *,
     calibrated: bool = True,
-    roi: ImageRegion | None = None,
+    roi: RegionOfInterest | None = None,
     embedder: ColourEmbedder | None = None,
     frames: int = 30,
     **changes: Any,
 ) -> AnomalyDetector:
     """Return a detector of plain distances: no score normalisation, no smoothing."""
-    roi = roi or ImageRegion()
+    roi = roi or RegionOfInterest()
     embedder = embedder or ColourEmbedder()
     parameters = {
         **{"target_false_alarm_rate": 0.05, "dedup_distance": 0.001, "smoothing": 0.0},
@@ -95,7 +95,7 @@ def make_detector(
     index = NominalIndex.build(
         ((frame, embedder.embed([frame.image])[0]) for frame in nominal),
         identity=embedder.identity,
-        region=roi,
+        roi=roi,
         settings=base,
         source=["drive"],
     )

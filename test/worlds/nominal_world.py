@@ -11,7 +11,7 @@ import numpy as np
 
 from semantic_anomaly.embedding.identity import EmbedderIdentity, SegmenterIdentity
 from semantic_anomaly.index.nominal_index import NominalIndex
-from semantic_anomaly.roi import ImageRegion
+from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.storage import canonical_json, sha256_bytes, sha256_file
 from semantic_anomaly.structures import Frame, PatchGrid
@@ -20,7 +20,7 @@ DIM = 16
 GRID = (6, 8)
 IDENTITY = EmbedderIdentity("tiny", "dinov2", "", "0" * 64, "1" * 64, (3,), 112, 14, DIM, "float32")
 SEGMENTER = SegmenterIdentity("tokens", "", "a" * 64)
-LEFT_HALF = ImageRegion(((0.0, 0.0), (0.5, 0.0), (0.5, 1.0), (0.0, 1.0)))
+LEFT_HALF = RegionOfInterest(((0.0, 0.0), (0.5, 0.0), (0.5, 1.0), (0.0, 1.0)))
 
 
 def unit(points: np.ndarray) -> np.ndarray:
@@ -46,14 +46,14 @@ def make_frames(count: int, seed: int = 0) -> Iterator[tuple[Frame, PatchGrid]]:
 
 def build(
     count: int = 8,
-    region: ImageRegion | None = None,
+    roi: RegionOfInterest | None = None,
     segmenter: SegmenterIdentity | None = None,
     **changes: Any,
 ) -> NominalIndex:
     return NominalIndex.build(
         make_frames(count),
         identity=IDENTITY,
-        region=region or ImageRegion(),
+        roi=roi or RegionOfInterest(),
         settings=Settings(**{"dedup_distance": 0.05, "search_ef": 77, **changes}),
         source=["drive"],
         segmenter=segmenter,

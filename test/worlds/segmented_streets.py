@@ -9,7 +9,7 @@ import numpy as np
 
 from semantic_anomaly.embedding.identity import EmbedderIdentity, SegmenterIdentity
 from semantic_anomaly.index.nominal_index import NominalIndex
-from semantic_anomaly.roi import ImageRegion
+from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.segmentation.masks import InstanceMasks, patch_shares
 from semantic_anomaly.segmentation.tokens import TokenSegmenter
 from semantic_anomaly.settings import Settings
@@ -80,12 +80,12 @@ def build(
     embedder: SegmentedColours,
     settings: Settings,
     count: int = 12,
-    region: ImageRegion | None = None,
+    roi: RegionOfInterest | None = None,
 ) -> NominalIndex:
     return NominalIndex.build(
         embedder.frames(range(count)),
         identity=embedder.identity,
-        region=region or ImageRegion(),
+        roi=roi or RegionOfInterest(),
         settings=settings,
         source=["drive"],
         segmenter=embedder.segmenter if settings.segments else None,
