@@ -94,7 +94,7 @@ def test_added_frames_reach_all_parts(world: World, made: Path, tmp_path: Path) 
         (["variant=instance", "segmenter_model=x"], "segmenter 'tokens': expected no model"),
         (["variant=instance", "segmenter=universal", "segmenter_model=/nowhere"], "/nowhere"),
         (["variant=instance", "segmenter=detector", "segmenter_model=BACKBONE"],
-         "is not of the family 'detector'"),
+         "segmenter 'tiny_dinov2': architecture 'dinov2' is not supported here"),
         (["variant=objects"], "variant"),
     ],
 )  # fmt: skip
