@@ -8,7 +8,7 @@ from typing import Any
 
 from semantic_anomaly.errors import CalibrationError
 
-_TYPES = {"part": str, "edit": int, "summary": str, "undone": bool, "distances_grow": bool}
+_TYPES = {"edit": int, "summary": str, "undone": bool, "distances_grow": bool}
 
 
 @dataclass(frozen=True)
@@ -16,14 +16,12 @@ class StaleEdit:
     """An edit of the index that was made, or undone, after the calibration.
 
     Attributes:
-        part: part of the index that was edited, empty for the index itself.
         edit: number of the edit.
         summary: the edit in words: 'retract 14 entries'.
         undone: whether the edit was undone rather than made.
         distances_grow: whether distances can only have grown by it, rather than shrunk.
     """
 
-    part: str
     edit: int
     summary: str
     undone: bool
@@ -32,15 +30,14 @@ class StaleEdit:
     @property
     def text(self) -> str:
         """Return the change in words."""
-        where = f" in part '{self.part}'" if self.part else ""
-        return f"{'undo: ' * self.undone}{self.summary}{where}"
+        return f"{'undo: ' * self.undone}{self.summary}"
 
 
 def edits_since(before: Sequence[StaleEdit], changes: Iterable[StaleEdit]) -> tuple[StaleEdit, ...]:
     """Return the edits since calibration after further changes; undoing one removes it."""
     since = list(before)
     for change in changes:
-        same_edit = [e for e in since if (e.part, e.edit) == (change.part, change.edit)]
+        same_edit = [e for e in since if e.edit == change.edit]
         if change.undone and same_edit and not same_edit[-1].undone:
             since.reverse()
             since.remove(same_edit[-1])

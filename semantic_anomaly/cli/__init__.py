@@ -69,6 +69,11 @@ VERBS = {
         "check an index folder and print what it contains",
         "semantic-anomaly inspect-index index --recall",
     ),
+    "backbone": _Verb(
+        "backbone",
+        "load a backbone; print its hidden states, speed on this machine and recommended stages",
+        "semantic-anomaly backbone efficientnet_lite2",
+    ),
     "explain": _Verb(
         "explain",
         "list the nominal entries nearest to a part of an image",

@@ -11,6 +11,7 @@ import numpy as np
 
 from semantic_anomaly.errors import IndexFormatError
 from semantic_anomaly.settings import SEGMENTER_FAMILIES
+from semantic_anomaly.stages import INSTANCES, StageSpec
 from semantic_anomaly.structures import PatchGrid
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -26,10 +27,7 @@ _DIGEST: _Rule = (
     "64 hexadecimal digits",
     lambda value: isinstance(value, str) and _SHA256.fullmatch(value) is not None,
 )
-_LAYERS: _Rule = (
-    "integers",
-    lambda value: isinstance(value, tuple) and all(type(layer) is int for layer in value),
-)
+_LAYER: _Rule = ("an integer from 0", lambda value: type(value) is int and value >= 0)
 _WEIGHT: _Rule = (
     "a number in [0, 1)",
     lambda value: type(value) is float and 0.0 <= value < 1.0,
@@ -42,16 +40,16 @@ _FAMILY: _Rule = (
 
 @dataclass(frozen=True)
 class EmbedderIdentity:
-    """A backbone and how it is used: embeddings of equal identities lie in one space.
+    """A backbone and how a stage uses it: embeddings of equal identities lie in one space.
 
     Attributes:
         model_id: shipped name, folder name or hub id; never an absolute path.
         architecture: `model_type` of the configuration of the backbone.
         revision: commit of the hub snapshot, empty for a local folder.
         weights_sha256, config_sha256: 64 hexadecimal digits.
-        layers: hidden states used, counted from the front; empty: the last output of the network,
-            where that is none of the hidden states.
+        layer: hidden state, counted from the front.
         input_size: long side in pixels to which images are resized.
+        average: side of the square of patches over which embeddings are averaged; 1: none.
         patch_px: side of a patch in pixels of the resized image.
         dim: dimension of an embedding.
         dtype: precision of the computation.
@@ -66,8 +64,9 @@ class EmbedderIdentity:
     revision: str
     weights_sha256: str
     config_sha256: str
-    layers: tuple[int, ...]
+    layer: int
     input_size: int
+    average: int
     patch_px: int
     dim: int
     dtype: str
@@ -76,14 +75,15 @@ class EmbedderIdentity:
     def __post_init__(self) -> None:
         rules = {
             **{"model_id": _NAME, "architecture": _NAME, "dtype": _NAME, "revision": _STRING},
-            **{"weights_sha256": _DIGEST, "config_sha256": _DIGEST, "layers": _LAYERS},
-            **{"input_size": _COUNT, "patch_px": _COUNT, "dim": _COUNT, "place_weight": _WEIGHT},
+            **{"weights_sha256": _DIGEST, "config_sha256": _DIGEST, "layer": _LAYER},
+            **{"input_size": _COUNT, "average": _COUNT, "patch_px": _COUNT, "dim": _COUNT},
+            "place_weight": _WEIGHT,
         }
         _check("embedder", asdict(self), rules)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
-        return {**asdict(self), "layers": list(self.layers)}
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EmbedderIdentity:
@@ -93,8 +93,7 @@ class EmbedderIdentity:
             IndexFormatError: a field missing, unknown, of the wrong type or out of range.
         """
         _check_names("embedder", values, cls)
-        layers = values["layers"]
-        return cls(**{**values, "layers": tuple(layers) if isinstance(layers, list) else layers})
+        return cls(**values)
 
     def difference(self, other: EmbedderIdentity) -> tuple[str, Any, Any] | None:
         """Return (field, own value, other value) of the first difference that matters, or None.
@@ -148,19 +147,43 @@ class SegmenterIdentity:
         return (self.family, self.digest) == (other.family, other.digest)
 
 
+@dataclass(frozen=True)
+class StageIdentity:
+    """A stage of an index, or of a running embedder.
+
+    Attributes:
+        spec: as in the settings.
+        embedder: the backbone and how it is used.
+        segmenter: of the instances; None for a stage of patches.
+
+    Raises:
+        IndexFormatError: a stage of instances without a segmenter, or of patches with one.
+    """
+
+    spec: StageSpec
+    embedder: EmbedderIdentity
+    segmenter: SegmenterIdentity | None = None
+
+    def __post_init__(self) -> None:
+        if (self.segmenter is not None) != (self.spec.kind == INSTANCES):
+            raise IndexFormatError(f"stage '{self.name}': expected a segmenter for instances only")
+
+    @property
+    def name(self) -> str:
+        """Return a short name, such as 'mobilenet_v1:21@800' or 'mobilenet_v1:21@800 instances'."""
+        suffix = f" {INSTANCES}" if self.spec.kind == INSTANCES else ""
+        return f"{self.embedder.model_id}:{self.embedder.layer}@{self.embedder.input_size}{suffix}"
+
+
 class Embedder(Protocol):
     """Interface of an embedder; implemented by `segmentation.embedder.RunningEmbedder`."""
 
     @property
-    def identity(self) -> EmbedderIdentity:
-        """Return the identity of the backbone."""
+    def stages(self) -> tuple[StageIdentity, ...]:
+        """Return the stages whose grids it makes, at least one."""
 
-    @property
-    def segmenter(self) -> SegmenterIdentity | None:
-        """Return the identity of the segmenter, None without one."""
-
-    def grid_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
-        """Return (rows, cols) of the patch grid of an image of (height, width) pixels."""
+    def grids_hw(self, image_hw: tuple[int, int]) -> list[tuple[int, int]]:
+        """Return (rows, cols) of the patch grid of each stage, of an image of (height, width)."""
 
     def embed(self, images: Sequence[np.ndarray]) -> list[PatchGrid]:
         """Return the patch grids of (height, width, 3) uint8 RGB images, in order."""

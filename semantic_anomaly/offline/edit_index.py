@@ -67,14 +67,9 @@ def calibrations_of(folder: Path, fingerprint: str) -> list[Calibration]:
 
 
 def _changes(before: NominalIndex, edited: NominalIndex) -> Iterator[StaleEdit]:
-    pairs = {"": (before.edits, edited.edits)}
-    for name, part in edited.parts.items():
-        if name in before.parts:
-            pairs[name] = (before.parts[name].edits, part.edits)
-    for name, (old, new) in pairs.items():
-        for edit in old:
-            if edit not in new:
-                yield StaleEdit(name, edit.number, edit.what, True, edit.kind == ADD)
-        for edit in new:
-            if edit not in old:
-                yield StaleEdit(name, edit.number, edit.what, False, edit.kind == RETRACT)
+    for edit in before.edits:
+        if edit not in edited.edits:
+            yield StaleEdit(edit.number, edit.what, True, edit.kind == ADD)
+    for edit in edited.edits:
+        if edit not in before.edits:
+            yield StaleEdit(edit.number, edit.what, False, edit.kind == RETRACT)
