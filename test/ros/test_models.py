@@ -9,11 +9,9 @@ import pytest
 
 pytest.importorskip("rclpy")
 
-import rclpy
 from rclpy.lifecycle import TransitionCallbackReturn
 from worlds.backbones import save_backbone
 from worlds.ros import (
-    Bench,
     bench,
     build_monitor,
     frame,
@@ -44,15 +42,11 @@ def test_the_quick_start_needs_only_the_index(tmp_path: Path, tiny_backbone: Pat
     assert main(["build-index", drives[0], "--out", index, *build]) == 0
     rate = ["--target-false-alarm-rate", "0.05"]
     assert main(["calibrate", index, *drives[1:], *rate, "--set", "device=cpu"]) == 0
-    rclpy.init(args=["--ros-args", "--params-file", str(CONFIG), "-p", f"index:={index}"])
-    b = Bench({"max_age_s": 10.0})
-    try:
+    arguments = ["--params-file", str(CONFIG), "-p", f"index:={index}"]
+    with bench({"max_age_s": 10.0}, args=arguments) as b:
         b.start("status")
         settings = b.node.models.detectors["camera"].settings
         status = b.answer(b.send(nominal_image(1, size)))
-    finally:
-        b.close()
-        rclpy.try_shutdown()
     assert settings.input_size == 140 and settings.target_false_alarm_rate == 0.05
     assert settings.backbone == str(tiny_backbone)
     assert float(status["score"]) > 0 and float(status["threshold"]) > 0

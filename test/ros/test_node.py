@@ -125,7 +125,7 @@ def test_results_after_deactivation_and_cleanup(values: dict[str, Any]) -> None:
         first = [b.answer(b.send(odd_image(i)))["decision"] for i in range(2)]
         assert b.node.trigger_deactivate() == SUCCESS
         assert b.node.trigger_activate() == SUCCESS
-        b.spin_until(lambda: b.publisher().get_subscription_count() > 0 and b.connected())
+        b.spin_until(b.connected)
         second = [b.answer(b.send(odd_image(i)))["decision"] for i in range(2)]
         for transition in (
             b.node.trigger_deactivate,
@@ -134,7 +134,7 @@ def test_results_after_deactivation_and_cleanup(values: dict[str, Any]) -> None:
             b.node.trigger_activate,
         ):
             assert transition() == SUCCESS
-        b.spin_until(lambda: b.publisher().get_subscription_count() > 0 and b.connected())
+        b.spin_until(b.connected)
         third = b.answer(b.send(odd_image(3)))
     # Deactivation forgets the frames that confirmation counts.
     assert first == second == ["nominal", "anomaly"]

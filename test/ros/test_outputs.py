@@ -20,6 +20,7 @@ from std_msgs.msg import Header, String
 from visualization_msgs.msg import Marker
 from worlds.ros import (
     HW,
+    SUCCESS,
     bench,
     build_monitor,
     frame,
@@ -133,10 +134,11 @@ def test_pictures_without_a_subscriber_are_not_drawn(
     with bench(values) as b:
         b.start("status")
         b.answer(b.send(odd_image()))
-        second = b.send(odd_image(2))
-        b.answer(second)
+        # Pictures come after the status; deactivation waits for them.
+        assert b.node.trigger_deactivate() == SUCCESS
         assert not drawn
         b.listen("overlay")
+        assert b.node.trigger_activate() == SUCCESS
         b.spin_until(b.connected)
         b.send(odd_image(3))
         b.spin_until(lambda: b.got["camera"]["overlay"])

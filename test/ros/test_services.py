@@ -177,13 +177,16 @@ def test_a_reload_overtaken_by_cleanup_changes_nothing(
         monkeypatch.setattr(models, "load_detectors", slow)
         client = b.helper.create_client(Trigger, "/semantic_anomaly/reload_index")
         b.spin_until(client.service_is_ready)
-        client.call_async(Trigger.Request())
+        response = client.call_async(Trigger.Request())
         b.spin_until(begun.is_set)
-        threading.Timer(0.2, go_on.set).start()
+        # The reload goes on when cleanup waits for it.
+        services = b.node._node_services
+        join = services.join
+        monkeypatch.setattr(services, "join", lambda: (go_on.set(), join()))
         assert b.node.trigger_cleanup() == SUCCESS
         assert b.node.models is None
-        for _ in range(5):
-            b.executor.spin_once(timeout_sec=0.05)
+        b.spin_until(response.done)
+        assert "cleaned up meanwhile" in response.result().message
         assert b.node.models is None
         monkeypatch.undo()
         assert b.node.trigger_configure() == SUCCESS
