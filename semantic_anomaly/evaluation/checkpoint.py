@@ -124,7 +124,7 @@ def resumable_report(
         try:
             yield checkpoint
             checkpoint.finish()
-            publish_folder(folder, out, replace=True)
+            publish_folder(folder, out)
         except SemanticAnomalyError:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -164,7 +164,7 @@ def report_folder(out: Path, summary: str, written: frozenset[str]) -> Iterator[
         InputError: `out` holds something else than an earlier report.
     """
     refuse_other_content(out, summary, written)
-    with atomic_folder(out, replace=True) as folder:
+    with atomic_folder(out) as folder:
         yield folder
 
 

@@ -185,7 +185,7 @@ class NominalIndex:
         """
         folder = Path(folder).expanduser()
         refuse_existing(folder, force or self._folder == folder)
-        with atomic_folder(folder, replace=True) as temporary:
+        with atomic_folder(folder) as temporary:
             write_content(temporary, self._content, self._ready_graph())
             for name, part in self._parts.items():
                 (temporary / name).mkdir()
