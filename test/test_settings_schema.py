@@ -25,8 +25,8 @@ class Table:
     index: str = setting("", "Index folder.", path=True)
     backbone: str = setting("", "Name or folder.")
     topic: str = setting("/image", "Topic.", choices=("/image", "~/image"))
-    count: int = setting(1, "Number.", minimum=1, maximum=9, live=True)
-    shares: tuple[float, ...] = setting((), "Shares.", minimum=0.0)
+    count: int = setting(1, "Number.", bounds=(1, 9), live=True)
+    shares: tuple[float, ...] = setting((), "Shares.", bounds=(0.0, None))
     derived: int = 0
 
     def __post_init__(self) -> None:
