@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -17,15 +17,14 @@ from semantic_anomaly.calibration.format import calibration_file
 from semantic_anomaly.detection.filters import reject
 from semantic_anomaly.detection.localization import heatmap, localize
 from semantic_anomaly.detection.tracking import ComponentTracker, decide, follow
-from semantic_anomaly.errors import (
-    IndexMismatchError,
-    ModelOutputError,
-    SettingsError,
-    UnknownNameError,
-)
+from semantic_anomaly.embedding.identity import Embedder
+from semantic_anomaly.errors import IndexMismatchError, ModelOutputError, SettingsError
+from semantic_anomaly.index.nominal_index import NominalIndex
+from semantic_anomaly.linalg import inner_products
 from semantic_anomaly.roi import RegionOfInterest
-from semantic_anomaly.scoring.distances import DistanceMap, FrameScore, FrameScorer
+from semantic_anomaly.scoring.distances import FrameScore, FrameScorer
 from semantic_anomaly.scoring.normalisation import ScoreNormalisation
+from semantic_anomaly.segmentation.embedder import RunningEmbedder
 from semantic_anomaly.settings import (
     UNSET,
     CameraSettings,
@@ -34,17 +33,7 @@ from semantic_anomaly.settings import (
     setting_specs,
 )
 from semantic_anomaly.settings_schema import refuse_fixed
-from semantic_anomaly.structures import (
-    AnomalyResult,
-    Frame,
-    HeatmapScale,
-    Localization,
-    PatchGrid,
-)
-
-if TYPE_CHECKING:
-    from semantic_anomaly.embedding.identity import Embedder
-    from semantic_anomaly.index.nominal_index import NominalIndex
+from semantic_anomaly.structures import AnomalyResult, Frame, HeatmapScale, Localization, PatchGrid
 
 _log = logging.getLogger(__name__)
 _UNCALIBRATED = "uncalibrated: no threshold to compare with"
@@ -84,13 +73,10 @@ def load_detector(
         SettingsError: no index folder is set.
         SemanticAnomalyError: backbone, index or calibration are damaged, or do not match.
     """
-    from semantic_anomaly.index.nominal_index import NominalIndex
-
-    if camera not in settings.cameras:
-        raise UnknownNameError("camera", camera, settings.cameras)
-    if not settings.index_of(camera):
+    path = settings.for_camera(camera).index_of(camera)
+    if not path:
         raise SettingsError("setting 'index': expected the folder of an index, found none")
-    folder = Path(settings.index_of(camera)).expanduser()
+    folder = Path(path).expanduser()
     if index is None:
         index = NominalIndex.load(folder)
     calibration = None
@@ -189,8 +175,6 @@ class AnomalyDetector:
         if calibration is not None:
             calibration.check(index.fingerprint, settings, roi)
         if embedder is None:
-            from semantic_anomaly.segmentation.embedder import RunningEmbedder
-
             embedder = RunningEmbedder.from_settings(settings)
         index.check_embedder(embedder.identity)
         if settings.segments:
@@ -254,10 +238,6 @@ class AnomalyDetector:
         """
         return self._scorer.score(grid, self.normalisations, self._live.threshold)
 
-    def distance_maps(self, grid: PatchGrid) -> dict[str, DistanceMap]:
-        """Return the distances of each stage without normalisation; raises as `score`."""
-        return self._scorer.distance_maps(grid)
-
     def assess(
         self, frame: Frame, grid: PatchGrid, stage_ms: Mapping[str, float] | None = None
     ) -> AnomalyResult:
@@ -286,7 +266,14 @@ class AnomalyDetector:
         score, anomaly_map = frame_score.score, frame_score.anomaly_map
         searched = time.perf_counter()
         heat = heatmap(anomaly_map, self.roi, frame.image_hw)
-        labels, localizations = self._localized(score, anomaly_map, heat, grid, live)
+        labels = np.zeros(heat.shape, np.uint16)
+        localizations: tuple[Localization, ...] = ()
+        if live.threshold is not None and score > live.threshold:
+            roi_mask, min_area_px = self.roi.pixel_mask(grid.image_hw), live.settings.min_area_px
+            labels, localizations = localize(
+                anomaly_map, heat, live.threshold, min_area_px, roi_mask, grid, self.index
+            )
+            labels, localizations = reject(live.settings, labels, localizations, roi_mask)
         localizations = follow(live.tracker, frame.stamp_ns, localizations)
         decision = decide(localizations, live.threshold)
         end = time.perf_counter()
@@ -316,12 +303,7 @@ class AnomalyDetector:
             self._live = self._prepared(self._live.settings)
 
     def recall(self, stamp_ns: int, boxes: Sequence[Sequence[float]]) -> None:
-        """Add a frame that was assessed before to the tracks.
-
-        Args:
-            stamp_ns: stamp of the frame.
-            boxes: xyxy of its localizations in pixels.
-        """
+        """Add a frame that was assessed before to the tracks; boxes are xyxy in pixels."""
         self._live.tracker.update(stamp_ns, np.array(boxes, np.float64).reshape(-1, 4))
 
     def update(self, settings: Settings) -> None:
@@ -343,9 +325,8 @@ class AnomalyDetector:
 
     def _prepared(self, settings: Settings, before: _Live | None = None) -> _Live:
         threshold = settings.threshold or None
-        if threshold is None and self.calibration is not None:
-            threshold = self.calibration.threshold_of(settings)
-        if self.calibration is not None and threshold is not None:
+        if self.calibration is not None:
+            threshold = threshold or self.calibration.threshold_of(settings)
             scale = self.calibration.scale(threshold)
         elif threshold is not None:
             scale = HeatmapScale(0.0, threshold)
@@ -357,29 +338,9 @@ class AnomalyDetector:
             tracker = ComponentTracker(*window)
         return _Live(settings, threshold, scale, tracker)
 
-    def _localized(
-        self,
-        score: float,
-        anomaly_map: np.ndarray,
-        heat: np.ndarray,
-        grid: PatchGrid,
-        live: _Live,
-    ) -> tuple[np.ndarray, tuple[Localization, ...]]:
-        if live.threshold is None or score <= live.threshold:
-            return np.zeros(heat.shape, np.uint16), ()
-        pixel_mask = self.roi.pixel_mask(grid.image_hw)
-        mask = None if self.roi.is_whole_image else pixel_mask
-        min_area_px = live.settings.min_area_px
-        labels, localizations = localize(
-            anomaly_map, heat, live.threshold, min_area_px, mask, grid, self.index
-        )
-        return reject(live.settings, labels, localizations, pixel_mask)
-
 
 def _scale_of_index(index: NominalIndex) -> HeatmapScale:
     """Return a heatmap scale from the distances of entries to their nearest other entries."""
-    from semantic_anomaly.linalg import inner_products
-
     entries = index.content.embeddings
     count = min(_SCALE_ENTRIES, len(entries))
     rows = np.random.default_rng(_SEED).choice(len(entries), count, replace=False)

@@ -51,12 +51,7 @@ def patches_of_box(
 ) -> np.ndarray:
     """Return (rows, cols) bool: patches inside the ROI of which at least half lies in a box.
 
-    A box smaller than a patch selects the patch that its centre lies in.
-
-    Args:
-        grid: embeddings of the image.
-        roi: region of interest.
-        box_xyxy: left, top, right, bottom in pixels of the image.
+    A box smaller than a patch selects the patch that its centre lies in. Boxes are in pixels.
 
     Raises:
         InputError: a box that is empty, outside the image, or outside the ROI.
@@ -86,12 +81,7 @@ def patches_of_box(
 
 
 def instances_of_box(grid: PatchGrid, roi: RegionOfInterest, inside: np.ndarray) -> np.ndarray:
-    """Return (n, dim) float32 embeddings of the instances at least half inside a box.
-
-    Args:
-        grid: embeddings of the image, segmented.
-        roi: region of interest.
-        inside: (rows, cols) bool, patches of the box.
+    """Return (n, dim) float32: the instances of which at least half lies in (rows, cols) patches.
 
     Raises:
         InputError: no instance is inside the box.
@@ -128,36 +118,23 @@ def explain(
     rows, similarities = nearest_rows(embeddings, content.embeddings, min(nearest, index.count))
     distances = np.clip(1.0 - similarities, 0.0, 2.0)  # (n, k)
     distances = (np.asarray(offset) + np.asarray(gain) * distances.T).T
-    patches: dict[int, int] = defaultdict(int)
-    least: dict[int, float] = {}
-    for row, distance in zip(rows.ravel().tolist(), distances.ravel().tolist(), strict=True):
-        patches[row] += 1
-        least[row] = min(least.get(row, distance), distance)
     explanations = []
-    for row in sorted(patches, key=lambda row: (-patches[row], least[row], row)):
-        frame, grid_row, grid_col = (int(v) for v in content.entries[row])
+    for row in np.unique(rows):
+        frame, grid_row, grid_col = content.entries[row].tolist()
         number, name = int(content.numbers[row]), content.frames[frame].name
-        explanations.append(
-            Explanation(number, frame, name, grid_row, grid_col, least[row], patches[row])
-        )
-    return explanations
+        least, patches = float(distances[rows == row].min()), int((rows == row).sum())
+        explanations.append(Explanation(number, frame, name, grid_row, grid_col, least, patches))
+    return sorted(explanations, key=lambda entry: (-entry.patches, entry.distance))
 
 
-def mark_patch(
-    image: np.ndarray, grid_hw: tuple[int, int], row: int, col: int, thickness: int = 1
-) -> tuple[int, int]:
-    """Outline a patch with a margin of one patch on an image, and return the top left pixel.
-
-    Args:
-        image: (height, width, 3) uint8 RGB, drawn on.
-        grid_hw: (rows, cols) of the grid that covers it.
-        row, col: the patch.
-        thickness: of the line in pixels.
-    """
+def mark_patch(image: np.ndarray, grid_hw: tuple[int, int], row: int, col: int) -> tuple[int, int]:
+    """Outline a patch with a margin of one patch on an RGB image; return the top left pixel."""
     (rows, cols), (height, width) = grid_hw, image.shape[:2]
-    corners = [(round((col + i) * width / cols), round((row + i) * height / rows)) for i in (-1, 2)]
-    cv2.rectangle(image, corners[0], corners[1], _PATCH_COLOUR, thickness)
-    return corners[0]
+    top_left, bottom_right = (
+        (round((col + i) * width / cols), round((row + i) * height / rows)) for i in (-1, 2)
+    )
+    cv2.rectangle(image, top_left, bottom_right, _PATCH_COLOUR, 1)
+    return top_left
 
 
 def draw_explanations(

@@ -11,33 +11,24 @@ patch above it, and therefore a component unless the minimum area removes it.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 
 from semantic_anomaly.roi import RegionOfInterest
-from semantic_anomaly.structures import Localization, NominalExample, PatchGrid
+from semantic_anomaly.structures import Localization, PatchGrid
+
+if TYPE_CHECKING:
+    from semantic_anomaly.index.nominal_index import NominalIndex
 
 # An image that is unknown throughout has hundreds of components; only the worst are kept, because
 # each needs a search for its nearest nominal example.
 MAX_LOCALIZATIONS = 32
 
 
-class ExampleSearch(Protocol):
-    """Finds the nominal examples nearest to embeddings; `NominalIndex` does."""
-
-    def nearest_many(self, embeddings: np.ndarray) -> list[NominalExample]:
-        """Return the example nearest to each of the (n, dim) embeddings."""
-
-
 def upsample(values: np.ndarray, image_hw: tuple[int, int]) -> np.ndarray:
-    """Return (height, width) float32: patch values interpolated bilinearly between centres.
-
-    Args:
-        values: (rows, cols) float32.
-        image_hw: (height, width) in pixels.
-    """
+    """Return (height, width) float32: (rows, cols) values interpolated between patch centres."""
     return cv2.resize(values, (image_hw[1], image_hw[0]), interpolation=cv2.INTER_LINEAR)
 
 
@@ -50,7 +41,7 @@ def heatmap(
 
     Args:
         anomaly_map: (rows, cols) float32, 0 for patches outside the ROI.
-        roi: the region of interest.
+        roi: region of interest.
         image_hw: (height, width) in pixels.
     """
     pixels = upsample(anomaly_map, image_hw)
@@ -94,9 +85,9 @@ def localize(
     heatmap: np.ndarray,
     threshold: float,
     min_area_px: int,
-    roi_mask: np.ndarray | None,
+    roi_mask: np.ndarray,
     grid: PatchGrid,
-    index: ExampleSearch,
+    index: NominalIndex,
 ) -> tuple[np.ndarray, tuple[Localization, ...]]:
     """Return the connected components above the threshold, largest score first.
 
@@ -109,7 +100,7 @@ def localize(
         heatmap: (height, width) float32, its upsampling.
         threshold: of the frame score.
         min_area_px: components with fewer pixels are left out.
-        roi_mask: (height, width) bool, pixels inside the ROI; None: all.
+        roi_mask: (height, width) bool, pixels inside the ROI.
         grid: embeddings of the patches.
         index: finds the nominal example nearest to the worst patch of each component.
 
@@ -118,10 +109,7 @@ def localize(
         components, labelled from 1 in order.
     """
     limit = _float32_at_most(threshold)
-    hot = heatmap > limit
-    if roi_mask is not None:
-        hot &= roi_mask
-    above = hot.view(np.uint8)
+    above = ((heatmap > limit) & roi_mask).view(np.uint8)
     patch_pixels = _mark_patches(anomaly_map, limit, above, roi_mask)
     labels = np.zeros(above.shape, np.uint16)
     x0, y0, width, height = cv2.boundingRect(above)
@@ -172,10 +160,7 @@ def _float32_at_most(threshold: float) -> np.float32:
 
 
 def _mark_patches(
-    anomaly_map: np.ndarray,
-    limit: np.float32,
-    above: np.ndarray,
-    roi_mask: np.ndarray | None,
+    anomaly_map: np.ndarray, limit: np.float32, above: np.ndarray, roi_mask: np.ndarray
 ) -> dict[tuple[int, int], tuple[int, int]]:
     """Mark one pixel of each patch above the limit in `above`; return (x, y) by (row, col)."""
     grid_hw = (anomaly_map.shape[0], anomaly_map.shape[1])
@@ -185,7 +170,7 @@ def _mark_patches(
         centre_x, centre_y = pixel_of_patch(row, col, grid_hw, (height, width))
         x = min(max(round(centre_x), 0), width - 1)
         y = min(max(round(centre_y), 0), height - 1)
-        if roi_mask is not None and not roi_mask[y, x]:
+        if not roi_mask[y, x]:
             top, bottom = _pixel_span(row, grid_hw[0], height)
             left, right = _pixel_span(col, grid_hw[1], width)
             ys, xs = np.nonzero(roi_mask[top:bottom, left:right])

@@ -67,11 +67,9 @@ def calibrations_of(folder: Path, fingerprint: str) -> list[Calibration]:
 
 
 def _changes(before: NominalIndex, edited: NominalIndex) -> Iterator[StaleEdit]:
-    pairs = {"": (before.edits, edited.edits)}
-    for name, part in edited.parts.items():
-        if name in before.parts:
-            pairs[name] = (before.parts[name].edits, part.edits)
-    for name, (old, new) in pairs.items():
+    indexes_before = {"": before, **before.parts}
+    for name, index in {"": edited, **edited.parts}.items():
+        old, new = indexes_before[name].edits, index.edits
         for edit in old:
             if edit not in new:
                 yield StaleEdit(name, edit.number, edit.what, True, edit.kind == ADD)

@@ -24,7 +24,7 @@ from semantic_anomaly.io.images import write_image
 from semantic_anomaly.offline.build_index import build_index
 from semantic_anomaly.offline.calibrate import calibrate
 from semantic_anomaly.roi import RegionOfInterest
-from semantic_anomaly.scoring.distances import NO_INSTANCES
+from semantic_anomaly.scoring.distances import NO_INSTANCES, FrameScorer
 from semantic_anomaly.scoring.normalisation import CELLS_HW, ScoreNormalisation
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import Decision, PatchGrid
@@ -133,7 +133,7 @@ def test_stages_are_averaged_in_deviations() -> None:
     embedder = SegmentedColours(ByRule(halves))
     found = detector(settings, embedder, usual)
     _, one = embedder.frames([62], odd=True)[0]
-    plain = found.distance_maps(one)
+    plain = FrameScorer(found.index, found.settings, found.roi).distance_maps(one)
     assert set(plain) == set(usual)
     mean = np.mean([(plain[b].values - u.unit[0]) / u.unit[1] for b, u in usual.items()], 0)
     wanted = np.clip(0.1 + 0.02 * mean, 0, 2)
