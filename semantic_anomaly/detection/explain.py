@@ -118,12 +118,14 @@ def explain(
     rows, similarities = nearest_rows(embeddings, content.embeddings, min(nearest, index.count))
     distances = np.clip(1.0 - similarities, 0.0, 2.0)  # (n, k)
     distances = (np.asarray(offset) + np.asarray(gain) * distances.T).T
+    unique_rows, positions, counts = np.unique(rows, return_inverse=True, return_counts=True)
+    least = np.full(len(unique_rows), np.inf)
+    np.minimum.at(least, positions.ravel(), distances.ravel())
     explanations = []
-    for row in np.unique(rows):
+    for row, distance, patches in zip(unique_rows, least.tolist(), counts.tolist(), strict=True):
         frame, grid_row, grid_col = content.entries[row].tolist()
         number, name = int(content.numbers[row]), content.frames[frame].name
-        least, patches = float(distances[rows == row].min()), int((rows == row).sum())
-        explanations.append(Explanation(number, frame, name, grid_row, grid_col, least, patches))
+        explanations.append(Explanation(number, frame, name, grid_row, grid_col, distance, patches))
     return sorted(explanations, key=lambda entry: (-entry.patches, entry.distance))
 
 
