@@ -191,10 +191,10 @@ def test_depth_messages_are_metres() -> None:
 
 def test_a_status_holds_text_in_full_precision_and_no_empty_values() -> None:
     values = {"score": np.float32(0.1), "p_value": None, "frames": np.int64(3), "reason": ""}
-    sent = messages.status_message(header(), "n: c", DiagnosticStatus.WARN, "anomaly", values)
+    sent = messages.diagnostic_status("n: c", DiagnosticStatus.WARN, "anomaly", values)
     received = over_the_wire(sent)
-    assert received.header == header() and received.status[0].level == DiagnosticStatus.WARN
-    values_by_key = {pair.key: pair.value for pair in received.status[0].values}
+    assert received.level == DiagnosticStatus.WARN
+    values_by_key = {pair.key: pair.value for pair in received.values}
     assert np.float32(values_by_key["score"]) == np.float32(0.1)
     assert (
         values_by_key["frames"] == "3"

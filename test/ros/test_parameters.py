@@ -10,13 +10,7 @@ import pytest
 pytest.importorskip("rclpy")
 
 from rclpy.parameter import Parameter
-from worlds.ros import (
-    FAILURE,
-    SUCCESS,
-    bench,
-    nominal_image,
-    odd_image,
-)
+from worlds.ros import FAILURE, SUCCESS, bench, nominal_image, odd_image, two_cameras
 
 from semantic_anomaly.errors import CalibrationError
 from semantic_anomaly.settings import (
@@ -77,16 +71,9 @@ def test_a_parameter_file_with_empty_lists_and_whole_numbers(tmp_path: Path) -> 
         ({"input_size": -1}, "'input_size': expected at least 0, found -1"),
         ({"camera.threshold": 3}, "'camera.threshold': expected at most 2.0, found 3"),
         ({"camera.neighbours": 1}, "unknown parameter 'camera.neighbours'"),
-        ({"input_size": 64.0}, "'input_size': expected int"),
-        ({"backbone": 5}, "'backbone': expected str"),
-        ({"search": "magic"}, "'search': expected one of"),
-        ({"confirm_s": 0.0}, "'confirm_s'"),
         ({"cameras": ["a b"]}, "a b"),
-        ({"cameras": ["front", "front"]}, "distinct"),
-        ({"camera.region_of_interest": [0.0, 0.5]}, "region_of_interest"),
         ({"camera.image_topic": ""}, "'camera.image_topic'"),
         ({"camera.depth_topic": "/no spaces"}, "'camera.depth_topic': Invalid topic name"),
-        ({"camera.camera_height_m": -1.0}, "'camera.camera_height_m': expected at least"),
     ],
 )
 def test_an_invalid_parameter_is_named_at_configure(
@@ -163,8 +150,7 @@ def test_live_parameters_take_effect_at_once(values: dict[str, Any]) -> None:
 
 
 def test_live_parameters_of_one_camera(values: dict[str, Any]) -> None:
-    topics = {f"{camera}.image_topic": f"/{camera}/image" for camera in ("front", "rear")}
-    both = {**values, **topics, "cameras": ["front", "rear"], "front.threshold": 1.5}
+    both = {**two_cameras(values, "front", "rear"), "front.threshold": 1.5}
     with bench(both, ("front", "rear")) as b:
         b.start("status")
 

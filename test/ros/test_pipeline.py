@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from queue import SimpleQueue
 from typing import Any
 
@@ -9,10 +10,12 @@ import pytest
 
 pytest.importorskip("rclpy")
 
-from worlds.ros import Bench, Gate, bench, nominal_image, odd_image
+from builtin_interfaces.msg import Time
+from rosgraph_msgs.msg import Clock
+from worlds.ros import Bench, Gate, bench, nominal_image, odd_image, two_cameras
 
 from semantic_anomaly.errors import ModelOutputError
-from semantic_anomaly.ros.pipeline import FrameSlots, Worker, age_problem
+from semantic_anomaly.ros.pipeline import Worker, age_problem
 
 SECOND_NS = 10**9
 
@@ -66,13 +69,7 @@ def test_model_errors_give_unknown_and_out_of_memory_one_retry(
 def test_a_failure_of_one_camera_does_not_affect_the_other(
     values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    both = {
-        **values,
-        "cameras": ["left", "right"],
-        "left.image_topic": "/left/image",
-        "right.image_topic": "/right/image",
-    }
-    with bench(both, ("left", "right")) as b:
+    with bench(two_cameras(values, "left", "right"), ("left", "right")) as b:
         b.start("status")
         assert b.node.models is not None
         embedder = b.node.models.embedder
@@ -103,7 +100,7 @@ def test_only_the_newest_frame_waits(
         counts, later = b.node._cameras["camera"].counts, []
         for number, seed in enumerate((11, 12, 13), 2):
             later.append(b.send(nominal_image(seed)))
-            b.spin_until(lambda number=number: counts.received == number)
+            b.spin_until(lambda number=number: counts.frames_received == number)
         gate.opened.set()
         b.answer(first)
         status = b.answer(later[-1])
@@ -121,22 +118,30 @@ def test_a_worker_reports_exceptions_and_continues() -> None:
             raise ValueError("first batch")
 
     worker = Worker(process, reports.put)
-    worker.start()
-    worker.slots.put("front", 1)
+    worker.put("front", 1)
     assert "ValueError: first batch" in reports.get(timeout=20)
-    worker.slots.put("rear", 2)
+    worker.put("rear", 2)
     assert [batches.get(timeout=20) for _ in range(2)] == [{"front": 1}, {"rear": 2}]
     worker.stop()
     assert reports.empty()
 
 
-def test_slots_keep_the_newest_message_of_each_camera() -> None:
-    slots = FrameSlots()
-    assert not slots.put("front", 1) and not slots.put("rear", 2)
-    assert slots.put("front", 3)
-    assert slots.take() == {"front": 3, "rear": 2}
-    slots.close()
-    assert slots.take() is None
+def test_a_busy_worker_gets_the_newest_message_of_each_camera_next() -> None:
+    begun: SimpleQueue[dict[str, Any]] = SimpleQueue()
+    go_on = threading.Semaphore(0)
+
+    def process(batch: dict[str, Any]) -> None:
+        begun.put(batch)
+        assert go_on.acquire(timeout=20)
+
+    worker = Worker(process, pytest.fail)
+    worker.put("front", 0)
+    assert begun.get(timeout=20) == {"front": 0}
+    assert not worker.put("front", 1) and not worker.put("rear", 2)
+    assert worker.put("front", 3)
+    go_on.release(2)
+    assert begun.get(timeout=20) == {"front": 3, "rear": 2}
+    worker.stop()
 
 
 @pytest.mark.parametrize(
@@ -159,18 +164,12 @@ def test_ages(now_ns: int, stamp_ns: int, problem: str) -> None:
 
 @pytest.fixture
 def simulated(values: dict[str, Any]) -> dict[str, Any]:
-    pytest.importorskip("rosgraph_msgs.msg")
     return {**values, "use_sim_time": True, "max_age_s": 1.0}
 
 
 def set_time(b: Bench, seconds: int) -> None:
     """Publish the time and wait until the node has it."""
-    from rosgraph_msgs.msg import Clock
-
-    message = Clock()
-    message.clock.sec = seconds
-    publisher = b.publisher("/clock", Clock, 1)
-    publisher.publish(message)
+    b.publisher("/clock", Clock, 1).publish(Clock(clock=Time(sec=seconds)))
     b.spin_until(lambda: b.node.get_clock().now().nanoseconds == seconds * SECOND_NS)
 
 

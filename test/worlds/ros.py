@@ -96,6 +96,12 @@ def parameters(index: Path, backbone: Path, **changes: Any) -> dict[str, Any]:
     }
 
 
+def two_cameras(values: dict[str, Any], first: str, second: str) -> dict[str, Any]:
+    """Return parameters of two cameras, with images on /<camera>/image."""
+    topics = {f"{camera}.image_topic": f"/{camera}/image" for camera in (first, second)}
+    return {**values, **topics, "cameras": [first, second]}
+
+
 def offline_detector(values: dict[str, Any], camera: str = "camera") -> AnomalyDetector:
     """Return the detector that the commands load with the same parameters."""
     return load_detector(Settings.from_parameters(values), camera)
@@ -202,8 +208,7 @@ class Bench:
 
     def answer(self, message: Any, camera: str = "camera") -> dict[str, str]:
         """Wait for the status that answers an image and return its values."""
-        array = self.answer_message(message, camera)
-        return values_of(array.status[0])
+        return values_of(self.answer_message(message, camera).status[0])
 
     def answer_message(self, message: Any, camera: str = "camera") -> DiagnosticArray:
         """Wait for the status that answers an image."""
