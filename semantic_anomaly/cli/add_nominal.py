@@ -8,11 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from semantic_anomaly.cli.edits import after_rows, numbers
-from semantic_anomaly.cli.options import (
-    add_detector_options,
-    add_topic_option,
-    settings_of,
-)
+from semantic_anomaly.cli.options import add_detector_options, add_topic_option, settings_of
 from semantic_anomaly.cli.tables import table
 from semantic_anomaly.errors import CalibrationError, InputError, SourceError
 
@@ -73,11 +69,11 @@ def run(args: argparse.Namespace) -> int:
 def _edits(before: NominalIndex, after: NominalIndex) -> Iterator[tuple[str, str]]:
     """Yield a row for each edit that is new, of the index and of its parts."""
     known = {"": before, **before.parts}
-    for name, each in {"": after, **after.parts}.items():
-        for edit in each.edits:
+    for name, index in {"": after, **after.parts}.items():
+        for edit in index.edits:
             if edit not in known[name].edits:
-                told = f"edit of part '{name}'" if name else "edit"
-                yield told, f"{edit.number}: {edit.what}"
+                label = f"edit of part '{name}'" if name else "edit"
+                yield label, f"{edit.number}: {edit.what}"
 
 
 def _chosen(args: argparse.Namespace, index: NominalIndex) -> Iterator[Frame]:
@@ -90,15 +86,15 @@ def _chosen(args: argparse.Namespace, index: NominalIndex) -> Iterator[Frame]:
         raise InputError("--frames: expected a SOURCE without [START:STOP], found both")
     part = f"{path}[{min(wanted)}:{max(wanted) + 1}]" if wanted else args.source
     first = min(wanted) if wanted else 0
-    found = set()
+    read = set()
     for number, frame in enumerate(open_source(part, topic=args.topic), start=first):
         if wanted is not None and number not in wanted:
             continue
-        found.add(number)
+        read.add(number)
         try:
             refuse_seen(index, frame)
         except CalibrationError:
             raise InputError(f"frame '{frame.name}': the index was built from it already") from None
         yield frame
-    if missing := sorted((wanted or set()) - found):
+    if missing := sorted((wanted or set()) - read):
         raise SourceError(f"source '{path}': frame {missing[0]}: there is no such frame")

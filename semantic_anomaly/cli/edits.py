@@ -13,23 +13,19 @@ if TYPE_CHECKING:
 
 
 def numbers(option: str, text: str) -> list[int]:
-    """Return the numbers that a text such as '12,15-20' names.
-
-    Args:
-        option: name of the option, for the message.
-        text: numbers and ranges, both ends included.
+    """Return the numbers that a text such as '12,15-20' names; ranges include both ends.
 
     Raises:
-        InputError: something else.
+        InputError: another text; names the option.
     """
-    found: list[int] = []
+    listed: list[int] = []
     for item in text.split(","):
         match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", item.strip())
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if last < first:
             raise InputError(f"{option}: expected numbers as in 12,15-20, found '{text}'")
-        found.extend(range(first, last + 1))
-    return found
+        listed.extend(range(first, last + 1))
+    return listed
 
 
 def part_of(index: NominalIndex, name: str | None) -> NominalIndex:
@@ -52,9 +48,7 @@ def with_part(index: NominalIndex, name: str | None, edited: NominalIndex) -> No
 
 def after_rows(edited: NominalIndex, calibration: Calibration | None) -> list[tuple[str, str]]:
     """Return the rows printed after every edit: entries, fingerprint, calibration."""
-    told = [("entries", f"{edited.count}"), ("fingerprint", edited.fingerprint[:16])]
-    if calibration is None:
-        return [*told, ("calibration", "none")]
-    if not calibration.stale_edits:
-        return [*told, ("calibration", "in force")]
-    return [*told, *(("warning", sentence) for sentence in calibration.warnings)]
+    rows = [("entries", f"{edited.count}"), ("fingerprint", edited.fingerprint[:16])]
+    if calibration is not None and calibration.stale_edits:
+        return [*rows, *(("warning", sentence) for sentence in calibration.warnings)]
+    return [*rows, ("calibration", "none" if calibration is None else "in force")]

@@ -10,7 +10,6 @@ from semantic_anomaly.cli.options import (
     add_components_option,
     add_detector_options,
     add_layout_option,
-    component_limits,
     count,
     settings_of,
 )
@@ -76,7 +75,6 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--index: needed by the protocol drive only; found {index}")
     if args.protocol.endswith("reference") != bool(args.reference):
         raise InputError(f"--reference: for the reference protocols, found {args.protocol}")
-    limits = component_limits(args.components)
     settings, camera = settings_of(args, args.index)
     # Before a backbone is loaded and references are indexed.
     refuse_other_content(args.out, RESULTS, WRITTEN)
@@ -93,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         **detector_options,
         out=args.out,
         every=args.every,
-        limits=limits,
+        limits=args.components,
         save_maps=args.save_maps,
         allow_seen=args.allow_seen,
         progress=True,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from semantic_anomaly.cli.options import positive
-from semantic_anomaly.cli.tables import drives_listed, listed, megabytes, table
+from semantic_anomaly.cli.tables import drives_listed, folder_size, listed, table
 
 if TYPE_CHECKING:
     from semantic_anomaly.calibration.calibration import Calibration
@@ -37,21 +37,21 @@ def run(args: argparse.Namespace) -> int:
     folder = args.index.expanduser()
     index = NominalIndex.load(folder)
     # The graph is read and checked only when it is used.
-    for each in (index, *index.parts.values()):
-        each.configure_search("graph", each.manifest["content"]["search_ef"])
+    for part in (index, *index.parts.values()):
+        part.configure_search("graph", part.manifest["content"]["search_ef"])
     calibrations = calibrations_of(folder, index.fingerprint)
     print(table(_index_rows(folder, index)))
-    for name, each in {"": index, **index.parts}.items():
-        if each.edits:
+    for name, part in {"": index, **index.parts}.items():
+        if part.edits:
             print(f"\nedits of part '{name}'" if name else "\nedits")
-            print(table(_edit_rows(each), _EDIT_COLUMNS))
+            print(table(_edit_rows(part), _EDIT_COLUMNS))
     if not calibrations:
         print("\n" + table([("calibration", "none; decisions will be 'unknown'")]))
     for calibration in calibrations:
         print("\n" + table(_calibration_rows(calibration)))
     if args.recall:
-        found = index.recall(_RECALL_QUERIES, args.neighbours)
-        rows = [(name.replace("_", " "), f"{value:.6g}") for name, value in found.items()]
+        recall = index.recall(_RECALL_QUERIES, args.neighbours)
+        rows = [(name.replace("_", " "), f"{value:.6g}") for name, value in recall.items()]
         print("\ngraph search against the exact one")
         print(table(rows))
     return 0
@@ -60,20 +60,19 @@ def run(args: argparse.Namespace) -> int:
 def _index_rows(folder: Path, index: NominalIndex) -> list[tuple[str, str]]:
     content, written = index.manifest["content"], index.manifest["written"]
     identity, report = index.identity, index.report
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     layers = ", ".join(map(str, identity.layers)) or "last"
     drives = Counter(name.rpartition("/")[0] for name in index.frame_names)
     limits = content["limits"]
     polygon = index.roi_description["polygon_xy"]
     mask = index.roi_description["ego_mask_sha256"]
     whole = "whole image" if not polygon and not mask else ""
-    made = "last edited" if index.edits else "built"
+    change = "last edited" if index.edits else "built"
     return [
         ("index", f"{folder}"),
         ("fingerprint", index.fingerprint[:16]),
-        (made, f"{written['created']} by version {written['package_version']}"),
+        (change, f"{written['created']} by version {written['package_version']}"),
         ("entries", f"{index.count} of dimension {index.dim}"),
-        ("size on disk", megabytes(size)),
+        ("size on disk", folder_size(folder)),
         ("backbone", f"{identity.model_id} ({identity.architecture}), hidden states: {layers}"),
         ("weights", f"sha256 {identity.weights_sha256[:16]}, {identity.dtype}"),
         ("input", f"long side {identity.input_size} px, grid of {identity.patch_px} px"),
@@ -100,13 +99,12 @@ def _edit_rows(index: NominalIndex) -> list[tuple[str, ...]]:
 
 
 def _calibration_rows(calibration: Calibration) -> list[tuple[str, str]]:
-    drives = drives_listed(calibration.drives)
     return [
         ("calibration of camera", calibration.camera),
         ("threshold", f"{calibration.threshold:.4f}"),
         ("target rate", f"{calibration.target_false_alarm_rate:g}"),
         ("nominal frames", f"{calibration.count}"),
-        ("drives", drives),
+        ("drives", drives_listed(calibration.drives)),
         *((name, f"{value}") for name, value in calibration.scoring.items()),
         *_episode_rows(calibration),
         *(("warning", sentence) for sentence in calibration.warnings),

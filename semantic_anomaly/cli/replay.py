@@ -6,12 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from semantic_anomaly.cli.options import (
-    add_detector_options,
-    add_topic_option,
-    count,
-    settings_of,
-)
+from semantic_anomaly.cli.options import add_detector_options, add_topic_option, count, settings_of
 from semantic_anomaly.cli.tables import table
 
 _LISTED_ALARMS = 20
