@@ -90,6 +90,7 @@ class PatchEmbedder:
         self._device = choose_device(device)
         self._dtype = choose_dtype(dtype, self._device)
         folder = open_backbone(backbone)
+        # Read first: the message about missing weights is better than that of transformers.
         weights_sha256 = folder.weights_sha256
         model = load_network(folder, transformers.AutoModel, _OPTIONAL_WEIGHTS)
         fold_batch_norms(model)
@@ -100,8 +101,7 @@ class PatchEmbedder:
         )
         self._has_tokens = folder.architecture in TOKEN_FAMILIES
         # Families without a patch size have stems of stride 4 at most.
-        patch = getattr(model.config, "patch_size", 4)
-        self._patch_px = patch if isinstance(patch, int) else int(max(patch))
+        self._patch_px = int(np.max(getattr(model.config, "patch_size", 4)))
         on_request = folder.architecture in _INTERPOLATE_ON_REQUEST
         self._options = {"interpolate_pos_encoding": True} if on_request else {}
         # (rescale * pixel - mean) / std = scale * pixel + shift
@@ -242,7 +242,7 @@ class PatchEmbedder:
     def _states(
         self, pixels: torch.Tensor, with_hidden: bool
     ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-        """Return the hidden states, if asked for, and the last output of the network."""
+        """Return the hidden states, empty unless asked for, and the last output of the network."""
         if self._model is None:
             raise ModelOutputError("the embedder was closed")
         output = self._model(pixels, output_hidden_states=with_hidden, **self._options)
@@ -277,12 +277,16 @@ class PatchEmbedder:
     def _self_test(self) -> None:
         """Check that embeddings depend on the image and on the position in it."""
         what = f"backbone '{self.identity.model_id}': self-test"
+        shape = (2 * self._multiple, 3 * self._multiple, 3)
+        noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        ramp = np.linspace(0, 255, shape[1]).astype(np.uint8)[:, None]
         try:
-            noise, ramp = self.embed(_test_images((2 * self._multiple, 3 * self._multiple)))
+            noise_grid, ramp_grid = self.embed([noise, np.broadcast_to(ramp, shape)])
         except ModelOutputError as error:
             raise BackboneError(f"{what}: {error}") from error
-        between = 1.0 - np.einsum("rcd,rcd->rc", noise.features, ramp.features)  # (rows, cols)
-        across = 1.0 - noise.features @ noise.features[0, 0]  # (rows, cols)
+        features = noise_grid.features
+        between = 1.0 - np.einsum("rcd,rcd->rc", features, ramp_grid.features)  # (rows, cols)
+        across = 1.0 - features @ features[0, 0]  # (rows, cols)
         if min(between.max(), across.max()) < _MIN_SELF_TEST_DISTANCE:
             raise BackboneError(
                 f"{what}: expected embeddings that depend on image and position, found distances "
@@ -291,14 +295,7 @@ class PatchEmbedder:
 
 
 def open_backbone(name: str) -> PretrainedFolder:
-    """Find the folder of a backbone and check its configuration.
-
-    Args:
-        name: shipped name, local folder, or hub id that was downloaded before.
-
-    Raises:
-        BackboneError: not found, incomplete, invalid, or of an unsupported architecture.
-    """
+    """Find the folder of a backbone and check its configuration, as `open_folder`."""
     return open_folder("backbone", name, TOKEN_FAMILIES | GRID_FAMILIES)
 
 
@@ -332,14 +329,6 @@ def _positions(grid_hw: tuple[int, int]) -> np.ndarray:
     vectors = vectors.astype(np.float32)
     vectors.flags.writeable = False
     return vectors
-
-
-def _test_images(image_hw: tuple[int, int]) -> list[np.ndarray]:
-    """Return two (height, width, 3) uint8 images: noise, and a ramp from left to right."""
-    generator = np.random.default_rng(0)
-    noise = generator.integers(0, 256, (*image_hw, 3), dtype=np.uint8)
-    ramp = np.linspace(0, 255, image_hw[1]).astype(np.uint8)
-    return [noise, np.broadcast_to(ramp[None, :, None], noise.shape)]
 
 
 def _unit(features: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from semantic_anomaly.embedding.identity import SegmenterIdentity
-from semantic_anomaly.errors import ModelOutputError, SettingsError, UnknownNameError
+from semantic_anomaly.errors import SettingsError, UnknownNameError
 from semantic_anomaly.segmentation.masks import InstanceSegmenter, patch_shares
 from semantic_anomaly.settings import SEGMENTER_FAMILIES, TOKENS
 from semantic_anomaly.structures import PatchGrid
@@ -46,9 +46,9 @@ def load_segmenter(
         from semantic_anomaly.segmentation.tokens import TokenSegmenter
 
         return TokenSegmenter()
-    from semantic_anomaly.segmentation.networks import load_network_segmenter
+    from semantic_anomaly.segmentation.networks import NETWORK_SEGMENTERS
 
-    return load_network_segmenter(family, model, device, dtype)
+    return NETWORK_SEGMENTERS[family](model, device, dtype)
 
 
 class RunningEmbedder:
@@ -82,12 +82,7 @@ class RunningEmbedder:
             segmenter = load_segmenter(
                 settings.segmenter, settings.segmenter_model, settings.device, settings.dtype
             )
-        try:
-            return cls(PatchEmbedder.from_settings(settings), segmenter)
-        except BaseException:
-            if segmenter is not None:
-                segmenter.close()
-            raise
+        return cls(PatchEmbedder.from_settings(settings), segmenter)
 
     @property
     def identity(self) -> EmbedderIdentity:
@@ -113,21 +108,16 @@ class RunningEmbedder:
 
         Raises:
             ImageError: wrong shape or dtype.
-            ModelOutputError: output that is not finite, or masks of another image size.
+            ModelOutputError: a network failed, or its output is not finite.
         """
         grids = self._backbone.embed(images)
         if self._segmenter is None:
             return grids
-        segmented = []
-        for image, grid in zip(images, grids, strict=True):
-            masks = self._segmenter.segment(image, grid)
-            if masks.image_hw != grid.image_hw:
-                raise ModelOutputError(
-                    f"instance masks: expected those of an image of {grid.image_hw}, "
-                    f"found {masks.image_hw}"
-                )
-            segmented.append(replace(grid, instances=patch_shares(masks, grid.grid_hw)))
-        return segmented
+        segment = self._segmenter.segment
+        return [
+            replace(grid, instances=patch_shares(segment(image, grid), grid.grid_hw))
+            for image, grid in zip(images, grids, strict=True)
+        ]
 
     def warm_up(self, image_hw: tuple[int, int]) -> None:
         """Run once on an image of (height, width) pixels, as the first run is slow."""

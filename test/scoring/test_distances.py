@@ -26,6 +26,7 @@ from semantic_anomaly.offline.calibrate import calibrate
 from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.scoring.distances import NO_INSTANCES, FrameScorer
 from semantic_anomaly.scoring.normalisation import CELLS_HW, ScoreNormalisation
+from semantic_anomaly.segmentation.tokens import TokenSegmenter
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import Decision, PatchGrid
 
@@ -100,8 +101,7 @@ def test_an_odd_instance_stands_out_as_a_whole() -> None:
 def test_no_instances_falls_to_the_grid_and_says_so() -> None:
     settings = made(variant="instance")
     index = build(SegmentedColours(), settings)
-    silent = SegmentedColours(ByRule(nothing))
-    silent.segmenter = SegmentedColours().segmenter
+    silent = SegmentedColours(ByRule(nothing, TokenSegmenter().identity.digest))
     there = AnomalyDetector(index, settings=settings, embedder=silent)
     grid = detector(made(), silent)
     frame = street(60, odd=True)
