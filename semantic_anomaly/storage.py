@@ -23,7 +23,7 @@ _RENAME_EXCHANGE = 2
 
 
 def canonical_json(value: Any) -> str:
-    """Return the canonical JSON text of a value: sorted keys, no spaces, ASCII, one line.
+    """Return the JSON text of a value with sorted keys, without spaces, in ASCII.
 
     Raises:
         ArtefactError: JSON cannot represent the value, such as NaN.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from semantic_anomaly.cli.edits import after_rows, numbers
-from semantic_anomaly.cli.options import add_detector_options, add_topic_option, settings_of
+from semantic_anomaly.cli.options import add_detector_options, settings_of
 from semantic_anomaly.cli.tables import table
 from semantic_anomaly.errors import CalibrationError, InputError, SourceError
 
@@ -25,7 +25,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--frames", metavar="12,15-20", help="frames of the source, counted from 0; default: all"
     )
     parser.add_argument("--note", default="", metavar="TEXT", help="why, kept with the edit")
-    add_topic_option(parser)
     add_detector_options(parser)
 
 

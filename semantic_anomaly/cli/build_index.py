@@ -8,7 +8,6 @@ from pathlib import Path
 from semantic_anomaly.cli.options import (
     add_detector_options,
     add_sources_argument,
-    add_topic_option,
     positive,
     settings_of,
 )
@@ -29,7 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stride", type=positive, default=1, metavar="N", help="use every N-th frame (default 1)"
     )
-    add_topic_option(parser)
     add_detector_options(parser)
 
 

@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_layout_option(parser)
     add_components_option(parser)
-    add_detector_options(parser)
+    add_detector_options(parser, topic=False)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -82,8 +82,7 @@ def run(args: argparse.Namespace) -> int:
     detector: Any = args.index
     detector_options: dict[str, Any] = {"settings": settings, "camera": camera}
     if args.index is None:
-        references = args.reference
-        detector = open_protocol(args.protocol, settings, camera, dataset, references, True)
+        detector = open_protocol(args.protocol, settings, camera, dataset, args.reference, True)
         detector_options = {}
     evaluation = evaluate(
         detector,

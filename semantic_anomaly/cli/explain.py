@@ -8,12 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from semantic_anomaly.cli.edits import part_of
-from semantic_anomaly.cli.options import (
-    add_detector_options,
-    add_topic_option,
-    positive,
-    settings_of,
-)
+from semantic_anomaly.cli.options import add_detector_options, positive, settings_of
 from semantic_anomaly.cli.tables import table
 from semantic_anomaly.errors import SourceError
 
@@ -48,7 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="'instances': explain the instances in the box; default: its patches",
     )
-    add_topic_option(parser)
     add_detector_options(parser)
 
 

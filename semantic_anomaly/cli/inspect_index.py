@@ -44,16 +44,27 @@ def run(args: argparse.Namespace) -> int:
     for name, part in {"": index, **index.parts}.items():
         if part.edits:
             print(f"\nedits of part '{name}'" if name else "\nedits")
-            print(table(_edit_rows(part), _EDIT_COLUMNS))
+            rows = [
+                (
+                    f"{e.number}",
+                    e.kind,
+                    e.when[:19],
+                    f"{e.entries}",
+                    f"{e.frames}",
+                    e.source,
+                    e.note,
+                )
+                for e in part.edits
+            ]
+            print(table(rows, _EDIT_COLUMNS))
     if not calibrations:
         print("\n" + table([("calibration", "none; decisions will be 'unknown'")]))
     for calibration in calibrations:
         print("\n" + table(_calibration_rows(calibration)))
     if args.recall:
         recall = index.recall(_RECALL_QUERIES, args.neighbours)
-        rows = [(name.replace("_", " "), f"{value:.6g}") for name, value in recall.items()]
         print("\ngraph search against the exact one")
-        print(table(rows))
+        print(table([(name.replace("_", " "), f"{value:.6g}") for name, value in recall.items()]))
     return 0
 
 
@@ -89,13 +100,6 @@ def _index_rows(folder: Path, index: NominalIndex) -> list[tuple[str, str]]:
         *((f"part '{name}'", f"{part.count} entries of dimension {part.dim}, "
            f"fingerprint {part.fingerprint[:16]}") for name, part in index.parts.items()),
     ]  # fmt: skip
-
-
-def _edit_rows(index: NominalIndex) -> list[tuple[str, ...]]:
-    return [
-        (f"{e.number}", e.kind, e.when[:19], f"{e.entries}", f"{e.frames}", e.source, e.note)
-        for e in index.edits
-    ]
 
 
 def _calibration_rows(calibration: Calibration) -> list[tuple[str, str]]:

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
-def add_detector_options(parser: argparse.ArgumentParser) -> None:
-    """Add --settings, --backbone, --set and --camera."""
+def add_detector_options(parser: argparse.ArgumentParser, *, topic: bool = True) -> None:
+    """Add --settings, --backbone, --set, --camera, and --topic for commands that read bags."""
+    if topic:
+        parser.add_argument("--topic", metavar="T", help="image topic, if a bag has several")
     group = parser.add_argument_group("detector")
     group.add_argument(
         "--settings", type=Path, metavar="FILE.yaml", help="parameter file of the node"
@@ -75,11 +77,6 @@ def _component_limits(text: str) -> SizeLimits:
             f"expected {', '.join(tracks)} or PREDICTED,ANOMALY in px, found '{text}'"
         )
     return SizeLimits(int(match[1]), int(match[2]))
-
-
-def add_topic_option(parser: argparse.ArgumentParser) -> None:
-    """Add --topic."""
-    parser.add_argument("--topic", metavar="T", help="image topic, if a bag has several")
 
 
 def count(text: str) -> int:

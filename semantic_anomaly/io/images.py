@@ -71,13 +71,8 @@ def decode_raw(
     encoding gives a new array. 16-bit channels are reduced to their upper 8 bits. YUV is ITU-R
     BT.601.
 
-    Args:
-        encoding: as in sensor_msgs/Image, one of `RAW_ENCODINGS`.
-        height: number of rows.
-        width: pixels per row.
-        step: bytes per row, including padding.
-        is_bigendian: whether 16-bit channels are big-endian.
-        data: exactly height * step bytes (NV12 and NV21: height * 3 / 2 * step).
+    Arguments are the fields of sensor_msgs/Image. The encoding is one of `RAW_ENCODINGS`; the data
+    are exactly height * step bytes (NV12 and NV21: height * 3 / 2 * step).
 
     Raises:
         UnsupportedEncodingError: another encoding.
