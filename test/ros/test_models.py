@@ -9,9 +9,9 @@ import pytest
 
 pytest.importorskip("rclpy")
 
-from rclpy.lifecycle import TransitionCallbackReturn
 from worlds.backbones import save_backbone
 from worlds.ros import (
+    FAILURE,
     bench,
     build_monitor,
     frame,
@@ -19,12 +19,12 @@ from worlds.ros import (
     odd_image,
     offline_detector,
     parameters,
-    values_of,
 )
 
 from semantic_anomaly.errors import IndexMismatchError, SettingsError
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.ros.models import load_detectors
+from semantic_anomaly.segmentation.embedder import RunningEmbedder
 from semantic_anomaly.settings import Settings
 
 CONFIG = Path(__file__).resolve().parents[2] / "config" / "semantic_anomaly.yaml"
@@ -54,8 +54,6 @@ def test_cameras_share_embedder_and_index(index: Path) -> None:
 def test_cameras_with_different_backbones_are_refused(
     tmp_path: Path, index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from semantic_anomaly.segmentation.embedder import RunningEmbedder
-
     other = save_backbone(tmp_path / "other_backbone", hidden_size=48)
     build_monitor(tmp_path, other)
     closed: list[RunningEmbedder] = []
@@ -84,7 +82,7 @@ def test_the_status_has_the_stages_of_the_detector(combined: dict[str, Any]) -> 
     with bench(combined) as b:
         b.start("status", "score")
         sent = b.send(image)
-        status = values_of(b.answer_message(sent).status[0])
+        status = b.answer(sent)
         nominal = b.answer(b.send(nominal_image(41)))
     expected = offline_detector(combined).detect(frame(image, sent))
     assert abs(float(status["score"]) - expected.score) < 1e-6
@@ -99,7 +97,7 @@ def test_configure_names_a_setting_that_differs_and_may_be_tried_again(
     combined: dict[str, Any], capfd: pytest.CaptureFixture[str]
 ) -> None:
     with bench({**combined, "segmenter": "universal"}) as b:
-        assert b.node.trigger_configure() == TransitionCallbackReturn.FAILURE
+        assert b.node.trigger_configure() == FAILURE
         assert "'segmenter': expected tokens, found universal" in capfd.readouterr().err
         assert b.set(segmenter="tokens").successful
         b.start("status")
