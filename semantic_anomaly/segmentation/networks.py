@@ -145,13 +145,16 @@ class UniversalSegmenter(NetworkSegmenter):
     """
 
     _family = "universal"
-    _model_classes = dict.fromkeys(
-        ("eomt", "eomt_dinov3", "mask2former", "oneformer"), "AutoModelForUniversalSegmentation"
-    )
+    _processors: ClassVar = {
+        "eomt": "EomtImageProcessor",
+        "eomt_dinov3": "EomtImageProcessor",
+        "mask2former": "Mask2FormerImageProcessor",
+        "oneformer": "OneFormerImageProcessor",
+    }
+    _model_classes = dict.fromkeys(_processors, "AutoModelForUniversalSegmentation")
 
     def _load_processor(self) -> None:
-        names = {"mask2former": "Mask2Former", "oneformer": "OneFormer"}
-        name = f"{names.get(self._folder.architecture, 'Eomt')}ImageProcessor"
+        name = self._processors[self._folder.architecture]
         # The other implementation needs torchvision.
         processor_class = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
         is_oneformer = self._folder.architecture == "oneformer"
