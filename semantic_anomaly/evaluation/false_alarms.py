@@ -104,8 +104,8 @@ def _drives(
     """Return (n, 3) int64 by drive: stamp in ns, whether above the threshold, whether in alarm."""
     frames = open_source(source, topic=topic)
     rows: dict[str, list[tuple[int, bool, bool]]] = {}
-    hide = None if progress else True
-    for frame in tqdm(frames, f"check {frames.name}", frames.count, unit="frame", disable=hide):
+    disable = None if progress else True
+    for frame in tqdm(frames, f"check {frames.name}", frames.count, unit="frame", disable=disable):
         refuse_seen(detector.index, frame)
         drive = "/".join(part for part in (frames.name, frames.drive_of(frame)) if part)
         if drive not in rows:

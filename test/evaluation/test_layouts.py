@@ -99,6 +99,7 @@ def test_drives_are_told_apart_where_names_say(tmp_path: Path) -> None:
     assert len(set(found["road-anomaly"])) == 2
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_layout_is_evaluated(tmp_path: Path) -> None:
     dataset = open_dataset(make_layout(tmp_path / "set", "anovox"), "anovox")
     results = evaluate(make_detector(), dataset, out=tmp_path / "out", save_maps=True)
