@@ -7,7 +7,7 @@ over masks. Each stage has its own entries.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import cv2
@@ -40,8 +40,7 @@ class FrameEmbeddings:
     """The embeddings that a nominal frame gives to a stage.
 
     Attributes:
-        frame: the frame.
-        grid_hw: (rows, cols) of its patch grid.
+        frame, grid_hw: the frame, and (rows, cols) of its patch grid.
         cells: (n, 2) int, row and col of each embedding in that grid.
         embeddings: (n, dim) float32, unit norm.
     """
@@ -83,9 +82,7 @@ def instance_embeddings(nominal_frame: NominalFrame, roi: RegionOfInterest) -> F
 def nearest_in_frame(frame_embeddings: FrameEmbeddings, min_cells_apart: int) -> np.ndarray:
     """Return (n,) cosine distances from embeddings to the nearest other one of the same frame.
 
-    Args:
-        frame_embeddings: of one frame.
-        min_cells_apart: embeddings fewer rows and columns apart are not compared.
+    Embeddings fewer than `min_cells_apart` rows and columns apart are not compared.
     """
     cells, embeddings = frame_embeddings.cells, frame_embeddings.embeddings
     # Some queries are enough, spread over the image.
@@ -119,9 +116,6 @@ class Stage:
         Distances of one backbone are ten times those of another. The median distance from an
         embedding to the nearest other one of its own image tells how far apart things that are
         alike lie; it does not depend on how fast the frames of a drive change.
-
-        Args:
-            distances: `distances_of` of some frames.
 
         Raises:
             ArtefactError: there are no distances, and the stage needs them.
@@ -191,10 +185,6 @@ class BuildReport:
     suppressed: int
     dropped: int
 
-    def to_dict(self) -> dict[str, int]:
-        """Return plain values for JSON."""
-        return asdict(self)
-
 
 class Selection:
     """The entries of a stage: each embedding at least `dedup_distance` from those before it.
@@ -254,13 +244,7 @@ class Selection:
     def resume(
         self, embeddings: np.ndarray, entries: np.ndarray, frames: Sequence[FrameRecord]
     ) -> None:
-        """Begin with what an index holds, before any frame is added.
-
-        Args:
-            embeddings: (n, dim) float32, at most `max_entries`.
-            entries: (n, 3) int32.
-            frames: that the entries point to.
-        """
+        """Begin with the entries, at most `max_entries`, and the frames of an index."""
         self._store(embeddings, entries)
         self.frames = list(frames)
 

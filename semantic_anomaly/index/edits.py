@@ -36,7 +36,7 @@ def rows_of(content: IndexContent, numbers: Sequence[int]) -> np.ndarray:
     Raises:
         InputError: no such entry, or one that is retracted.
     """
-    requested = np.asarray(list(numbers), np.int64)
+    requested = np.array(numbers, np.int64)
     edits = _retracting_edits(content)
     for number in requested[(requested < 0) | (requested >= len(edits))][:1]:
         raise InputError(f"entry {number}: expected a number from 0 to {len(edits) - 1}")
@@ -62,12 +62,7 @@ def of_frame(index: NominalIndex, name: str) -> list[int]:
 
 
 def near(index: NominalIndex, number: int, within: float) -> list[int]:
-    """Return the numbers of an entry and of those within a cosine distance of it.
-
-    Args:
-        index: has the entries.
-        number: of the entry.
-        within: in [0, 2].
+    """Return the numbers of an entry and of those within a cosine distance in [0, 2] of it.
 
     Raises:
         InputError: no such entry, or a distance out of range.
@@ -97,7 +92,7 @@ def add_nominal(
     when the index was built.
 
     Args:
-        index: to be edited; stays as it is.
+        index: stays as it is.
         frames: made by the index's own embedder.
         roi: patches outside take no part; a part of the region of interest of the index.
         source: where the frames come from.
@@ -132,12 +127,7 @@ def add_nominal(
 
 
 def retract(index: NominalIndex, numbers: Sequence[int], *, note: str = "") -> NominalIndex:
-    """Return the index without some entries, as one edit.
-
-    Args:
-        index: to be edited; stays as it is.
-        numbers: of the entries.
-        note: why.
+    """Return the index without the entries of these numbers, as one edit.
 
     Raises:
         InputError: no numbers, no such entry, one that is retracted already, or all of them.
@@ -160,7 +150,7 @@ def undo(index: NominalIndex, number: int | None = None) -> tuple[NominalIndex, 
     What the edit retracted is back and what it added is gone, from the part of instances too.
 
     Args:
-        index: to be edited; stays as it is.
+        index: stays as it is.
         number: of the edit; None: the last one.
 
     Raises:
@@ -226,7 +216,7 @@ def _with_addition(index: NominalIndex, selection: Selection, edit: Edit) -> Nom
 
 
 def _new_edit(
-    content: IndexContent, kind: str, *, entries: int = 0, note: str = "", source: str = ""
+    content: IndexContent, kind: str, entries: int = 0, note: str = "", source: str = ""
 ) -> Edit:
     number = 1 + max((edit.number for edit in content.edits), default=0)
     when = datetime.now(timezone.utc).isoformat(timespec="microseconds")
@@ -261,11 +251,9 @@ class _Ledger:
 
     @classmethod
     def of(cls, content: IndexContent) -> _Ledger:
-        embeddings, entries = content.embeddings, content.entries
-        if content.retracted is not None:
-            retracted = content.retracted
-            numbers = np.concatenate([content.numbers, retracted.entries[:, 3]])
-            order = np.argsort(numbers)
+        embeddings, entries, retracted = content.embeddings, content.entries, content.retracted
+        if retracted is not None:
+            order = np.argsort(np.concatenate([content.numbers, retracted.entries[:, 3]]))
             embeddings = np.concatenate([embeddings, retracted.embeddings])[order]
             entries = np.concatenate([entries, retracted.entries[:, :3]])[order]
         return cls(embeddings, entries, _retracting_edits(content), content.frames)
@@ -276,8 +264,8 @@ class _Ledger:
         retracted = None
         if len(numbers):
             columns = self.entries[numbers], numbers, self.edits[numbers]
-            rows = np.column_stack(columns).astype(np.int32)
-            retracted = Retracted(self.embeddings[numbers], np.ascontiguousarray(rows))
+            rows = np.column_stack(columns).astype(np.int32, order="C")
+            retracted = Retracted(self.embeddings[numbers], rows)
         return replace(
             content,
             embeddings=self.embeddings[live],

@@ -10,7 +10,12 @@ from typing import Any
 import numpy as np
 
 from semantic_anomaly.embedding.identity import EmbedderIdentity, SegmenterIdentity
-from semantic_anomaly.errors import ArtefactError, IndexFormatError, IndexMismatchError
+from semantic_anomaly.errors import (
+    ArtefactError,
+    IndexFormatError,
+    IndexMismatchError,
+    ModelOutputError,
+)
 from semantic_anomaly.index.build import (
     INSTANCE_STAGE,
     INSTANCES,
@@ -28,12 +33,22 @@ from semantic_anomaly.index.format import (
     write_content,
 )
 from semantic_anomaly.index.hnsw import HnswGraph, predicted_graph_bytes
-from semantic_anomaly.index.search import NeighbourSearch
+from semantic_anomaly.index.search import (
+    are_unit_vectors,
+    nearest_rows,
+    nearest_similarities,
+    to_distances,
+)
 from semantic_anomaly.io.images import decode_compressed
 from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.settings import GRID, Settings
 from semantic_anomaly.storage import atomic_folder
 from semantic_anomaly.structures import NominalExample
+
+# Entries times dimensions up to which a product with all of them is as quick as the graph with
+# its exact checks (5200 entries of 192 dimensions): benchmarks/stages.py.
+_AUTO_EXACT_UP_TO = 1_000_000
+_SEED = 100
 
 
 class NominalIndex:
@@ -52,6 +67,9 @@ class NominalIndex:
         graph: of the content's embeddings in their order; None: read or built when it is needed.
         folder: that the index was loaded from.
         parts: indexes of other embeddings of the frames, by name; see `parts`.
+
+    Attributes:
+        search_is_exact: whether `distances` are exact rather than upper bounds.
     """
 
     def __init__(
@@ -68,9 +86,8 @@ class NominalIndex:
         self._graph = graph
         self._folder = folder
         self._parts = dict(parts or {})
-        self._search = NeighbourSearch(
-            content.embeddings, self._ready_graph, self._name, content.search_ef
-        )
+        self._ef = content.search_ef
+        self.search_is_exact = content.embeddings.size <= _AUTO_EXACT_UP_TO
 
     @classmethod
     def build(
@@ -313,12 +330,7 @@ class NominalIndex:
         return NominalIndex(content, graph=self._ready_graph(), parts=parts)
 
     def with_content(self, content: IndexContent, graph: HnswGraph | None = None) -> NominalIndex:
-        """Return an index of other content with the same parts.
-
-        Args:
-            content: what it holds.
-            graph: of the content's embeddings in their order; None: built when it is needed.
-        """
+        """Return an index of other content, and its graph if there is one, with the same parts."""
         return NominalIndex(content, graph=graph, parts=self._parts)
 
     def check_embedder(self, identity: EmbedderIdentity) -> None:
@@ -334,11 +346,7 @@ class NominalIndex:
             )
 
     def check_segmenter(self, running: SegmenterIdentity | None) -> None:
-        """Raise IndexMismatchError if instances of the running segmenter cannot be compared.
-
-        Args:
-            running: the segmenter; None: no instances are needed.
-        """
+        """Raise IndexMismatchError if instances of the running segmenter cannot be compared."""
         if running is None:
             return
         expected = self.segmenter
@@ -387,18 +395,17 @@ class NominalIndex:
         Raises:
             IndexFormatError: the graph is not that of the index.
         """
-        self._search.configure(search, ef)
-
-    @property
-    def search_is_exact(self) -> bool:
-        """Return whether `distances` are exact rather than upper bounds."""
-        return self._search.is_exact
+        small = self._content.embeddings.size <= _AUTO_EXACT_UP_TO
+        self.search_is_exact = search == "exact" or (search == "auto" and small)
+        self._ef = ef
+        if not self.search_is_exact:
+            self._ready_graph()
 
     def distances(self, embeddings: np.ndarray, k: int) -> np.ndarray:
         """Return (n,) float32 mean cosine distances in [0, 2] to the k nearest entries.
 
-        Of a graph search these are upper bounds: it never hides an anomaly. `exact_distances` of
-        the large ones make decisions those of an exact search.
+        A graph search can only overestimate a distance: it never hides an anomaly. Computing the
+        large ones again with `exact_distances` gives the decisions of an exact search.
 
         Args:
             embeddings: (n, dim) float32, unit norm.
@@ -408,11 +415,14 @@ class NominalIndex:
             IndexMismatchError: another dimension, or k out of range.
             ModelOutputError: embeddings that are not finite or not of unit norm.
         """
-        return self._search.distances(embeddings, k)
+        if self.search_is_exact:
+            return self.exact_distances(embeddings, k)
+        return to_distances(self._graph_similarities(self._checked(embeddings, k), k))
 
     def exact_distances(self, embeddings: np.ndarray, k: int) -> np.ndarray:
         """Return what `distances` returns, by a product with every entry."""
-        return self._search.exact_distances(embeddings, k)
+        queries = self._checked(embeddings, k)
+        return to_distances(nearest_similarities(queries, self._content.embeddings, k))
 
     def nearest(self, embedding: np.ndarray) -> NominalExample:
         """Return the entry nearest to an embedding (dim,), searched exactly.
@@ -424,7 +434,8 @@ class NominalIndex:
 
     def nearest_many(self, embeddings: np.ndarray) -> list[NominalExample]:
         """Return the entries nearest to embeddings (n, dim), reading the entries once for all."""
-        rows, similarities = self._search.nearest_rows(embeddings, 1)
+        queries = self._checked(embeddings, 1)
+        rows, similarities = nearest_rows(queries, self._content.embeddings, 1)
         examples = []
         for (entry,), (similarity,) in zip(rows.tolist(), similarities.tolist(), strict=True):
             number, row, col = self._content.entries[entry].tolist()
@@ -447,7 +458,45 @@ class NominalIndex:
             'queries', 'k', 'ef', 'recall' (share of the k nearest found), 'mean_error' and
             'max_error' of the mean distance.
         """
-        return self._search.recall(queries, k)
+        entries = self._content.embeddings
+        if isinstance(queries, int):
+            first, second = np.random.default_rng(_SEED).integers(0, self.count, (2, queries))
+            mixed = entries[first] + 0.5 * entries[second]
+            queries = mixed / np.maximum(np.linalg.norm(mixed, axis=1, keepdims=True), 1e-6)
+        points = self._checked(np.asarray(queries), k)
+        exact = nearest_similarities(points, entries, k)
+        approximate = self._graph_similarities(points, k)
+        error = to_distances(approximate) - to_distances(exact)
+        # Entries at the same distance count alike, whichever the graph returns.
+        hits = approximate >= exact.min(axis=1, keepdims=True) - 1e-5
+        return {
+            "queries": len(points),
+            "k": k,
+            "ef": max(self._ef, k),
+            "recall": float(hits.mean()),
+            "mean_error": float(error.mean()),
+            "max_error": float(error.max()),
+        }
+
+    def _checked(self, embeddings: np.ndarray, k: int) -> np.ndarray:
+        """Return queries that are safe to search with; raises as `distances`."""
+        if embeddings.ndim != 2 or embeddings.shape[1] != self.dim:
+            raise IndexMismatchError(
+                f"{self._name}: embeddings", f"(n, {self.dim})", embeddings.shape
+            )
+        if not 1 <= k <= self.count:
+            raise IndexMismatchError(f"{self._name}: neighbours", f"1 to {self.count}", k)
+        queries = np.ascontiguousarray(embeddings, np.float32)
+        if not are_unit_vectors(queries):
+            raise ModelOutputError("embeddings: expected finite unit vectors, found others")
+        return queries
+
+    def _graph_similarities(self, queries: np.ndarray, k: int) -> np.ndarray:
+        try:
+            return self._ready_graph().similarities(queries, k, self._ef)
+        except RuntimeError:
+            # The graph is in pieces, with fewer than k entries within reach.
+            return nearest_similarities(queries, self._content.embeddings, k)
 
     @property
     def _name(self) -> str:

@@ -18,12 +18,7 @@ import numpy as np
 from semantic_anomaly.index.build import INSTANCES
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.roi import RegionOfInterest, patches_inside
-from semantic_anomaly.scoring.anomaly_map import (
-    smoothed,
-    smoothing_support,
-    tail_count,
-    tail_mean,
-)
+from semantic_anomaly.scoring.anomaly_map import smoothed, smoothing_support, tail_count, tail_mean
 from semantic_anomaly.scoring.normalisation import ScoreNormalisation
 from semantic_anomaly.segmentation.masks import instances_of
 from semantic_anomaly.settings import GRID, INSTANCE, Settings
@@ -52,9 +47,7 @@ class DistanceMap:
         if normalisation is None:
             return self.values
         mean, deviation = normalisation.parameters(self.inside, self.embeddings)  # (n,)
-        z = np.zeros(self.values.shape, np.float32)
-        z[self.inside] = (self.values[self.inside] - mean) / deviation
-        return z
+        return _painted((self.values[self.inside] - mean) / deviation, self.inside)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,10 +86,11 @@ class FrameScorer:
             ModelOutputError: instances are needed and the grid has none computed.
             SettingsError: no patch lies inside the region of interest.
         """
-        inside, embeddings = self._patches(grid)
-        values = np.zeros(grid.grid_hw, np.float32)
-        values[inside] = self._distances(embeddings, inside, None, 0.0, None)
-        return {GRID: DistanceMap(values, inside, embeddings), **self._instance_maps(grid)}
+        inside = patches_inside(grid, self._roi)
+        embeddings = grid.features[inside]
+        distances = self._distances(embeddings, inside, lambda d: _painted(d, inside), 0.0, None)
+        patches = DistanceMap(_painted(distances, inside), inside, embeddings)
+        return {GRID: patches, **self._instance_maps(grid)}
 
     def score(
         self,
@@ -118,14 +112,14 @@ class FrameScorer:
             SettingsError: no patch lies inside the region of interest.
         """
         settings = self._settings
-        inside, embeddings = self._patches(grid)
+        inside = patches_inside(grid, self._roi)
+        embeddings = grid.features[inside]
         maps, note = self._instance_maps(grid), ""
         if settings.segments and not maps:
             note = NO_INSTANCES
         elif normalisations and not maps.keys() <= normalisations.keys():
             maps, note = {}, NOT_CALIBRATED
         z_maps = {name: m.standardised(normalisations.get(name)) for name, m in maps.items()}
-        covered = next(iter(maps.values())).inside & inside if maps else None
         mean, deviation = np.float32(0.0), np.float32(1.0)
         unit_mean, unit_deviation = 0.0, 1.0
         if normalisations:
@@ -133,21 +127,18 @@ class FrameScorer:
             unit_mean, unit_deviation = normalisations[GRID].unit
 
         def grid_z(distances: np.ndarray) -> np.ndarray:
-            z = np.zeros(grid.grid_hw, np.float32)
-            z[inside] = (distances - mean) / deviation
-            return z  # (rows, cols)
+            return _painted((distances - mean) / deviation, inside)
 
         def to_map(distances: np.ndarray) -> np.ndarray:
             z = grid_z(distances)
-            if covered is not None:
-                stages = (
-                    [*z_maps.values()] if settings.variant == INSTANCE else [z, *z_maps.values()]
-                )
+            if maps:
+                stages = list(z_maps.values())
+                if settings.variant != INSTANCE:
+                    stages.insert(0, z)
+                covered = next(iter(maps.values())).inside & inside
                 z = np.where(covered, np.mean(stages, axis=0, dtype=np.float32), z)
             values = np.clip(z * np.float32(unit_deviation) + np.float32(unit_mean), 0.0, 2.0)
-            return smoothed(
-                np.where(inside, values, 0).astype(np.float32), inside, settings.smoothing
-            )
+            return smoothed(np.where(inside, values, np.float32(0)), inside, settings.smoothing)
 
         distances = self._distances(embeddings, inside, to_map, settings.smoothing, threshold)
         anomaly_map = to_map(distances)
@@ -166,7 +157,7 @@ class FrameScorer:
         self,
         embeddings: np.ndarray,
         inside: np.ndarray,
-        to_map: Callable[[np.ndarray], np.ndarray] | None,
+        to_map: Callable[[np.ndarray], np.ndarray],
         smoothing: float,
         threshold: float | None,
     ) -> np.ndarray:
@@ -180,7 +171,7 @@ class FrameScorer:
         Args:
             embeddings: (n, dim) float32, of the patches inside.
             inside: (rows, cols) bool.
-            to_map: makes the (rows, cols) map of (n,) distances; None: the distances themselves.
+            to_map: makes the (rows, cols) map of (n,) distances.
             smoothing: of the map.
             threshold: of the score; None: there is none.
         """
@@ -192,28 +183,18 @@ class FrameScorer:
 
         def search_exactly(chosen: np.ndarray) -> None:
             """Make exact what the chosen (n,) values of the map depend on."""
-            chosen_map = np.zeros(inside.shape, bool)
-            chosen_map[inside] = chosen
-            rows = smoothing_support(chosen_map, smoothing)[inside] & ~exact
-            if rows.any():
-                distances[rows] = self._index.exact_distances(embeddings[rows], neighbours)
-                exact[rows] = True
-
-        def values() -> np.ndarray:
-            return distances if to_map is None else to_map(distances)[inside]
+            rows = smoothing_support(_painted(chosen, inside), smoothing)[inside] & ~exact
+            distances[rows] = self._index.exact_distances(embeddings[rows], neighbours)
+            exact[rows] = True
 
         count = tail_count(len(distances), self._settings.tail_percent)
         largest = np.zeros(len(distances), bool)
-        largest[np.argpartition(values(), len(distances) - count)[-count:]] = True
+        largest[np.argpartition(to_map(distances)[inside], len(distances) - count)[-count:]] = True
         search_exactly(largest)
-        bound = float(values()[largest].min())
-        search_exactly(values() > (bound if threshold is None else min(bound, threshold)))
+        values = to_map(distances)[inside]
+        bound = float(values[largest].min())
+        search_exactly(values > (bound if threshold is None else min(bound, threshold)))
         return distances
-
-    def _patches(self, grid: PatchGrid) -> tuple[np.ndarray, np.ndarray]:
-        """Return (rows, cols) bool of the patches that are scored and their (n, dim) embeddings."""
-        inside = patches_inside(grid, self._roi)
-        return inside, grid.features[inside]
 
     def _instance_maps(self, grid: PatchGrid) -> dict[str, DistanceMap]:
         """Return the distances of instances on the patches that they cover; empty without any."""
@@ -228,3 +209,10 @@ class FrameScorer:
         covered = instances.covered
         values = instances.paint(distances) * covered
         return {INSTANCES: DistanceMap(values, covered, grid.features[covered])}
+
+
+def _painted(values: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """Return (rows, cols) with the (n,) values inside, 0 elsewhere."""
+    painted = np.zeros(inside.shape, values.dtype)
+    painted[inside] = values
+    return painted
