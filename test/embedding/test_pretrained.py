@@ -37,10 +37,24 @@ def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({k: v for k, v in content.items() if v != "remove"}))
 
 
-def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    weights = load_file(folder / "model.safetensors")
-    change(weights)
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+Damage = Callable[[Path], object]
+
+
+def config(**changes: Any) -> Damage:
+    return lambda folder: edit(folder / "config.json", **changes)
+
+
+def preprocessor(**changes: Any) -> Damage:
+    return lambda folder: edit(folder / "preprocessor_config.json", **changes)
+
+
+def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    return damage
 
 
 def flip_last_bit(path: Path) -> None:
@@ -66,9 +80,9 @@ def test_a_complete_folder_is_read(tiny_backbone: Path) -> None:
 def test_digests_follow_weights_and_both_configurations(copy: Path) -> None:
     before = open_backbone(str(copy))
     digests = {before.config_sha256}
-    edit(copy / "preprocessor_config.json", image_mean=[0.5, 0.5, 0.5])
+    preprocessor(image_mean=[0.5, 0.5, 0.5])(copy)
     digests.add(open_backbone(str(copy)).config_sha256)
-    edit(copy / "config.json", layer_norm_eps=0.5)
+    config(layer_norm_eps=0.5)(copy)
     digests.add(open_backbone(str(copy)).config_sha256)
     assert len(digests) == 3
     weights_digest = before.weights_sha256
@@ -78,12 +92,12 @@ def test_digests_follow_weights_and_both_configurations(copy: Path) -> None:
 
 def shard(folder: Path) -> list[str]:
     """Split the weights into several files, as transformers does for large networks."""
-    weights = load_file(folder / "model.safetensors")
+    tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    names, mapping = sorted(weights), {}
+    names, mapping = sorted(tensors), {}
     for number, part in enumerate((names[::2], names[1::2])):
         name = f"model-0000{number + 1}-of-00002.safetensors"
-        save_file({k: weights[k] for k in part}, folder / name, {"format": "pt"})
+        save_file({k: tensors[k] for k in part}, folder / name, {"format": "pt"})
         mapping.update(dict.fromkeys(part, name))
     index = {"metadata": {"total_size": 0}, "weight_map": mapping}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -112,21 +126,6 @@ def test_missing_shards_and_shards_outside_the_folder_are_refused(copy: Path) ->
     (copy / shards[1]).unlink()
     with pytest.raises(BackboneError, match=shards[1]):
         load(copy)
-
-
-Damage = Callable[[Path], object]
-
-
-def config(**changes: Any) -> Damage:
-    return lambda folder: edit(folder / "config.json", **changes)
-
-
-def preprocessor(**changes: Any) -> Damage:
-    return lambda folder: edit(folder / "preprocessor_config.json", **changes)
-
-
-def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
-    return lambda folder: edit_weights(folder, change)
 
 
 FOLDER_FAULTS: dict[str, tuple[Damage, str]] = {
@@ -184,14 +183,14 @@ def test_faults_are_named(copy: Path, fault: str) -> None:
 
 def test_heads_and_poolers_are_optional(copy: Path) -> None:
     heads = {"classifier.weight": torch.zeros(2, 64), "classifier.bias": torch.zeros(2)}
-    edit_weights(copy, lambda w: (w.update(heads), w.pop("embeddings.mask_token")))
+    weights(lambda w: (w.update(heads), w.pop("embeddings.mask_token")))(copy)
     load(copy)
 
 
 def test_code_in_a_folder_is_not_run(copy: Path, tmp_path: Path) -> None:
     trace = tmp_path / "ran"
     (copy / "evil.py").write_text(f"open({str(trace)!r}, 'w')\nclass EvilModel: ...\n")
-    edit(copy / "config.json", auto_map={"AutoModel": "evil.EvilModel"})
+    config(auto_map={"AutoModel": "evil.EvilModel"})(copy)
     load(copy)
     assert not trace.exists()
 
@@ -247,7 +246,7 @@ def test_messages_name_the_role_of_the_network(copy: Path) -> None:
 
 
 def test_heads_are_required_where_nothing_is_optional(copy: Path) -> None:
-    edit_weights(copy, lambda w: w.pop("embeddings.mask_token"))
+    weights(lambda w: w.pop("embeddings.mask_token"))(copy)
     with pytest.raises(BackboneError, match=r"1 missing: embeddings\.mask_token"):
         load_network(open_backbone(str(copy)), transformers.AutoModel)
 
