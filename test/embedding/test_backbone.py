@@ -49,14 +49,15 @@ def test_every_family_gives_patches_at_their_position(
     identity = embedder.identity
     assert (identity.patch_px, identity.dim, identity.model_id) == (stride, dim, family)
     (noise,) = images(rng, (200, 320))
-    before = embedder.embed([noise])[0]
+    # A change in one corner of the image is largest in that corner of the grid.
+    corners = ((20, 250), (150, 40))
+    changed = [noise.copy() for _ in corners]
+    for image, (top, left) in zip(changed, corners, strict=True):
+        image[top : top + 32, left : left + 32] //= 8
+    before, *grids = embedder.embed([noise, *changed])
     assert before.grid_hw == embedder.grid_hw((200, 320)) and before.dim == dim
     rows, cols = before.grid_hw
-    # A change in one corner of the image is largest in that corner of the grid.
-    for top, left in ((20, 250), (150, 40)):
-        changed = noise.copy()
-        changed[top : top + 32, left : left + 32] //= 8
-        after = embedder.embed([changed])[0]
+    for after, (top, left) in zip(grids, corners, strict=True):
         change = 1 - np.einsum("rcd,rcd->rc", before.features, after.features)
         # Attention and group norms spread a little over the whole image.
         change = np.maximum(change - np.quantile(change, 0.9), 0)

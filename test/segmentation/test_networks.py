@@ -139,6 +139,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def lenient(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 100 points are two batches.
+    monkeypatch.setattr(networks, "_POINTS_PER_SIDE", 10)
     for name, value in (("_MIN_SCORE", 0.0), ("_MIN_IOU", -10.0), ("_STABILITY_OFFSET", 0.0)):
         monkeypatch.setattr(networks, name, value)
 
@@ -170,8 +172,8 @@ def test_a_saved_model_gives_masks(folders: dict[str, Path], lenient: None, name
 def test_there_may_be_no_instances(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(networks, "_MIN_SCORE", 1.0)
-    monkeypatch.setattr(networks, "_MIN_IOU", 100.0)
+    for constant, value in (("_MIN_SCORE", 1.0), ("_MIN_IOU", 100.0), ("_POINTS_PER_SIDE", 4)):
+        monkeypatch.setattr(networks, constant, value)
     assert len(load(folders[name]).segment(*scene())) == 0
 
 
