@@ -171,11 +171,11 @@ def read_mask(path: Path) -> np.ndarray:
         if np.any(mask[..., :3] != mask[..., :1]):
             raise InputError(f"mask '{path}': expected one channel, found colours")
         mask = np.ascontiguousarray(mask[..., 0])
-    odd = sorted(set(np.unique(mask).tolist()) - {NORMAL, ANOMALY, IGNORE})
-    if odd:
+    others = sorted(set(np.unique(mask).tolist()) - {NORMAL, ANOMALY, IGNORE})
+    if others:
         raise InputError(
             f"mask '{path}': expected values {NORMAL} normal, {ANOMALY} anomaly, {IGNORE} ignore; "
-            f"found also {', '.join(map(str, odd[:8]))}"
+            f"found also {', '.join(map(str, others[:8]))}"
         )
     return mask
 
@@ -207,16 +207,16 @@ def _find_masks(root: Path, stems: set[str]) -> dict[str, Path]:
         for file in sorted(folder.iterdir())
         if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
     ]
-    lost = [file.name for file in files if file.stem not in stems]
-    if lost:
+    unmatched = [file.name for file in files if file.stem not in stems]
+    if unmatched:
         raise InputError(
             f"masks '{folders[0]}': expected an image of the same stem for each, found none for "
-            f"{_listed(lost)}"
+            f"{_listed(unmatched)}"
         )
-    twice = [stem for stem, count in Counter(file.stem for file in files).items() if count > 1]
-    if twice:
+    repeated = [stem for stem, count in Counter(file.stem for file in files).items() if count > 1]
+    if repeated:
         raise InputError(f"masks '{folders[0]}': expected one for each image, found several for "
-                         f"{_listed(twice)}")  # fmt: skip
+                         f"{_listed(repeated)}")  # fmt: skip
     return {file.stem: file for file in files}
 
 

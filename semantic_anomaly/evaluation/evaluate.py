@@ -135,7 +135,15 @@ def evaluate(
         protocol = detector
         detector = protocol.detector_of(dataset.truths[0])
     elif not isinstance(detector, AnomalyDetector):
-        detector = _load(detector, settings_of(settings, overrides), camera, embedder)
+        settings = settings_of(settings, overrides)
+        camera = settings.cameras[0] if camera is None else camera
+        if isinstance(detector, NominalIndex):
+            detector = AnomalyDetector(
+                detector, settings=settings, camera=camera, embedder=embedder
+            )
+        else:
+            folder = {"index": str(detector), f"{camera}.index": ""}
+            detector = load_detector(settings_of(settings, folder), camera, embedder=embedder)
     elif settings is not None or camera is not None or overrides:
         raise InputError("evaluate: expected settings and camera for an index only")
 
@@ -178,19 +186,6 @@ def evaluate(
             figures.draw_evaluation(checkpoint.folder, results, pixels.all(), detector.calibration)
             report.write_html(checkpoint.folder, results)
     return Evaluation(results, out)
-
-
-def _load(
-    index: NominalIndex | str | Path,
-    settings: Settings,
-    camera: str | None,
-    embedder: Embedder | None,
-) -> AnomalyDetector:
-    camera = settings.cameras[0] if camera is None else camera
-    if isinstance(index, NominalIndex):
-        return AnomalyDetector(index, settings=settings, camera=camera, embedder=embedder)
-    settings = settings_of(settings, {"index": str(index), f"{camera}.index": ""})
-    return load_detector(settings, camera, embedder=embedder)
 
 
 def _score_frames(

@@ -153,9 +153,9 @@ def score_maps(
                 )
             rows.append({**truth_row(truth), "score": score})
         oracle = pixels.all().oracle_threshold()
-        chosen = None
+        scaled_threshold = None
         if pixel_threshold is not None:
-            chosen = float(maps.scaled(np.array([pixel_threshold], np.float32))[0])
+            scaled_threshold = float(maps.scaled(np.array([pixel_threshold], np.float32))[0])
         pairs = (
             (maps.scaled(v), labels) for truth, v, labels in maps.labelled() if truth.has_pixels
         )
@@ -164,7 +164,7 @@ def score_maps(
             "protocol": protocol or None,
             **dataset_measures(rows, pixels, threshold),
             "frame_score": "given" if scores else f"mean of the largest {tail_percent:g} % pixels",
-            **component_measures(pairs, limits, {"oracle": oracle, "calibrated": chosen}),
+            **component_measures(pairs, limits, {"oracle": oracle, "calibrated": scaled_threshold}),
             "pixel_threshold_oracle": maps.original(oracle),
             "pixel_threshold_calibrated": pixel_threshold,
             "maps_sha256": maps.sha256,

@@ -40,7 +40,6 @@ def false_alarm_rates(
         sources: nominal folders, videos or bags that neither index nor calibration has seen.
         topic: image topic of bags that have several.
         episode_s: length of an episode in s, > 0.
-        progress: show a progress bar on a terminal.
 
     Returns:
         Numbers of `frames`, `drives`, `episodes` and `hours`; `frame_rate` of scores above the
@@ -111,7 +110,7 @@ def _drives(
         if drive not in rows:
             detector.reset()
         result = detector.detect(frame)
-        exceeds = result.threshold is not None and result.score > result.threshold
+        above = result.threshold is not None and result.score > result.threshold
         alarm = result.decision is Decision.ANOMALY
-        rows.setdefault(drive, []).append((frame.stamp_ns, exceeds, alarm))
+        rows.setdefault(drive, []).append((frame.stamp_ns, above, alarm))
     return {drive: np.array(values, np.int64) for drive, values in rows.items()}

@@ -97,9 +97,9 @@ class Layout:
             table[value] = _MEANINGS[meaning]
         labels = table[values]
         if labels.size and labels.min() < 0:
-            odd = sorted(set(np.unique(values[labels < 0]).tolist()))
+            unknown = sorted(set(np.unique(values[labels < 0]).tolist()))
             known = ", ".join(map(str, self.values))
-            raise InputError(f"labels '{where}': expected values {known}, found also {odd[:8]}")
+            raise InputError(f"labels '{where}': expected values {known}, found also {unknown[:8]}")
         return labels.astype(np.uint8)
 
 

@@ -156,10 +156,8 @@ class PixelScores:
         if not np.all((scores >= 0.0) & (scores <= 2.0)):
             raise ModelOutputError("pixel scores: expected finite numbers in [0, 2]")
         bins = np.rint(scores * np.float32(1.0 / SCORE_RESOLUTION)).astype(np.int32)
-        for label in (0, 1):
-            chosen = bins[anomalous == bool(label)]
-            if len(chosen):
-                self._counts[label] += np.bincount(chosen, minlength=_BINS)
+        counts = np.bincount(bins + _BINS * anomalous, minlength=2 * _BINS)
+        self._counts += counts.reshape(2, _BINS)
 
     def __add__(self, other: PixelScores) -> PixelScores:
         total = PixelScores()
@@ -177,8 +175,8 @@ class PixelScores:
         above = self._counts[:, ::-1].cumsum(axis=1)
         recall = above[1] / above[1, -1]
         # One point per step of recall is enough for a plot.
-        wanted = np.searchsorted(recall, np.linspace(recall[recall > 0][0], 1.0, CURVE_POINTS))
-        picked = np.unique(np.minimum(wanted, len(recall) - 1))
+        steps = np.searchsorted(recall, np.linspace(recall[recall > 0][0], 1.0, CURVE_POINTS))
+        picked = np.unique(np.minimum(steps, len(recall) - 1))
         return {
             "recall": recall[picked],
             "precision": above[1][picked] / above.sum(axis=0)[picked],
@@ -260,7 +258,6 @@ def frame_measures(rows: Sequence[Row], threshold: float | None) -> dict[str, An
 
     Args:
         rows: counted frames, with `score`, `anomaly` and `sequence`.
-        threshold: frame score above which a frame is anomalous, or None.
     """
     scores = np.array([row["score"] for row in rows], np.float64)
     anomalous = np.array([row["anomaly"] for row in rows], bool)
@@ -356,11 +353,7 @@ def _by_group(
 
 
 def latencies(stages: Iterable[Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Return median, 95th and 99th percentile by stage, in ms.
-
-    Args:
-        stages: milliseconds by stage, one mapping a frame.
-    """
+    """Return median, 95th and 99th percentile by stage, of milliseconds by stage of each frame."""
     by_stage: dict[str, list[float]] = defaultdict(list)
     for row in stages:
         for stage, ms in row.items():

@@ -182,10 +182,11 @@ def side_by_side(
         nearest: (h, w, 3) uint8 RGB of a further picture, any size.
     """
     height, width = pictures[0].shape[:2]
-    shown = [*pictures]
+    panels = [at_width(picture, PANEL_WIDTH_PX) for picture in pictures]
     if nearest is not None:
-        shown.append(cv2.resize(nearest, (width, height), interpolation=cv2.INTER_LINEAR))
-    row = contact_sheet([at_width(picture, PANEL_WIDTH_PX) for picture in shown], len(shown))
+        resized = cv2.resize(nearest, (width, height), interpolation=cv2.INTER_LINEAR)
+        panels.append(at_width(resized, PANEL_WIDTH_PX))
+    row = contact_sheet(panels, len(panels))
     return np.concatenate([_strip(caption, row.shape[1], 30), row])
 
 
@@ -247,7 +248,6 @@ class Album:
 
         Args:
             number: number of the frame in the run.
-            frame, result: the frame and the detector's result.
             stem: file name of the pictures, without suffix.
             caption: one line.
             mask: (height, width) uint8 ground truth, or None.
@@ -321,12 +321,12 @@ def _kept(group: str, number: int) -> str:
 
 def outline_truth(image: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
     """Return a copy with the ground truth outlined in green."""
-    shown = image.copy()
+    marked = image.copy()
     if mask is not None:
-        marked = (mask == 1).astype(np.uint8)
-        contours, _ = cv2.findContours(marked, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(shown, contours, -1, _TRUTH, max(1, round(image.shape[0] / 300)))
-    return shown
+        anomalous = (mask == 1).astype(np.uint8)
+        contours, _ = cv2.findContours(anomalous, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+        cv2.drawContours(marked, contours, -1, _TRUTH, max(1, round(image.shape[0] / 300)))
+    return marked
 
 
 def _strip(text: str, width: int, height: int) -> np.ndarray:

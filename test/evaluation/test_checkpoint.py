@@ -118,18 +118,6 @@ def test_a_run_interrupted_while_its_report_is_written_is_resumed(
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
-@only_evaluate
-def test_a_report_among_the_data_is_resumed(tmp_path: Path, run: Run) -> None:
-    stopped = make_detector()
-    stop_after(stopped, 5, KeyboardInterrupt)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "drive/report", stopped)
-    detector = make_detector()
-    names = stop_after(detector, 99, KeyboardInterrupt)
-    run(tmp_path / "drive/report", detector)
-    assert len(set(names)) == len(DRIVE) - 4
-
-
 def test_protocols_are_resumed(tmp_path: Path) -> None:
     dataset = LabelledFolder(make_dataset(tmp_path / "drive", "..oo.o"))
     settings = Settings(dedup_distance=0.0, neighbours=1)
@@ -239,17 +227,17 @@ def test_a_report_replaces_its_like_as_a_whole(tmp_path: Path, before: tuple | N
 
 
 @pytest.mark.parametrize(
-    ("names", "found"),
+    ("names", "message"),
     [
         (("results.json", "thesis.tex"), "thesis.tex"),
         (("curve.png",), "curve.png"),
     ],
 )
-def test_other_content_is_never_replaced(tmp_path: Path, names: tuple, found: str) -> None:
+def test_other_content_is_never_replaced(tmp_path: Path, names: tuple, message: str) -> None:
     for name in names:
         (tmp_path / name).write_text("precious")
     with (
-        pytest.raises(InputError, match=f"found {found}"),
+        pytest.raises(InputError, match=f"found {message}"),
         report_folder(tmp_path, "results.json", WRITTEN),
     ):
         pytest.fail("the block must not run")

@@ -57,15 +57,15 @@ def by_sets(images, limits: SizeLimits):
         for group in [g for g in anomalies if len(g) < limits.truth_px]:
             ignored |= group
         anomalies = [g for g in anomalies if len(g) >= limits.truth_px]
-        found = components(predicted & (labels != 255))
-        found = [g - ignored for g in found if len(g) >= limits.predicted_px]
-        found = [g for g in found if g]
+        predictions = components(predicted & (labels != 255))
+        predictions = [g - ignored for g in predictions if len(g) >= limits.predicted_px]
+        predictions = [g for g in predictions if g]
         for anomaly in anomalies:
-            met = set().union(*(g for g in found if g & anomaly))
+            met = set().union(*(g for g in predictions if g & anomaly))
             others = set().union(*(g for g in anomalies if g is not anomaly))
             siou.append(len(anomaly & met) / len((anomaly | met) - (others & met)))
         everything = set().union(*anomalies)
-        ppv += [len(g & everything) / len(g) for g in found]
+        ppv += [len(g & everything) / len(g) for g in predictions]
     scores = []
     for tau in TAUS:
         true = sum(v >= tau - 1e-12 for v in siou)

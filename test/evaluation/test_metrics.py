@@ -30,8 +30,8 @@ def rates_by_threshold(scores: np.ndarray, anomalous: np.ndarray) -> list[tuple[
     rows = []
     for threshold in sorted(set(scores.tolist()), reverse=True):
         above = scores >= threshold
-        found, false = (above & anomalous).sum(), (above & ~anomalous).sum()
-        rows.append((found / anomalous.sum(), found / (found + false), false / (~anomalous).sum()))
+        true, false = (above & anomalous).sum(), (above & ~anomalous).sum()
+        rows.append((true / anomalous.sum(), true / (true + false), false / (~anomalous).sum()))
     return rows
 
 
@@ -91,12 +91,12 @@ def pixel_scores(scores: ArrayLike, anomalous: ArrayLike) -> PixelScores:
 
 
 def test_pixel_measures_by_hand() -> None:
-    # Descending: found, false, found, false, false. Precision 1 and 2/3 at the two steps.
-    found = pixel_scores([2.0, 0.875, 0.75, 0.5, 0.0], [1, 0, 1, 0, 0]).metrics()
-    assert found.average_precision == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
-    assert found.auroc == pytest.approx(5 / 6)
-    assert found.fpr95 == pytest.approx(1 / 3)
-    assert (found.anomalous, found.normal) == (2, 3)
+    # Descending: true, false, true, false, false. Precision 1 and 2/3 at the two steps.
+    measures = pixel_scores([2.0, 0.875, 0.75, 0.5, 0.0], [1, 0, 1, 0, 0]).metrics()
+    assert measures.average_precision == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
+    assert measures.auroc == pytest.approx(5 / 6)
+    assert measures.fpr95 == pytest.approx(1 / 3)
+    assert (measures.anomalous, measures.normal) == (2, 3)
 
 
 def test_fpr95_takes_the_first_threshold_that_finds_95_percent() -> None:
@@ -117,22 +117,22 @@ def test_pixel_measures_are_those_of_their_definition(
     anomalous = rng.random(1500) < 0.08
     scores = rng.integers(0, levels, 1500) + 0.4 * levels * anomalous
     scores = np.rint(scores / levels / SCORE_RESOLUTION).astype(np.float32) * SCORE_RESOLUTION
-    found = pixel_scores(scores, anomalous).metrics()
-    assert found.auroc == pytest.approx(auroc_by_pairs(scores, anomalous), abs=1e-12)
+    measures = pixel_scores(scores, anomalous).metrics()
+    assert measures.auroc == pytest.approx(auroc_by_pairs(scores, anomalous), abs=1e-12)
     expected = average_precision_by_steps(scores, anomalous)
-    assert found.average_precision == pytest.approx(expected, abs=1e-12)
+    assert measures.average_precision == pytest.approx(expected, abs=1e-12)
     rates = rates_by_threshold(scores, anomalous)
     fpr95 = min(fpr for recall, _, fpr in rates if recall >= 0.95)
-    assert found.fpr95 == pytest.approx(fpr95, abs=1e-12)
+    assert measures.fpr95 == pytest.approx(fpr95, abs=1e-12)
 
 
 def test_rounding_scores_changes_next_to_nothing(rng: np.random.Generator) -> None:
     anomalous = rng.random(4000) < 0.05
     scores = (rng.random(4000) + 0.5 * anomalous).astype(np.float32)
-    found = pixel_scores(scores, anomalous).metrics()
+    measures = pixel_scores(scores, anomalous).metrics()
     expected = average_precision_by_steps(scores, anomalous)
-    assert found.average_precision == pytest.approx(expected, abs=1e-4)
-    assert found.auroc == pytest.approx(auroc_by_pairs(scores, anomalous), abs=1e-5)
+    assert measures.average_precision == pytest.approx(expected, abs=1e-4)
+    assert measures.auroc == pytest.approx(auroc_by_pairs(scores, anomalous), abs=1e-5)
 
 
 def test_pixels_may_be_added_in_pieces_and_groups_summed(rng: np.random.Generator) -> None:
@@ -149,9 +149,9 @@ def test_pixels_may_be_added_in_pieces_and_groups_summed(rng: np.random.Generato
 
 @pytest.mark.parametrize("anomalous", [True, False])
 def test_pixel_measures_need_both(anomalous: bool) -> None:
-    found = pixel_scores([0.1, 0.2], [anomalous] * 2).metrics()
-    assert (found.average_precision, found.auroc, found.fpr95) == (None, None, None)
-    assert found.anomalous + found.normal == 2
+    measures = pixel_scores([0.1, 0.2], [anomalous] * 2).metrics()
+    assert (measures.average_precision, measures.auroc, measures.fpr95) == (None, None, None)
+    assert measures.anomalous + measures.normal == 2
 
 
 @pytest.mark.parametrize("score", [np.nan, np.inf, -0.1, 2.1])
@@ -224,8 +224,8 @@ def test_the_curve_is_precision_over_recall(rng: np.random.Generator) -> None:
 
 
 def test_latencies_by_stage() -> None:
-    found = latencies({"embed": float(n), "total": 2.0 * n} for n in range(101))
-    assert found == {
+    percentiles = latencies({"embed": float(n), "total": 2.0 * n} for n in range(101))
+    assert percentiles == {
         "embed": {"p50": 50.0, "p95": 95.0, "p99": 99.0},
         "total": {"p50": 100.0, "p95": 190.0, "p99": 198.0},
     }
