@@ -100,7 +100,7 @@ class Stage:
 
     Attributes:
         embeddings_of: what a nominal frame gives to the stage.
-        distances_of: distances between the embeddings of one frame, see `suitable_distance`.
+        distances_of: distances between the embeddings of one frame.
         dedup_share: `dedup_distance` as a share of the median of these distances.
         needs_distances: whether it is an error if there are none; otherwise all is stored.
     """

@@ -103,15 +103,7 @@ def fingerprint_of(folder: Path) -> str:
 
 
 def refuse_existing(folder: Path, force: bool) -> None:
-    """Refuse a folder that is not an index, or is one and may not be replaced.
-
-    Args:
-        folder: of the index to be.
-        force: whether an index there may be replaced.
-
-    Raises:
-        ArtefactError: says what the folder holds.
-    """
+    """Raise ArtefactError for a folder that is not an index, or for an index without `force`."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise ArtefactError(
             f"cannot write index '{folder}': expected a folder or nothing there, found another file"

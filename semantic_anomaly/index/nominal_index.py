@@ -230,28 +230,27 @@ class NominalIndex:
         return self._content.identity
 
     @property
-    def backbone(self) -> str:
-        """Return the backbone as it was given: shipped name, hub id or folder."""
-        return self._content.settings["backbone"]
-
-    @property
     def segmenter(self) -> SegmenterIdentity | None:
         """Return the segmenter of the part of instances, None without such a part."""
         return self._parts[INSTANCES].content.segmenter if INSTANCES in self._parts else None
 
     @property
     def fixed_settings(self) -> dict[str, Any]:
-        """Return the settings that the index fixes, by name; of a segmenter, if it needs one."""
+        """Return the settings that the index fixes, by name; of a segmenter, if it needs one.
+
+        The backbone is named as it was given: shipped name, hub id or folder.
+        """
+        settings = self._content.settings
         fixed = {
-            "backbone": self.backbone,
+            "backbone": settings["backbone"],
             "layers": self.identity.layers,
             "input_size": self.identity.input_size,
             "place_weight": self.identity.place_weight,
-            "variant": self._content.settings["variant"],
+            "variant": settings["variant"],
         }
         if self.segmenter is not None:
             fixed["segmenter"] = self.segmenter.family
-            fixed["segmenter_model"] = self._content.settings["segmenter_model"]
+            fixed["segmenter_model"] = settings["segmenter_model"]
         return fixed
 
     @property
@@ -335,15 +334,10 @@ class NominalIndex:
 
     def check_embedder(self, identity: EmbedderIdentity) -> None:
         """Raise IndexMismatchError if the running embedder's space is another one."""
-        difference = self.identity.difference(identity)
-        if difference is not None:
+        if difference := self.identity.difference(identity):
             name, expected, found = difference
-            raise IndexMismatchError(
-                f"{self._name}: {name} of the embedder",
-                expected,
-                found,
-                "use the settings it was built with, or build it again",
-            )
+            hint = "use the settings it was built with, or build it again"
+            raise IndexMismatchError(f"{self._name}: {name} of the embedder", expected, found, hint)
 
     def check_segmenter(self, running: SegmenterIdentity | None) -> None:
         """Raise IndexMismatchError if instances of the running segmenter cannot be compared."""
@@ -371,12 +365,8 @@ class NominalIndex:
         running = roi.describe()
         expected, found = self._content.roi["ego_mask_sha256"], running["ego_mask_sha256"]
         if expected and expected != found:
-            raise IndexMismatchError(
-                f"{self._name}: ego mask",
-                expected,
-                found or "none",
-                "set the mask it was built with",
-            )
+            hint = "set the mask it was built with"
+            raise IndexMismatchError(f"{self._name}: ego mask", expected, found or "none", hint)
         if not roi.is_within(self._content.roi):
             raise IndexMismatchError(
                 f"{self._name}: region of interest",
@@ -512,17 +502,11 @@ class NominalIndex:
 
 
 def _check_part(content: IndexContent, name: str, part: IndexContent) -> None:
-    """Refuse an index that cannot be a part of another one.
-
-    Raises:
-        ArtefactError: another name than `INSTANCES`, or not an index of instances.
-        IndexMismatchError: another embedder, its dimension aside, or another region of interest.
-    """
+    """Refuse an index that cannot be a part of another one; raises as `with_parts`."""
     if name != INSTANCES or part.segmenter is None or part.parts:
         raise ArtefactError(f"part '{name}' of an index: expected '{INSTANCES}', found another one")
     expected = replace(content.identity, dim=part.identity.dim)
-    difference = expected.difference(part.identity)
-    if difference is not None:
+    if difference := expected.difference(part.identity):
         field, *values = difference
         raise IndexMismatchError(f"part '{name}' of an index: {field}", *values)
     if dict(part.roi) != dict(content.roi):

@@ -171,9 +171,8 @@ class FrameScorer:
         Args:
             embeddings: (n, dim) float32, of the patches inside.
             inside: (rows, cols) bool.
-            to_map: makes the (rows, cols) map of (n,) distances.
-            smoothing: of the map.
-            threshold: of the score; None: there is none.
+            to_map: makes the (rows, cols) map, of this smoothing, of (n,) distances.
+            smoothing, threshold: as for the map and the score.
         """
         neighbours = self._settings.neighbours
         distances = self._index.distances(embeddings, neighbours)  # (n,) upper bounds

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +19,6 @@ from worlds.nominal_world import (
     build,
     make_frames,
     patches,
-    unit,
 )
 
 from semantic_anomaly.errors import (
@@ -62,14 +60,6 @@ def copy(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "copy"))
 
 
-def test_nearest_names_frame_and_cell(index: NominalIndex) -> None:
-    frame, grid = next(make_frames(1))
-    example = index.nearest(grid.features[0, 0])
-    assert (example.frame, example.row, example.col) == (frame.name, 0, 0)
-    far = index.nearest(unit(-grid.features[0, 0]))
-    assert far.distance == pytest.approx(index.exact_distances(-grid.features[0, :1], 1)[0])
-
-
 def test_thumbnails_show_the_frames_and_are_small(saved: Path) -> None:
     index = NominalIndex.load(saved)
     frame, grid = next(make_frames(1))
@@ -89,22 +79,10 @@ def test_thumbnails_show_the_frames_and_are_small(saved: Path) -> None:
     assert thumbnail is not None and thumbnail.shape == (180, 320, 3)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("weights_sha256", "2" * 64),
-        ("config_sha256", "2" * 64),
-        ("layers", (2,)),
-        ("input_size", 640),
-        ("architecture", "vit"),
-    ],
-)
-def test_another_embedder_is_refused(index: NominalIndex, field: str, value: Any) -> None:
+def test_another_embedder_is_refused(index: NominalIndex) -> None:
     index.check_embedder(dataclasses.replace(IDENTITY, model_id="moved", dtype="bfloat16"))
-    running = dataclasses.replace(IDENTITY, **{field: value})
-    with pytest.raises(IndexMismatchError, match=field) as caught:
-        index.check_embedder(running)
-    assert (caught.value.expected, caught.value.found) == (getattr(IDENTITY, field), value)
+    with pytest.raises(IndexMismatchError, match=r"layers.*expected \(3,\), found \(2,\); use the"):
+        index.check_embedder(dataclasses.replace(IDENTITY, layers=(2,)))
 
 
 def test_another_segmenter_is_refused(index: NominalIndex, segmented: NominalIndex) -> None:
@@ -150,7 +128,7 @@ def test_the_settings_that_an_index_fixes(segmented: NominalIndex, tmp_path: Pat
     }
     assert segmented.fixed_settings == {**expected, "segmenter": "tokens", "segmenter_model": ""}
     chosen = build(backbone="~/models/tiny")
-    assert chosen.backbone == "~/models/tiny" and chosen.fingerprint == build().fingerprint
+    assert chosen.fingerprint == build().fingerprint
     edited = retract(chosen, [0])
     edited.save(tmp_path / "index")
     fixed = NominalIndex.load(tmp_path / "index").fixed_settings

@@ -264,15 +264,15 @@ def test_the_class_is_that_of_the_nearest_anchor(rng: np.random.Generator) -> No
 
 
 def test_descriptions_keep_every_bit(rng: np.random.Generator) -> None:
-    for anchors in (ANCHORS, None):
-        normalisation = collected_classes(rng, 3, anchors).normalisation()
-        again = ScoreNormalisation.from_dict(normalisation.to_dict())
-        assert (again.classes is None) == (anchors is None)
-        for original, copy in ((normalisation, again), (normalisation.classes, again.classes)):
-            for name in ("mean", "deviation") if original is not None else ():
-                np.testing.assert_array_equal(getattr(copy, name), getattr(original, name))
-        if again.classes is not None:
-            np.testing.assert_array_equal(again.classes.anchors, ANCHORS)
+    normalisation = collected_classes(rng, 3).normalisation()
+    again = ScoreNormalisation.from_dict(normalisation.to_dict())
+    assert normalisation.classes is not None and again.classes is not None
+    for original, copy in ((normalisation, again), (normalisation.classes, again.classes)):
+        for name in ("mean", "deviation"):
+            np.testing.assert_array_equal(getattr(copy, name), getattr(original, name))
+    np.testing.assert_array_equal(again.classes.anchors, ANCHORS)
+    cells_alone = ScoreNormalisation(CELLS, CELLS)
+    assert ScoreNormalisation.from_dict(cells_alone.to_dict()).classes is None
 
 
 @pytest.mark.parametrize(
