@@ -1,9 +1,12 @@
-"""Measure what each part of the method earns: one row for each part, on held-out streets.
+"""Measure what each part of the method contributes, on held-out synthetic streets.
 
-Two sets of drives, one for each family of anomalies, with anomalous and nominal frames. Index and
-calibration come from other drives. Rows differ only in settings; "grid" and "instances" have no
-score normalisation and no smoothing. Frames are embedded once. With the defaults it takes about
-two hours on two CPU cores and 7 GB of memory; --data adds rendered and real data sets.
+One test set for each family of anomalies, with anomalous and nominal frames; index and calibration
+come from other drives. Rows differ in settings alone, except that the rows "grid" and "instances"
+have neither score normalisation nor smoothing. Frames are embedded once. --data adds a CARLA drive,
+CARLA composites (see carla.py), Road Anomaly and RoadObstacle21, as far as they are in the folder.
+
+With the defaults it takes two hours on two CPU cores and 7 GB of memory; --data with --no-street
+one hour. Needs no data without --data.
 """
 
 from __future__ import annotations
@@ -13,57 +16,65 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import carla_composites
-import carla_drive
+import carla
 import numpy as np
 from tqdm import tqdm
 
-from semantic_anomaly.calibration.calibration import Calibration
+from semantic_anomaly import (
+    AnomalyDetector,
+    Calibration,
+    NominalIndex,
+    PatchGrid,
+    Settings,
+    build_index,
+    calibrate,
+    evaluate,
+    open_source,
+)
 from semantic_anomaly.calibration.conformal import scores_needed
 from semantic_anomaly.cli import main as command
-from semantic_anomaly.detection.detector import AnomalyDetector
 from semantic_anomaly.embedding.identity import EmbedderIdentity, SegmenterIdentity
 from semantic_anomaly.evaluation.components import OBSTACLE_TRACK
-from semantic_anomaly.evaluation.evaluate import evaluate
 from semantic_anomaly.evaluation.layouts import Dataset, open_dataset
 from semantic_anomaly.evaluation.measures import figure
 from semantic_anomaly.evaluation.metrics import frame_auroc, frame_measures
 from semantic_anomaly.evaluation.protocols import SelfNominal
-from semantic_anomaly.index.build import INSTANCES
-from semantic_anomaly.index.nominal_index import NominalIndex
-from semantic_anomaly.io.open import open_source
-from semantic_anomaly.offline.build_index import build_index
-from semantic_anomaly.offline.calibrate import calibrate
 from semantic_anomaly.offline.drives import embedded_frames, open_drives
-from semantic_anomaly.scoring.normalisation import (
-    CELLS_HW,
-    PatchClasses,
-    ScoreNormalisation,
-    class_anchors,
-)
 from semantic_anomaly.segmentation.embedder import RunningEmbedder
-from semantic_anomaly.settings import Settings
-from semantic_anomaly.structures import PatchGrid
 from semantic_anomaly.synthetic import KINDS, family
 
-INDEX_DRIVES, CALIBRATION_DRIVES = 80, 60
-TEST_DRIVES_A_KIND = 10
+INDEX_DRIVES, CALIBRATION_DRIVES, TEST_DRIVES_PER_KIND = 80, 60, 10
+RATES = (0.01, 0.05)
+TIMED_FRAMES = 40
+# "normalised": false leaves out the score normalisation; all other keys are settings.
+BARE: dict[str, Any] = {"normalised": False, "smoothing": 0.0}
+INSTANCE: dict[str, Any] = {"variant": "instance"}
+POSITION: dict[str, Any] = {"place_weight": 0.2}
+COMMON: dict[str, Any] = {"target_false_alarm_rate": RATES[-1], "place_weight": 0.0}
+ROWS: dict[str, dict[str, Any]] = {
+    "grid": BARE,
+    "grid, normalised": {},
+    "grid, normalised, position": POSITION,
+    "instances": {**INSTANCE, **BARE},
+    "instances, normalised": INSTANCE,
+    "instances, normalised, position": {**INSTANCE, **POSITION},
+    "grid and instances, normalised": {"variant": "combined"},
+}
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Where index, calibration and tests come from; without an index, the test sets' own pixels.
+    """Sources of index, calibration and tests.
 
     Attributes:
-        index, calibration: sources.
+        index, calibration: sources; empty: self-nominal, the normal pixels of the test set.
         tests: labelled sources by name.
     """
 
@@ -72,229 +83,120 @@ class Trial:
     tests: dict[str, str]
 
 
-def synthesise(folder: Path, first_seed: int) -> dict[str, Path]:
-    """Write the drives of all sets and return their folders by name."""
-    kinds = {name: [k for k in KINDS if family(k) == name] for name in map(family, KINDS)}
-    plans = {
-        "index": (INDEX_DRIVES, 48, 12, first_seed, "none"),
-        "calibration": (CALIBRATION_DRIVES, 96, 24, first_seed + 500, "none"),
-    }
-    for number, (name, listed) in enumerate(kinds.items()):
-        drives = TEST_DRIVES_A_KIND * len(listed)
-        plans[name] = drives, 100, 10, first_seed + 1000 + 500 * number, ",".join(listed)
-    for name, (drives, frames, stride, seed, anomalies) in plans.items():
-        if (folder / name / "labels.json").exists():
-            continue
-        wanted = [] if anomalies == "none" else ["--anomalies", anomalies]
-        numbers = [
-            ("--drives", drives),
-            ("--frames", frames),
-            ("--stride", stride),
-            ("--seed", seed),
-        ]
-        given = [str(part) for pair in numbers for part in pair]
-        if command(["synth", str(folder / name), *given, *wanted]):
-            raise SystemExit(1)
-    return {name: folder / name for name in plans}
+@dataclass(frozen=True)
+class Row:
+    """One row of the tables: its settings, and whether distances are normalised."""
+
+    settings: Settings
+    normalised: bool
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Row:
+        """Make a row from settings and `normalised`."""
+        parameters = {key: value for key, value in values.items() if key != "normalised"}
+        settings = Settings.from_parameters(parameters).with_build_defaults()
+        return cls(settings, values.get("normalised", True))
+
+    @property
+    def embedding(self) -> tuple[Any, ...]:
+        """Return the settings on which embeddings and instances depend."""
+        names = "place_weight", "segmenter", "segmenter_model", "backbone", "layers", "input_size"
+        return tuple(getattr(self.settings, name) for name in names)
+
+    def index_key(self, trial: Trial) -> tuple[Any, ...]:
+        """Return all on which an index depends."""
+        names = "variant", "dedup_distance", "max_entries"
+        settings = (getattr(self.settings, name) for name in names)
+        return (*trial.index, *self.embedding, *settings)
 
 
 def street_trial(folder: Path, first_seed: int) -> Trial:
-    """Return the trial of the street world, writing its drives where they are not yet."""
-    sets = synthesise(folder, first_seed)
-    tests = {n: str(p) for n, p in sets.items() if n not in ("index", "calibration")}
-    return Trial([str(sets["index"])], [str(sets["calibration"])], tests)
+    """Return the trial of the synthetic street, rendering the drives that the folder lacks."""
+    # Number of drives, frames, stride, first seed, anomalies.
+    plans: dict[str, tuple[int, int, int, int, list[str]]] = {
+        "index": (INDEX_DRIVES, 48, 12, first_seed, []),
+        "calibration": (CALIBRATION_DRIVES, 96, 24, first_seed + 500, []),
+    }
+    for number, name in enumerate(dict.fromkeys(map(family, KINDS))):
+        kinds = [kind for kind in KINDS if family(kind) == name]
+        drives = TEST_DRIVES_PER_KIND * len(kinds)
+        plans[name] = drives, 100, 10, first_seed + 1000 + 500 * number, kinds
+    for name, (drives, frames, stride, seed, kinds) in plans.items():
+        if (folder / name / "labels.json").exists():
+            continue
+        numbers = {"--drives": drives, "--frames": frames, "--stride": stride, "--seed": seed}
+        options = [str(part) for pair in numbers.items() for part in pair]
+        options += ["--anomalies", ",".join(kinds)] if kinds else []
+        code = command(["synth", str(folder / name), *options])
+        if code:
+            raise SystemExit(code)
+    tests = {name: str(folder / name) for name, plan in plans.items() if plan[4]}
+    return Trial([str(folder / "index")], [str(folder / "calibration")], tests)
 
 
 def real_trials(data: Path, scratch: Path) -> list[Trial]:
-    """Return the trials of the real and rendered sets that are there."""
+    """Return the trials of the rendered and real sets in a folder."""
     trials = []
-    drive = data / "carla_drives/spawn_props"
+    drive, frames = data / carla.DRIVE, data / carla.FRAMES
     if drive.is_dir():
-        tests = {"CARLA drive, box on the road": f"{drive}{carla_drive.TEST}"}
-        trials.append(
-            Trial([f"{drive}{carla_drive.INDEX}"], [f"{drive}{carla_drive.CALIBRATION}"], tests)
-        )
-    frames = data / "carla_frames"
+        index, calibration = f"{drive}{carla.INDEX_FRAMES}", f"{drive}{carla.CALIBRATION_FRAMES}"
+        tests = {"CARLA drive, box on the road": f"{drive}{carla.TEST_FRAMES}"}
+        trials.append(Trial([index], [calibration], tests))
     if frames.is_dir():
-        made = scratch / "composites"
-        carla_composites.write_composites(frames, made, 0)
-        index, calibration = (
-            carla_composites.slices(frames, towns)
-            for towns in (carla_composites.INDEX, carla_composites.CALIBRATION)
-        )
-        tests = {"CARLA composites, lights and signs on vehicles": str(made)}
-        trials.append(Trial(index, calibration, tests))
+        composites = scratch / "composites"
+        carla.write_composites(frames, composites, 0)
+        tests = {"CARLA composites, lights and signs on vehicles": str(composites)}
+        trials.append(Trial(*carla.composite_sources(frames), tests))
     for name, title in (("road_anomaly", "Road Anomaly"), ("road_obstacle21", "RoadObstacle21")):
         if (data / name).is_dir():
             trials.append(Trial([], [], {f"{title}, self-nominal": str(data / name)}))
     return trials
 
 
-RATES = (0.01, 0.05)
-
-
-def table(rows: dict[str, dict[str, dict[str, Any]]], name: str) -> str:
-    """Return the Markdown table of a test set.
-
-    Args:
-        rows: what was measured, by row and test set, and the times as `ms`.
-        name: of the test set; rows that lack it are left out.
-    """
-    heads = ["row", "frame AUROC", *(f"TPR, FPR at {100 * rate:g} %" for rate in RATES)]
-    heads += ["drives found at 5 %", "AUROC small, middle, large", "pixel AP", "FPR95", "F1", "ms"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for row, found in rows.items():
-        if name not in found:
-            continue
-        m = found[name]
-        cells = [figure(m["auroc"]) + _interval(m["auroc_interval"])]
-        for rate in RATES:
-            r = m["rates"].get(str(rate))
-            told = f"{r['tpr']:.3f}, {r['fpr']:.3f}{_interval(r['fpr_interval'])}" if r else "-"
-            cells.append(told)
-        hit = m["drives"].get(str(RATES[-1]))
-        cells.append(f"{hit[0]} of {hit[1]}" if hit else "-")
-        cells.append(", ".join(figure(auroc) for _, auroc in m["sizes"]) or "-")
-        cells += [figure(m[k]) for k in ("pixel_ap", "pixel_fpr95", "component_f1_oracle")]
-        cells.append(figure(found.get("ms", {}).get("median"), 0))
-        lines.append(f"| {row} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _interval(ends: tuple[float, float] | None) -> str:
-    return f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else ""
-
-
-@dataclass(frozen=True)
-class _Packed:
-    """A grid whose instances, nearly all zeros, take no room."""
-
-    bare: PatchGrid
-    shape: tuple[int, ...]
-    covered: np.ndarray
-    shares: np.ndarray
-
-    @classmethod
-    def of(cls, grid: PatchGrid) -> _Packed:
-        instances = np.zeros((0, *grid.grid_hw), np.float32)
-        if grid.instances is not None:
-            instances = grid.instances
-        covered = np.flatnonzero(instances)
-        bare = dataclasses.replace(grid, instances=None)
-        return cls(bare, instances.shape, covered, instances.flat[covered])
-
-    def unpacked(self) -> PatchGrid:
-        instances = np.zeros(self.shape, np.float32)
-        instances.flat[self.covered] = self.shares
-        return dataclasses.replace(self.bare, instances=instances)
-
-
-class Remembered:
-    """Embeds each image once.
+class CachedEmbedder:
+    """Embeds and segments each image once.
 
     Attributes:
-        identity, segmenter: of what it gives.
+        identity, segmenter: of the embedder behind it.
     """
 
-    def __init__(self, running: RunningEmbedder) -> None:
-        self._running = running
-        self._known: dict[str, _Packed] = {}
-        self.identity: EmbedderIdentity = running.identity
-        self.segmenter: SegmenterIdentity | None = running.segmenter
+    def __init__(self, embedder: RunningEmbedder) -> None:
+        self._embedder = embedder
+        # Grid without instances, shape of the instances, and their values that are not zero.
+        self._cache: dict[str, tuple[PatchGrid, tuple[int, ...], np.ndarray, np.ndarray]] = {}
+        self.identity: EmbedderIdentity = embedder.identity
+        self.segmenter: SegmenterIdentity | None = embedder.segmenter
 
     def grid_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
-        """Return (rows, cols) of the grid that an image of (height, width) gives."""
-        return self._running.grid_hw(image_hw)
+        """Return (rows, cols) of the grid of an image of (height, width)."""
+        return self._embedder.grid_hw(image_hw)
 
     def embed(self, images: Sequence[np.ndarray]) -> list[PatchGrid]:
         """Return the patch embeddings of images, in order, with their instances."""
-        keys = [hashlib.sha1(image.tobytes()).hexdigest() for image in images]
-        for key, image in zip(keys, images, strict=True):
-            if key not in self._known:
-                self._known[key] = _Packed.of(self._running.embed([image])[0])
-        return [self._known[key].unpacked() for key in keys]
+        return [self._embed(image) for image in images]
 
-
-TIMED_FRAMES = 40
-SHOWN = "auroc", "pixel_ap", "rates", "sizes", "kinds"
-COMMON: dict[str, Any] = {"place_weight": 0.0}
-INSTANCE: dict[str, Any] = {"variant": "instance"}
-PLACE: dict[str, Any] = {"place_weight": 0.2}
-COMBINED: dict[str, Any] = {"variant": "combined"}
-# Plain distances: the calibration of these rows has no score normalisation.
-BARE: dict[str, Any] = {"smoothing": 0.0}
-ROWS: dict[str, dict[str, Any]] = {
-    "grid": BARE,
-    "grid + filters": {},
-    "grid + filters + place": PLACE,
-    "instances": {**INSTANCE, **BARE},
-    "instances + filters": INSTANCE,
-    "instances + filters + place": {**INSTANCE, **PLACE},
-    "grid and instances + filters": COMBINED,
-}
-
-
-def measure(
-    trial: Trial,
-    settings: Settings,
-    embedder: Remembered,
-    out: Path,
-    indexes: dict[Any, NominalIndex],
-) -> dict[str, dict[str, Any]]:
-    """Build, calibrate and evaluate one row; return its figures by test set."""
-    protocol, calibration = None, None
-    if trial.index:
-        key = _index_key(trial, settings)
-        if key not in indexes:
-            indexes[key] = build_index(trial.index, settings=settings, embedder=embedder)
-        calibrate_row = bare_calibration if is_bare(settings) else calibrate
-        calibration = calibrate_row(
-            indexes[key], trial.calibration, settings=settings, embedder=embedder
-        )
-        detector = AnomalyDetector(indexes[key], calibration, settings=settings, embedder=embedder)
-    found: dict[str, dict[str, Any]] = {}
-    for name, source in trial.tests.items():
-        dataset = open_dataset(source, "")
-        if not trial.index:
-            protocol = SelfNominal(settings, "camera", dataset, embedder)
-            detector = protocol.detector_of(dataset.truths[0])
-        results = evaluate(
-            protocol or detector, dataset, out=out / name, every=0, limits=OBSTACLE_TRACK
-        )
-        counted = [row for row in results["frames"] if not row["ignored"]]
-        rates = {}
-        for rate in RATES if calibration else ():
-            if calibration is not None and calibration.count >= scores_needed(rate):
-                m = frame_measures(counted, calibration.threshold_for(rate))
-                rates[str(rate)] = {k: m[k] for k in ("tpr", "fpr", "fpr_interval")}
-        keys = "pixel_ap", "pixel_fpr95", "component_f1_calibrated", "component_f1_oracle"
-        found[name] = {
-            **{key: results[key] for key in (*keys, "frames_counted", "frames_anomalous")},
-            "auroc": results["frame_auroc"],
-            "auroc_interval": results["frame_auroc_interval"],
-            "rates": rates,
-            "kinds": {kind: m["auroc"] for kind, m in results["by_kind"].items()},
-            "sizes": by_size(dataset, counted),
-            "drives": drives_found(counted, calibration),
-            "entries": detector.index.count,
-            "parts": {part: each.count for part, each in detector.index.parts.items()},
-        }
-    return found
-
-
-def is_bare(settings: Settings) -> bool:
-    """Return whether a row has neither score normalisation nor smoothing."""
-    return not settings.smoothing
+    def _embed(self, image: np.ndarray) -> PatchGrid:
+        key = hashlib.sha1(image.tobytes()).hexdigest()
+        if key not in self._cache:
+            grid = self._embedder.embed([image])[0]
+            assert grid.instances is not None
+            # Nearly all values are zero: dense instances of a trial would fill the memory.
+            at = np.flatnonzero(grid.instances)
+            bare = dataclasses.replace(grid, instances=None)
+            self._cache[key] = bare, grid.instances.shape, at, grid.instances.flat[at]
+        bare, shape, at, values = self._cache[key]
+        instances = np.zeros(shape, np.float32)
+        instances.flat[at] = values
+        return dataclasses.replace(bare, instances=instances)
 
 
 def bare_calibration(
-    index: NominalIndex, sources: list[str], *, settings: Settings, embedder: Remembered
+    index: NominalIndex, sources: list[str], *, settings: Settings, embedder: CachedEmbedder
 ) -> Calibration:
     """Return a calibration of plain distances, without score normalisation."""
     detector = AnomalyDetector(index, settings=settings, embedder=embedder)
-    drives = open_drives(sources)
     scores: dict[str, list[float]] = {}
-    for drive, _, _, grid in embedded_frames(drives, embedder):
+    for drive, _, _, grid in embedded_frames(open_drives(sources), embedder):
         scores.setdefault(drive, []).append(detector.score(grid).score)
     return Calibration.fit(
         scores,
@@ -306,132 +208,205 @@ def bare_calibration(
     )
 
 
-def _index_key(trial: Trial, settings: Settings) -> tuple[Any, ...]:
-    """Return what an index depends on and rows may differ in."""
-    limits = settings.dedup_distance, settings.max_entries
-    return (*trial.index, *_embedded_by(settings), settings.variant, *limits)
+def calibrated_detector(
+    trial: Trial, row: Row, embedder: CachedEmbedder, indexes: dict[Any, NominalIndex]
+) -> AnomalyDetector:
+    """Return the detector of a row; indexes are built once."""
+    key, settings = row.index_key(trial), row.settings
+    if key not in indexes:
+        indexes[key] = build_index(trial.index, settings=settings, embedder=embedder)
+    calibrate_row = calibrate if row.normalised else bare_calibration
+    calibration = calibrate_row(
+        indexes[key], trial.calibration, settings=settings, embedder=embedder
+    )
+    return AnomalyDetector(indexes[key], calibration, settings=settings, embedder=embedder)
 
 
-def _embedded_by(settings: Settings) -> tuple[Any, ...]:
-    """Return what embeddings and instances depend on that rows may differ in."""
-    names = "place_weight", "segmenter", "segmenter_model", "backbone", "layers", "input_size"
-    return tuple(getattr(settings, name) for name in names)
+def measures_of(
+    detector: AnomalyDetector | SelfNominal, dataset: Dataset, calibration: Calibration | None
+) -> dict[str, Any]:
+    """Return the measures of one row on one test set."""
+    evaluation = evaluate(detector, dataset, limits=OBSTACLE_TRACK)
+    rows = [row for row in evaluation["frames"] if not row["ignored"]]
+    rates, drives = {}, {}
+    for rate in RATES:
+        if calibration is None or calibration.count < scores_needed(rate):
+            continue
+        threshold = calibration.threshold_for(rate)
+        measures = frame_measures(rows, threshold)
+        rates[str(rate)] = {key: measures[key] for key in ("tpr", "fpr", "fpr_interval")}
+        anomalous = {row["sequence"] for row in rows if row["anomaly"]}
+        detected = {r["sequence"] for r in rows if r["anomaly"] and r["score"] > threshold}
+        drives[str(rate)] = len(detected), len(anomalous)
+    names = "pixel_ap", "pixel_fpr95", "component_f1_calibrated", "component_f1_oracle"
+    return {
+        **{name: evaluation[name] for name in (*names, "frames_counted", "frames_anomalous")},
+        "auroc": evaluation["frame_auroc"],
+        "auroc_interval": evaluation["frame_auroc_interval"],
+        "rates": rates,
+        "kinds": {kind: measures["auroc"] for kind, measures in evaluation["by_kind"].items()},
+        "sizes": auroc_by_size(dataset, rows),
+        "drives": drives,
+        "entries": detector.index.count if isinstance(detector, AnomalyDetector) else None,
+    }
 
 
-def by_size(dataset: Dataset, rows: list[dict[str, Any]]) -> list[tuple[float, float | None]]:
-    """Return the largest share of the image, and the frame AUROC, by thirds of the anomalies."""
+def auroc_by_size(dataset: Dataset, rows: list[dict[str, Any]]) -> list[tuple[float, float | None]]:
+    """Return the frame AUROC by thirds of the anomalies' areas, smallest first.
+
+    Returns:
+        Largest share of the image in the third, and frame AUROC; empty for less than 3 anomalies.
+    """
     shares = {t.file: float((m == 1).mean()) for _, t, m in dataset if t.anomaly and t.has_pixels}
     nominal = [row["score"] for row in rows if not row["anomaly"]]
-    odd = sorted((shares[row["name"]], row["score"]) for row in rows if row["name"] in shares)
-    if not nominal or len(odd) < 3:
+    anomalous = sorted((shares[r["name"]], r["score"]) for r in rows if r["name"] in shares)
+    if not nominal or len(anomalous) < 3:
         return []
-    found: list[tuple[float, float | None]] = []
-    for part in np.array_split(np.array(odd), 3):
-        truth = np.repeat([True, False], [len(part), len(nominal)])
-        found.append((float(part[-1, 0]), frame_auroc(np.append(part[:, 1], nominal), truth)))
-    return found
+    thirds: list[tuple[float, float | None]] = []
+    for third in np.array_split(np.array(anomalous), 3):
+        truth = np.repeat([True, False], [len(third), len(nominal)])
+        auroc = frame_auroc(np.append(third[:, 1], nominal), truth)
+        thirds.append((float(third[-1, 0]), auroc))
+    return thirds
 
 
-def drives_found(
-    rows: list[dict[str, Any]], calibration: Calibration | None
-) -> dict[str, tuple[int, int]]:
-    """Return by rate how many drives with an anomaly have a frame of it above, and of how many."""
-    if calibration is None:
-        return {}
-    found = {}
-    for rate in RATES:
-        if calibration.count < scores_needed(rate):
-            continue
-        limit = calibration.threshold_for(rate)
-        drives = {row["sequence"] for row in rows if row["anomaly"]}
-        hit = {row["sequence"] for row in rows if row["anomaly"] and row["score"] > limit}
-        found[str(rate)] = len(hit), len(drives)
-    return found
-
-
-def milliseconds(settings: Settings, index: NominalIndex, folder: str) -> float:
+def milliseconds(detector: AnomalyDetector, source: str) -> float:
     """Return the median milliseconds of a frame, embedding and segmentation included."""
-    frames = list(itertools.islice(open_source(folder), TIMED_FRAMES))
-    normalisations: dict[str, ScoreNormalisation] = {}
-    if not is_bare(settings):
-        flat = _flat(class_anchors(index.content.embeddings))
-        normalisations = dict.fromkeys(("grid", INSTANCES), flat)
-    detector = AnomalyDetector(index, settings=settings, normalisations=normalisations)
     times_ms = []
-    for frame in frames:
+    for frame in itertools.islice(open_source(source), TIMED_FRAMES):
         begin = time.perf_counter()
         detector.detect(frame)
         times_ms.append((time.perf_counter() - begin) * 1e3)
     return float(np.median(times_ms[len(times_ms) // 4 :]))
 
 
-def _flat(anchors: np.ndarray | None) -> ScoreNormalisation:
-    classes = None
-    if anchors is not None:
-        zeros, ones = np.zeros(len(anchors), np.float32), np.ones(len(anchors), np.float32)
-        classes = PatchClasses(anchors, zeros, ones)
-    cells = np.full(CELLS_HW, 0.1, np.float32), np.full(CELLS_HW, 0.05, np.float32)
-    return ScoreNormalisation(*cells, classes)
+def table(measures: Mapping[str, Mapping[str, Any]], times_ms: Mapping[str, float]) -> str:
+    """Return the Markdown table of a test set.
+
+    Args:
+        measures: as of `measures_of`, by row.
+        times_ms: median milliseconds of a frame by row.
+    """
+    heads = ["row", "frame AUROC", *(f"TPR, FPR at {100 * rate:g} %" for rate in RATES)]
+    heads += [f"drives detected at {100 * RATES[-1]:g} %", "AUROC small, middle, large"]
+    heads += ["pixel AP", "FPR95", "F1", "ms"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, m in measures.items():
+        cells = [figure(m["auroc"]) + _interval(m["auroc_interval"])]
+        for rate in map(str, RATES):
+            r = m["rates"].get(rate)
+            cells.append(
+                f"{figure(r['tpr'])}, {figure(r['fpr'])}{_interval(r['fpr_interval'])}"
+                if r
+                else "-"
+            )
+        drives = m["drives"].get(str(RATES[-1]))
+        cells.append(f"{drives[0]} of {drives[1]}" if drives else "-")
+        cells.append(", ".join(figure(auroc) for _, auroc in m["sizes"]) or "-")
+        cells += [figure(m[key]) for key in ("pixel_ap", "pixel_fpr95", "component_f1_oracle")]
+        lines.append(f"| {name} | {' | '.join(cells)} | {figure(times_ms.get(name), 0)} |")
+    return "\n".join(lines)
+
+
+def _interval(ends: tuple[float, float] | None) -> str:
+    return f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else ""
 
 
 def main() -> None:
     """Print the tables of all test sets, and write all figures."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--backbone", default="street_small", help="shipped name or folder")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="given")
-    parser.add_argument("--first-seed", type=int, default=70000, help="first of the drives")
-    parser.add_argument("--row", action="append", help="only this one; may be repeated")
-    parser.add_argument(
-        "--try", action="append", default=[], dest="tried", metavar="JSON", help="a row of settings"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--drives", type=Path, help="keep the drives here, or take those there")
+    parser.add_argument("--backbone", default="street_small", help="shipped name or folder")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=JSON",
+        dest="overrides",
+        help="setting of all rows; may be repeated",
+    )
+    parser.add_argument("--first-seed", type=int, default=70000, help="seed of the first drive")
+    parser.add_argument(
+        "--row",
+        action="append",
+        choices=ROWS,
+        metavar="NAME",
+        help=f"only this row; may be repeated: {'; '.join(ROWS)}",
+    )
+    parser.add_argument(
+        "--try",
+        action="append",
+        default=[],
+        dest="tried",
+        metavar="JSON",
+        help="a row of settings, such as '{\"neighbours\": 3}'; may be repeated",
+    )
+    parser.add_argument("--drives", type=Path, help="folder that keeps the drives for another run")
     parser.add_argument("--data", type=Path, help="folder with carla_drives/, road_anomaly/, ...")
-    parser.add_argument("--no-street", action="store_true", help="the sets of --data alone")
+    parser.add_argument("--no-street", action="store_true", help="only the sets of --data")
     parser.add_argument(
         "--times", action="store_true", help="measure milliseconds, on an idle machine"
     )
-    parser.add_argument("--out", type=Path, help="JSON of all figures")
+    parser.add_argument("--out", type=Path, help="JSON file of all figures")
     args = parser.parse_args()
-    given = {key: json.loads(value) for key, value in (g.split("=", 1) for g in args.given)}
-    common = {"backbone": args.backbone, "target_false_alarm_rate": 0.05, **COMMON, **given}
-    chosen = {name: ROWS[name] for name in args.row} if args.row else {} if args.tried else ROWS
-    chosen = {**chosen, **{text: json.loads(text) for text in args.tried}}
-    rows: dict[str, dict[str, Any]] = {name: {} for name in chosen}
+    if args.no_street and not args.data:
+        parser.error("--no-street: needs --data")
+    common = {"backbone": args.backbone, **COMMON}
+    common |= {key: json.loads(value) for key, value in (o.split("=", 1) for o in args.overrides)}
+    chosen = {name: ROWS[name] for name in args.row or ([] if args.tried else ROWS)}
+    chosen |= {text: json.loads(text) for text in args.tried}
+    rows = {name: Row.of({**common, **values}) for name, values in chosen.items()}
+    measures: dict[str, dict[str, dict[str, Any]]] = {}  # by test set and row
     indexes: dict[Any, NominalIndex] = {}
-    made = {
-        name: Settings.from_parameters({**common, **chosen[name]}).with_build_defaults()
-        for name in chosen
-    }
-    with tempfile.TemporaryDirectory() as temporary:
-        scratch = Path(temporary)
-        trials = real_trials(args.data, scratch) if args.data else []
-        if not args.no_street:
-            trials.insert(0, street_trial(args.drives or scratch / "drives", args.first_seed))
-        # Grids are large: those of one trial and one way of embedding are kept at a time.
-        groups: dict[Any, list[str]] = {}
-        for name, settings in made.items():
-            groups.setdefault(_embedded_by(settings), []).append(name)
-        for alike, trial in itertools.product(groups.values(), trials):
-            segmenting = made[alike[0]].replace(variant="instance")
-            embedder = Remembered(RunningEmbedder.from_settings(segmenting))
-            for name in tqdm(alike, "rows", disable=None):
-                out = scratch / "report"
-                rows[name] |= measure(trial, made[name], embedder, out, indexes)
-                shutil.rmtree(out)
-                for test in trial.tests:
-                    shown = (rows[name][test][k] for k in SHOWN)
-                    print(name, test, *shown, sep=" | ", flush=True)
-                if args.out:
-                    args.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        # At the end, one row after the other, so that nothing else runs beside it.
-        for name, settings in made.items() if args.times and trials[0].index else ():
-            index = indexes[_index_key(trials[0], settings)]
-            first = next(iter(trials[0].tests.values()))
-            rows[name]["ms"] = {"median": milliseconds(settings, index, first)}
+    calibrations: dict[str, Calibration | None] = {}
+    times_ms: dict[str, float] = {}
+
+    def write() -> None:
         if args.out:
-            args.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    for test in dict.fromkeys(test for found in rows.values() for test in found if test != "ms"):
-        print(f"\n### {test}\n\n{table(rows, test)}")
+            figures = {"measures": measures, "ms": times_ms}
+            args.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+    with tempfile.TemporaryDirectory() as scratch:
+        trials = real_trials(args.data, Path(scratch)) if args.data else []
+        if not args.no_street:
+            drives = args.drives or Path(scratch) / "drives"
+            trials.insert(0, street_trial(drives, args.first_seed))
+        if not trials:
+            parser.error(f"--data: expected a folder with data sets, found none in '{args.data}'")
+        # Grids are large: those of one trial and one way of embedding are in memory at a time.
+        groups: dict[Any, list[str]] = {}
+        for name, row in rows.items():
+            groups.setdefault(row.embedding, []).append(name)
+        for names, trial in itertools.product(groups.values(), trials):
+            segmenting = rows[names[0]].settings.replace(variant="instance")
+            embedder = CachedEmbedder(RunningEmbedder.from_settings(segmenting))
+            for name in tqdm(names, "rows", disable=None):
+                detector: AnomalyDetector | SelfNominal | None = None
+                calibration = None
+                if trial.index:
+                    detector = calibrated_detector(trial, rows[name], embedder, indexes)
+                    calibration = detector.calibration
+                    if trial is trials[0]:
+                        calibrations[name] = calibration
+                for test, source in trial.tests.items():
+                    dataset = open_dataset(source, "")
+                    tested = detector or SelfNominal(
+                        rows[name].settings, "camera", dataset, embedder
+                    )
+                    m = measures_of(tested, dataset, calibration)
+                    measures.setdefault(test, {})[name] = m
+                    shown = (m[key] for key in ("auroc", "pixel_ap", "rates", "sizes", "kinds"))
+                    print(name, test, *shown, sep=" | ", flush=True)
+                write()
+        # At the end, so that no other embedder is in use.
+        for name, row in rows.items() if args.times and trials[0].index else ():
+            index = indexes[row.index_key(trials[0])]
+            running = AnomalyDetector(index, calibrations[name], settings=row.settings)
+            times_ms[name] = milliseconds(running, next(iter(trials[0].tests.values())))
+        write()
+    for test, by_row in measures.items():
+        print(f"\n### {test}\n\n{table(by_row, times_ms)}")
 
 
 if __name__ == "__main__":

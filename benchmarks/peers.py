@@ -1,13 +1,13 @@
-"""Measure anomalib's PatchCore and AnomalyDINO beside this package: same frames, same features.
+"""Compare anomalib's PatchCore and AnomalyDINO with this package: same frames, same features.
 
-Run it in an environment of its own, with anomalib and this package installed:
+Run it in a separate environment with anomalib and this package installed:
 
     python -m venv peers && peers/bin/pip install anomalib '.[report]'
     peers/bin/python benchmarks/peers.py DATASET --nominal DRIVE --calibration DRIVE --out OUT
 
-The peers get the embeddings of this package's backbone in place of their own network; everything
-after it is theirs: memory bank, coreset, neighbours, map and frame score. Their maps are measured
-by `score-maps`, ours by `evaluate`, which are the same measures.
+The peers get the embeddings of this package's backbone in place of their own network. Memory bank,
+coreset, neighbours, map and frame score are theirs. `score-maps` evaluates their maps with the same
+measures as `evaluate`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from semantic_anomaly.cli import main as command
 from semantic_anomaly.evaluation.datasets import LabelledFolder
+from semantic_anomaly.evaluation.measures import figure
 from semantic_anomaly.io.open import open_source
 from semantic_anomaly.segmentation.embedder import RunningEmbedder
 from semantic_anomaly.settings import Settings
@@ -38,7 +39,7 @@ _OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
 
 
 class SharedFeatures(torch.nn.Module):
-    """Stands in a peer's model where its own network was; takes images of 0 to 255."""
+    """Replaces the network in a peer's model; takes images in 0..255."""
 
     def __init__(self, embedder: RunningEmbedder, tokens: bool) -> None:
         super().__init__()
@@ -55,10 +56,10 @@ class SharedFeatures(torch.nn.Module):
 def patchcore(
     embedder: RunningEmbedder, ratio: float
 ) -> tuple[torch.nn.Module, Callable[[], None]]:
-    """Return PatchCore (Roth et al. 2022) on shared features, and what ends its training."""
+    """Return PatchCore (Roth et al. 2022) on shared features, and the end of its training."""
     from anomalib.models.image.patchcore.torch_model import PatchcoreModel
 
-    # Any network of timm's will do: it is replaced before it sees an image.
+    # Any network of timm serves: it is replaced before use.
     model = PatchcoreModel(layers=["layer1"], backbone="resnet18", pre_trained=False)
     model.layers = ["features"]
     model.feature_extractor = SharedFeatures(embedder, tokens=False)
@@ -68,22 +69,22 @@ def patchcore(
 def anomaly_dino(
     embedder: RunningEmbedder, hw: tuple[int, int]
 ) -> tuple[torch.nn.Module, Callable[[], None]]:
-    """Return AnomalyDINO (Damm et al. 2025) on shared features, and what ends its training.
+    """Return AnomalyDINO (Damm et al. 2025) on shared features, and the end of its training.
 
-    Its grid is the image cut into square patches, so that the image that it is told of is the grid
-    times such a patch; its map is brought to the real size afterwards. Without a coreset, as it
-    comes.
+    The model derives its grid from the image size in square patches. It therefore gets an empty
+    image of the grid's size times the patch size; its map is resized to the real size. No coreset,
+    as by default.
     """
     from anomalib.models.image.anomaly_dino import torch_model
 
     class Local(torch_model.AnomalyDINOModel):
         def __init__(self) -> None:
-            # The original asks a model hub for weights.
+            # The original downloads weights.
             torch.nn.Module.__init__(self)
             self.num_neighbours, self.masking, self.coreset_subsampling = 1, False, False
             rows, cols = embedder.grid_hw(hw)
             self.patch_size = max(1, round(hw[0] / rows))
-            self.told = rows * self.patch_size, cols * self.patch_size
+            self.input_hw = rows * self.patch_size, cols * self.patch_size
             self.feature_encoder = SharedFeatures(embedder, tokens=True)
             self.register_buffer("memory_bank", torch.empty(0))
             self.embedding_store: list[torch.Tensor] = []
@@ -91,14 +92,11 @@ def anomaly_dino(
 
         def forward(self, images: torch.Tensor) -> Any:
             self.extract_features = lambda _: self.feature_encoder(images)["features"]
-            found = super().forward(torch.empty(len(images), 3, *self.told))
-            if not self.training:
-                found = found._replace(
-                    anomaly_map=torch.nn.functional.interpolate(
-                        found.anomaly_map, hw, mode="bilinear"
-                    )
-                )
-            return found
+            output = super().forward(torch.empty(len(images), 3, *self.input_hw))
+            if self.training:
+                return output
+            maps = torch.nn.functional.interpolate(output.anomaly_map, hw, mode="bilinear")
+            return output._replace(anomaly_map=maps)
 
     model = Local()
     return model, model.fit
@@ -107,14 +105,14 @@ def anomaly_dino(
 @torch.inference_mode()
 def measure_peer(
     name: str,
-    made: tuple[torch.nn.Module, Callable[[], None]],
+    peer: tuple[torch.nn.Module, Callable[[], None]],
     nominal: list[np.ndarray],
     dataset: str,
     out: Path,
     options: list[str],
 ) -> dict[str, Any]:
     """Train a peer on nominal images, write its maps, and return their results and times."""
-    model, finish = made
+    model, finish = peer
     begin = time.perf_counter()
     model.train()
     for image in tqdm(nominal, f"{name}: nominal", disable=None):
@@ -122,34 +120,36 @@ def measure_peer(
     finish()
     model.eval()
     fit_s = time.perf_counter() - begin
-    maps, scores, times = out / f"{name}_maps", {}, []
+    maps, scores, times_ms = out / f"{name}_maps", {}, []
     maps.mkdir(parents=True)
     for frame, truth, _ in tqdm(LabelledFolder(dataset), f"{name}: test", disable=None):
         begin = time.perf_counter()
-        found = model(_tensor(frame.image))
-        values = found.anomaly_map.reshape(frame.image_hw).numpy()
-        times.append((time.perf_counter() - begin) * 1e3)
+        output = model(_tensor(frame.image))
+        values = output.anomaly_map.reshape(frame.image_hw).numpy()
+        times_ms.append((time.perf_counter() - begin) * 1e3)
         np.save(maps / f"{truth.stem}.npy", values.astype(np.float32))
-        scores[truth.file] = float(found.pred_score)
+        scores[truth.file] = float(output.pred_score)
     (out / f"{name}_scores.json").write_text(json.dumps(scores))
     run(["score-maps", str(maps), dataset, "--scores", str(out / f"{name}_scores.json"),
          "--protocol", "drive", "--out", str(out / name), *options])  # fmt: skip
     shutil.rmtree(maps)
     return {
         **json.loads((out / name / "results.json").read_text(encoding="utf-8")),
-        **{"ms": float(np.median(times)), "fit_s": fit_s, "entries": len(model.memory_bank)},
+        "ms": float(np.median(times_ms)),
+        "fit_s": fit_s,
+        "entries": len(model.memory_bank),
     }
 
 
 def measure_ours(args: argparse.Namespace, settings: Path, options: list[str]) -> dict[str, Any]:
     """Build, calibrate and evaluate with the commands, and return results and times."""
-    index, given = str(args.out / "index"), ["--settings", str(settings)]
+    index, from_file = str(args.out / "index"), ["--settings", str(settings)]
     begin = time.perf_counter()
-    run(["build-index", *args.nominal, "--out", index, *given])
-    run(["calibrate", index, *args.calibration, *given])
+    run(["build-index", *args.nominal, "--out", index, *from_file])
+    run(["calibrate", index, *args.calibration, *from_file])
     fit_s = time.perf_counter() - begin
     report = args.out / "semantic_anomaly"
-    run(["evaluate", args.dataset, "--index", index, "--out", str(report), *given, *options])
+    run(["evaluate", args.dataset, "--index", index, "--out", str(report), *from_file, *options])
     results = json.loads((report / "results.json").read_text(encoding="utf-8"))
     ms = results["latency_ms"]["total"]["p50"]
     return {**results, "ms": ms, "fit_s": fit_s, "entries": results["index"]["entries"]}
@@ -167,18 +167,18 @@ def _tensor(image: np.ndarray) -> torch.Tensor:
 
 
 def _import_torchvision() -> None:
-    """Import torchvision where its compiled part does not fit this build of torch.
+    """Import torchvision, also if its compiled part does not fit this build of torch.
 
-    No operator of it is called here, but torch refuses what torchvision says of absent ones.
+    None of its operators is called here, but its import fails without their definitions.
     """
     while True:
         try:
             importlib.import_module("torchvision")
         except RuntimeError as error:
-            absent = re.search(r"operator torchvision::(\w+) does not exist", str(error))
-            if absent is None:
+            missing = re.search(r"operator torchvision::(\w+) does not exist", str(error))
+            if missing is None:
                 raise
-            _OPERATORS.define(f"{absent[1]}(Tensor images) -> Tensor")
+            _OPERATORS.define(f"{missing[1]}(Tensor images) -> Tensor")
             for name in [m for m in sys.modules if m.partition(".")[0] == "torchvision"]:
                 del sys.modules[name]
         else:
@@ -186,11 +186,13 @@ def _import_torchvision() -> None:
 
 
 def main() -> None:
-    """Print one table row a method."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    """Print a table with one row for each method."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("dataset", help="labelled folder, with or without a selection")
-    parser.add_argument("--nominal", action="append", required=True, help="source; repeatable")
-    parser.add_argument("--calibration", action="append", required=True, help="for ours alone")
+    parser.add_argument("--nominal", action="append", required=True, help="source; may be repeated")
+    parser.add_argument("--calibration", action="append", required=True, help="only for ours")
     parser.add_argument("--out", type=Path, required=True, help="new folder")
     parser.add_argument("--backbone", default="street_small", help="NAME-OR-FOLDER[:LAYER,LAYER]")
     parser.add_argument("--ratio", type=float, action="append", help="PatchCore's coreset")
@@ -210,21 +212,18 @@ def main() -> None:
     embedder = RunningEmbedder.from_settings(Settings.from_parameters(parameters))
     nominal = [frame.image for source in args.nominal for frame in open_source(source)]
     hw = (nominal[0].shape[0], nominal[0].shape[1])
-    makers = {
-        **{
-            f"PatchCore, coreset {r:.0%}": patchcore(embedder, r) for r in args.ratio or [0.01, 0.1]
-        },
-        "AnomalyDINO": anomaly_dino(embedder, hw),
-    }
-    for name, made in makers.items():
-        rows[name] = measure_peer(name, made, nominal, args.dataset, args.out, options)
+    ratios = args.ratio or [0.01, 0.1]
+    peers = {f"PatchCore, coreset {ratio:.0%}": patchcore(embedder, ratio) for ratio in ratios}
+    peers["AnomalyDINO"] = anomaly_dino(embedder, hw)
+    for name, peer in peers.items():
+        rows[name] = measure_peer(name, peer, nominal, args.dataset, args.out, options)
     print("| method | frame AUROC | pixel AP | pixel AUROC | FPR95 | component F1, oracle "
           "| entries | fit s | ms a frame |")  # fmt: skip
     print("|---|---|---|---|---|---|---|---|---|")
     measures = ("frame_auroc", "pixel_ap", "pixel_auroc", "pixel_fpr95", "component_f1_oracle")
-    for name, found in rows.items():
-        cells = ["-" if found[m] is None else f"{found[m]:.3f}" for m in measures]
-        cells += [str(found["entries"]), f"{found['fit_s']:.0f}", f"{found['ms']:.0f}"]
+    for name, row in rows.items():
+        cells = [figure(row[measure]) for measure in measures]
+        cells += [str(row["entries"]), figure(row["fit_s"], 0), figure(row["ms"], 0)]
         print(f"| {name} | {' | '.join(cells)} |")
 
 

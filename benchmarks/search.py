@@ -47,7 +47,7 @@ class World:
 
 
 def build(world: World, entries: int, dim: int) -> NominalIndex:
-    """Return an index of so many entries, none suppressed."""
+    """Return an index of a number of entries, without near-duplicate removal."""
     identity = EmbedderIdentity("none", "none", "", "0" * 64, "0" * 64, (), 640, 14, dim, "float32")
     frames = []
     for start in range(0, entries, SIDE * SIDE):
@@ -60,7 +60,7 @@ def build(world: World, entries: int, dim: int) -> NominalIndex:
 
 
 def largest_exact(index: NominalIndex, queries: np.ndarray, k: int, top: int) -> np.ndarray:
-    """Return distances by the graph of which the `top` largest are searched again exactly."""
+    """Return distances of a graph search, with the `top` largest replaced by exact ones."""
     distances = index.distances(queries, k)
     largest = np.argpartition(distances, len(distances) - top)[-top:]
     distances[largest] = index.exact_distances(queries[largest], k)
@@ -68,18 +68,18 @@ def largest_exact(index: NominalIndex, queries: np.ndarray, k: int, top: int) ->
 
 
 def median_ms(work: Callable[[], object], repeats: int) -> float:
-    """Return the median milliseconds of some calls after one that does not count."""
+    """Return the median milliseconds of some calls, after a warm-up call."""
     work()
-    times = []
+    times_ms = []
     for _ in range(repeats):
         start = time.perf_counter()
         work()
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
+        times_ms.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times_ms)
 
 
 def main() -> None:
-    """Print one row a number of entries, as a Markdown table."""
+    """Print a Markdown table with one row for each number of entries and `ef`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--entries", type=int, nargs="+", default=[10_000, 20_000, 30_000])
     parser.add_argument("--dim", type=int, default=160)
@@ -87,12 +87,12 @@ def main() -> None:
     parser.add_argument("--neighbours", type=int, default=1)
     parser.add_argument("--ef", type=int, nargs="+", default=[16, 32])
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--outliers", type=float, default=0.01, help="share of odd queries")
+    parser.add_argument("--outliers", type=float, default=0.01, help="share of random queries")
     args = parser.parse_args()
     k = args.neighbours
     print(
         f"{args.queries} queries of {args.dim} dimensions, {100 * args.outliers:g} % outliers, "
-        f"k = {k}, {os.cpu_count()} CPUs; 'checked': the largest percent exact"
+        f"k = {k}, {os.cpu_count()} CPUs; 'checked': with exact distances of the largest 1 %"
     )
     print("| entries | exact ms | ef | graph ms | checked ms | recall | max error | build s |")
     print("|---|---|---|---|---|---|---|---|")
@@ -112,10 +112,10 @@ def main() -> None:
             index.configure_search("graph", ef)
             graph = median_ms(partial(index.distances, queries, k), args.repeats)
             checked = median_ms(partial(largest_exact, index, queries, k, top), args.repeats)
-            facts = index.recall(queries, k)
+            recall = index.recall(queries, k)
             print(
                 f"| {entries} | {exact:.1f} | {ef} | {graph:.1f} | {checked:.1f} "
-                f"| {facts['recall']:.3f} | {facts['max_error']:.2g} | {build_s:.1f} |",
+                f"| {recall['recall']:.3f} | {recall['max_error']:.2g} | {build_s:.1f} |",
                 flush=True,
             )
 

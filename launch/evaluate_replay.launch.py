@@ -15,32 +15,28 @@ from launch_ros.actions import Node
 from launch_ros.substitutions import FindPackageShare
 
 PACKAGE = "semantic_anomaly"
-PASSED_ON = {
-    "bag": None,
-    "index": None,
-    "backbone": "",
-    "image_topic": "",
-    "transport": "",
-    "camera_info_topic": "",
-    "depth_topic": "",
-    "rate": "1.0",
+# Arguments of replay.launch.py without a default here, and with one.
+REQUIRED = {"bag": "rosbag2 folder or file to play", "index": "index folder"}
+OPTIONAL = {
+    **dict.fromkeys(("backbone", "image_topic", "transport", "camera_info_topic"), ""),
+    **{"depth_topic": "", "rate": "1.0"},
 }
 
 
 def _recorder(context):
     """Return the recorder, and the shutdown of all processes after its report."""
-    given = {name: LaunchConfiguration(name).perform(context) for name in ("labels", "bag")}
+    labels = LaunchConfiguration("labels").perform(context)
     recorder = Node(
         package=PACKAGE,
         executable="result_recorder",
         output="screen",
         arguments=[
             *("--out", LaunchConfiguration("out")),
-            *("--name", given["bag"]),
+            *("--name", LaunchConfiguration("bag")),
             *("--camera", LaunchConfiguration("camera")),
             # The last results arrive after the end of the bag.
             *("--idle-s", LaunchConfiguration("idle_s")),
-            *(("--labels", given["labels"]) if given["labels"] else ()),
+            *(("--labels", labels) if labels else ()),
         ],
     )
     end = Shutdown(reason="the recorder has ended; its last line says with which result")
@@ -51,35 +47,29 @@ def generate_launch_description() -> LaunchDescription:
     """Return the launch description."""
     share = FindPackageShare(PACKAGE)
     params_file = PathJoinSubstitution([share, "config", "semantic_anomaly.yaml"])
-    described = {"bag": "rosbag2 folder or file to play", "index": "index folder"}
     arguments = [
-        DeclareLaunchArgument(
-            name,
-            default_value=default,
-            description=described.get(name, f"as for replay.launch.py: {name}"),
-        )
-        for name, default in PASSED_ON.items()
+        *((name, None, description) for name, description in REQUIRED.items()),
+        *(
+            (name, default, f"as for replay.launch.py: {name}")
+            for name, default in OPTIONAL.items()
+        ),
+        ("out", None, "folder for the report"),
+        ("labels", "", "events of the drive, YAML"),
+        ("camera", "camera", "name of the camera in the node"),
+        ("idle_s", "10.0", "seconds without a status that end the recording"),
+        ("params_file", params_file, "YAML file with the node's parameters"),
     ]
-    arguments += [
-        DeclareLaunchArgument("out", description="folder for the report"),
-        DeclareLaunchArgument("labels", default_value="", description="events of the drive, YAML"),
-        DeclareLaunchArgument(
-            "camera", default_value="camera", description="name of the camera in the node"
-        ),
-        DeclareLaunchArgument(
-            "idle_s",
-            default_value="10.0",
-            description="seconds without a status that end the recording",
-        ),
-        DeclareLaunchArgument("params_file", default_value=params_file),
+    declared = [
+        DeclareLaunchArgument(name, default_value=default, description=description)
+        for name, default, description in arguments
     ]
     replay = IncludeLaunchDescription(
         PythonLaunchDescriptionSource(PathJoinSubstitution([share, "launch", "replay.launch.py"])),
         launch_arguments=[
-            *((name, LaunchConfiguration(name)) for name in (*PASSED_ON, "params_file")),
+            *((name, LaunchConfiguration(name)) for name in (*REQUIRED, *OPTIONAL, "params_file")),
             ("rviz", "false"),
             # The recorder shuts down after the last results.
             ("stop_at_end", "false"),
         ],
     )
-    return LaunchDescription([*arguments, OpaqueFunction(function=_recorder), replay])
+    return LaunchDescription([*declared, OpaqueFunction(function=_recorder), replay])

@@ -17,7 +17,6 @@ from launch_ros.event_handlers import OnStateTransition
 from launch_ros.substitutions import FindPackageShare
 
 PACKAGE = "semantic_anomaly"
-CLOCK_HZ = "100"
 
 
 def generate_launch_description() -> LaunchDescription:
@@ -25,34 +24,33 @@ def generate_launch_description() -> LaunchDescription:
     share = FindPackageShare(PACKAGE)
     params_file = PathJoinSubstitution([share, "config", "semantic_anomaly.yaml"])
     rviz_config = PathJoinSubstitution([share, "config", "semantic_anomaly.rviz"])
-    arguments = [
-        DeclareLaunchArgument("bag", description="rosbag2 folder or file to play"),
-        DeclareLaunchArgument("index", description="index folder"),
-        DeclareLaunchArgument("backbone", default_value="", description="empty: that of the index"),
-        DeclareLaunchArgument("params_file", default_value=params_file),
-        DeclareLaunchArgument(
-            "image_topic", default_value="", description="image topic of the bag"
-        ),
-        DeclareLaunchArgument("transport", default_value="", description="raw or compressed"),
-        DeclareLaunchArgument("camera_info_topic", default_value=""),
-        DeclareLaunchArgument("depth_topic", default_value=""),
-        DeclareLaunchArgument("rate", default_value="1.0", description="speed of the bag"),
-        DeclareLaunchArgument("rviz", default_value="true", description="start rviz"),
-        DeclareLaunchArgument("rviz_config", default_value=rviz_config),
-        DeclareLaunchArgument(
-            "stop_at_end", default_value="true", description="shut down at the end of the bag"
-        ),
+    node_arguments = [
+        ("index", None, "index folder"),
+        ("backbone", "", "empty: that of the index"),
+        ("params_file", params_file, "YAML file with the node's parameters"),
+        ("image_topic", "", "image topic of the bag"),
+        ("transport", "", "raw or compressed"),
+        ("camera_info_topic", "", "CameraInfo topic of the bag"),
+        ("depth_topic", "", "depth image topic of the bag"),
     ]
-    passed_on = (
-        *("index", "backbone", "params_file", "image_topic", "transport"),
-        *("camera_info_topic", "depth_topic"),
-    )
+    arguments = [
+        ("bag", None, "rosbag2 folder or file to play"),
+        *node_arguments,
+        ("rate", "1.0", "speed of the bag"),
+        ("rviz", "true", "start rviz"),
+        ("rviz_config", rviz_config, "configuration of rviz"),
+        ("stop_at_end", "true", "shut down at the end of the bag"),
+    ]
+    declared = [
+        DeclareLaunchArgument(name, default_value=default, description=description)
+        for name, default, description in arguments
+    ]
     node = IncludeLaunchDescription(
         PythonLaunchDescriptionSource(
             PathJoinSubstitution([share, "launch", "semantic_anomaly.launch.py"])
         ),
         launch_arguments=[
-            *((name, LaunchConfiguration(name)) for name in passed_on),
+            *((name, LaunchConfiguration(name)) for name, _, _ in node_arguments),
             ("use_sim_time", "true"),
         ],
     )
@@ -66,20 +64,15 @@ def generate_launch_description() -> LaunchDescription:
     play = ExecuteProcess(
         cmd=[
             *("ros2", "bag", "play", LaunchConfiguration("bag")),
-            *("--clock", CLOCK_HZ, "--rate", LaunchConfiguration("rate")),
+            *("--clock", "100", "--rate", LaunchConfiguration("rate")),
         ],
         output="screen",
     )
     # An inactive node would miss the first frames.
     when_active = OnStateTransition(goal_state="active", entities=[play])
+    stop_at_end = IfCondition(LaunchConfiguration("stop_at_end"))
     at_end = OnProcessExit(
-        target_action=play,
-        on_exit=[
-            Shutdown(
-                reason="the bag has ended",
-                condition=IfCondition(LaunchConfiguration("stop_at_end")),
-            )
-        ],
+        target_action=play, on_exit=[Shutdown(reason="the bag has ended", condition=stop_at_end)]
     )
     refused = OnStateTransition(
         start_state="configuring",
@@ -87,4 +80,4 @@ def generate_launch_description() -> LaunchDescription:
         entities=[Shutdown(reason="the node could not be configured; see its log")],
     )
     handlers = [RegisterEventHandler(handler) for handler in (when_active, at_end, refused)]
-    return LaunchDescription([*arguments, *handlers, node, rviz])
+    return LaunchDescription([*declared, *handlers, node, rviz])

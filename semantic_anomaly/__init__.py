@@ -15,18 +15,21 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from semantic_anomaly.calibration.calibration import Calibration
-    from semantic_anomaly.detection.detector import AnomalyDetector
-    from semantic_anomaly.detection.rendering import draw_overlay
-    from semantic_anomaly.errors import SemanticAnomalyError
-    from semantic_anomaly.evaluation.evaluate import evaluate
-    from semantic_anomaly.index.nominal_index import NominalIndex
-    from semantic_anomaly.io.open import open_source
-    from semantic_anomaly.offline.build_index import build_index
-    from semantic_anomaly.offline.calibrate import calibrate
-    from semantic_anomaly.roi import RegionOfInterest
-    from semantic_anomaly.settings import Settings
-    from semantic_anomaly.structures import AnomalyResult, Frame, Localization, PatchGrid
+    from semantic_anomaly.calibration.calibration import Calibration as Calibration
+    from semantic_anomaly.detection.detector import AnomalyDetector as AnomalyDetector
+    from semantic_anomaly.detection.rendering import draw_overlay as draw_overlay
+    from semantic_anomaly.errors import SemanticAnomalyError as SemanticAnomalyError
+    from semantic_anomaly.evaluation.evaluate import evaluate as evaluate
+    from semantic_anomaly.index.nominal_index import NominalIndex as NominalIndex
+    from semantic_anomaly.io.open import open_source as open_source
+    from semantic_anomaly.offline.build_index import build_index as build_index
+    from semantic_anomaly.offline.calibrate import calibrate as calibrate
+    from semantic_anomaly.roi import RegionOfInterest as RegionOfInterest
+    from semantic_anomaly.settings import Settings as Settings
+    from semantic_anomaly.structures import AnomalyResult as AnomalyResult
+    from semantic_anomaly.structures import Frame as Frame
+    from semantic_anomaly.structures import Localization as Localization
+    from semantic_anomaly.structures import PatchGrid as PatchGrid
 
 __version__ = "0.2.0"
 
@@ -52,24 +55,7 @@ _MODULES = {
     "open_source": "io.open",
 }
 
-__all__ = [
-    "AnomalyDetector",
-    "AnomalyResult",
-    "Calibration",
-    "Frame",
-    "Localization",
-    "NominalIndex",
-    "PatchGrid",
-    "RegionOfInterest",
-    "SemanticAnomalyError",
-    "Settings",
-    "__version__",
-    "build_index",
-    "calibrate",
-    "draw_overlay",
-    "evaluate",
-    "open_source",
-]
+__all__ = [*_MODULES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

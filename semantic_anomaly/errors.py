@@ -22,11 +22,10 @@ class UnknownNameError(InputError):
     """A name is not one of the known ones; the message suggests the closest."""
 
     def __init__(self, what: str, name: str, known: Iterable[str]) -> None:
-        self.name = name
-        self.known = sorted(known)
-        close = get_close_matches(name, self.known, n=1)
+        known = sorted(known)
+        close = get_close_matches(name, known, n=1)
         hint = f" (did you mean '{close[0]}'?)" if close else ""
-        listed = ", ".join(self.known) if self.known else "none"
+        listed = ", ".join(known) or "none"
         super().__init__(f"unknown {what} '{name}'{hint}; expected one of: {listed}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy as np
 
 from semantic_anomaly.errors import ImageError, SettingsError
 from semantic_anomaly.settings import CameraSettings
+from semantic_anomaly.storage import sha256_bytes
 from semantic_anomaly.structures import PatchGrid
 
 # Polygons are compared on a grid of so many rows and columns.
@@ -40,16 +40,14 @@ class RegionOfInterest:
     def __post_init__(self) -> None:
         corners = np.array(self.polygon_xy, np.float64).reshape(-1, 2)
         # NaN fails both comparisons.
+        expected = ""
         if not np.all((corners >= 0.0) & (corners <= 1.0)):
-            raise SettingsError(
-                "region of interest: expected corners in relative image coordinates [0, 1], "
-                f"found {[list(corner) for corner in self.polygon_xy]}"
-            )
-        if len(corners) and cv2.contourArea(corners.astype(np.float32)) <= 0.0:
-            raise SettingsError(
-                "region of interest: expected at least 3 corners around some area, "
-                f"found {[list(corner) for corner in self.polygon_xy]}"
-            )
+            expected = "corners in relative image coordinates [0, 1]"
+        elif len(corners) and cv2.contourArea(corners.astype(np.float32)) <= 0.0:
+            expected = "at least 3 corners around some area"
+        if expected:
+            found = [list(corner) for corner in self.polygon_xy]
+            raise SettingsError(f"region of interest: expected {expected}, found {found}")
         if self.ego_mask_png:
             _ego_pixels(self.ego_mask_png)
 
@@ -101,17 +99,16 @@ class RegionOfInterest:
 
     def describe(self) -> dict[str, object]:
         """Return what manifests store and compare: the polygon and the ego mask's sha256."""
-        digest = hashlib.sha256(self.ego_mask_png).hexdigest() if self.ego_mask_png else ""
+        digest = sha256_bytes(self.ego_mask_png) if self.ego_mask_png else ""
         return {"polygon_xy": [list(p) for p in self.polygon_xy], "ego_mask_sha256": digest}
 
 
-# Cameras keep their size, so the masks of the last few sizes are all that is ever asked for.
+# The size of a camera's images hardly ever changes.
 @lru_cache(maxsize=32)
 def _pixel_mask(roi: RegionOfInterest, image_hw: tuple[int, int]) -> np.ndarray:
     height, width = image_hw
-    mask = np.ones((height, width), np.uint8)
+    mask = np.full((height, width), not roi.polygon_xy, np.uint8)
     if roi.polygon_xy:
-        mask[:] = 0
         # Relative coordinates span pixel edges; fillPoly counts from pixel centres.
         corners = np.array(roi.polygon_xy) * (width, height) - 0.5
         cv2.fillPoly(mask, [np.round(corners * 256).astype(np.int32)], 1, shift=8)
@@ -149,11 +146,7 @@ def _patch_mask(
 
 
 def patches_inside(grid: PatchGrid, roi: RegionOfInterest) -> np.ndarray:
-    """Return (rows, cols) bool, the patches of an image that take part.
-
-    Args:
-        grid: patch embeddings of the image.
-        roi: patches less than half inside do not take part.
+    """Return (rows, cols) bool, the patches of an image at least half inside.
 
     Raises:
         SettingsError: no patch takes part.

@@ -12,10 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from semantic_anomaly.errors import (
-    SettingsError,
-    UnknownNameError,
-)
+from semantic_anomaly.errors import SettingsError, UnknownNameError
 from semantic_anomaly.settings_schema import (
     SettingSpec,
     check_fields,
@@ -34,12 +31,6 @@ BUILD_DEFAULTS: Mapping[str, Any] = {
     "stages": ("street_small",),
     "segmenter": TOKENS,
     "place_weight": 0.2,
-}
-# "Not given": the value of the index, or of the calibration, is used.
-UNSET: Mapping[str, Any] = {
-    **{"stages": (), "backbone": "", "layers": (), "input_size": 0, "variant": ""},
-    **{"segmenter": "", "segmenter_model": "", "place_weight": -1.0},
-    "target_false_alarm_rate": 0.0,
 }
 # Settings that name one backbone's stages instead of `stages`.
 SHORTHAND = ("backbone", "layers", "input_size", "variant")
@@ -71,16 +62,14 @@ class CameraSettings:
     camera_height_m: float = setting(
         0.0,
         "Height of the camera above a flat ground, for marker ranges without depth; 0: unknown.",
-        minimum=0.0,
-        maximum=100.0,
+        bounds=(0.0, 100.0),
     )
     index: str = setting("", "Index folder of this camera; empty: the common 'index'.", path=True)
     region_of_interest: tuple[float, ...] = setting(
         (),
         "Polygon x0, y0, x1, y1, ... in relative image coordinates [0, 1]; empty: that of the "
         "calibration, or else of the index.",
-        minimum=0.0,
-        maximum=1.0,
+        bounds=(0.0, 1.0),
     )
     ego_mask: str = setting(
         "",
@@ -133,15 +122,13 @@ class Settings:
         0,
         "Shorthand: long side in pixels to which images are resized; both sides are rounded to a "
         "multiple of the patch size. 0: as 'stages', or 960 with 'backbone'.",
-        minimum=0,
-        maximum=8192,
+        bounds=(0, 8192),
     )
     place_weight: float = setting(
         -1.0,
         "Weight of the position in the image in the distance of two embeddings. -1: that of the "
         "index, or 0.2 for a new index.",
-        minimum=-1.0,
-        maximum=0.99,
+        bounds=(-1.0, 0.99),
     )
     variant: str = setting(
         "",
@@ -170,11 +157,10 @@ class Settings:
         -1.0,
         "While an index is built, embeddings closer than this cosine distance to an entry are "
         "counted but not stored. 0: all are stored; -1: measured on the first frames.",
-        minimum=-1.0,
-        maximum=2.0,
+        bounds=(-1.0, 2.0),
     )
     max_entries: int = setting(
-        500000, "Largest number of entries of an index.", minimum=1, maximum=50000000
+        500000, "Largest number of entries of an index.", bounds=(1, 50000000)
     )
     search: str = setting(
         "auto",
@@ -185,53 +171,44 @@ class Settings:
     search_ef: int = setting(
         16,
         "Breadth of the graph search; larger is slower and more accurate.",
-        minimum=1,
-        maximum=10000,
+        bounds=(1, 10000),
     )
     neighbours: int = setting(
         1,
         "Number of nearest entries averaged into the distance of a patch.",
-        minimum=1,
-        maximum=100,
+        bounds=(1, 100),
     )
     smoothing: float = setting(
         0.8,
         "Standard deviation in patches of the Gaussian that smooths the anomaly map. 0: none.",
-        minimum=0.0,
-        maximum=10.0,
+        bounds=(0.0, 10.0),
     )
     frame_level: float = setting(
         0.0,
         "Share of the median of the anomaly map of a frame that is subtracted from it: light and "
         "weather shift the whole map. 0: none.",
-        minimum=0.0,
-        maximum=1.0,
+        bounds=(0.0, 1.0),
     )
     tail_percent: float = setting(
         0.2,
         "Share of the anomaly map in percent, largest values first, whose mean is the anomaly "
         "score.",
-        minimum=0.001,
-        maximum=100.0,
+        bounds=(0.001, 100.0),
     )
     target_false_alarm_rate: float = setting(
         0.0,
         "Share of nominal frames that may be called anomalous. 0: the rate of the calibration.",
-        minimum=0.0,
-        maximum=0.5,
+        bounds=(0.0, 0.5),
         live=True,
     )
     target_episode_rate: float = setting(
         0.0,
         "Share of nominal episodes that may raise an alarm. 0: the rate of the calibration, if it "
         "has one.",
-        minimum=0.0,
-        maximum=0.5,
+        bounds=(0.0, 0.5),
         live=True,
     )
-    episode_s: float = setting(
-        10.0, "Length of an episode in seconds.", minimum=0.1, maximum=86400.0
-    )
+    episode_s: float = setting(10.0, "Length of an episode in seconds.", bounds=(0.1, 86400.0))
     threshold: float | None = setting(
         None,
         "Anomaly score above which a frame is anomalous, instead of the calibrated threshold. "
@@ -242,44 +219,38 @@ class Settings:
         1,
         "Number of frames within confirm_s in which a component must be detected before it is "
         "confirmed and the decision is anomaly.",
-        minimum=1,
-        maximum=1000,
+        bounds=(1, 1000),
         live=True,
     )
     confirm_s: float = setting(
         1.0,
         "Time window of the confirmation in seconds.",
-        minimum=0.001,
-        maximum=3600.0,
+        bounds=(0.001, 3600.0),
         live=True,
     )
     silence_s: float = setting(
         1.0,
         "A component that is not detected for this time in seconds ends.",
-        minimum=0.001,
-        maximum=3600.0,
+        bounds=(0.001, 3600.0),
         live=True,
     )
     min_area_px: int = setting(
         0,
         "Components with fewer pixels are ignored.",
-        minimum=0,
-        maximum=100000000,
+        bounds=(0, 100000000),
         live=True,
     )
     max_area: float = setting(
         1.0,
         "Components that cover a larger share of the image are ignored.",
-        minimum=0.0,
-        maximum=1.0,
+        bounds=(0.0, 1.0),
         live=True,
     )
     max_aspect: float = setting(
         0.0,
         "Components whose box has a larger ratio of its long to its short side are ignored, unless "
         "the image border cuts them. 0: no limit.",
-        minimum=0.0,
-        maximum=1000.0,
+        bounds=(0.0, 1000.0),
         live=True,
     )
     cameras: tuple[str, ...] = setting(
@@ -288,15 +259,13 @@ class Settings:
     max_age_s: float = setting(
         0.5,
         "Images older than this when they would be processed are dropped and counted.",
-        minimum=0.01,
-        maximum=60.0,
+        bounds=(0.01, 60.0),
         live=True,
     )
     silent_after_s: float = setting(
         2.0,
         "A camera without images for this time is reported and its status becomes unknown.",
-        minimum=0.1,
-        maximum=60.0,
+        bounds=(0.1, 60.0),
     )
     qos_reliability: str = setting(
         "best_effort",
@@ -312,11 +281,10 @@ class Settings:
         10.0,
         "Range in metres at which markers are drawn where it is neither measured nor computed "
         "from the ground plane.",
-        minimum=0.1,
-        maximum=1000.0,
+        bounds=(0.1, 1000.0),
     )
     overlay_alpha: float = setting(
-        0.5, "Opacity of the heatmap in the overlay.", minimum=0.0, maximum=1.0, live=True
+        0.5, "Opacity of the heatmap in the overlay.", bounds=(0.0, 1.0), live=True
     )
     camera_settings: Mapping[str, CameraSettings] = dataclasses.field(default_factory=dict)
     camera_overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
@@ -364,21 +332,19 @@ class Settings:
         common: dict[str, Any] = {}
         by_camera: dict[str, dict[str, Any]] = {}
         overrides: dict[str, dict[str, Any]] = {}
-        known = [
-            *_SPECS,
-            *(f"{camera}.{key}" for camera in cameras for key in (*_CAMERA_SPECS, *_LIVE_SPECS)),
-        ]
         for name, value in parameters.items():
-            camera, dot, key = name.partition(".")
+            camera, _, key = name.partition(".")
             if name in _SPECS:
                 common[name] = _SPECS[name].check(value)
-            elif dot and camera in cameras and key in _CAMERA_SPECS:
+            elif camera in cameras and key in _CAMERA_SPECS:
                 by_camera.setdefault(camera, {})[key] = _CAMERA_SPECS[key].check(value, name)
-            elif dot and camera in cameras and key in _LIVE_SPECS:
+            elif camera in cameras and key in _LIVE_SPECS:
                 if value is not None:
                     overrides.setdefault(camera, {})[key] = _LIVE_SPECS[key].check(value, name)
             else:
-                raise UnknownNameError("setting", name, known)
+                keys = (*_CAMERA_SPECS, *_LIVE_SPECS)
+                of_cameras = (f"{camera}.{key}" for camera in cameras for key in keys)
+                raise UnknownNameError("setting", name, (*_SPECS, *of_cameras))
         camera_settings = {name: CameraSettings(**values) for name, values in by_camera.items()}
         return cls(**common, camera_settings=camera_settings, camera_overrides=overrides)
 
@@ -396,7 +362,7 @@ class Settings:
         return dataclasses.replace(self, **changes)
 
     def with_build_defaults(self) -> Settings:
-        """Return a copy with `stages` in place of its shorthand, and no setting of an index unset."""
+        """Return a copy with `stages` in place of its shorthand, and the rest of an index set."""
         stages = tuple(map(str, self.stage_specs))
         values = {
             name: value
@@ -453,9 +419,8 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     Raises:
         SettingsError: as `read_parameters_yaml`.
     """
-    parameters = read_parameters_yaml(path)
     specs = {**_SPECS, **_CAMERA_SPECS}
-    return resolve_paths(parameters, specs, Path(path).parent)
+    return resolve_paths(read_parameters_yaml(path), specs, path.parent)
 
 
 def setting_specs() -> dict[str, SettingSpec]:
@@ -476,3 +441,8 @@ def camera_override_specs() -> dict[str, SettingSpec]:
 _SPECS = specs_of(Settings)
 _CAMERA_SPECS = specs_of(CameraSettings)
 _LIVE_SPECS = {name: spec for name, spec in _SPECS.items() if spec.live}
+# "Not given": the value of the index, or of the calibration, is used.
+UNSET: Mapping[str, Any] = {
+    name: _SPECS[name].default
+    for name in (*BUILD_DEFAULTS, *SHORTHAND, "segmenter_model", "target_false_alarm_rate")
+}

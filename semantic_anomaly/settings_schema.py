@@ -25,17 +25,14 @@ def setting(
     default: Any,
     description: str,
     *,
-    minimum: float | None = None,
-    maximum: float | None = None,
+    bounds: tuple[float | None, float | None] = (None, None),
     choices: tuple[str, ...] = (),
     live: bool = False,
     path: bool = False,
 ) -> Any:
     """Return the dataclass field of one setting; for the arguments see `SettingSpec`."""
-    metadata = {
-        **{"description": description, "minimum": minimum, "maximum": maximum},
-        **{"choices": choices, "live": live, "path": path},
-    }
+    metadata: dict[str, Any] = {"description": description, "choices": choices}
+    metadata |= {"minimum": bounds[0], "maximum": bounds[1], "live": live, "path": path}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -82,34 +79,29 @@ class SettingSpec:
         name = name or self.name
         if value is None and self.default is None:
             return None
-        if self.is_list:
-            if not isinstance(value, (list, tuple, array)):
-                raise SettingsError(f"setting '{name}': expected a list, found {short(value)}")
-            return tuple(self._check_one(item, name) for item in value)
-        return self._check_one(value, name)
+        if not self.is_list:
+            return self._check_one(value, name)
+        if not isinstance(value, (list, tuple, array)):
+            raise SettingsError(f"setting '{name}': expected a list, found {short(value)}")
+        return tuple(self._check_one(item, name) for item in value)
 
     def _check_one(self, value: Any, name: str) -> Any:
         if self.element is float and type(value) is int:
             value = float(value) if abs(value) < 1 << 53 else math.inf
         value_type: type = type(value)
         if value_type is not self.element:
-            raise SettingsError(
-                f"setting '{name}': expected {self.element.__name__}, "
-                f"found {short(value)} ({value_type.__name__})"
-            )
-        if self.element is float and not math.isfinite(value):
-            raise SettingsError(f"setting '{name}': expected a finite number, found {value}")
-        if self.minimum is not None and value < self.minimum:
-            raise SettingsError(
-                f"setting '{name}': expected at least {self.minimum}, found {value}"
-            )
-        if self.maximum is not None and value > self.maximum:
-            raise SettingsError(f"setting '{name}': expected at most {self.maximum}, found {value}")
-        if self.choices and value not in self.choices:
-            raise SettingsError(
-                f"setting '{name}': expected one of {', '.join(self.choices)}, found {short(value)}"
-            )
-        return value
+            expected = f"{self.element.__name__}, found {short(value)} ({value_type.__name__})"
+        elif self.element is float and not math.isfinite(value):
+            expected = f"a finite number, found {value}"
+        elif self.minimum is not None and value < self.minimum:
+            expected = f"at least {self.minimum}, found {value}"
+        elif self.maximum is not None and value > self.maximum:
+            expected = f"at most {self.maximum}, found {value}"
+        elif self.choices and value not in self.choices:
+            expected = f"one of {', '.join(self.choices)}, found {short(value)}"
+        else:
+            return value
+        raise SettingsError(f"setting '{name}': expected {expected}")
 
 
 def refuse_fixed(
@@ -145,7 +137,7 @@ def read_parameters_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        content = Path(path).read_bytes()
+        content = path.read_bytes()
     except OSError as error:
         raise SettingsError(f"settings file '{path}': {error.strerror}") from error
     # PyYAML passes on any error that its constructors raise on unusual tags and dates.

@@ -23,7 +23,7 @@ _RENAME_EXCHANGE = 2
 
 
 def canonical_json(value: Any) -> str:
-    """Return the canonical JSON text of a value: sorted keys, no spaces, ASCII, one line.
+    """Return the JSON text of a value with sorted keys, without spaces, in ASCII.
 
     Raises:
         ArtefactError: JSON cannot represent the value, such as NaN.
@@ -46,7 +46,7 @@ def sha256_file(path: Path) -> str:
         OSError: the file cannot be read.
     """
     digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
+    with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -54,10 +54,6 @@ def sha256_file(path: Path) -> str:
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:
     """Write a file to a temporary sibling, fsync and rename it; parent folders are created.
-
-    Args:
-        path: replaced if it exists.
-        data: content of the file.
 
     Raises:
         ArtefactError: the file cannot be written; an existing one is left unchanged.
@@ -69,8 +65,7 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("xb") as file:
                 file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            _fsync(temporary)
             temporary.replace(path)
             _fsync(path.parent)
         finally:
@@ -79,49 +74,50 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def atomic_folder(path: Path, replace: bool) -> Iterator[Path]:
-    """Yield a temporary sibling folder that becomes `path` when the block ends without an error.
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling folder that replaces `path` when the block ends without an error.
 
     Its content is fsynced before the rename. An exception removes the temporary folder and leaves
-    `path` unchanged.
-
-    Args:
-        path: the final folder; parent folders are created.
-        replace: whether an existing folder may be replaced as a whole.
+    `path` unchanged. Parent folders are created.
 
     Raises:
-        ArtefactError: `path` exists and may not be replaced, or the folder cannot be written.
+        ArtefactError: `path` is a link or no folder, or the folder cannot be written.
     """
     path = _absolute(path)
     temporary = _sibling(path)
     try:
         with _os_errors_as_artefact_errors(path):
-            _refuse_existing(path, replace)
+            _refuse_non_folder(path)
             temporary.mkdir(parents=True)
             yield temporary
-        publish_folder(temporary, path, replace)
+        publish_folder(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def publish_folder(folder: Path, path: Path, replace: bool) -> None:
-    """Rename a finished folder in one step, after its content is fsynced.
-
-    Args:
-        folder: a folder beside `path`.
-        path: the final folder.
-        replace: whether an existing folder may be replaced as a whole.
+def publish_folder(folder: Path, path: Path) -> None:
+    """Replace `path` in one step by a finished folder beside it, after its content is fsynced.
 
     Raises:
-        ArtefactError: `path` exists and may not be replaced, or the folder cannot be written.
+        ArtefactError: as `atomic_folder`.
     """
     path = _absolute(path)
     with _os_errors_as_artefact_errors(path):
         for entry in folder.rglob("*"):
             _fsync(entry)
         _fsync(folder)
-        _refuse_existing(path, replace)
-        _put_in_place(folder, path)
+        _refuse_non_folder(path)
+        if not path.exists():
+            folder.rename(path)
+        elif not _exchange(folder, path):
+            aside = _sibling(path)
+            path.rename(aside)
+            try:
+                folder.rename(path)
+            except OSError:
+                aside.rename(path)
+                raise
+            shutil.rmtree(aside, ignore_errors=True)
         _fsync(path.parent)
     # After an exchange of names this is the old folder.
     shutil.rmtree(folder, ignore_errors=True)
@@ -135,34 +131,18 @@ def _os_errors_as_artefact_errors(path: Path) -> Iterator[None]:
         raise ArtefactError(f"cannot write '{path}': {error.strerror or error}") from error
 
 
-def _refuse_existing(path: Path, replace: bool) -> None:
+def _refuse_non_folder(path: Path) -> None:
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise ArtefactError(f"cannot write '{path}': expected a folder or no file there")
-    if path.exists() and not replace:
-        raise ArtefactError(f"cannot write '{path}': it already exists")
-
-
-def _put_in_place(temporary: Path, path: Path) -> None:
-    if not path.exists():
-        temporary.rename(path)
-    elif not _exchange(temporary, path):
-        aside = _sibling(path)
-        path.rename(aside)
-        try:
-            temporary.rename(path)
-        except OSError:
-            aside.rename(path)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _exchange(one: Path, other: Path) -> bool:
     # Between two renames neither folder has the name; Linux can exchange names in one step.
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
     if renameat2 is None:
         return False
-    names = os.fsencode(one), os.fsencode(other)
-    return renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0
+    arguments = _AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE
+    return renameat2(*arguments) == 0
 
 
 def _absolute(path: Path) -> Path:

@@ -1,8 +1,7 @@
-"""Data types shared by all rooms: frozen, validated on construction.
+"""Data types shared by all sub-packages: frozen, validated on construction.
 
-Grids are (rows, cols), images (height, width), boxes xyxy in pixels. A *distance* is the cosine
-distance of an embedding to the nearest nominal entries, a *score* aggregates distances, and a
-*decision* compares a score with a threshold.
+A *distance* is the cosine distance of an embedding to the nearest nominal entries, a *score*
+aggregates distances, and a *decision* compares a score with a threshold.
 """
 
 from __future__ import annotations
@@ -217,7 +216,7 @@ class HeatmapScale:
     source: str = "calibration"
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+        if not -math.inf < self.low < self.high < math.inf:
             raise ModelOutputError(f"heatmap scale: expected low < high, found {self}")
 
     def normalise(self, values: np.ndarray) -> np.ndarray:

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-
-if TYPE_CHECKING:
-    from worlds.cli import World
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Field assignments of messages are unchecked by default, and wrong scalars arrive as zero.
@@ -24,15 +20,6 @@ def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from worlds.backbones import save_backbone
 
     return save_backbone(tmp_path_factory.mktemp("backbone") / "tiny_dinov2")
-
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> World:
-    """Return what the commands are tried on; tests read it and write elsewhere."""
-    # What it imports reads the environment that is set above.
-    from worlds.cli import make_world
-
-    return make_world(tmp_path_factory.mktemp("world"), tiny_backbone)
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ import semantic_anomaly
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ("3.10", "3.11", "3.12")
+CITATION = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
 MANIFEST = ElementTree.parse(ROOT / "package.xml").getroot()
 SETUP = (ROOT / "setup.py").read_text("utf-8")
 # Arguments of the call of setup() that are literals.
@@ -33,25 +34,22 @@ EXEC_DEPENDS = {element.text for element in MANIFEST.findall("exec_depend")}
 
 def test_version_is_the_same_everywhere() -> None:
     version = semantic_anomaly.__version__
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
     changelog = (ROOT / "CHANGELOG.md").read_text("utf-8")
     assert re.fullmatch(r"\d+\.\d+\.\d+", version)
-    assert MANIFEST.findtext("version") == citation["version"] == version
+    assert MANIFEST.findtext("version") == CITATION["version"] == version
     assert "version=version" in SETUP, "setup.py must read the version, not repeat it"
     assert f"## [{version}]" in changelog or f"released as {version}" in changelog
 
 
 def test_licence_is_the_same_everywhere() -> None:
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
     assert "Apache License" in (ROOT / "LICENSE").read_text("utf-8")[:200]
-    assert MANIFEST.findtext("license") == citation["license"] == "Apache-2.0"
+    assert MANIFEST.findtext("license") == CITATION["license"] == "Apache-2.0"
     assert OPTIONS["license"] == "Apache-2.0"
 
 
 def test_citation_refers_to_the_paper() -> None:
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
-    assert {"cff-version", "message", "title", "authors"} <= set(citation)
-    [paper] = citation["references"]
+    assert {"cff-version", "message", "title", "authors"} <= set(CITATION)
+    [paper] = CITATION["references"]
     assert paper["identifiers"][0]["value"] == "arXiv:2505.07998" and len(paper["authors"]) == 7
 
 
@@ -83,11 +81,9 @@ def test_constraints_pin_what_setup_requires(python: str) -> None:
     names = [canonicalize_name(pin.name) for pin in pinned]
     assert len(names) == len(set(names)), "one version for each Python"
     assert all(re.fullmatch(r"==[\w.+]+", str(pin.specifier)) for pin in pinned)
-    lists = [OPTIONS["install_requires"], *OPTIONS["extras_require"].values()]
-    texts = list(chain.from_iterable(lists))
-    required = [Requirement(text) for text in texts if text != "setuptools"]
     versions = {canonicalize_name(pin.name): str(pin.specifier)[2:] for pin in pinned}
-    for requirement in required:
+    texts = chain(OPTIONS["install_requires"], *OPTIONS["extras_require"].values())
+    for requirement in (Requirement(text) for text in texts if text != "setuptools"):
         assert versions[canonicalize_name(requirement.name)] in requirement.specifier
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from worlds.nominal_world import unit
 
 from semantic_anomaly.errors import ImageError, ModelOutputError
 from semantic_anomaly.structures import (
@@ -18,11 +19,6 @@ from semantic_anomaly.structures import (
     NominalExample,
     PatchGrid,
 )
-
-
-def unit(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    vectors = rng.normal(size=shape)
-    return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
 
 
 def result(**changes: Any) -> AnomalyResult:
@@ -39,64 +35,62 @@ def result(**changes: Any) -> AnomalyResult:
 
 
 @pytest.mark.parametrize(
-    ("image", "reason"),
+    "image",
     [
-        (np.zeros((4, 6), np.uint8), "grey"),
-        (np.zeros((4, 6, 4), np.uint8), "four channels"),
-        (np.zeros((4, 6, 3), np.float32), "floats"),
-        (np.zeros((0, 6, 3), np.uint8), "no rows"),
-        (np.zeros((4, 0, 3), np.uint8), "no columns"),
+        np.zeros((4, 6), np.uint8),
+        np.zeros((4, 6, 4), np.uint8),
+        np.zeros((4, 6, 3), np.float32),
+        np.zeros((0, 6, 3), np.uint8),
     ],
 )
-def test_frame_refuses(image: np.ndarray, reason: str) -> None:
+def test_frame_refuses(image: np.ndarray) -> None:
     with pytest.raises(ImageError, match=r"frame 'a/1\.png': expected a non-empty"):
         Frame(image, name="a/1.png")
 
 
-def test_frame_has_a_size() -> None:
-    assert Frame(np.zeros((4, 6, 3), np.uint8)).image_hw == (4, 6)
-
-
-def test_frames_are_frozen() -> None:
+def test_frames_have_a_size_and_are_frozen() -> None:
     frame = Frame(np.zeros((4, 6, 3), np.uint8))
+    assert frame.image_hw == (4, 6)
     with pytest.raises(dataclasses.FrozenInstanceError):
         frame.stamp_ns = 1  # type: ignore[misc]
 
 
+@pytest.fixture
+def features(rng: np.random.Generator) -> np.ndarray:
+    return unit(rng.normal(size=(2, 3, 5)))
+
+
 @pytest.mark.parametrize(
-    ("spoil", "reason"),
+    "spoil",
     [
-        (lambda f: f.astype(np.float64), "float64"),
-        (lambda f: f[0], "no rows"),
-        (lambda f: f[:0], "empty"),
-        (lambda f: f * 1.01, "longer than one"),
-        (lambda f: f * np.inf, "infinite"),
-        (lambda f: f * 0, "zero vectors"),
+        lambda f: f.astype(np.float64),
+        lambda f: f[0],
+        lambda f: f[:0],
+        lambda f: f * 1.01,
+        lambda f: f * np.inf,
     ],
+    ids=["float64", "no rows", "empty", "longer than one", "infinite"],
 )
-def test_grid_refuses(spoil: Any, reason: str, rng: np.random.Generator) -> None:
-    features = unit((2, 3, 5), rng)
+def test_grid_refuses(spoil: Any, features: np.ndarray) -> None:
     with pytest.raises(ModelOutputError, match="patch features"):
         PatchGrid(spoil(features), features[0, 0], (20, 30))
 
 
-def test_grid_refuses_a_single_bad_patch(rng: np.random.Generator) -> None:
-    features = unit((2, 3, 5), rng)
+def test_grid_refuses_a_single_bad_patch(features: np.ndarray) -> None:
     features[1, 2, 4] = np.nan
     with pytest.raises(ModelOutputError, match="finite unit vectors"):
         PatchGrid(features, features[0, 0], (20, 30))
 
 
-def test_grid_refuses_a_bad_global_feature(rng: np.random.Generator) -> None:
-    features = unit((2, 3, 5), rng)
+def test_grid_refuses_a_bad_global_feature(features: np.ndarray) -> None:
     with pytest.raises(ModelOutputError, match="global feature"):
         PatchGrid(features, np.full(5, np.nan, np.float32), (20, 30))
     with pytest.raises(ModelOutputError, match="image size"):
         PatchGrid(features, features[0, 0], (0, 30))
 
 
-def test_grid_has_sizes(rng: np.random.Generator) -> None:
-    grid = PatchGrid(unit((2, 3, 5), rng), unit((5,), rng), (20, 30))
+def test_grid_has_sizes(features: np.ndarray) -> None:
+    grid = PatchGrid(features, features[0, 0], (20, 30))
     assert (grid.grid_hw, grid.dim) == ((2, 3), 5)
 
 
@@ -111,9 +105,8 @@ def test_grid_has_sizes(rng: np.random.Generator) -> None:
     ],
 )
 def test_grid_refuses_invalid_instances(
-    shares: np.ndarray, message: str, rng: np.random.Generator
+    shares: np.ndarray, message: str, features: np.ndarray
 ) -> None:
-    features = unit((2, 3, 5), rng)
     with pytest.raises(ModelOutputError, match=message):
         PatchGrid(features, features[0, 0], (20, 30), shares)
 
@@ -126,7 +119,7 @@ def test_localization_refuses_empty_boxes_and_nan() -> None:
         Localization((3.0, 0.0, 4.0, 2.0), (3.0, 1.0), 1, float("nan"), nearest, 1)
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.5, 0.5), (0.6, 0.5), (float("nan"), 1.0)])
+@pytest.mark.parametrize(("low", "high"), [(0.5, 0.5), (float("nan"), 1.0), (0.5, float("inf"))])
 def test_scale_refuses(low: float, high: float) -> None:
     with pytest.raises(ModelOutputError, match="low < high"):
         HeatmapScale(low, high)
@@ -142,9 +135,7 @@ def test_scale_is_0_at_low_1_at_high_and_has_no_upper_limit() -> None:
     ("changes", "message"),
     [
         ({"score": float("nan")}, "finite number"),
-        ({"score": float("inf")}, "finite number"),
         ({"threshold": None}, "needs a threshold"),
-        ({"decision": Decision.ANOMALY, "threshold": None}, "needs a threshold"),
         ({"decision": Decision.UNKNOWN}, "needs a reason"),
     ],
 )

@@ -37,8 +37,6 @@ _HEAD = """\
 
 def value_text(value: object) -> str:
     """Return a default as YAML: strings quoted, lists in brackets."""
-    if isinstance(value, tuple):
-        return json.dumps(list(value))
     return json.dumps(value)
 
 
@@ -74,10 +72,7 @@ def render_yaml() -> str:
 
 def render_markdown() -> str:
     """Return the table of docs/settings.md."""
-    lines = [
-        "| parameter | default | values | live | meaning |",
-        "|---|---|---|---|---|",
-    ]
+    lines = ["| parameter | default | values | live | meaning |", "|---|---|---|---|---|"]
     rows = list(setting_specs().items())
     rows += [(f"<camera>.{name}", spec) for name, spec in camera_setting_specs().items()]
     for name, spec in rows:
@@ -114,8 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     outdated = 0
     rendered = {CONFIG: render_yaml(), PAGE: with_table(PAGE.read_text(encoding="utf-8"))}
     for path, text in rendered.items():
-        current = path.read_text(encoding="utf-8") if path.exists() else ""
-        if current == text:
+        if path.exists() and path.read_text(encoding="utf-8") == text:
             continue
         outdated = 1
         if args.write:

@@ -109,11 +109,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("weights", type=Path, help="folder with the folders of the original weights")
+    parser.add_argument("weights", type=Path, help="folder with both folders of original weights")
     parser.add_argument("--out", type=Path, default=SHIPPED, help="folder of the shipped backbones")
     args = parser.parse_args()
-    write(args.weights / "efficientnet_lite2_imagenet", args.out / "efficientnet_lite2", efficientnet)
-    write(args.weights / "mobilenet_v1_imagenet", args.out / "mobilenet_v1", mobilenet)
+    for name, cut in (("efficientnet_lite2", efficientnet), ("mobilenet_v1", mobilenet)):
+        write(args.weights / f"{name}_imagenet", args.out / name, cut)
 
 
 if __name__ == "__main__":

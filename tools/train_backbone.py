@@ -1,13 +1,10 @@
 """Train a small dense backbone from images that the project makes itself, with or without teacher.
 
-With a teacher: its features, projected on their main directions, are what the student learns to
-give, by squared distance and under other lights than the teacher sees (Hinton et al. 2015, arXiv
-1503.02531; FitNets, Romero et al. 2015, arXiv 1412.6550). Without one: dense contrastive learning
-between two views of one image with known geometry (DenseCL, Wang et al. 2021, arXiv 2011.09157).
-The descriptor itself is trained, there is no projection to throw away. What is shipped is an
-exponential moving average of the weights.
-
-The result is a Hugging Face folder: `AutoModel.from_pretrained(out)`.
+With a teacher, the student learns the teacher's features, projected on their main directions, by
+squared distance and with other colours than the teacher sees (Hinton et al. 2015, arXiv 1503.02531;
+FitNets, Romero et al. 2015, arXiv 1412.6550). Without one, it learns by dense contrast between two
+views of an image with known geometry (DenseCL, Wang et al. 2021, arXiv 2011.09157). The result is a
+Hugging Face folder with an exponential moving average of the weights.
 """
 
 from __future__ import annotations
@@ -19,9 +16,9 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -151,7 +148,7 @@ def paste_shape(
     Args:
         image: (height, width, 3) uint8, changed in place.
         fill: (height, width, 3) uint8 that shows through the shape.
-        rng: source of chance.
+        rng: of all random draws.
         largest: radius of the largest shapes as a share of the height.
     """
     height, width = image.shape[:2]
@@ -163,8 +160,7 @@ def paste_shape(
         angles = np.linspace(0, 2 * np.pi, corners, endpoint=False) + rng.uniform(0, 1)
     stretch = np.exp(rng.normal(0, 0.5, 2))
     points = np.stack([np.cos(angles), np.sin(angles)], 1) * stretch
-    turn = rng.uniform(0, 2 * np.pi)
-    rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    rotation = _rotation(rng.uniform(0, 2 * np.pi))
     outline = (centre + radius * points @ rotation).astype(np.int32)
     mask = np.zeros((height, width), np.uint8)
     cv2.fillPoly(mask, [outline], 255, cv2.LINE_AA)
@@ -174,6 +170,10 @@ def paste_shape(
     shade = rng.uniform(0.7, 1.1)
     painted = np.minimum(fill[box] * np.float32(shade), 255)
     image[box] = (image[box] * (1 - weight) + painted * weight).astype(np.uint8)
+
+
+def _rotation(angle: float) -> np.ndarray:
+    return np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
 
 
 def _noise(rng: np.random.Generator, hw: tuple[int, int]) -> np.ndarray:
@@ -216,18 +216,18 @@ LARGEST, SMALLEST = 0.28, 0.02
 
 
 def paste_thing(image: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Draw one thing of several parts, each filled by a made-up material or a piece of a picture.
+    """Draw one object of several parts, each filled by a texture or a piece of an image.
 
     Self-supervised anomalies in the manner of CutPaste (Li et al. 2021, arXiv 2104.04015) and NSA
-    (Schlueter et al. 2022, arXiv 2109.15222): nothing of them is drawn after a kind of anomaly.
+    (Schlueter et al. 2022, arXiv 2109.15222); they imitate no class of anomalies.
 
     Args:
         image: (height, width, 3) uint8, changed in place.
-        other: (h, w, 3) uint8, the picture that pieces are taken from.
-        rng: source of chance.
+        other: (h, w, 3) uint8, the image that pieces are taken from.
+        rng: of all random draws.
 
     Returns:
-        (height, width) uint8, 255 where the thing is, between at its soft edge.
+        (height, width) uint8, 255 where the object is, between at its soft edge.
     """
     height, width = image.shape[:2]
     radius = height * float(np.exp(rng.uniform(np.log(SMALLEST), np.log(LARGEST))))
@@ -263,8 +263,7 @@ def _silhouette(
         angles = np.linspace(0, 2 * np.pi, corners, endpoint=False) + np.pi / 4
     stretch = np.exp(rng.normal(0, 0.55, 2))
     points = np.stack([np.cos(angles), np.sin(angles)], 1) * np.minimum(stretch, 2.0)
-    turn = rng.uniform(0, 2 * np.pi) if rng.random() < 0.6 else 0.0
-    rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    rotation = _rotation(rng.uniform(0, 2 * np.pi) if rng.random() < 0.6 else 0.0)
     outline = np.round((middle + size * points @ rotation) * 16).astype(np.int32)
     shape = np.zeros(hw, np.uint8)
     cv2.fillPoly(shape, [outline], 255, cv2.LINE_AA, 4)
@@ -285,26 +284,30 @@ def _material(other: np.ndarray, rng: np.random.Generator, hw: tuple[int, int]) 
     cosine, sine = scale * np.cos(turn), scale * np.sin(turn)
     start = rng.uniform(0, 1, 2) * (other.shape[1], other.shape[0])
     across = np.array([[cosine, -sine, start[0]], [sine, cosine, start[1]]])
-    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    piece = cv2.warpAffine(other, across, hw[::-1], flags=flags, borderMode=cv2.BORDER_REFLECT_101)
+    piece = _warped(other, across, hw)
     tint = rng.uniform(0.75, 1.25, 3).astype(np.float32)
     if rng.random() < 0.5:
         tint[:] = 1
     return np.clip(piece.astype(np.float32) * tint, 0, 255)
 
 
-# Large views: what a place sees shall seldom end at the edge of its view, as in the vehicle.
+def _warped(image: np.ndarray, across: np.ndarray, hw: tuple[int, int]) -> np.ndarray:
+    # By a (2, 3) map from pixels of the result to pixels of the image.
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    return cv2.warpAffine(image, across, hw[::-1], flags=flags, borderMode=cv2.BORDER_REFLECT_101)
+
+
+# Large views: the receptive field of a patch seldom reaches beyond its view, as in the vehicle.
 VIEW_HW = (320, 560)
 
 
-@dataclass(frozen=True, eq=False)
-class ViewPairs:
-    """A batch of view pairs.
+class ViewPairs(NamedTuple):
+    """One pair of views, or a batch of n with a leading axis.
 
     Attributes:
-        clean: (n, *VIEW_HW, 3) uint8, the first views before their colours were changed.
-        first, second: the views, same shape and dtype; without second ones, (n, 0).
-        across: (n, 2, 3) float32, pixels of the first view -> pixels of the second.
+        clean: (*VIEW_HW, 3) uint8, the first view before its colours were changed.
+        first, second: the views, same shape and dtype; without a second one, (0,).
+        across: (2, 3) float32, pixels of the first view -> pixels of the second.
     """
 
     clean: np.ndarray
@@ -319,7 +322,7 @@ class PairSampler:
     Args:
         groups: (n, height, width, 3) uint8 arrays with sides of VIEW_HW at least.
         shares: probability of each group; those of empty groups go to the others.
-        seed: of all chance.
+        seed: of all random draws.
         pasted: share of the images into which foreign material is pasted.
         both: whether second views are wanted.
 
@@ -350,12 +353,10 @@ class PairSampler:
 
     def batch(self, number: int, size: int) -> ViewPairs:
         """Return batch `number` of `size` pairs."""
-        # Every batch has chance of its own, so that the threads that make them change nothing.
+        # Every batch has a generator of its own, so that the order of threads changes nothing.
         rng = np.random.default_rng([self._seed, number])
-        parts = []
-        for _ in range(size):
-            parts.append(make_pair(rng, self._image(rng), self._both))
-        return ViewPairs(*(np.stack(part) for part in zip(*parts, strict=True)))
+        pairs = [make_pair(rng, self._image(rng), self._both) for _ in range(size)]
+        return ViewPairs(*(np.stack(part) for part in zip(*pairs, strict=True)))
 
     def _image(self, rng: np.random.Generator) -> np.ndarray:
         image = self._pick(rng)
@@ -370,30 +371,23 @@ class PairSampler:
         return np.asarray(group[int(rng.integers(len(group)))])
 
 
-def make_pair(
-    rng: np.random.Generator, image: np.ndarray, both: bool = True
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return clean first view, first view, second view, map from first to second.
+def make_pair(rng: np.random.Generator, image: np.ndarray, both: bool = True) -> ViewPairs:
+    """Return two overlapping views of an image.
 
     Args:
-        rng: source of chance.
+        rng: of all random draws.
         image: (height, width, 3) uint8, sides of VIEW_HW at least.
         both: whether a second view is wanted; else it is empty.
     """
     height, width = image.shape[:2]
     centre = (rng.uniform(0.2, 0.8) * width, rng.uniform(0.2, 0.8) * height)
     maps = [_placement(rng, centre, (height, width)) for _ in range(2)]
-    size = VIEW_HW[::-1]
-    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    edge = cv2.BORDER_REFLECT_101
-    first = cv2.warpAffine(image, maps[0][:2], size, flags=flags, borderMode=edge)
+    clean = _warped(image, maps[0][:2], VIEW_HW)
     second = np.empty(0, np.uint8)
     if both:
-        second = photometric(
-            rng, cv2.warpAffine(image, maps[1][:2], size, flags=flags, borderMode=edge)
-        )
+        second = photometric(rng, _warped(image, maps[1][:2], VIEW_HW))
     across = (np.linalg.inv(maps[1]) @ maps[0])[:2].astype(np.float32)
-    return first, photometric(rng, first), second, across
+    return ViewPairs(clean, photometric(rng, clean), second, across)
 
 
 def photometric(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
@@ -430,7 +424,7 @@ def _placement(
 
 TEMPERATURE = 0.15
 PLACES = 48
-# The next places show partly the same; they are neither the same place nor another one.
+# Neighbouring patches overlap in content; they count neither as the same nor as another one.
 NEAR_PLACES = 2.5
 TEACHER_ENLARGE = 1.25
 
@@ -457,13 +451,13 @@ class Teacher:
     def project_on(self, images: Tensor, grid_hw: tuple[int, int], dim: int) -> float:
         """Reduce the features to `dim` numbers from now on; distances between them stay.
 
-        The basis is that of the greatest second moments, not of the covariance: the mean is not
-        taken away, because cosines without it magnify places without content.
+        The basis is that of the largest second moments. The mean is not subtracted, because cosines
+        without it magnify patches without content.
 
         Args:
             images: (n, 3, h, w) in [0, 1].
             grid_hw: rows and columns of the grid.
-            dim: numbers a place; those beyond the teacher's own are zero.
+            dim: numbers per patch; those beyond the teacher's own are zero.
 
         Returns:
             The share of the energy that is kept, in [0, 1].
@@ -493,12 +487,12 @@ class Teacher:
 
 
 def corresponding(across: Tensor, xy: Tensor, stride: float, view_hw: tuple[int, int]) -> Tensor:
-    """Return where places of the first view lie in the second, for `grid_sample`.
+    """Return where patches of the first view lie in the second, for `grid_sample`.
 
     Args:
         across: (n, 2, 3) pixels of the first view -> pixels of the second.
-        xy: (n, p, 2) column and row of places in the first grid.
-        stride: pixels a place.
+        xy: (n, p, 2) column and row of patches in the first grid.
+        stride: pixels per patch.
         view_hw: height and width of the second view in pixels.
 
     Returns:
@@ -510,10 +504,9 @@ def corresponding(across: Tensor, xy: Tensor, stride: float, view_hw: tuple[int,
 
 
 def imitation_loss(features: Tensor, taught: Tensor) -> Tensor:
-    """Return the mean squared distance of places to the teacher's: (n, dim, rows, cols) both.
+    """Return the mean squared distance of patches to the teacher's: (n, dim, rows, cols) both.
 
-    No linear map lies between them, so that what is learnt are the teacher's own distances, by
-    which an index is searched.
+    Without a linear map between them, the student learns the teacher's own distances.
     """
     return (features - taught).square().sum(1).mean()
 
@@ -521,15 +514,16 @@ def imitation_loss(features: Tensor, taught: Tensor) -> Tensor:
 def contrast_loss(
     first: Tensor, second: Tensor, across: Tensor, view_hw: tuple[int, int]
 ) -> Tensor:
-    """Return InfoNCE of the same place in two views against other places (DenseCL).
+    """Return InfoNCE of the same patch in two views against other patches (DenseCL).
 
     Args:
         first, second: (n, dim, rows, cols) features of the two views.
         across: (n, 2, 3) pixels of the first view -> pixels of the second.
         view_hw: height and width of a view in pixels.
     """
-    cols = first.shape[3]
-    order = _some_places(first)
+    n, _, rows, cols = first.shape
+    # (n, p) patch numbers, drawn on the CPU for the same draw everywhere.
+    order = torch.stack([torch.randperm(rows * cols)[:PLACES] for _ in range(n)]).to(first.device)
     xy = torch.stack([order % cols, order // cols], -1).float()
     target = corresponding(across, xy, view_hw[1] / cols, view_hw)
     seen = (target.abs() <= 1).all(-1).flatten()
@@ -540,7 +534,9 @@ def contrast_loss(
     near = torch.cdist(flat, flat) < NEAR_PLACES
     ignored = (near & (image[:, None] == image)) | ~seen
     itself = torch.eye(len(seen), dtype=torch.bool, device=first.device)
-    logits = _at(first, order) @ keys.T / TEMPERATURE
+    index = order[:, None].expand(-1, first.shape[1], -1)
+    queries = torch.gather(first.flatten(2), 2, index).transpose(1, 2).flatten(0, 1)
+    logits = functional.normalize(queries, dim=-1) @ keys.T / TEMPERATURE
     logits = logits.masked_fill(ignored & ~itself, -1e4)
     labels = torch.arange(len(seen), device=first.device)
     lost = functional.cross_entropy(logits, labels, reduction="none")
@@ -549,21 +545,6 @@ def contrast_loss(
 
 def _resized(grid: Tensor, grid_hw: tuple[int, int]) -> Tensor:
     return functional.interpolate(grid, grid_hw, mode="bilinear")
-
-
-def _some_places(features: Tensor) -> Tensor:
-    # (n, p) flat places, as many in every image, drawn on the CPU for the same draw everywhere.
-    n, _, rows, cols = features.shape
-    places = min(PLACES, rows * cols)
-    order = torch.stack([torch.randperm(rows * cols)[:places] for _ in range(n)])
-    return order.to(features.device)
-
-
-def _at(features: Tensor, order: Tensor) -> Tensor:
-    # (n, dim, rows, cols) at (n, p) flat places -> (n * p, dim) unit vectors.
-    index = order[:, None].expand(-1, features.shape[1], -1)
-    picked = torch.gather(features.flatten(2), 2, index)
-    return functional.normalize(picked.transpose(1, 2).flatten(0, 1), dim=-1)
 
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -664,8 +645,10 @@ class Trainer:
     def _step(self, pairs: ViewPairs) -> float:
         views = pairs.first if self._teacher else np.concatenate([pairs.first, pairs.second])
         taught = None
+        mean, std = (torch.tensor(v, device=self._device).view(3, 1, 1) for v in (MEAN, STD))
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._args.bfloat16):
-            features = self.student(_normalised(_inputs(views, self._device))).last_hidden_state
+            pixels = (_inputs(views, self._device) - mean) / std
+            features = self.student(pixels).last_hidden_state
             if self._teacher is not None:
                 grid_hw = (features.shape[2], features.shape[3])
                 taught = self._teacher(_inputs(pairs.clean, self._device), grid_hw)
@@ -674,8 +657,7 @@ class Trainer:
             loss = imitation_loss(features, taught)
         else:
             across = torch.from_numpy(pairs.across).to(self._device)
-            first, second = features.chunk(2)
-            loss = contrast_loss(first, second, across, VIEW_HW)
+            loss = contrast_loss(*features.chunk(2), across, VIEW_HW)
         self._optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self._parameters, 1.0)
@@ -775,11 +757,6 @@ def _keep_depthwise_float32(model: nn.Module) -> None:
 def _inputs(views: np.ndarray, device: torch.device) -> Tensor:
     # (n, h, w, 3) uint8 -> (n, 3, h, w) float32 in [0, 1]; the memory stays channels last.
     return torch.from_numpy(views).to(device).permute(0, 3, 1, 2).float() / 255
-
-
-def _normalised(images: Tensor) -> Tensor:
-    mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1)
-    return (images - mean) / torch.tensor(STD, device=images.device).view(3, 1, 1)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,12 @@ of one drive resemble each other, so many short drives are worth more than one l
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,7 +20,6 @@ from semantic_anomaly.calibration.conformal import (
     EPISODE_SETTINGS,
     Episodes,
     allowed,
-    combined_threshold,
     conformal_threshold,
     scores_needed,
 )
@@ -30,15 +30,11 @@ from semantic_anomaly.scoring.normalisation import ScoreNormalisation
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import HeatmapScale
 
+if TYPE_CHECKING:
+    from semantic_anomaly.index.nominal_index import NominalIndex
+
 FEW_DRIVES = 5
-
-
-class CalibratedIndex(Protocol):
-    """The part of an index that a calibration depends on."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Return the digest of the index."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +95,7 @@ class Calibration:
         if min(counts, default=0) < 1 or sum(counts) != len(scores):
             raise CalibrationError(
                 f"calibration drives: expected frames of every drive, {len(scores)} in all, "
-                f"found {counts}"
+                f"found {list(self.drives)}"
             )
         # Too few scores for the rate raise here.
         _ = self.threshold
@@ -111,7 +107,7 @@ class Calibration:
         scores_by_drive: Mapping[str, Sequence[float]],
         *,
         heatmap_low: float,
-        index: CalibratedIndex,
+        index: NominalIndex,
         settings: Settings,
         roi: RegionOfInterest,
         camera: str,
@@ -119,30 +115,19 @@ class Calibration:
         normalisations: Sequence[ScoreNormalisation],
         episodes: Episodes | None = None,
     ) -> Calibration:
-        """Make a calibration from the frame scores of nominal drives.
+        """Make a calibration from the frame scores of nominal drives that the index has not seen.
 
-        Args:
-            scores_by_drive: frame scores by drive, of drives that the index has not seen.
-            heatmap_low: median over frames of the median value of the anomaly map.
-            index: the index that gave the distances.
-            settings: target rate and settings that shape a score.
-            roi: region of interest of the scores.
-            camera: name of the camera.
-            dtype: precision of the backbone.
-            normalisations: score normalisation of each stage.
-            episodes: of the same drives, if a rate of episodes is set.
+        The other arguments are those of the attributes; `settings` has the target rate and the
+        settings that shape a score.
 
         Raises:
-            CalibrationError: too few scores for the target rate, or scores out of range.
+            CalibrationError: a drive without scores, too few for the target rate, or scores out of
+                range.
         """
-        drives = tuple((name, len(scores)) for name, scores in scores_by_drive.items())
-        if not drives or any(count == 0 for _, count in drives):
-            empty = [name for name, count in drives if count == 0]
-            raise CalibrationError(f"calibration: expected frames of every drive, found {empty}")
-        pooled = np.concatenate([np.asarray(s, np.float64) for s in scores_by_drive.values()])
+        pooled = [score for scores in scores_by_drive.values() for score in scores]
         return cls(
-            scores=np.sort(pooled),
-            drives=drives,
+            scores=np.sort(np.array(pooled, np.float64)),
+            drives=tuple((name, len(scores)) for name, scores in scores_by_drive.items()),
             target_false_alarm_rate=settings.target_false_alarm_rate,
             heatmap_low=float(heatmap_low),
             index_fingerprint=index.fingerprint,
@@ -196,8 +181,21 @@ class Calibration:
             CalibrationError: too few frames or episodes for the rate, or no episodes.
             MismatchError: episodes of another length or confirmation.
         """
-        frame_threshold = self.threshold_for(settings.target_false_alarm_rate)
-        return combined_threshold(frame_threshold, self.episodes, settings)
+        threshold = self.threshold_for(settings.target_false_alarm_rate)
+        if settings.target_episode_rate:
+            if self.episodes is None:
+                raise CalibrationError(
+                    "setting 'target_episode_rate': expected a calibration with episodes, found "
+                    "one of frames only; calibrate again with --target-episode-rate"
+                )
+            return max(threshold, self.episodes.threshold(settings))
+        if self.episodes is not None:
+            _log.warning(
+                "calibrated also for a rate of %g of episodes of %g s, but target_episode_rate is "
+                "0: the threshold is that of frames only",
+                *(self.episodes.target_episode_rate, self.episodes.episode_s),
+            )
+        return threshold
 
     def p_value(self, score: float) -> float:
         """Return the probability that a nominal frame scores at least as high, in (0, 1].
@@ -245,7 +243,7 @@ class Calibration:
             warnings.append(staleness_warning(self.stale_edits))
         return tuple(warnings)
 
-    def carried(self, index: CalibratedIndex, changes: Iterable[StaleEdit]) -> Calibration:
+    def carried(self, index: NominalIndex, changes: Iterable[StaleEdit]) -> Calibration:
         """Return this calibration for an edited index: still in force, but stale."""
         since = edits_since(self.stale_edits, changes)
         return replace(self, index_fingerprint=index.fingerprint, stale_edits=since)
@@ -275,12 +273,12 @@ class Calibration:
         Raises:
             ArtefactError: the file cannot be written.
         """
-        return calibration_format.write(index_folder, self._values())
+        return calibration_format.write(index_folder, vars(self))
 
     @property
     def sha256(self) -> str:
         """Return the digest that its file carries."""
-        return calibration_format.digest(self._values())
+        return calibration_format.digest(vars(self))
 
     @classmethod
     def load(cls, index_folder: Path, camera: str = "") -> Calibration:
@@ -299,6 +297,3 @@ class Calibration:
             return cls(**values)
         except CalibrationError as error:
             raise CalibrationError(f"calibration of index '{path.parent}': {error}") from error
-
-    def _values(self) -> dict[str, Any]:
-        return {row.name: getattr(self, row.name) for row in fields(self)}

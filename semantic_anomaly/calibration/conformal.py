@@ -14,19 +14,17 @@ detections must also belong to one component: the calibrated rate errs on the sa
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 
 from semantic_anomaly.errors import CalibrationError, MismatchError
 from semantic_anomaly.settings import Settings
 
-_log = logging.getLogger(__name__)
 # Least share of an episode that the frames of a drive must cover.
 _COVERED_SHARE = 0.9
 EPISODE_SETTINGS = ("episode_s", "confirm_count", "confirm_s", "silence_s")
@@ -48,7 +46,7 @@ def conformal_threshold(scores: np.ndarray, rate: float, unit: str) -> float:
     Args:
         scores: (n,) ascending.
         rate: in (0, 1).
-        unit: of the scores, for the message: 'frames' or 'episodes'.
+        unit: of the scores, for the message: 'frames' or 'episodes of 10 s'.
 
     Raises:
         CalibrationError: too few scores for the rate.
@@ -79,8 +77,8 @@ class Episodes:
         target_episode_rate: share of nominal episodes that may raise an alarm.
 
     Raises:
-        CalibrationError: no scores, scores, lengths, count or rate out of range, or too few scores
-            for the rate.
+        CalibrationError: scores, lengths, count or rate out of range, or too few scores for the
+            rate.
     """
 
     scores: np.ndarray
@@ -92,12 +90,11 @@ class Episodes:
 
     def __post_init__(self) -> None:
         scores = self.scores
-        finite = scores.ndim == 1 and len(scores) and np.isfinite(scores).all()
+        finite = scores.ndim == 1 and np.isfinite(scores).all()
         if not finite or np.any(np.diff(scores) < 0):
             raise CalibrationError("episodes: expected ascending finite scores")
-        if not all(
-            0 < length < np.inf for length in (self.episode_s, self.confirm_s, self.silence_s)
-        ):
+        lengths_s = self.episode_s, self.confirm_s, self.silence_s
+        if not all(0 < length_s < np.inf for length_s in lengths_s):
             raise CalibrationError("episodes: expected lengths above 0 s")
         if self.confirm_count < 1:
             raise CalibrationError(
@@ -107,7 +104,7 @@ class Episodes:
             raise CalibrationError(
                 f"episodes: expected a rate in (0, 1), found {self.target_episode_rate}"
             )
-        conformal_threshold(scores, self.target_episode_rate, "episodes")
+        self._threshold_for(self.target_episode_rate)
 
     @classmethod
     def of_drives(
@@ -135,13 +132,6 @@ class Episodes:
             confirmed = _confirmed_scores(np.array(scores, np.float64), stamps_s, settings, drive)
             episodes = complete_episodes(stamps_s, settings.episode_s)
             maxima += [float(confirmed[frames].max()) for frames in episodes]
-        needed = scores_needed(settings.target_episode_rate)
-        if len(maxima) < needed:
-            raise CalibrationError(
-                f"a rate of {settings.target_episode_rate:g} of episodes of "
-                f"{settings.episode_s:g} s needs at least {needed} nominal calibration episodes, "
-                f"found {len(maxima)} complete ones"
-            )
         values = {
             name: getattr(settings, name) for name in (*EPISODE_SETTINGS, "target_episode_rate")
         }
@@ -160,11 +150,14 @@ class Episodes:
                 raise MismatchError(
                     f"calibration: episodes: setting '{name}'", expected, given, "calibrate again"
                 )
-        return conformal_threshold(self.scores, settings.target_episode_rate, "episodes")
+        return self._threshold_for(settings.target_episode_rate)
+
+    def _threshold_for(self, rate: float) -> float:
+        return conformal_threshold(self.scores, rate, f"episodes of {self.episode_s:g} s")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
-        return {**asdict(self), "scores": self.scores.tolist()}
+        return {**vars(self), "scores": self.scores.tolist()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Episodes:
@@ -173,10 +166,7 @@ class Episodes:
         Raises:
             CalibrationError: keys missing or unknown, or values of another type or out of range.
         """
-        types = {
-            **{"scores": list, "episode_s": float, "confirm_count": int, "confirm_s": float},
-            **{"silence_s": float, "target_episode_rate": float},
-        }
+        types = {**get_type_hints(cls), "scores": list}
         if {key: type(value) for key, value in values.items()} != types:
             raise CalibrationError(f"episodes: expected {', '.join(types)}")
         if not all(type(score) is float for score in values["scores"]):
@@ -184,40 +174,11 @@ class Episodes:
         return cls(**{**values, "scores": np.array(values["scores"], np.float64)})
 
 
-def combined_threshold(
-    frame_threshold: float, episodes: Episodes | None, settings: Settings
-) -> float:
-    """Return the larger of the thresholds of frames and episodes.
-
-    Raises:
-        CalibrationError: a rate of episodes is set, and none were calibrated.
-        MismatchError: as `Episodes.threshold`.
-    """
-    if settings.target_episode_rate:
-        if episodes is None:
-            raise CalibrationError(
-                "setting 'target_episode_rate': expected a calibration with episodes, found one "
-                "of frames only; calibrate again with --target-episode-rate"
-            )
-        return max(frame_threshold, episodes.threshold(settings))
-    if episodes is not None:
-        _log.warning(
-            "calibrated also for a rate of %g of episodes of %g s, but target_episode_rate is 0: "
-            "the threshold is that of frames only",
-            *(episodes.target_episode_rate, episodes.episode_s),
-        )
-    return frame_threshold
-
-
 def complete_episodes(stamps_s: np.ndarray, episode_s: float) -> list[np.ndarray]:
     """Return the frames of every complete episode of a drive, as (n,) positions.
 
     A frame stands for the time up to the next one; an episode is complete when nine tenths of it
-    are covered.
-
-    Args:
-        stamps_s: (n,) seconds, rising.
-        episode_s: length of an episode.
+    are covered. Stamps are (n,) rising seconds.
     """
     period_s = float(np.median(np.diff(stamps_s))) if len(stamps_s) > 1 else 0.0
     covered_s = stamps_s[-1] - stamps_s[0] + period_s

@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 
-from semantic_anomaly.calibration import staleness
 from semantic_anomaly.calibration.conformal import Episodes
+from semantic_anomaly.calibration.staleness import StaleEdit
 from semantic_anomaly.errors import CalibrationError
 from semantic_anomaly.index.format import is_calibration_file
 from semantic_anomaly.scoring.normalisation import ScoreNormalisation
@@ -38,14 +39,16 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "stale_edits": (list,),
     "episodes": (dict, type(None)),
 }
+_TYPES_OF_ROWS: dict[str, dict[str, type]] = {
+    "drives": {"name": str, "frames": int},
+    "stale_edits": get_type_hints(StaleEdit),
+}
 
 
 def calibration_files(folder: Path) -> list[Path]:
     """Return the calibrations in the folder of an index, calibration.json first."""
-    first = Path(folder) / FILE_NAME
-    others = sorted(
-        p for p in Path(folder).glob("calibration.*.json") if is_calibration_file(p.name)
-    )
+    first = folder / FILE_NAME
+    others = sorted(p for p in folder.glob("calibration.*.json") if is_calibration_file(p.name))
     return [path for path in (first, *others) if path.exists()]
 
 
@@ -111,7 +114,7 @@ def _to_body(values: Mapping[str, Any]) -> dict[str, Any]:
         "scores": values["scores"].tolist(),
         "drives": [{"name": name, "frames": count} for name, count in values["drives"]],
         "normalisations": [values.to_dict() for values in values["normalisations"]],
-        "stale_edits": staleness.to_dicts(values["stale_edits"]),
+        "stale_edits": [asdict(edit) for edit in values["stale_edits"]],
         "episodes": None if episodes is None else episodes.to_dict(),
     }
 
@@ -139,17 +142,19 @@ def _from_body(body: Any) -> dict[str, Any]:
         raise CalibrationError("'scores' contains something that is not a number")
     if not 0.0 < body["target_false_alarm_rate"] < 1.0:
         raise CalibrationError(f"'target_false_alarm_rate' is {body['target_false_alarm_rate']}")
-    types_of_drive = {"name": str, "frames": int}
-    for drive in body["drives"]:
-        if not isinstance(drive, dict) or {k: type(v) for k, v in drive.items()} != types_of_drive:
-            raise CalibrationError(f"'drives' contains {short(drive)}")
+    for key, row_types in _TYPES_OF_ROWS.items():
+        for row in body[key]:
+            if not isinstance(row, dict) or {k: type(v) for k, v in row.items()} != row_types:
+                raise CalibrationError(
+                    f"'{key}' contains {short(row)}, expected {', '.join(row_types)}"
+                )
     episodes = body["episodes"]
     return {
         **body,
         "scores": np.array(body["scores"], np.float64),
         "drives": tuple((drive["name"], drive["frames"]) for drive in body["drives"]),
         "normalisations": tuple(map(ScoreNormalisation.from_dict, body["normalisations"])),
-        "stale_edits": staleness.from_dicts(body["stale_edits"]),
+        "stale_edits": tuple(StaleEdit(**edit) for edit in body["stale_edits"]),
         "episodes": None if episodes is None else Episodes.from_dict(episodes),
     }
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import cv2
@@ -23,55 +22,20 @@ _SOURCE = re.compile(r"(?P<name>.*?)(\[(?P<start>-?\d*):(?P<stop>-?\d*)(:\d*)?\]
 _log = logging.getLogger(__name__)
 
 
-class LeakageCheck:
-    """Refuses calibration frames that the index has seen, or that are given twice."""
+def check_sources(index: NominalIndex, sources: Mapping[str, FrameSource]) -> None:
+    """Check sources of calibration frames, by drive, as far as possible before they are embedded.
 
-    def __init__(self, index: NominalIndex) -> None:
-        self._index = index
-        self._seen: set[tuple[Path, str]] = set()
-
-    def check_sources(self, sources: Mapping[str, FrameSource], needed: int) -> None:
-        """Check, before frames are embedded, what can be known without them.
-
-        Args:
-            sources: by drive.
-            needed: least number of frames.
-
-        Raises:
-            CalibrationError: too few frames, or the first frame of a source was seen by the index.
-        """
-        counts = [source.count for source in sources.values()]
-        known = [count for count in counts if count is not None]
-        if len(known) == len(counts) and sum(known) < needed:
-            raise CalibrationError(
-                f"the target false-alarm rate needs at least {needed} nominal calibration frames, "
-                f"found {sum(known)}"
+    Raises:
+        CalibrationError: the index has seen the first frame of a source.
+    """
+    for drive, source in sources.items():
+        refuse_seen(index, next(iter(source)))
+        if source.files and _overlaps(source, index.content.source):
+            _log.warning(
+                "calibration drive '%s' has the name of a drive in the index: if it is the "
+                "same drive, the false-alarm rate on other drives will exceed the target",
+                drive,
             )
-        for drive, source in sources.items():
-            refuse_seen(self._index, next(iter(source)))
-            if source.files and _overlaps(source, self._index.content.source):
-                _log.warning(
-                    "calibration drive '%s' has the name of a drive in the index: if it is the "
-                    "same drive, the false-alarm rate on other drives will exceed the target",
-                    drive,
-                )
-
-    def check_frame(self, source: FrameSource, frame: Frame) -> None:
-        """Check one frame.
-
-        Raises:
-            CalibrationError: the index has seen it, or it was given before.
-        """
-        refuse_seen(self._index, frame)
-        key = source.path.resolve(), frame.name
-        # Arrays have no files: equal names say nothing.
-        if source.files and key in self._seen:
-            raise CalibrationError(f"calibration frame '{frame.name}' is given twice")
-        self._seen.add(key)
-
-    def restart(self) -> None:
-        """Forget which frames were given, before the same frames are read again."""
-        self._seen.clear()
 
 
 def is_seen(index: NominalIndex, frame: Frame) -> bool:
@@ -100,12 +64,11 @@ def refuse_seen(index: NominalIndex, frame: Frame) -> None:
 
 def _overlaps(source: FrameSource, index_sources: Iterable[str]) -> bool:
     """Return whether the index has a source of the same name with overlapping frame numbers."""
-    selection = source.selection
+    first, last = source.selection.start or 0, source.selection.stop
     for text in index_sources:
         match = _SOURCE.fullmatch(text)
         if match is None or match["name"] != source.name:
             continue
-        first, last = selection.start or 0, selection.stop
         other_first = int(match["start"] or 0)
         other_last = int(match["stop"]) if match["stop"] else None
         if min(first, last or 0, other_first, other_last or 0) < 0:

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
-
-from semantic_anomaly.errors import CalibrationError
-
-_TYPES = {"edit": int, "summary": str, "undone": bool, "distances_grow": bool}
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -37,11 +32,9 @@ def edits_since(before: Sequence[StaleEdit], changes: Iterable[StaleEdit]) -> tu
     """Return the edits since calibration after further changes; undoing one removes it."""
     since = list(before)
     for change in changes:
-        same_edit = [e for e in since if e.edit == change.edit]
-        if change.undone and same_edit and not same_edit[-1].undone:
-            since.reverse()
-            since.remove(same_edit[-1])
-            since.reverse()
+        earlier = [n for n, edit in enumerate(since) if edit.edit == change.edit]
+        if change.undone and earlier and not since[earlier[-1]].undone:
+            del since[earlier[-1]]
         else:
             since.append(change)
     return tuple(since)
@@ -68,21 +61,3 @@ def staleness_warning(stale_edits: Sequence[StaleEdit]) -> str:
         )
     texts = ", ".join(edit.text for edit in stale_edits)
     return f"stale calibration, {count}: {texts}; {meaning}; calibrate again"
-
-
-def to_dicts(stale_edits: Iterable[StaleEdit]) -> list[dict[str, Any]]:
-    """Return plain values for JSON."""
-    return [asdict(edit) for edit in stale_edits]
-
-
-def from_dicts(values: Any) -> tuple[StaleEdit, ...]:
-    """Make edits from the values of `to_dicts`.
-
-    Raises:
-        CalibrationError: values of another structure.
-    """
-    for value in values if isinstance(values, list) else [values]:
-        types = {k: type(v) for k, v in value.items()} if isinstance(value, dict) else {}
-        if types != _TYPES:
-            raise CalibrationError(f"'stale_edits': expected edits with {', '.join(_TYPES)}")
-    return tuple(StaleEdit(**value) for value in values)

@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 from typing import NamedTuple
 
 from semantic_anomaly import __version__
@@ -23,95 +24,63 @@ _EXIT_CODES = (
 
 
 class _Verb(NamedTuple):
-    module: str
     summary: str
     example: str
 
 
 VERBS = {
     "build-index": _Verb(
-        "build_index",
         "build the index of nominal embeddings from nominal drives",
-        "semantic-anomaly build-index drives/monday 'drives/tuesday[0:600]' --out index",
+        "drives/monday 'drives/tuesday[0:600]' --out index",
     ),
     "calibrate": _Verb(
-        "calibrate",
         "calibrate an index with nominal drives that it has not seen",
-        "semantic-anomaly calibrate index drives/wednesday --target-false-alarm-rate 0.01",
+        "index drives/wednesday --target-false-alarm-rate 0.01",
     ),
     "evaluate": _Verb(
-        "evaluate",
         "evaluate the detector on labelled images; write results.json and a report",
-        "semantic-anomaly evaluate labelled --index index --out report",
+        "labelled --index index --out report",
     ),
     "score-maps": _Verb(
-        "score_maps",
-        "evaluate the anomaly maps of any method",
-        "semantic-anomaly score-maps report/maps labelled --out scored",
+        "evaluate the anomaly maps of any method", "report/maps labelled --out scored"
     ),
-    "compare": _Verb(
-        "compare",
-        "compare the results of evaluations",
-        "semantic-anomaly compare report_a report_b",
-    ),
+    "compare": _Verb("compare the results of evaluations", "report_a report_b"),
     "judge": _Verb(
-        "judge",
         "ask a vision-language model about every frame, for comparison",
-        "semantic-anomaly judge labelled --base-url http://localhost:8000/v1 --model m --out told",
+        "labelled --base-url http://localhost:8000/v1 --model m --out judged",
     ),
     "replay": _Verb(
-        "replay",
         "run a bag, video or folder through the detector; write scores, curve and overlays",
-        "semantic-anomaly replay drive_bag --index index --out replayed --topic /camera/image_raw",
+        "drive_bag --index index --out replayed --topic /camera/image_raw",
     ),
-    "inspect-index": _Verb(
-        "inspect_index",
-        "check an index folder and print what it contains",
-        "semantic-anomaly inspect-index index --recall",
-    ),
+    "inspect-index": _Verb("check an index folder and print what it contains", "index --recall"),
     "backbone": _Verb(
-        "backbone",
         "load a backbone; print its hidden states, speed on this machine and recommended stages",
-        "semantic-anomaly backbone efficientnet_lite2",
+        "efficientnet_lite2",
     ),
     "explain": _Verb(
-        "explain",
         "list the nominal entries nearest to a part of an image",
-        "semantic-anomaly explain index missed.png --box 310 190 370 240 --out why.jpg",
+        "index missed.png --box 310 190 370 240 --out why.jpg",
     ),
     "add-nominal": _Verb(
-        "add_nominal",
         "add nominal frames to an index, to remove false alarms",
-        "semantic-anomaly add-nominal index drives/friday --frames 12,15-20 --note 'new bridge'",
+        "index drives/friday --frames 12,15-20 --note 'new bridge'",
     ),
     "retract": _Verb(
-        "retract",
         "retract entries of an index, to find anomalies that it missed",
-        "semantic-anomaly retract index --entries 12,15-20 --note 'a cow was in the drive'",
+        "index --entries 12,15-20 --note 'a cow was in the drive'",
     ),
-    "undo-edit": _Verb(
-        "undo_edit",
-        "undo an addition or a retraction",
-        "semantic-anomaly undo-edit index 2",
-    ),
+    "undo-edit": _Verb("undo an addition or a retraction", "index 2"),
     "synth": _Verb(
-        "synth",
         "write drives on a synthetic street, with or without anomalies",
-        "semantic-anomaly synth work/test --drives 2 --frames 80 --anomalies cow",
+        "work/test --drives 2 --frames 80 --anomalies cow",
     ),
-    "demo": _Verb(
-        "demo",
-        "run everything, with the real node, on a synthetic street",
-        "semantic-anomaly demo --out demo_output",
-    ),
+    "demo": _Verb("run everything, with the real node, on a synthetic street", "--out demo_output"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code.
-
-    0: complete; 3: finished with losses, which are named; 2: bad input or usage; 1: any other
-    failure; 130: interrupted.
+    """Run one command and return its exit code, one of `_EXIT_CODES` or 130: interrupted.
 
     Args:
         argv: arguments without the program's name; None: those of this process.
@@ -123,8 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else BAD_INPUT
     with _messages_on_stderr():
         try:
-            module = importlib.import_module(f"{__name__}.{VERBS[parsed.verb].module}")
-            code = int(module.run(parsed))
+            code = int(module_of(parsed.verb).run(parsed))
             sys.stdout.flush()
             return code
         except SemanticAnomalyError as error:
@@ -142,6 +110,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return FAILED
 
 
+def module_of(verb: str) -> ModuleType:
+    """Return the module of a subcommand, imported when it is used: it has heavy imports."""
+    return importlib.import_module(f"{__name__}.{verb.replace('-', '_')}")
+
+
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="semantic-anomaly",
@@ -153,19 +126,18 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     help_debug = "show where in the code an error arose"
     parser.add_argument("--debug", action="store_true", help=help_debug)
     verbs = parser.add_subparsers(dest="verb", metavar="COMMAND", required=True)
-    # Subcommands have heavy imports, so only the one that runs is imported.
     asked = next((argument for argument in arguments if argument in VERBS), None)
     for name, verb in VERBS.items():
         sub = verbs.add_parser(
             name,
             help=verb.summary,
             description=verb.summary[0].upper() + verb.summary[1:] + ".",
-            epilog=f"example: {verb.example}; {_EXIT_CODES}",
+            epilog=f"example: semantic-anomaly {name} {verb.example}; {_EXIT_CODES}",
             allow_abbrev=False,
         )
         sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=help_debug)
         if name == asked:
-            importlib.import_module(f"{__name__}.{verb.module}").add_arguments(sub)
+            module_of(name).add_arguments(sub)
     return parser
 
 

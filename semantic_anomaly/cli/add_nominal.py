@@ -8,11 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from semantic_anomaly.cli.edits import after_rows, numbers
-from semantic_anomaly.cli.options import (
-    add_detector_options,
-    add_topic_option,
-    settings_of,
-)
+from semantic_anomaly.cli.options import add_detector_options, settings_of
 from semantic_anomaly.cli.tables import table
 from semantic_anomaly.errors import CalibrationError, InputError, SourceError
 
@@ -29,7 +25,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--frames", metavar="12,15-20", help="frames of the source, counted from 0; default: all"
     )
     parser.add_argument("--note", default="", metavar="TEXT", help="why, kept with the edit")
-    add_topic_option(parser)
     add_detector_options(parser)
 
 
@@ -49,9 +44,7 @@ def run(args: argparse.Namespace) -> int:
     chosen = list(_chosen(args, index))
     embedder = RunningEmbedder.from_settings(settings)
     try:
-        index.check_embedder(embedder.identity)
-        if settings.segments:
-            index.check_segmenter(embedder.segmenter)
+        index.check_embedder(embedder.stages)
         frames = ((frame, embedder.embed([frame.image])[0]) for frame in chosen)
         edited, report = index_edits.add_nominal(
             index, frames, roi=roi, source=args.source, note=args.note
@@ -60,24 +53,14 @@ def run(args: argparse.Namespace) -> int:
         embedder.close()
     calibration = save_edited(args.index, index, edited)
     rows = [
-        *_edits(index, edited),
-        ("patches seen", f"{report.seen}"),
+        ("edit", f"{edited.edits[-1].number}: {edited.edits[-1].what}"),
+        ("embeddings seen", f"{report.seen}"),
         ("added", f"{report.stored}"),
         ("suppressed as near-duplicates", f"{report.suppressed}"),
         ("dropped, index full", f"{report.dropped}"),
     ]
     print(table([*rows, *after_rows(edited, calibration)]))
     return 0
-
-
-def _edits(before: NominalIndex, after: NominalIndex) -> Iterator[tuple[str, str]]:
-    """Yield a row for each edit that is new, of the index and of its parts."""
-    known = {"": before, **before.parts}
-    for name, each in {"": after, **after.parts}.items():
-        for edit in each.edits:
-            if edit not in known[name].edits:
-                told = f"edit of part '{name}'" if name else "edit"
-                yield told, f"{edit.number}: {edit.what}"
 
 
 def _chosen(args: argparse.Namespace, index: NominalIndex) -> Iterator[Frame]:
@@ -90,15 +73,15 @@ def _chosen(args: argparse.Namespace, index: NominalIndex) -> Iterator[Frame]:
         raise InputError("--frames: expected a SOURCE without [START:STOP], found both")
     part = f"{path}[{min(wanted)}:{max(wanted) + 1}]" if wanted else args.source
     first = min(wanted) if wanted else 0
-    found = set()
+    read = set()
     for number, frame in enumerate(open_source(part, topic=args.topic), start=first):
         if wanted is not None and number not in wanted:
             continue
-        found.add(number)
+        read.add(number)
         try:
             refuse_seen(index, frame)
         except CalibrationError:
             raise InputError(f"frame '{frame.name}': the index was built from it already") from None
         yield frame
-    if missing := sorted((wanted or set()) - found):
+    if missing := sorted((wanted or set()) - read):
         raise SourceError(f"source '{path}': frame {missing[0]}: there is no such frame")

@@ -6,7 +6,7 @@ import argparse
 import time
 
 from semantic_anomaly.cli.options import positive
-from semantic_anomaly.cli.tables import megabytes, table
+from semantic_anomaly.cli.tables import table
 
 _SIZES = (480, 640, 960, 1280)
 _IMAGE_HW = (1080, 1920)
@@ -82,15 +82,14 @@ def run(args: argparse.Namespace) -> int:
             embedder.embed([image])
             times_ms.append((time.perf_counter() - begin) * 1e3)
         embedder.close()
-        rows_cols = grid.grid_hw
-        patches = rows_cols[0] * rows_cols[1]
-        size_bytes = NominalIndex.predicted_bytes(_INDEXED_FRAMES * patches, dim)
+        grid_rows, grid_cols = grid.grid_hw
+        size_bytes = NominalIndex.predicted_bytes(_INDEXED_FRAMES * grid_rows * grid_cols, dim)
         timed.append(
             (
                 f"{size}",
-                f"{rows_cols[0]} x {rows_cols[1]}",
+                f"{grid_rows} x {grid_cols}",
                 f"{float(np.median(times_ms)):.0f}",
-                megabytes(size_bytes),
+                f"{size_bytes / 1e6:.0f} MB",
             )
         )
     height, width = _IMAGE_HW

@@ -8,11 +8,10 @@ from pathlib import Path
 from semantic_anomaly.cli.options import (
     add_detector_options,
     add_sources_argument,
-    add_topic_option,
     positive,
     settings_of,
 )
-from semantic_anomaly.cli.tables import megabytes, table
+from semantic_anomaly.cli.tables import folder_size, table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stride", type=positive, default=1, metavar="N", help="use every N-th frame (default 1)"
     )
-    add_topic_option(parser)
     add_detector_options(parser)
 
 
@@ -48,14 +46,13 @@ def run(args: argparse.Namespace) -> int:
         stride=args.stride,
         progress=True,
     )
-    size = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())
     report = index.report
     rows = [
         ("patches seen", f"{report.seen}"),
         ("stored", f"{report.stored}"),
         ("suppressed as near-duplicates", f"{report.suppressed}"),
         ("dropped, index full", f"{report.dropped}"),
-        ("size on disk", megabytes(size)),
+        ("size on disk", folder_size(args.out)),
     ]
     print(table(rows))
     print(f"wrote {args.out}; next: semantic-anomaly calibrate {args.out} OTHER_DRIVES...")

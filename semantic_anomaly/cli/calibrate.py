@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from semantic_anomaly.cli.options import (
-    add_detector_options,
-    add_sources_argument,
-    add_topic_option,
-    settings_of,
-)
+from semantic_anomaly.cli.options import add_detector_options, add_sources_argument, settings_of
 from semantic_anomaly.cli.tables import drives_listed, table
 from semantic_anomaly.errors import InputError
 from semantic_anomaly.evaluation.measures import figure, interval
-
-if TYPE_CHECKING:
-    from semantic_anomaly.calibration.calibration import Calibration
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="length of an episode in seconds (default: the setting, 10)",
     )
-    add_topic_option(parser)
     add_detector_options(parser)
 
 
@@ -73,10 +64,17 @@ def run(args: argparse.Namespace) -> int:
     )
     path = calibration.save(args.index)
     settings = calibration.resolve(settings.for_camera(camera))
+    episode_rows = []
+    if (episodes := calibration.episodes) is not None:
+        target = f"{episodes.target_episode_rate:g} of episodes of {episodes.episode_s:g} s"
+        episode_rows = [
+            ("target of episodes", target),
+            ("nominal episodes", f"{len(episodes.scores)}"),
+        ]
     rows = [
         ("threshold", f"{calibration.threshold_of(settings):.4f}"),
         ("target false-alarm rate", f"{calibration.target_false_alarm_rate:g}"),
-        *_episode_rows(calibration),
+        *episode_rows,
         ("nominal frames", f"{calibration.count}"),
         ("drives", drives_listed(calibration.drives)),
         (
@@ -88,14 +86,6 @@ def run(args: argparse.Namespace) -> int:
     print(table(rows))
     print(f"wrote {path}")
     return 0
-
-
-def _episode_rows(calibration: Calibration) -> list[tuple[str, str]]:
-    episodes = calibration.episodes
-    if episodes is None:
-        return []
-    target = f"{episodes.target_episode_rate:g} of episodes of {episodes.episode_s:g} s"
-    return [("target of episodes", target), ("nominal episodes", f"{len(episodes.scores)}")]
 
 
 def _check(args: argparse.Namespace) -> int:

@@ -32,17 +32,7 @@ def run(args: argparse.Namespace) -> int:
     if len(args.reports) < 2:
         raise InputError(f"compare: expected at least two folders, found {len(args.reports)}")
     reports = [_read(folder) for folder in args.reports]
-    print(comparison([folder.resolve().name for folder in args.reports], reports))
-    return 0
-
-
-def comparison(names: list[str], reports: list[dict[str, Any]]) -> str:
-    """Return the table of measures, and a warning for each way in which the reports differ.
-
-    Args:
-        names: one per report.
-        reports: contents of results.json.
-    """
+    names = [folder.resolve().name for folder in args.reports]
     header = ["measure", names[0]]
     for name in names[1:]:
         header += [name, "difference"]
@@ -51,14 +41,15 @@ def comparison(names: list[str], reports: list[dict[str, Any]]) -> str:
         for keys in MEASURES.values()
         for key in keys
     ]
-    rows.append(_row("ms a frame (median)", [_median_ms(report) for report in reports], 1))
-    lines = [table([row for row in rows if row], header)]
+    latencies = [r.get("latency_ms", {}).get("total", {}).get("p50") for r in reports]
+    rows.append(_row("ms a frame (median)", latencies, 1))
+    print(table([row for row in rows if row], header))
     for key in _SAME:
         values = [json.dumps(report.get(key), sort_keys=True) for report in reports]
         if len(set(values)) > 1:
             listed = ", ".join(f"{n}: {v}" for n, v in zip(names, values, strict=True))
-            lines.append(f"warning: {key} differs ({listed}): the measures are not comparable")
-    return "\n".join(lines)
+            print(f"warning: {key} differs ({listed}): the measures are not comparable")
+    return 0
 
 
 def _row(name: str, values: list[float | None], digits: int) -> list[str]:
@@ -71,10 +62,6 @@ def _row(name: str, values: list[float | None], digits: int) -> list[str]:
         difference = None if value is None or first is None else value - first
         cells += [figure(value, digits), "-" if difference is None else f"{difference:+.{digits}f}"]
     return cells
-
-
-def _median_ms(report: dict[str, Any]) -> float | None:
-    return report.get("latency_ms", {}).get("total", {}).get("p50")
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -25,27 +24,20 @@ def run(args: argparse.Namespace) -> int:
     from semantic_anomaly.errors import UnknownNameError
     from semantic_anomaly.synthetic import KINDS
 
-    plan = DemoPlan(seed=args.seed)
+    plan: dict[str, Any] = {"seed": args.seed}
     if args.quick:
-        plan = dataclasses.replace(
-            plan,
-            index_drives=4,
-            calibration_drives=4,
-            frames=100,
-            kinds=KINDS[:1],
-            target_false_alarm_rate=0.05,
-        )
+        plan |= {"index_drives": 4, "calibration_drives": 4, "frames": 100, "kinds": KINDS[:1]}
+        plan["target_false_alarm_rate"] = 0.05
     if args.kinds:
-        kinds = tuple(args.kinds.split(","))
-        for kind in kinds:
+        plan["kinds"] = tuple(args.kinds.split(","))
+        for kind in plan["kinds"]:
             if kind not in KINDS:
                 raise UnknownNameError("kind of anomaly", kind, KINDS)
-        plan = dataclasses.replace(plan, kinds=kinds)
     if args.frames:
-        plan = dataclasses.replace(plan, frames=args.frames)
+        plan["frames"] = args.frames
     overrides: dict[str, Any] = {"backbone": args.backbone} if args.backbone else {}
     begin = time.monotonic()
-    summary = run_demo(args.out, plan, overrides)
+    summary = run_demo(args.out, DemoPlan(**plan), overrides)
     print(_table(summary))
     print(f"{time.monotonic() - begin:.0f} s; wrote pictures and summary.json to {args.out}/")
     return 0

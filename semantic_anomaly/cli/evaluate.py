@@ -10,7 +10,6 @@ from semantic_anomaly.cli.options import (
     add_components_option,
     add_detector_options,
     add_layout_option,
-    component_limits,
     count,
     settings_of,
 )
@@ -61,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_layout_option(parser)
     add_components_option(parser)
-    add_detector_options(parser)
+    add_detector_options(parser, topic=False)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -76,7 +75,6 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--index: needed by the protocol drive only; found {index}")
     if args.protocol.endswith("reference") != bool(args.reference):
         raise InputError(f"--reference: for the reference protocols, found {args.protocol}")
-    limits = component_limits(args.components)
     settings, camera = settings_of(args, args.index)
     # Before a backbone is loaded and references are indexed.
     refuse_other_content(args.out, RESULTS, WRITTEN)
@@ -84,8 +82,7 @@ def run(args: argparse.Namespace) -> int:
     detector: Any = args.index
     detector_options: dict[str, Any] = {"settings": settings, "camera": camera}
     if args.index is None:
-        references = args.reference
-        detector = open_protocol(args.protocol, settings, camera, dataset, references, True)
+        detector = open_protocol(args.protocol, settings, camera, dataset, args.reference, True)
         detector_options = {}
     evaluation = evaluate(
         detector,
@@ -93,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         **detector_options,
         out=args.out,
         every=args.every,
-        limits=limits,
+        limits=args.components,
         save_maps=args.save_maps,
         allow_seen=args.allow_seen,
         progress=True,

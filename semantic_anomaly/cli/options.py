@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from semantic_anomaly.errors import InputError, SettingsError, UnknownNameError
+from semantic_anomaly.errors import SettingsError, UnknownNameError
 from semantic_anomaly.settings import Settings, read_settings_file
 
 if TYPE_CHECKING:
@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
-def add_detector_options(parser: argparse.ArgumentParser) -> None:
-    """Add --settings, --backbone, --set and --camera."""
+def add_detector_options(parser: argparse.ArgumentParser, *, topic: bool = True) -> None:
+    """Add --settings, --backbone, --set, --camera, and --topic for commands that read bags."""
+    if topic:
+        parser.add_argument("--topic", metavar="T", help="image topic, if a bag has several")
     group = parser.add_argument_group("detector")
     group.add_argument(
         "--settings", type=Path, metavar="FILE.yaml", help="parameter file of the node"
@@ -40,9 +42,10 @@ def add_detector_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_components_option(parser: argparse.ArgumentParser) -> None:
-    """Add --components."""
+    """Add --components, a `SizeLimits`."""
     parser.add_argument(
         "--components",
+        type=_component_limits,
         default="anomaly-track",
         metavar="LIMITS",
         help="smallest components that count: anomaly-track (500 px predicted, 100 px "
@@ -62,12 +65,7 @@ def add_layout_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def component_limits(text: str) -> SizeLimits:
-    """Return the limits that --components names.
-
-    Raises:
-        InputError: neither a track nor two numbers of pixels.
-    """
+def _component_limits(text: str) -> SizeLimits:
     from semantic_anomaly.evaluation.components import ANOMALY_TRACK, OBSTACLE_TRACK, SizeLimits
 
     tracks = {"anomaly-track": ANOMALY_TRACK, "obstacle-track": OBSTACLE_TRACK}
@@ -75,30 +73,25 @@ def component_limits(text: str) -> SizeLimits:
         return tracks[text]
     match = re.fullmatch(r"(\d+),(\d+)", text)
     if not match:
-        raise InputError(
-            f"--components: expected {', '.join(tracks)} or PREDICTED,ANOMALY in px, found '{text}'"
+        raise argparse.ArgumentTypeError(
+            f"expected {', '.join(tracks)} or PREDICTED,ANOMALY in px, found '{text}'"
         )
     return SizeLimits(int(match[1]), int(match[2]))
-
-
-def add_topic_option(parser: argparse.ArgumentParser) -> None:
-    """Add --topic."""
-    parser.add_argument("--topic", metavar="T", help="image topic, if a bag has several")
 
 
 def count(text: str) -> int:
     """Return a whole number of at least 0, for argparse."""
     number = int(text)
     if number < 0:
-        raise ValueError(f"expected at least 0, found {number}")
+        raise argparse.ArgumentTypeError(f"expected at least 0, found {number}")
     return number
 
 
 def positive(text: str) -> int:
     """Return a whole number of at least 1, for argparse."""
-    number = count(text)
-    if not number:
-        raise ValueError("expected at least 1, found 0")
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, found {number}")
     return number
 
 
@@ -106,6 +99,8 @@ def settings_of(
     args: argparse.Namespace, index: Path | None = None, **changes: Any
 ) -> tuple[Settings, str]:
     """Return the settings made by the options, and the name of the camera.
+
+    --backbone overrides --set, which overrides the settings file.
 
     Args:
         args: with the options of `add_detector_options`.
@@ -116,13 +111,23 @@ def settings_of(
         SettingsError: a file, name or value is not valid, or a camera must be chosen.
         UnknownNameError: no such setting or camera.
     """
-    parameters = _parameters(args)
+    parameters = read_settings_file(args.settings) if args.settings else {}
+    parameters.update(_override(item) for item in args.overrides)
+    if args.backbone:
+        parameters["backbone"] = args.backbone
     parameters.update({name: value for name, value in changes.items() if value is not None})
     settings = Settings.from_parameters(parameters)
-    camera = _camera(settings, args.camera)
+    if args.camera is None and len(settings.cameras) > 1:
+        raise SettingsError(
+            "the settings have several cameras, choose one with --camera: "
+            + ", ".join(settings.cameras)
+        )
+    camera = settings.cameras[0] if args.camera is None else args.camera
+    if camera not in settings.cameras:
+        raise UnknownNameError("camera", camera, settings.cameras)
     if index is not None:
-        given = {"index": str(index), f"{camera}.index": ""}
-        settings = Settings.from_parameters({**parameters, **given})
+        parameters |= {"index": str(index), f"{camera}.index": ""}
+        settings = Settings.from_parameters(parameters)
     return settings, camera
 
 
@@ -135,27 +140,6 @@ def add_sources_argument(parser: argparse.ArgumentParser) -> None:
         help="folder of images, video, rosbag2 bag, image files, 'pattern*.png' or @list.txt; "
         "'SOURCE[START:STOP]' selects frames",
     )
-
-
-def _parameters(args: argparse.Namespace) -> dict[str, Any]:
-    """Return parameters: of the settings file, overridden by --set, overridden by --backbone."""
-    parameters = read_settings_file(args.settings) if args.settings else {}
-    parameters.update(_override(item) for item in args.overrides)
-    if args.backbone:
-        parameters["backbone"] = args.backbone
-    return parameters
-
-
-def _camera(settings: Settings, name: str | None) -> str:
-    if name is None and len(settings.cameras) > 1:
-        raise SettingsError(
-            "the settings have several cameras, choose one with --camera: "
-            + ", ".join(settings.cameras)
-        )
-    camera = settings.cameras[0] if name is None else name
-    if camera not in settings.cameras:
-        raise UnknownNameError("camera", camera, settings.cameras)
-    return camera
 
 
 def _override(item: str) -> tuple[str, Any]:

@@ -6,12 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from semantic_anomaly.cli.options import (
-    add_detector_options,
-    add_topic_option,
-    count,
-    settings_of,
-)
+from semantic_anomaly.cli.options import add_detector_options, count, settings_of
 from semantic_anomaly.cli.tables import table
 
 _LISTED_ALARMS = 20
@@ -36,7 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="anomalies of the drive: events: [{start_s: 3.0, end_s: 5.5, kind: cow}], in seconds "
         "after the first frame",
     )
-    add_topic_option(parser)
     add_detector_options(parser)
 
 

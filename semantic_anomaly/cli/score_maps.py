@@ -5,11 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from semantic_anomaly.cli.options import (
-    add_components_option,
-    add_layout_option,
-    component_limits,
-)
+from semantic_anomaly.cli.options import add_components_option, add_layout_option
 from semantic_anomaly.cli.tables import table
 from semantic_anomaly.errors import InputError
 from semantic_anomaly.evaluation.measures import HEADER, measure_rows
@@ -65,7 +61,6 @@ def run(args: argparse.Namespace) -> int:
 
     if not 0 < args.tail_percent <= 100:
         raise InputError(f"--tail-percent: expected (0, 100], found {args.tail_percent:g}")
-    limits = component_limits(args.components)
     refuse_other_content(args.out, RESULTS, WRITTEN)
     scores = read_scores(args.scores) if args.scores else None
     dataset = open_dataset(args.dataset, args.layout, progress=True)
@@ -73,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         MapFolder(args.maps, dataset, progress=True),
         dataset,
         args.out,
-        limits=limits,
+        limits=args.components,
         scores=scores,
         threshold=args.threshold,
         pixel_threshold=args.pixel_threshold,

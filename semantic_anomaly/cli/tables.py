@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 _LISTED = 10
 _NUMBER = re.compile(r"[-+]?[\d.,]+([eE][-+]?\d+)?( ?%)?|-")
@@ -16,13 +17,11 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
         rows: the cells of each row; all rows have the same number of cells.
         header: names of the columns; empty for a table without a header.
     """
-    lines = [list(header), *map(list, rows)] if header else [list(row) for row in rows]
-    if not lines:
-        return ""
+    lines = [header, *rows] if header else rows
     columns = list(zip(*lines, strict=True))
     widths = [max(map(len, column)) for column in columns]
-    body = list(zip(*rows, strict=True)) if rows else [() for _ in columns]
-    right = [bool(cells) and all(_NUMBER.fullmatch(cell) for cell in cells) for cells in body]
+    body = list(zip(*rows, strict=True)) or [()] * len(columns)
+    right = [bool(cells) and all(map(_NUMBER.fullmatch, cells)) for cells in body]
     texts = [
         "  ".join(
             cell.rjust(width) if to_right else cell.ljust(width)
@@ -35,8 +34,9 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
     return "\n".join(texts)
 
 
-def megabytes(count: int) -> str:
-    """Return a number of bytes in MB or kB."""
+def folder_size(folder: Path) -> str:
+    """Return the size of the files of a folder in MB or kB."""
+    count = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return f"{count / 1e6:.1f} MB" if count >= 1_000_000 else f"{count / 1e3:.1f} kB"
 
 

@@ -91,12 +91,8 @@ def run_demo(out: Path, plan: DemoPlan, overrides: dict[str, Any]) -> dict[str, 
     overrides = {"input_size": INPUT_SIZE, **overrides}
     common: dict[str, Any] = {"settings": settings, "out": out / "index", "progress": True}
     index = build_index(index_sources, force=True, **common, **overrides)
-    calibration = calibrate(
-        index,
-        calibration_sources,
-        target_false_alarm_rate=plan.target_false_alarm_rate,
-        **common,
-    )
+    rate = plan.target_false_alarm_rate
+    calibration = calibrate(index, calibration_sources, target_false_alarm_rate=rate, **common)
     live = play_to_node(out, drive, plan.rate_hz)
     labels = json.loads((drive / "labels.json").read_text(encoding="utf-8"))
     rows = [_row(record, labels) for record in live["frames"]]
@@ -142,12 +138,14 @@ def play_to_node(out: Path, drive: Path, rate_hz: float) -> dict[str, Any]:
     """
     # Overlays of an earlier drive must not be mistaken for new ones.
     shutil.rmtree(out / "live", ignore_errors=True)
-    environment = {**os.environ}
-    environment.setdefault("FASTDDS_BUILTIN_TRANSPORTS", "LARGE_DATA")
     # A ROS domain of its own separates the demo from other nodes on this network.
-    environment.setdefault("ROS_DOMAIN_ID", str(1 + os.getpid() % 100))
-    parameters = ["--ros-args", "--params-file", str(out / "settings.yaml")]
-    node_command = [sys.executable, "-m", "semantic_anomaly.ros.node", *parameters]
+    domain = str(1 + os.getpid() % 100)
+    own = {"FASTDDS_BUILTIN_TRANSPORTS": "LARGE_DATA", "ROS_DOMAIN_ID": domain}
+    environment = {**own, **os.environ}
+    node_command = [
+        *(sys.executable, "-m", "semantic_anomaly.ros.node"),
+        *("--ros-args", "--params-file", str(out / "settings.yaml")),
+    ]
     player_command = [
         *(sys.executable, "-m", "semantic_anomaly.ros.player", str(drive)),
         *("--out", str(out / "live"), "--rate-hz", str(rate_hz)),
@@ -196,13 +194,9 @@ def _summarise(
     latencies = [row["latency_ms"] for row in scored]
     by_kind = {}
     for kind in plan.kinds:
-        anomalous = [row for row in scored if row["kind"] == kind]
-        detected = sum(row["decision"] == "anomaly" for row in anomalous)
-        by_kind[kind] = {
-            "family": family(kind),
-            "frames": len(anomalous),
-            "frames_detected": detected,
-        }
+        decisions = [row["decision"] for row in scored if row["kind"] == kind]
+        detected, frames = decisions.count("anomaly"), len(decisions)
+        by_kind[kind] = {"family": family(kind), "frames": frames, "frames_detected": detected}
     return {
         "frames_sent": len(rows),
         "frames_received": sum(row["received"] for row in rows),

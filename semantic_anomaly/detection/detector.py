@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -17,15 +17,14 @@ from semantic_anomaly.calibration.format import calibration_file
 from semantic_anomaly.detection.filters import reject
 from semantic_anomaly.detection.localization import heatmap, localize
 from semantic_anomaly.detection.tracking import ComponentTracker, decide, follow
-from semantic_anomaly.errors import (
-    IndexMismatchError,
-    ModelOutputError,
-    SettingsError,
-    UnknownNameError,
-)
+from semantic_anomaly.embedding.identity import Embedder
+from semantic_anomaly.errors import IndexMismatchError, ModelOutputError, SettingsError
+from semantic_anomaly.index.nominal_index import NominalIndex
+from semantic_anomaly.linalg import inner_products
 from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.scoring.distances import FrameScore, FrameScorer, StageMap
 from semantic_anomaly.scoring.normalisation import ScoreNormalisation, constant_normalisation
+from semantic_anomaly.segmentation.embedder import RunningEmbedder
 from semantic_anomaly.segmentation.masks import StageEmbeddings
 from semantic_anomaly.settings import (
     COMBINED,
@@ -47,10 +46,6 @@ from semantic_anomaly.structures import (
     NominalExample,
     PatchGrid,
 )
-
-if TYPE_CHECKING:
-    from semantic_anomaly.embedding.identity import Embedder
-    from semantic_anomaly.index.nominal_index import NominalIndex
 
 _log = logging.getLogger(__name__)
 _UNCALIBRATED = "uncalibrated: no threshold to compare with"
@@ -91,13 +86,10 @@ def load_detector(
         SettingsError: no index folder is set.
         SemanticAnomalyError: backbone, index or calibration are damaged, or do not match.
     """
-    from semantic_anomaly.index.nominal_index import NominalIndex
-
-    if camera not in settings.cameras:
-        raise UnknownNameError("camera", camera, settings.cameras)
-    if not settings.index_of(camera):
+    path = settings.for_camera(camera).index_of(camera)
+    if not path:
         raise SettingsError("setting 'index': expected the folder of an index, found none")
-    folder = Path(settings.index_of(camera)).expanduser()
+    folder = Path(path).expanduser()
     if index is None:
         index = NominalIndex.load(folder)
     calibration = None
@@ -151,7 +143,10 @@ def _resolved_stages(settings: Settings, index: NominalIndex) -> tuple[StageSpec
         )
     kinds = [spec.kind for spec in own]
     variant = GRID if INSTANCES not in kinds else INSTANCE if GRID not in kinds else COMBINED
-    shared = {"input_size": {spec.size for spec in own}, "variant": {variant}}
+    shared: dict[str, set[Any]] = {
+        "input_size": {spec.size for spec in own},
+        "variant": {variant},
+    }
     for name, values in shared.items():
         value = getattr(settings, name)
         if value != UNSET[name] and values != {value}:
@@ -241,8 +236,6 @@ class AnomalyDetector:
         if calibration is not None:
             calibration.check(index.fingerprint, settings, roi)
         if embedder is None:
-            from semantic_anomaly.segmentation.embedder import RunningEmbedder
-
             embedder = RunningEmbedder.from_settings(settings)
         index.check_embedder(embedder.stages)
         if calibration is not None:
@@ -366,12 +359,7 @@ class AnomalyDetector:
             self._live = self._prepared(self._live.settings)
 
     def recall(self, stamp_ns: int, boxes: Sequence[Sequence[float]]) -> None:
-        """Add a frame that was assessed before to the tracks.
-
-        Args:
-            stamp_ns: stamp of the frame.
-            boxes: xyxy of its localizations in pixels.
-        """
+        """Add a frame that was assessed before to the tracks; boxes are xyxy in pixels."""
         self._live.tracker.update(stamp_ns, np.array(boxes, np.float64).reshape(-1, 4))
 
     def update(self, settings: Settings) -> None:
@@ -425,7 +413,7 @@ class AnomalyDetector:
             live.threshold,
             live.settings.min_area_px,
             frame_score.inside,
-            None if self.roi.is_whole_image else pixel_mask,
+            pixel_mask,
             lambda patches: self._nearest(frame_score.stage_maps, patches),
         )
         return reject(live.settings, labels, localizations, pixel_mask)
@@ -435,7 +423,8 @@ class AnomalyDetector:
     ) -> list[NominalExample]:
         """Return for each patch of the map the nearest example in the stage that adds most."""
         examples: dict[int, NominalExample] = {}
-        stages = [max(range(len(stage_maps)), key=lambda s: stage_maps[s].values[p]) for p in patches]
+        values = np.array([[stage_map.values[p] for stage_map in stage_maps] for p in patches])
+        stages = values.argmax(axis=1).tolist()
         for stage in sorted(set(stages)):
             numbers = [number for number, other in enumerate(stages) if other == stage]
             embeddings = stage_maps[stage].embeddings
@@ -463,8 +452,6 @@ class DistancesInside:
     @classmethod
     def of(cls, index: NominalIndex) -> DistancesInside:
         """Return those of one stage of an index, of some entries chosen by a fixed seed."""
-        from semantic_anomaly.linalg import inner_products
-
         entries = index.content.embeddings
         count = min(_SCALE_ENTRIES, len(entries))
         rows = np.random.default_rng(_SEED).choice(len(entries), count, replace=False)

@@ -84,14 +84,9 @@ def pixel_rays(pixels_xy: np.ndarray, intrinsics: Intrinsics) -> np.ndarray:
 
 
 def ground_range(ray: np.ndarray, camera_height_m: float) -> float | None:
-    """Return the depth at which a ray meets a flat ground below a level camera.
+    """Return the depth in metres at which a (3,) ray with z = 1 meets a flat ground.
 
-    Args:
-        ray: (3,) direction with z = 1.
-        camera_height_m: height of the camera above the ground, 0 for unknown.
-
-    Returns:
-        Metres along z; None above the horizon, beyond `GROUND_LIMIT_M`, or without a height.
+    The camera is level. None above the horizon, beyond `GROUND_LIMIT_M`, or for a height of 0.
     """
     if camera_height_m <= 0 or ray[1] <= 0:
         return None
@@ -100,14 +95,11 @@ def ground_range(ray: np.ndarray, camera_height_m: float) -> float | None:
 
 
 def measured_range(depth: np.ndarray, mask: np.ndarray) -> float | None:
-    """Return the median depth inside a mask.
+    """Return the median depth in metres, None if less than `MIN_DEPTH_SHARE` of the mask has one.
 
     Args:
         depth: (h, w) float32 metres, 0 for none; the view of the image at any size.
         mask: (height, width) bool at image size.
-
-    Returns:
-        Metres; None if less than `MIN_DEPTH_SHARE` of the mask has a depth.
     """
     rows, cols = np.nonzero(mask)
     depths = depth[rows * depth.shape[0] // mask.shape[0], cols * depth.shape[1] // mask.shape[1]]

@@ -25,12 +25,7 @@ MAX_LOCALIZATIONS = 32
 
 
 def upsample(values: np.ndarray, image_hw: tuple[int, int]) -> np.ndarray:
-    """Return (height, width) float32: patch values interpolated bilinearly between centres.
-
-    Args:
-        values: (rows, cols) float32.
-        image_hw: (height, width) in pixels.
-    """
+    """Return (height, width) float32: (rows, cols) values interpolated between patch centres."""
     return cv2.resize(values, (image_hw[1], image_hw[0]), interpolation=cv2.INTER_LINEAR)
 
 
@@ -43,7 +38,7 @@ def heatmap(
 
     Args:
         anomaly_map: (rows, cols) float32, 0 for patches outside the ROI.
-        roi: the region of interest.
+        roi: region of interest.
         image_hw: (height, width) in pixels.
     """
     pixels = upsample(anomaly_map, image_hw)
@@ -88,7 +83,7 @@ def localize(
     threshold: float,
     min_area_px: int,
     inside: np.ndarray,
-    roi_mask: np.ndarray | None,
+    roi_mask: np.ndarray,
     nearest: Callable[[Sequence[tuple[int, int]]], list[NominalExample]],
 ) -> tuple[np.ndarray, tuple[Localization, ...]]:
     """Return the connected components above the threshold, largest score first.
@@ -103,7 +98,7 @@ def localize(
         threshold: of the frame score.
         min_area_px: components with fewer pixels are left out.
         inside: (rows, cols) bool, patches inside the ROI.
-        roi_mask: (height, width) bool, pixels inside the ROI; None: all.
+        roi_mask: (height, width) bool, pixels inside the ROI.
         nearest: returns the nominal example nearest to each patch (row, col), called with the worst
             patch of each component.
 
@@ -112,10 +107,7 @@ def localize(
         components, labelled from 1 in order.
     """
     limit = _float32_at_most(threshold)
-    hot = heatmap > limit
-    if roi_mask is not None:
-        hot &= roi_mask
-    above = hot.view(np.uint8)
+    above = ((heatmap > limit) & roi_mask).view(np.uint8)
     # Values outside are no values: a threshold may be below 0.
     anomaly_map = np.where(inside, anomaly_map, -np.inf)
     patch_pixels = _mark_patches(anomaly_map, limit, above, roi_mask)
@@ -167,10 +159,7 @@ def _float32_at_most(threshold: float) -> np.float32:
 
 
 def _mark_patches(
-    anomaly_map: np.ndarray,
-    limit: np.float32,
-    above: np.ndarray,
-    roi_mask: np.ndarray | None,
+    anomaly_map: np.ndarray, limit: np.float32, above: np.ndarray, roi_mask: np.ndarray
 ) -> dict[tuple[int, int], tuple[int, int]]:
     """Mark one pixel of each patch above the limit in `above`; return (x, y) by (row, col)."""
     grid_hw = (anomaly_map.shape[0], anomaly_map.shape[1])
@@ -180,7 +169,7 @@ def _mark_patches(
         centre_x, centre_y = pixel_of_patch(row, col, grid_hw, (height, width))
         x = min(max(round(centre_x), 0), width - 1)
         y = min(max(round(centre_y), 0), height - 1)
-        if roi_mask is not None and not roi_mask[y, x]:
+        if not roi_mask[y, x]:
             top, bottom = _pixel_span(row, grid_hw[0], height)
             left, right = _pixel_span(col, grid_hw[1], width)
             ys, xs = np.nonzero(roi_mask[top:bottom, left:right])

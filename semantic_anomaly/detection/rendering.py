@@ -32,6 +32,7 @@ _STEPS = 254
 _OUTSIDE = 255
 _OUTSIDE_BRIGHTNESS = 0.45
 _STRIP_ROWS = 48
+_GAP_PX = 4
 # Okabe and Ito's palette, distinguishable with any colour vision.
 _BLUE, _ORANGE, _YELLOW, _GREEN = (86, 180, 233), (230, 120, 0), (240, 228, 66), (0, 158, 115)
 _WHITE = (255, 255, 255)
@@ -47,9 +48,7 @@ _FONT = cv2.FONT_HERSHEY_SIMPLEX
 def draw_heatmap(result: AnomalyResult, roi: RegionOfInterest | None = None) -> np.ndarray:
     """Return (height, width, 3) uint8 RGB: dark is typical, bright from the threshold on.
 
-    Args:
-        result: of the frame.
-        roi: pixels outside are drawn black; None: the whole image.
+    Pixels outside the ROI are black; None: the whole image.
     """
     steps = _steps(result, roi or RegionOfInterest(), slice(None))
     return cv2.applyColorMap(steps, _tables(result.scale, 1.0).colours)
@@ -95,13 +94,8 @@ def draw_overlay(
     return canvas
 
 
-def contact_sheet(images: Sequence[np.ndarray], columns: int, gap_px: int = 4) -> np.ndarray:
-    """Return images of equal size in a grid on white, row by row.
-
-    Args:
-        images: (height, width, 3) uint8 RGB each.
-        columns: images per row.
-        gap_px: white pixels between them.
+def contact_sheet(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
+    """Return (height, width, 3) uint8 RGB images of equal size in a grid on white, row by row.
 
     Raises:
         ImageError: no images, images of several sizes, or fewer than one column.
@@ -115,13 +109,10 @@ def contact_sheet(images: Sequence[np.ndarray], columns: int, gap_px: int = 4) -
     height, width = images[0].shape[:2]
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    sheet_hw = rows * (height + gap_px) - gap_px, columns * (width + gap_px) - gap_px
-    sheet = np.full((*sheet_hw, 3), 255, np.uint8)
-    for number, image in enumerate(images):
-        top = number // columns * (height + gap_px)
-        left = number % columns * (width + gap_px)
-        sheet[top : top + height, left : left + width] = image
-    return sheet
+    tiles = np.full((rows * columns, height + _GAP_PX, width + _GAP_PX, 3), 255, np.uint8)
+    tiles[: len(images), :height, :width] = images
+    rows_of_tiles = tiles.reshape(rows, columns, *tiles.shape[1:]).swapaxes(1, 2)
+    return rows_of_tiles.reshape(rows * tiles.shape[1], -1, 3)[:-_GAP_PX, :-_GAP_PX]
 
 
 def _steps(result: AnomalyResult, roi: RegionOfInterest, rows: slice) -> np.ndarray:
@@ -151,19 +142,12 @@ def _blend_heatmap(
 
 
 class _Tables(NamedTuple):
-    """Lookup tables of the 256 steps.
+    """Lookup tables of the 256 steps."""
 
-    Attributes:
-        colours: (256, 1, 3) uint8 RGB.
-        image_weight: (256,) uint8, weight of the image in the overlay, of 255.
-        weighted_colours: (256, 1, 3) uint8, colours times the remaining weight.
-        first_visible: first step that changes the image.
-    """
-
-    colours: np.ndarray
-    image_weight: np.ndarray
-    weighted_colours: np.ndarray
-    first_visible: int
+    colours: np.ndarray  # (256, 1, 3) uint8 RGB
+    image_weight: np.ndarray  # (256,) uint8, weight of the image in the overlay, of 255
+    weighted_colours: np.ndarray  # (256, 1, 3) uint8, colours times the remaining weight
+    first_visible: int  # first step that changes the image
 
 
 @lru_cache(maxsize=32)

@@ -6,7 +6,6 @@ prediction of the box, as SORT does with a Kalman filter (Bewley et al. 2016, ar
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from semantic_anomaly.errors import ModelOutputError, SettingsError
 from semantic_anomaly.structures import ComponentState, Decision, Localization
 
 # Bounds the memory when stamps stand still or silence_s is long.
@@ -72,19 +70,9 @@ class ComponentTracker:
         count: frames in which a component must be detected, >= 1; 1 confirms at once.
         window_s: seconds within which these frames lie, by their stamps, > 0.
         silence_s: seconds without a detection after which a track is dropped, > 0.
-
-    Raises:
-        SettingsError: an argument out of its bounds.
     """
 
     def __init__(self, count: int, window_s: float, silence_s: float) -> None:
-        if count < 1:
-            raise SettingsError(f"component confirmation: expected count >= 1, found {count}")
-        for name, seconds in (("window_s", window_s), ("silence_s", silence_s)):
-            if not 0.0 < seconds < math.inf:
-                raise SettingsError(
-                    f"component confirmation: expected {name} > 0 and finite, found {seconds}"
-                )
         self.count, self.window_s, self.silence_s = count, window_s, silence_s
         self.reset()
 
@@ -94,18 +82,14 @@ class ComponentTracker:
         self._next_number = 1
         self._last_ns: int | None = None
 
-    def update(self, stamp_ns: int, boxes_xyxy: np.ndarray) -> tuple[TrackState, ...]:
+    def update(self, stamp_ns: int, boxes: np.ndarray) -> tuple[TrackState, ...]:
         """Return the track of each box of the next frame, in the order of the boxes.
 
         Args:
             stamp_ns: stamp of the frame; an earlier one than before (a restarted bag or simulation)
                 resets, an equal one is another frame.
-            boxes_xyxy: (n, 4) left, top, right, bottom in pixels; n may be 0.
-
-        Raises:
-            ModelOutputError: boxes of another shape, not finite or empty; the tracker is unchanged.
+            boxes: (n, 4) float64 left, top, right, bottom in pixels; n may be 0.
         """
-        boxes = _checked(boxes_xyxy)
         if self._last_ns is not None and stamp_ns < self._last_ns:
             self.reset()
         self._last_ns = stamp_ns
@@ -130,21 +114,6 @@ class ComponentTracker:
         self._tracks.sort(key=lambda track: (track.confirmed, track.last_ns))
         del self._tracks[:-MAX_TRACKS]
         return tuple(states)
-
-
-def _checked(boxes: np.ndarray) -> np.ndarray:
-    if boxes.ndim != 2 or boxes.shape[1] != 4 or boxes.dtype.kind not in "fiu":
-        raise ModelOutputError(
-            f"component boxes: expected (n, 4) float64, found shape {boxes.shape}, {boxes.dtype}"
-        )
-    valid = np.isfinite(boxes).all(axis=1) & (boxes[:, :2] < boxes[:, 2:]).all(axis=1)
-    if not valid.all():
-        row = int(np.argmin(valid))
-        raise ModelOutputError(
-            f"component box {row}: expected finite left < right and top < bottom in pixels, "
-            f"found {boxes[row].tolist()}"
-        )
-    return boxes.astype(np.float64)
 
 
 def _match(iou: np.ndarray) -> dict[int, int]:
@@ -173,15 +142,9 @@ def follow(
 ) -> tuple[Localization, ...]:
     """Return the localizations of the next frame with their tracks and states.
 
-    Args:
-        tracker: has all earlier frames, those without localizations included.
-        stamp_ns: of the frame.
-        localizations: of the frame, may be empty.
-
-    Raises:
-        ModelOutputError: as `ComponentTracker.update`.
+    The tracker must have seen all earlier frames, those without localizations included.
     """
-    boxes = np.array([found.box_xyxy for found in localizations], np.float64).reshape(-1, 4)
+    boxes = np.array([item.box_xyxy for item in localizations], np.float64).reshape(-1, 4)
     tracks = tracker.update(stamp_ns, boxes)
     return tuple(
         replace(localization, state=state, track=track)
@@ -193,5 +156,5 @@ def decide(localizations: Sequence[Localization], threshold: float | None) -> De
     """Return `anomaly` if a localization is confirmed, `unknown` without a threshold."""
     if threshold is None:
         return Decision.UNKNOWN
-    confirmed = any(found.state is ComponentState.CONFIRMED for found in localizations)
+    confirmed = any(item.state is ComponentState.CONFIRMED for item in localizations)
     return Decision.ANOMALY if confirmed else Decision.NOMINAL

@@ -67,7 +67,11 @@ class Family:
 
 def _tokens(prefix: int, norm: str = "layernorm", **values: Any) -> Family:
     """Return a family of tokens with a number of them before the patches, registers aside."""
-    return Family(lambda c: prefix + (getattr(c, "num_register_tokens", 0) or 0), norm=norm, **values)
+
+    def count(config: Any) -> int:
+        return prefix + (getattr(config, "num_register_tokens", 0) or 0)
+
+    return Family(count, norm=norm, **values)
 
 
 _INTERPOLATE = ("interpolate_pos_encoding",)
@@ -111,6 +115,7 @@ class Backbone:
         self.dtype = choose_dtype(dtype, self.device)
         self.folder = open_backbone(name)
         self._family = FAMILIES[self.folder.architecture]
+        # Read first: the message about missing weights is better than that of transformers.
         self.weights_sha256 = self.folder.weights_sha256
         model_class = getattr(transformers, self._family.model_class)
         model = load_network(self.folder, model_class, _OPTIONAL_WEIGHTS)
@@ -122,8 +127,7 @@ class Backbone:
             device=self.device, dtype=self.dtype, memory_format=torch.channels_last
         )
         # Networks of feature maps without a patch size have stems of stride 4 at most.
-        patch = getattr(model.config, "patch_size", None) or 4
-        self._patch_px = patch if isinstance(patch, int) else int(max(patch))
+        self._patch_px = int(np.max(getattr(model.config, "patch_size", None) or 4))
         self._options: dict[str, Any] = dict.fromkeys(self._family.options, True)
         if self.folder.architecture == "vit_mae":
             # No patch is masked, and patches keep their order.
@@ -138,7 +142,8 @@ class Backbone:
         # The stem has any stride, and every later stage halves the grid.
         self.side_px = self._patch_px * (4 if self._family.prefix else 64)
         self.layers = len(self._states(torch.zeros(1, 3, self.side_px, self.side_px)))
-        if self.folder.architecture == "dinov2" and self.folder.config.get("hidden_size", 0) >= 1024:
+        is_large = self.folder.config.get("hidden_size", 0) >= 1024
+        if self.folder.architecture == "dinov2" and is_large:
             _LOG.warning(
                 "%s: large DINOv2 without registers gives some background patches a high norm and "
                 "no local meaning; prefer the variant with registers",
@@ -349,7 +354,7 @@ class PatchEmbedder:
                 probed = backbone.probe([self.stages[number].layer for number in numbers])
             except BackboneError as error:
                 raise self._error(numbers[0], error) from error
-            layers, strides, dims = zip(*probed, strict=True)
+            layers, strides, _ = zip(*probed, strict=True)
             self._forwards.append(_Forward(backbone, tuple(numbers), layers, strides, size))
             folder = backbone.folder
             for number, (layer, stride, dim) in zip(numbers, probed, strict=True):
@@ -402,9 +407,7 @@ class PatchEmbedder:
             features = self._features(batch)  # by stage: (n, rows, cols, dim)
             for row, number in enumerate(numbers):
                 first, *further = (
-                    PatchGrid(
-                        with_positions(values[row], identity.place_weight), (height, width)
-                    )
+                    PatchGrid(with_positions(values[row], identity.place_weight), (height, width))
                     for values, identity in zip(features, self.identities, strict=True)
                 )
                 grids[number] = replace(first, further=tuple(further)) if further else first
@@ -473,9 +476,11 @@ class PatchEmbedder:
     def _self_test(self) -> None:
         """Check that embeddings depend on the image and on the position in it."""
         sides = [2 * forward.multiple for forward in self._forwards]
-        image_hw = max(sides), max(sides) * 3 // 2
+        shape = max(sides), max(sides) * 3 // 2, 3
+        random = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        rising = np.linspace(0, 255, shape[1]).astype(np.uint8)[:, None]
         try:
-            noise, ramp = self.embed(_test_images(image_hw))
+            noise, ramp = self.embed([random, np.broadcast_to(rising, shape)])
         except ModelOutputError as error:
             raise BackboneError(
                 f"backbone '{self.identities[0].model_id}': self-test: {error}"
@@ -496,14 +501,7 @@ class PatchEmbedder:
 
 
 def open_backbone(name: str) -> PretrainedFolder:
-    """Find the folder of a backbone and check its configuration.
-
-    Args:
-        name: shipped name, local folder, or hub id that was downloaded before.
-
-    Raises:
-        BackboneError: not found, incomplete, invalid, or of an unsupported architecture.
-    """
+    """Find the folder of a backbone and check its configuration, as `open_folder`."""
     return open_folder("backbone", name, FAMILIES)
 
 
@@ -555,14 +553,6 @@ def _positions(grid_hw: tuple[int, int]) -> np.ndarray:
     vectors = vectors.astype(np.float32)
     vectors.flags.writeable = False
     return vectors
-
-
-def _test_images(image_hw: tuple[int, int]) -> list[np.ndarray]:
-    """Return two (height, width, 3) uint8 images: noise, and a ramp from left to right."""
-    generator = np.random.default_rng(0)
-    noise = generator.integers(0, 256, (*image_hw, 3), dtype=np.uint8)
-    ramp = np.linspace(0, 255, image_hw[1]).astype(np.uint8)
-    return [noise, np.broadcast_to(ramp[None, :, None], noise.shape)]
 
 
 def _unit(features: torch.Tensor) -> torch.Tensor:

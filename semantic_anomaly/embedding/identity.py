@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 
@@ -38,8 +38,50 @@ _FAMILY: _Rule = (
 )
 
 
+_IdentityT = TypeVar("_IdentityT", bound="_Identity")
+
+
 @dataclass(frozen=True)
-class EmbedderIdentity:
+class _Identity:
+    """Fields with one rule each.
+
+    Raises:
+        IndexFormatError: a field of the wrong type or out of range.
+    """
+
+    _what: ClassVar[str]
+    _rules: ClassVar[Mapping[str, _Rule]]
+
+    def __post_init__(self) -> None:
+        for name, (expected, is_valid) in self._rules.items():
+            value = getattr(self, name)
+            if not is_valid(value):
+                raise IndexFormatError(
+                    f"{self._what} identity: {name}: expected {expected}, found {value!r}"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls: type[_IdentityT], values: Mapping[str, Any]) -> _IdentityT:
+        """Make an identity from the values of `to_dict`.
+
+        Raises:
+            IndexFormatError: a field missing, unknown, of the wrong type or out of range.
+        """
+        names = {field.name for field in fields(cls)}
+        if not isinstance(values, Mapping) or set(values) != names:
+            raise IndexFormatError(
+                f"{cls._what} identity: expected exactly the fields {', '.join(sorted(names))}, "
+                f"found {sorted(map(str, values)) if isinstance(values, Mapping) else values!r}"
+            )
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class EmbedderIdentity(_Identity):
     """A backbone and how a stage uses it: embeddings of equal identities lie in one space.
 
     Attributes:
@@ -54,10 +96,15 @@ class EmbedderIdentity:
         dim: dimension of an embedding.
         dtype: precision of the computation.
         place_weight: weight of the position in the image in the distance, in [0, 1).
-
-    Raises:
-        IndexFormatError: a field of the wrong type or out of range.
     """
+
+    _what = "embedder"
+    _rules: ClassVar[Mapping[str, _Rule]] = {
+        **dict.fromkeys(("model_id", "architecture", "dtype"), _NAME),
+        **dict.fromkeys(("weights_sha256", "config_sha256"), _DIGEST),
+        **dict.fromkeys(("input_size", "average", "patch_px", "dim"), _COUNT),
+        **{"revision": _STRING, "layer": _LAYER, "place_weight": _WEIGHT},
+    }
 
     model_id: str
     architecture: str
@@ -72,29 +119,6 @@ class EmbedderIdentity:
     dtype: str
     place_weight: float = 0.0
 
-    def __post_init__(self) -> None:
-        rules = {
-            **{"model_id": _NAME, "architecture": _NAME, "dtype": _NAME, "revision": _STRING},
-            **{"weights_sha256": _DIGEST, "config_sha256": _DIGEST, "layer": _LAYER},
-            **{"input_size": _COUNT, "average": _COUNT, "patch_px": _COUNT, "dim": _COUNT},
-            "place_weight": _WEIGHT,
-        }
-        _check("embedder", asdict(self), rules)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> EmbedderIdentity:
-        """Make an identity from the values of `to_dict`.
-
-        Raises:
-            IndexFormatError: a field missing, unknown, of the wrong type or out of range.
-        """
-        _check_names("embedder", values, cls)
-        return cls(**values)
-
     def difference(self, other: EmbedderIdentity) -> tuple[str, Any, Any] | None:
         """Return (field, own value, other value) of the first difference that matters, or None.
 
@@ -108,39 +132,21 @@ class EmbedderIdentity:
 
 
 @dataclass(frozen=True)
-class SegmenterIdentity:
+class SegmenterIdentity(_Identity):
     """A segmenter and how it is used.
 
     Attributes:
         family: one of `SEGMENTER_FAMILIES`.
         model_id: folder name or hub id, empty without a model.
         digest: sha256 of weights, configuration and parameters, 64 hexadecimal digits.
-
-    Raises:
-        IndexFormatError: a field of the wrong type or out of range.
     """
+
+    _what = "segmenter"
+    _rules: ClassVar[Mapping[str, _Rule]] = dict(family=_FAMILY, model_id=_STRING, digest=_DIGEST)
 
     family: str
     model_id: str
     digest: str
-
-    def __post_init__(self) -> None:
-        rules = {"family": _FAMILY, "model_id": _STRING, "digest": _DIGEST}
-        _check("segmenter", asdict(self), rules)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> SegmenterIdentity:
-        """Make an identity from the values of `to_dict`.
-
-        Raises:
-            IndexFormatError: a field missing, unknown, of the wrong type or out of range.
-        """
-        _check_names("segmenter", values, cls)
-        return cls(**values)
 
     def matches(self, other: SegmenterIdentity) -> bool:
         """Return whether both give the same masks; the name of the model does not matter."""
@@ -187,20 +193,3 @@ class Embedder(Protocol):
 
     def embed(self, images: Sequence[np.ndarray]) -> list[PatchGrid]:
         """Return the patch grids of (height, width, 3) uint8 RGB images, in order."""
-
-
-def _check(what: str, values: Mapping[str, Any], rules: Mapping[str, _Rule]) -> None:
-    for name, (expected, is_valid) in rules.items():
-        if not is_valid(values[name]):
-            raise IndexFormatError(
-                f"{what} identity: {name}: expected {expected}, found {values[name]!r}"
-            )
-
-
-def _check_names(what: str, values: Any, identity_class: type[Any]) -> None:
-    names = {field.name for field in fields(identity_class)}
-    if not isinstance(values, Mapping) or set(values) != names:
-        raise IndexFormatError(
-            f"{what} identity: expected exactly the fields {', '.join(sorted(names))}, "
-            f"found {sorted(map(str, values)) if isinstance(values, Mapping) else values!r}"
-        )

@@ -189,8 +189,6 @@ def load_network(
                 f"{folder.what}: expected exactly the weights of a {folder.architecture} as in "
                 f"{CONFIG}, found {len(wrong)} {problem}: {shown}"
             )
-    if info.get("error_msgs"):
-        raise BackboneError(f"{folder.what}: {info['error_msgs'][0]}")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise BackboneError(f"{folder.what}: weights of '{name}' are not finite")
@@ -231,16 +229,12 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:(0|[1-9]\d{0,8}))?", name):
         raise BackboneError(f"device '{name}': expected auto, cpu, cuda or cuda:N")
     count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
+    if name != "cpu" and int(name.partition(":")[2] or 0) >= count:
         raise BackboneError(f"device '{name}': expected a CUDA device, found {count}")
-    return device
+    return torch.device(name)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -8,13 +8,17 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from semantic_anomaly.errors import ArtefactError, InputError, SemanticAnomalyError
 from semantic_anomaly.storage import atomic_folder, canonical_json, publish_folder, sha256_bytes
+from semantic_anomaly.structures import AnomalyResult, Frame
+
+if TYPE_CHECKING:
+    from semantic_anomaly.detection.detector import AnomalyDetector
 
 FILE = "checkpoint.jsonl"
 
@@ -31,11 +35,16 @@ class Checkpoint:
 
     def __init__(self, folder: Path, key: str) -> None:
         self.folder, self._path = folder, folder / FILE
-        self._scratch: set[Path] = set()
+        self._scratch: list[Path] = []
         self.rows: list[dict[str, Any]] = []
         content = self._read(key)
         if not content:
-            _clear(folder)
+            # The folder itself stays: it is locked.
+            for entry in folder.iterdir():
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink()
             content = canonical_json({"key": key}).encode() + b"\n"
         self._path.write_bytes(content)
         self._file = self._path.open("ab")
@@ -46,16 +55,13 @@ class Checkpoint:
         self._file.flush()
         self.rows.append(dict(row))
 
-    def scratch(self, name: str) -> Path:
-        """Return a folder that is removed when the report is finished."""
+    def scratch(self, name: str, *, keep: bool = False) -> Path:
+        """Return a folder that is removed when the report is finished, unless it is kept."""
         path = self.folder / name
         path.mkdir(exist_ok=True)
-        self._scratch.add(path)
+        if not keep:
+            self._scratch.append(path)
         return path
-
-    def keep(self, name: str) -> None:
-        """Make a scratch folder part of the report."""
-        self._scratch.discard(self.folder / name)
 
     def finish(self) -> None:
         """Remove the checkpoint file, then the scratch folders.
@@ -124,7 +130,7 @@ def resumable_report(
         try:
             yield checkpoint
             checkpoint.finish()
-            publish_folder(folder, out, replace=True)
+            publish_folder(folder, out)
         except SemanticAnomalyError:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -145,17 +151,15 @@ def resumable_report(
 @contextmanager
 def temporary_checkpoint() -> Iterator[Checkpoint]:
     """Yield a checkpoint in a temporary folder, for runs that write no report."""
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = Checkpoint(Path(folder), "")
-        try:
-            yield checkpoint
-        finally:
-            checkpoint.close()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        closing(Checkpoint(Path(folder), "")) as checkpoint,
+    ):
+        yield checkpoint
 
 
-@contextmanager
-def report_folder(out: Path, summary: str, written: frozenset[str]) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `out` when the block ends without an error.
+def report_folder(out: Path, summary: str, written: frozenset[str]) -> AbstractContextManager[Path]:
+    """Return a context with a temporary folder that becomes `out` when it ends without an error.
 
     Args:
         out, summary, written: as in `refuse_other_content`.
@@ -164,8 +168,7 @@ def report_folder(out: Path, summary: str, written: frozenset[str]) -> Iterator[
         InputError: `out` holds something else than an earlier report.
     """
     refuse_other_content(out, summary, written)
-    with atomic_folder(out, replace=True) as folder:
-        yield folder
+    return atomic_folder(out)
 
 
 def refuse_other_content(out: Path, summary: str, written: frozenset[str]) -> None:
@@ -191,15 +194,30 @@ def refuse_other_content(out: Path, summary: str, written: frozenset[str]) -> No
         )
 
 
+def result_row(frame: Frame, result: AnomalyResult) -> dict[str, Any]:
+    """Return the fields of a row that a frame's result gives; `restore_tracks` reads them."""
+    return {
+        "stamp_ns": frame.stamp_ns,
+        "score": result.score,
+        "p_value": result.p_value,
+        "boxes": [list(component.box_xyxy) for component in result.localizations],
+        "decision": result.decision.value,
+    }
+
+
+def restore_tracks(
+    detector: AnomalyDetector, frame: Frame, rows: Iterable[Mapping[str, Any]]
+) -> None:
+    """Warm a detector up with its next frame, and restore its tracks from earlier rows."""
+    detector.reset()
+    # The first call allocates and compiles; its time would be an outlier.
+    detector.detect(frame)
+    detector.reset()
+    for row in rows:
+        detector.recall(row["stamp_ns"], row["boxes"])
+
+
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write a mapping as indented JSON; raise ValueError for NaN."""
     text = json.dumps(values, indent=1, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
-
-
-def _clear(folder: Path) -> None:
-    for entry in folder.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()

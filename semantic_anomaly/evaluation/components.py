@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from semantic_anomaly.errors import InputError
-from semantic_anomaly.evaluation.datasets import ANOMALY, IGNORE, NORMAL
+from semantic_anomaly.evaluation.datasets import ANOMALY, IGNORE
 
 # An anomaly is detected if its sIoU reaches tau, a prediction is false if its PPV is below tau.
 TAUS = np.linspace(0.25, 0.75, 11)
@@ -60,11 +60,7 @@ class ComponentMetrics:
 
 
 class ComponentScores:
-    """Component matches pooled over labelled images.
-
-    Args:
-        limits: minimum sizes of components.
-    """
+    """Component matches pooled over labelled images."""
 
     def __init__(self, limits: SizeLimits) -> None:
         self._limits = limits
@@ -79,26 +75,13 @@ class ComponentScores:
         Args:
             predicted: (height, width) bool, pixels above the threshold.
             labels: (height, width) uint8, 0 normal, 1 anomaly, 255 ignore.
-
-        Raises:
-            InputError: shapes that differ, or labels of other values.
         """
-        if predicted.shape != labels.shape or labels.ndim != 2:
-            raise InputError(
-                f"components: expected prediction and labels of one shape (height, width), found "
-                f"{predicted.shape} and {labels.shape}"
-            )
-        odd = sorted(set(np.unique(labels).tolist()) - {NORMAL, ANOMALY, IGNORE})
-        if odd:
-            raise InputError(
-                f"labels: expected {NORMAL}, {ANOMALY}, {IGNORE}, found also {odd[:8]}"
-            )
         truth, small = _components(labels == ANOMALY, self._limits.truth_px)
         predictions, _ = _components(predicted & (labels != IGNORE), self._limits.predicted_px)
         counted = (labels != IGNORE) & ~small
         siou, ppv = _match(truth[counted], predictions[counted])
-        self._siou += siou
-        self._ppv += ppv
+        self._siou.extend(siou)
+        self._ppv.extend(ppv)
 
     def metrics(self) -> ComponentMetrics:
         """Return the measures over all images so far."""
@@ -107,15 +90,11 @@ class ComponentScores:
         detected = (siou[None] >= TAUS[:, None] - 1e-12).sum(axis=1)
         false = (ppv[None] < TAUS[:, None] - 1e-12).sum(axis=1)
         # Without anomalies every PPV is 0 and every prediction false, so nothing divides by 0.
-        anything = len(siou) or len(ppv)
-        f1 = float(np.mean(2 * detected / (detected + len(siou) + false))) if anything else None
-        return ComponentMetrics(
-            float(siou.mean()) if len(siou) else None,
-            float(ppv.mean()) if len(ppv) else None,
-            f1,
-            len(siou),
-            len(ppv),
+        f1 = 2 * detected / (detected + len(siou) + false) if len(siou) or len(ppv) else ()
+        siou_mean, ppv_mean, f1_mean = (
+            float(np.mean(values)) if len(values) else None for values in (siou, ppv, f1)
         )
+        return ComponentMetrics(siou_mean, ppv_mean, f1_mean, len(siou), len(ppv))
 
 
 def _components(mask: np.ndarray, smallest_px: int) -> tuple[np.ndarray, np.ndarray]:
@@ -129,7 +108,7 @@ def _components(mask: np.ndarray, smallest_px: int) -> tuple[np.ndarray, np.ndar
     return renumbered, mask & (renumbered == 0)
 
 
-def _match(truth: np.ndarray, predicted: np.ndarray) -> tuple[list[float], list[float]]:
+def _match(truth: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the sIoU of every anomaly and the PPV of every prediction, from (n,) numbers."""
     shape = int(truth.max(initial=0)) + 1, int(predicted.max(initial=0)) + 1
     flat = np.bincount(truth * shape[1] + predicted, minlength=shape[0] * shape[1])
@@ -144,5 +123,4 @@ def _match(truth: np.ndarray, predicted: np.ndarray) -> tuple[list[float], list[
     siou = inside / (covered + shared[1:].sum(axis=1) - inside - of_others)
     # Predictions that lie on ignored anomalies only are not counted.
     remaining = area[1:] > 0
-    ppv = on_anomalies[1:][remaining] / area[1:][remaining]
-    return siou.tolist(), ppv.tolist()
+    return siou, on_anomalies[1:][remaining] / area[1:][remaining]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from semantic_anomaly.structures import Frame
 
 NORMAL, ANOMALY, IGNORE = 0, 1, 255
 MASK_FOLDERS = ("masks", "labels_masks")
+_FLAGS, _TEXTS = ("anomaly", "ignore"), ("kind", "family", "drive")
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,9 @@ class FrameTruth:
         stem: unique name without suffix, for files made from the frame.
         anomaly: whether the frame shows an anomaly.
         ignored: the frame is not counted; if its labels say so, nor are its pixels.
-        kind, family: kind and family of the anomaly, None when not labelled.
         sequence: drive of the frame; frames of different drives are independent.
         mask: file of the mask, or None.
+        kind, family: kind and family of the anomaly, None when not labelled.
         has_pixels: whether pixels count; false for an anomaly that is labelled but not masked.
     """
 
@@ -42,14 +44,72 @@ class FrameTruth:
     stem: str
     anomaly: bool
     ignored: bool
-    kind: str | None
-    family: str | None
     sequence: str
-    mask: Path | None
-    has_pixels: bool
+    mask: Path | None = None
+    kind: str | None = None
+    family: str | None = None
+    has_pixels: bool = True
+
+    @classmethod
+    def of_labels(
+        cls, labels: np.ndarray, file: str, stem: str, sequence: str, mask: Path | None = None
+    ) -> FrameTruth:
+        """Return the ground truth of a frame that is known by its pixel labels alone."""
+        anomaly, ignored = bool((labels == ANOMALY).any()), bool((labels == IGNORE).all())
+        return cls(file, stem, anomaly, ignored, sequence, mask)
 
 
-class LabelledFolder:
+class Dataset(ABC):
+    """Images with ground truth.
+
+    Attributes:
+        path: folder or bag.
+        name: name of the folder or bag.
+        truths: one per image, in the order of iteration.
+    """
+
+    path: Path
+    name: str
+    truths: list[FrameTruth]
+
+    def __len__(self) -> int:
+        return len(self.truths)
+
+    def __iter__(self) -> Iterator[tuple[Frame, FrameTruth, np.ndarray]]:
+        """Yield frame, truth and labels, (height, width) uint8.
+
+        Raises:
+            InputError: an image cannot be read, or as `labels`.
+        """
+        for frame, truth in self._frames():
+            yield frame, truth, self.labels(truth, frame.image_hw)
+
+    def labels(self, truth: FrameTruth, image_hw: tuple[int, int]) -> np.ndarray:
+        """Return the labels of a frame, (height, width) uint8 of 0 normal, 1 anomaly, 255 ignore.
+
+        Raises:
+            InputError: they cannot be read, are of another size than the image, or hold other
+                values.
+        """
+        labels = self._labels(truth, image_hw)
+        if labels.shape != image_hw:
+            expected, found = (f"{hw[1]}x{hw[0]}" for hw in (image_hw, labels.shape))
+            raise InputError(
+                f"mask '{truth.mask}': expected {expected} as its image '{truth.file}', found "
+                f"{found}"
+            )
+        return labels
+
+    @abstractmethod
+    def _frames(self) -> Iterable[tuple[Frame, FrameTruth]]:
+        """Yield every frame with its truth."""
+
+    @abstractmethod
+    def _labels(self, truth: FrameTruth, image_hw: tuple[int, int]) -> np.ndarray:
+        """Return the labels of a frame, of the size of their file."""
+
+
+class LabelledFolder(Dataset):
     """A folder with `images/`, `masks/` or `labels_masks/`, and optionally `labels.json`.
 
     Masks are 8-bit PNG of the image's stem and size: 0 normal, 1 anomaly, 255 ignore. An image
@@ -57,10 +117,6 @@ class LabelledFolder:
     optionally `kind`, `family`, `ignore`, `stamp_s`, `drive`. A frame without `anomaly` is
     anomalous if its mask has a 1. Frames without `drive` belong to one drive if they have stamps,
     otherwise each is a drive of its own. All masks are checked here.
-
-    Attributes:
-        name: name of the folder.
-        truths: one per selected image, in the order of iteration.
 
     Raises:
         InputError: no images, masks with other values or without an image, labels of missing
@@ -78,50 +134,18 @@ class LabelledFolder:
         files = self._source.files
         masks = _find_masks(root, {file.stem for file in files})
         labels = _read_labels(root / "labels.json", {file.name for file in files})
-        chosen = files[selection]
-        if not chosen:
+        if not files[selection]:
             raise InputError(f"dataset '{path}': expected images, found none of {len(files)}")
         self.truths = [
             _truth(file.name, masks.get(file.stem), labels.get(file.name, {}), self.name)
-            for file in chosen
+            for file in files[selection]
         ]
 
-    def __len__(self) -> int:
-        return len(self.truths)
+    def _frames(self) -> Iterable[tuple[Frame, FrameTruth]]:
+        return zip(self._source, self.truths, strict=True)
 
-    def __iter__(self) -> Iterator[tuple[Frame, FrameTruth, np.ndarray]]:
-        """Yield frame, truth and mask, (height, width) uint8.
-
-        Raises:
-            InputError: an image cannot be read, sizes vary, or a mask has another size.
-        """
-        for frame, truth in zip(self._source, self.truths, strict=True):
-            yield frame, truth, self.labels(truth, frame.image_hw)
-
-    def labels(self, truth: FrameTruth, image_hw: tuple[int, int]) -> np.ndarray:
-        """Return the mask of a frame, (height, width) uint8; all normal without a mask file.
-
-        Raises:
-            InputError: it cannot be read, or is of another size than the image.
-        """
-        if truth.mask is None:
-            return np.zeros(image_hw, np.uint8)
-        mask = read_mask(truth.mask)
-        check_size(truth, mask, image_hw)
-        return mask
-
-
-def check_size(truth: FrameTruth, labels: np.ndarray, image_hw: tuple[int, int]) -> None:
-    """Check that labels have the size of their image.
-
-    Raises:
-        InputError: the sizes differ.
-    """
-    if labels.shape != image_hw:
-        raise InputError(
-            f"mask '{truth.mask}': expected {_size(image_hw)} as its image '{truth.file}', found "
-            f"{_size(labels.shape)}"
-        )
+    def _labels(self, truth: FrameTruth, image_hw: tuple[int, int]) -> np.ndarray:
+        return np.zeros(image_hw, np.uint8) if truth.mask is None else read_mask(truth.mask)
 
 
 def read_mask(path: Path) -> np.ndarray:
@@ -133,10 +157,9 @@ def read_mask(path: Path) -> np.ndarray:
     try:
         content = path.read_bytes()
         kind, _, _ = inspect_image(content)
-    except OSError as error:
-        raise InputError(f"mask '{path}': {error.strerror}") from error
-    except ImageError as error:
-        raise InputError(f"mask '{path}': {error}") from error
+    except (OSError, ImageError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"mask '{path}': {reason}") from error
     # Decoders expand 1-bit masks to 0 and 255, which would turn anomalies into ignored pixels.
     if kind != "PNG" or content[24] != 8:
         found = f"PNG of {content[24]} bits" if kind == "PNG" else kind
@@ -148,11 +171,11 @@ def read_mask(path: Path) -> np.ndarray:
         if np.any(mask[..., :3] != mask[..., :1]):
             raise InputError(f"mask '{path}': expected one channel, found colours")
         mask = np.ascontiguousarray(mask[..., 0])
-    odd = sorted(set(np.unique(mask).tolist()) - {NORMAL, ANOMALY, IGNORE})
-    if odd:
+    others = sorted(set(np.unique(mask).tolist()) - {NORMAL, ANOMALY, IGNORE})
+    if others:
         raise InputError(
             f"mask '{path}': expected values {NORMAL} normal, {ANOMALY} anomaly, {IGNORE} ignore; "
-            f"found also {', '.join(map(str, odd[:8]))}"
+            f"found also {', '.join(map(str, others[:8]))}"
         )
     return mask
 
@@ -184,16 +207,16 @@ def _find_masks(root: Path, stems: set[str]) -> dict[str, Path]:
         for file in sorted(folder.iterdir())
         if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
     ]
-    lost = [file.name for file in files if file.stem not in stems]
-    if lost:
+    unmatched = [file.name for file in files if file.stem not in stems]
+    if unmatched:
         raise InputError(
             f"masks '{folders[0]}': expected an image of the same stem for each, found none for "
-            f"{_listed(lost)}"
+            f"{_listed(unmatched)}"
         )
-    twice = [stem for stem, count in Counter(file.stem for file in files).items() if count > 1]
-    if twice:
+    repeated = [stem for stem, count in Counter(file.stem for file in files).items() if count > 1]
+    if repeated:
         raise InputError(f"masks '{folders[0]}': expected one for each image, found several for "
-                         f"{_listed(twice)}")  # fmt: skip
+                         f"{_listed(repeated)}")  # fmt: skip
     return {file.stem: file for file in files}
 
 
@@ -208,47 +231,35 @@ def _read_labels(path: Path, files: set[str]) -> dict[str, Mapping[str, Any]]:
         raise InputError(
             f"labels '{path}': expected names of images, found absent {_listed(absent)}"
         )
-    kinds = {
-        "anomaly": bool,
-        "ignore": bool,
-        "kind": (str, type(None)),
-        "family": (str, type(None)),
-        "drive": (str, type(None)),
-    }
     for name, label in labels.items():
         if not isinstance(label, dict):
             raise InputError(f"labels '{path}': '{name}': expected an object, found {label!r:.60}")
-        for key, kind in kinds.items():
-            if key in label and not isinstance(label[key], kind):  # type: ignore[arg-type]
-                wanted = "true or false" if kind is bool else "a text"
+        for key in (*_FLAGS, *_TEXTS):
+            kind, expected = (bool, "true or false") if key in _FLAGS else (str | None, "a text")
+            if key in label and not isinstance(label[key], kind):
                 raise InputError(
-                    f"labels '{path}': '{name}': {key}: expected {wanted}, found {label[key]!r:.60}"
+                    f"labels '{path}': '{name}': {key}: expected {expected}, found "
+                    f"{label[key]!r:.60}"
                 )
     return labels
 
 
 def _truth(file: str, mask_file: Path | None, label: Mapping[str, Any], dataset: str) -> FrameTruth:
-    values = set(np.unique(read_mask(mask_file)).tolist()) if mask_file else {NORMAL}
-    marked = ANOMALY in values
-    anomaly = label.get("anomaly", marked)
-    skipped = label.get("ignore", False)
-    return FrameTruth(
-        file=file,
-        stem=file.rpartition(".")[0],
+    sequence = label.get("drive") or (dataset if "stamp_s" in label else file)
+    mask = np.array(NORMAL) if mask_file is None else read_mask(mask_file)
+    masked = FrameTruth.of_labels(mask, file, file.rpartition(".")[0], sequence, mask_file)
+    anomaly = label.get("anomaly", masked.anomaly)
+    ignored = label.get("ignore", False)
+    return replace(
+        masked,
         anomaly=anomaly,
-        ignored=skipped or values == {IGNORE},
+        ignored=ignored or masked.ignored,
         kind=label.get("kind") if anomaly else None,
         family=label.get("family") if anomaly else None,
-        sequence=label.get("drive") or (dataset if "stamp_s" in label else file),
-        mask=mask_file,
-        has_pixels=not skipped and (marked or not anomaly or mask_file is not None),
+        has_pixels=not ignored and (mask_file is not None or not anomaly),
     )
 
 
 def _listed(names: list[str]) -> str:
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(f"'{name}'" for name in names[:5]) + more
-
-
-def _size(image_hw: tuple[int, ...]) -> str:
-    return f"{image_hw[1]}x{image_hw[0]}"

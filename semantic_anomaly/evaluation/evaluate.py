@@ -18,6 +18,8 @@ from semantic_anomaly.evaluation import extras, figures, provenance, report
 from semantic_anomaly.evaluation.checkpoint import (
     Checkpoint,
     refuse_other_content,
+    restore_tracks,
+    result_row,
     resumable_report,
     temporary_checkpoint,
     write_json,
@@ -28,12 +30,10 @@ from semantic_anomaly.evaluation.layouts import Dataset, open_dataset
 from semantic_anomaly.evaluation.metrics import (
     SCORE_RESOLUTION,
     PixelGroups,
-    by_group,
     component_measures,
-    frame_measures,
+    dataset_measures,
     frame_rates,
     latencies,
-    pixel_measures,
     share,
     truth_row,
 )
@@ -49,13 +49,8 @@ if TYPE_CHECKING:
     from semantic_anomaly.embedding.identity import Embedder
 
 RESULTS, MAPS = "results.json", "maps"
-WRITTEN = frozenset(
-    {
-        RESULTS,
-        *("overlays", "panels", "worst", MAPS),
-        *("contact_sheet.jpg", *figures.FIGURES, report.NAME),
-    }
-)
+_PICTURES = "overlays", "panels", "worst", "contact_sheet.jpg"
+WRITTEN = frozenset({RESULTS, MAPS, *_PICTURES, *figures.FIGURES, report.NAME})
 PICTURES = 20
 SHEET_PICTURES = 16
 
@@ -140,7 +135,15 @@ def evaluate(
         protocol = detector
         detector = protocol.detector_of(dataset.truths[0])
     elif not isinstance(detector, AnomalyDetector):
-        detector = _load(detector, settings_of(settings, overrides), camera, embedder)
+        settings = settings_of(settings, overrides)
+        camera = settings.cameras[0] if camera is None else camera
+        if isinstance(detector, NominalIndex):
+            detector = AnomalyDetector(
+                detector, settings=settings, camera=camera, embedder=embedder
+            )
+        else:
+            folder = {"index": str(detector), f"{camera}.index": ""}
+            detector = load_detector(settings_of(settings, folder), camera, embedder=embedder)
     elif settings is not None or camera is not None or overrides:
         raise InputError("evaluate: expected settings and camera for an index only")
 
@@ -161,8 +164,8 @@ def evaluate(
             sheet = frozenset(_sheet_frames(dataset.truths))
             alpha = detector.settings.overlay_alpha
             album = report.Album(checkpoint.folder, detector.roi, alpha, step, sheet)
-        _score_frames(dataset, detector, protocol, album, checkpoint, allow_seen, progress)
-        maps = checkpoint.folder / MAPS
+        maps = checkpoint.scratch(MAPS, keep=save_maps)
+        _score_frames(dataset, detector, protocol, album, checkpoint, maps, allow_seen, progress)
         pixels = PixelGroups()
         for truth, scores, labels in _maps(maps, dataset, detector.roi):
             pixels.add(truth, scores, labels)
@@ -170,30 +173,19 @@ def evaluate(
         pairs = ((scores, labels) for _, scores, labels in _maps(maps, dataset, detector.roi))
         components = component_measures(pairs, limits, thresholds)
         rows = checkpoint.rows
-        results = {**described, **_results(dataset, detector, rows, pixels, components)}
-        results["data_sha256"] = provenance.rows_digest(rows)
-        results["frames"] = rows
+        results = {
+            **described,
+            **_results(dataset, detector, rows, pixels),
+            **components,
+            "data_sha256": provenance.rows_digest(rows),
+            "frames": rows,
+        }
         if album is not None:
             album.finish()
-            if save_maps:
-                checkpoint.keep(MAPS)
             write_json(checkpoint.folder / RESULTS, results)
             figures.draw_evaluation(checkpoint.folder, results, pixels.all(), detector.calibration)
             report.write_html(checkpoint.folder, results)
     return Evaluation(results, out)
-
-
-def _load(
-    index: NominalIndex | str | Path,
-    settings: Settings,
-    camera: str | None,
-    embedder: Embedder | None,
-) -> AnomalyDetector:
-    camera = settings.cameras[0] if camera is None else camera
-    if isinstance(index, NominalIndex):
-        return AnomalyDetector(index, settings=settings, camera=camera, embedder=embedder)
-    settings = settings_of(settings, {"index": str(index), f"{camera}.index": ""})
-    return load_detector(settings, camera, embedder=embedder)
 
 
 def _score_frames(
@@ -202,6 +194,7 @@ def _score_frames(
     protocol: Reference | SelfNominal | None,
     album: report.Album | None,
     checkpoint: Checkpoint,
+    maps: Path,
     allow_seen: bool,
     progress: bool,
 ) -> None:
@@ -209,8 +202,7 @@ def _score_frames(
     done = len(checkpoint.rows)
     if album is not None:
         for number, (row, truth) in enumerate(zip(checkpoint.rows, dataset.truths, strict=False)):
-            album.passed(number, truth.stem, _ranks(row))
-    maps = checkpoint.scratch(MAPS)
+            album.rank(number, truth.stem, _ranks(row))
     groups = [protocol.group_of(truth) if protocol else 0 for truth in dataset.truths]
     bar = tqdm(dataset, "evaluate", len(dataset), unit="frame", disable=None if progress else True)
     for number, (frame, truth, mask) in enumerate(bar):
@@ -219,18 +211,22 @@ def _score_frames(
         if number == done or groups[number] != groups[number - 1]:
             if protocol is not None:
                 detector = protocol.detector_of(truth)
-            detector.reset()
-            # The first call allocates and compiles; its time would be an outlier.
-            detector.detect(frame)
-            detector.reset()
-            for row, group in zip(checkpoint.rows, groups, strict=False):
-                if group == groups[number]:
-                    detector.recall(row["stamp_ns"], row["boxes"])
+            rows = zip(checkpoint.rows, groups, strict=False)
+            restore_tracks(detector, frame, (row for row, g in rows if g == groups[number]))
         # Protocols exclude the frames that they score from their indexes.
         seen = protocol is None and _seen(detector, frame, allow_seen)
         result = detector.detect(frame)
-        np.save(_map_file(maps, truth), result.heatmap, allow_pickle=False)
-        row = _row(truth, result, frame, mask, seen)
+        np.save(maps / f"{truth.stem}.npy", result.heatmap, allow_pickle=False)
+        detected = truth.anomaly and truth.has_pixels and result.decision is Decision.ANOMALY
+        row = {
+            **truth_row(truth),
+            **result_row(frame, result),
+            # An alarm elsewhere in the image has not detected the anomaly.
+            "localized": bool(result.label_map[mask == ANOMALY].any()) if detected else None,
+            "seen": seen,
+            "ms": {stage: round(ms, 3) for stage, ms in result.stage_ms.items()},
+            "sha256": sha256_bytes(frame.image.tobytes() + mask.tobytes()),
+        }
         if album is not None:
             album.add(
                 number,
@@ -255,46 +251,19 @@ def _seen(detector: AnomalyDetector, frame: Frame, allow_seen: bool) -> bool:
     return False
 
 
-def _row(
-    truth: FrameTruth, result: AnomalyResult, frame: Frame, mask: np.ndarray, seen: bool
-) -> dict[str, Any]:
-    detected = truth.anomaly and truth.has_pixels and result.decision is Decision.ANOMALY
-    return {
-        **truth_row(truth),
-        "stamp_ns": frame.stamp_ns,
-        "score": result.score,
-        "p_value": result.p_value,
-        "boxes": [list(component.box_xyxy) for component in result.localizations],
-        "decision": result.decision.value,
-        # An alarm elsewhere in the image has not detected the anomaly.
-        "localized": bool(result.label_map[mask == ANOMALY].any()) if detected else None,
-        "seen": seen,
-        "ms": {stage: round(ms, 3) for stage, ms in result.stage_ms.items()},
-        "sha256": sha256_bytes(frame.image.tobytes() + mask.tobytes()),
-    }
-
-
-def _map_file(maps: Path, truth: FrameTruth) -> Path:
-    return maps / f"{truth.stem}.npy"
-
-
 def _maps(
     maps: Path, dataset: Dataset, roi: RegionOfInterest
 ) -> Iterator[tuple[FrameTruth, np.ndarray, np.ndarray]]:
     """Yield truth, anomaly map and labels of frames with pixel labels; 255 outside the ROI."""
     for truth in dataset.truths:
         if truth.has_pixels:
-            scores = np.load(_map_file(maps, truth), allow_pickle=False)  # (height, width)
+            scores = np.load(maps / f"{truth.stem}.npy", allow_pickle=False)  # (height, width)
             labels = dataset.labels(truth, scores.shape)
             yield truth, scores, np.where(roi.pixel_mask(scores.shape), labels, np.uint8(IGNORE))
 
 
 def _results(
-    dataset: Dataset,
-    detector: AnomalyDetector,
-    rows: list[dict[str, Any]],
-    pixels: PixelGroups,
-    components: dict[str, Any],
+    dataset: Dataset, detector: AnomalyDetector, rows: list[dict[str, Any]], pixels: PixelGroups
 ) -> dict[str, Any]:
     counted = [row for row in rows if not row["ignored"]]
     anomalous = np.array([row["anomaly"] for row in counted], bool)
@@ -302,9 +271,9 @@ def _results(
     alarm_threshold = None if detector.threshold is None else 0.5
     alarm_tpr, alarm_fpr = frame_rates(alarms, anomalous, alarm_threshold)
     calibration = detector.calibration
-    by_hand = detector.settings.threshold > 0.0
-    pooled = pixel_measures(pixels)
-    pooled["pixels"] |= {
+    by_hand = detector.settings.threshold is not None
+    measures = dataset_measures(rows, pixels, detector.threshold)
+    measures["pixels"] |= {
         "roi": "whole image" if detector.roi.is_whole_image else "region of interest",
         "score_resolution": SCORE_RESOLUTION,
         "frames_without_truth": sum(not truth.has_pixels for truth in dataset.truths),
@@ -319,27 +288,20 @@ def _results(
         )
     return {
         "dataset": dataset.name,
-        **frame_measures(counted, detector.threshold),
+        **measures,
         "alarm_tpr": alarm_tpr,
         "alarm_fpr": alarm_fpr,
         "localized": share([row["localized"] for row in counted if row["localized"] is not None]),
         "target_false_alarm_rate": detector.settings.target_false_alarm_rate
         if calibration and not by_hand
         else None,
-        "threshold": detector.threshold,
         "threshold_from": "setting" if by_hand else "calibration" if calibration else None,
         "calibration": {"frames": calibration.count, "warnings": list(calibration.warnings)}
         if calibration
         else None,
-        **pooled,
-        **components,
-        "frames_counted": len(counted),
-        "frames_anomalous": int(anomalous.sum()),
         "frames_ignored": len(rows) - len(counted),
         "frames_seen": seen,
         "warnings": warnings,
-        "by_kind": by_group("kind", counted, pixels, detector.threshold),
-        "by_family": by_group("family", counted, pixels, detector.threshold),
         "latency_ms": latencies(row["ms"] for row in rows),
     }
 

@@ -19,10 +19,8 @@ from semantic_anomaly.evaluation.datasets import IGNORE, FrameTruth, read_json
 from semantic_anomaly.evaluation.layouts import Dataset
 from semantic_anomaly.evaluation.metrics import (
     PixelGroups,
-    by_group,
     component_measures,
-    frame_measures,
-    pixel_measures,
+    dataset_measures,
     truth_row,
 )
 from semantic_anomaly.scoring.anomaly_map import tail_mean
@@ -35,9 +33,7 @@ class MapFolder:
     """Score maps of a dataset: `<stem>.npy`, (height, width) floats, higher is more anomalous.
 
     Args:
-        path: the folder.
         dataset: every frame with pixel labels must have a map; others may.
-        progress: show a progress bar on a terminal.
 
     Attributes:
         sha256: digest of all maps used.
@@ -89,7 +85,7 @@ class MapFolder:
         """Yield truth, map and labels of every frame with a map."""
         for truth in self.truths:
             values = self.raw(truth)
-            yield truth, values, self._dataset.labels(truth, (values.shape[0], values.shape[1]))
+            yield truth, values, self._dataset.labels(truth, values.shape)
 
     def scaled(self, values: np.ndarray) -> np.ndarray:
         """Return scores in [0, 2] in the same order, so that they can be counted in histograms.
@@ -128,52 +124,49 @@ def score_maps(
     """Compute the measures of `evaluate` for maps, write results.json, and return its content.
 
     Args:
-        maps: score maps of the dataset.
         dataset: images with ground truth; pixels with 255 in the masks are not counted.
         out: folder to write; an earlier report of maps is replaced.
-        limits: minimum sizes of components.
         scores: frame scores by file name; None: the mean of the largest `tail_percent` of a map.
         threshold: threshold of the frame scores, or None.
         pixel_threshold: threshold of the maps, for the measures named 'calibrated'.
         tail_percent: percentage of the counted pixels, in (0, 100].
         protocol: name of the protocol as in `evaluate`; empty: not stated.
-        progress: show a progress bar on a terminal.
 
     Raises:
         InputError: a map or mask cannot be used, or a frame has no score.
     """
     extras.require("sklearn.metrics")
     pixels, rows = PixelGroups(), []
-    hide = None if progress else True
+    disable = None if progress else True
+    bar = tqdm(maps.labelled(), "measure", len(maps.truths), unit="map", disable=disable)
     with report_folder(out, RESULTS, WRITTEN) as folder:
-        for truth, values, labels in tqdm(
-            maps.labelled(), "measure", len(maps.truths), unit="map", disable=hide
-        ):
+        for truth, values, labels in bar:
             pixels.add(truth, maps.scaled(values), labels)
-            rows.append(_row(truth, values, labels, scores, tail_percent))
+            counted = values[labels != IGNORE]
+            if scores is None:
+                score = float(tail_mean(counted, tail_percent)) if counted.size else 0.0
+            elif truth.file in scores:
+                score = scores[truth.file]
+            else:
+                raise InputError(
+                    f"scores: expected one for every frame, found none for '{truth.file}'"
+                )
+            rows.append({**truth_row(truth), "score": score})
         oracle = pixels.all().oracle_threshold()
-        chosen = None
+        scaled_threshold = None
         if pixel_threshold is not None:
-            chosen = float(maps.scaled(np.array([pixel_threshold], np.float32))[0])
-        counting = (
+            scaled_threshold = float(maps.scaled(np.array([pixel_threshold], np.float32))[0])
+        pairs = (
             (maps.scaled(v), labels) for truth, v, labels in maps.labelled() if truth.has_pixels
         )
-        components = component_measures(counting, limits, {"oracle": oracle, "calibrated": chosen})
-        components["pixel_threshold_oracle"] = maps.original(oracle)
-        components["pixel_threshold_calibrated"] = pixel_threshold
-        counted = [row for row in rows if not row["ignored"]]
         results = {
             "dataset": dataset.name,
             "protocol": protocol or None,
-            **frame_measures(counted, threshold),
-            "threshold": threshold,
+            **dataset_measures(rows, pixels, threshold),
             "frame_score": "given" if scores else f"mean of the largest {tail_percent:g} % pixels",
-            **pixel_measures(pixels),
-            **components,
-            "frames_counted": len(counted),
-            "frames_anomalous": sum(row["anomaly"] for row in counted),
-            "by_kind": by_group("kind", counted, pixels, threshold),
-            "by_family": by_group("family", counted, pixels, threshold),
+            **component_measures(pairs, limits, {"oracle": oracle, "calibrated": scaled_threshold}),
+            "pixel_threshold_oracle": maps.original(oracle),
+            "pixel_threshold_calibrated": pixel_threshold,
             "maps_sha256": maps.sha256,
             "versions": provenance.versions(),
             "git_commit": provenance.git_commit(),
@@ -200,23 +193,6 @@ def read_scores(path: Path) -> dict[str, float]:
     if not numbers or not content:
         raise InputError(f"scores '{path}': expected finite scores by file name, or a results.json")
     return {str(name): float(value) for name, value in content.items()}
-
-
-def _row(
-    truth: FrameTruth,
-    values: np.ndarray,
-    labels: np.ndarray,
-    scores: Mapping[str, float] | None,
-    tail_percent: float,
-) -> dict[str, Any]:
-    counted = values[labels != IGNORE]
-    if scores is None:
-        score = tail_mean(counted, tail_percent) if counted.size else 0.0
-    elif truth.file in scores:
-        score = scores[truth.file]
-    else:
-        raise InputError(f"scores: expected one for every frame, found none for '{truth.file}'")
-    return {**truth_row(truth), "score": float(score)}
 
 
 def _ordered(values: np.ndarray) -> np.ndarray:

@@ -40,7 +40,6 @@ def false_alarm_rates(
         sources: nominal folders, videos or bags that neither index nor calibration has seen.
         topic: image topic of bags that have several.
         episode_s: length of an episode in s, > 0.
-        progress: show a progress bar on a terminal.
 
     Returns:
         Numbers of `frames`, `drives`, `episodes` and `hours`; `frame_rate` of scores above the
@@ -104,14 +103,14 @@ def _drives(
     """Return (n, 3) int64 by drive: stamp in ns, whether above the threshold, whether in alarm."""
     frames = open_source(source, topic=topic)
     rows: dict[str, list[tuple[int, bool, bool]]] = {}
-    hide = None if progress else True
-    for frame in tqdm(frames, f"check {frames.name}", frames.count, unit="frame", disable=hide):
+    disable = None if progress else True
+    for frame in tqdm(frames, f"check {frames.name}", frames.count, unit="frame", disable=disable):
         refuse_seen(detector.index, frame)
         drive = "/".join(part for part in (frames.name, frames.drive_of(frame)) if part)
         if drive not in rows:
             detector.reset()
         result = detector.detect(frame)
-        exceeds = result.threshold is not None and result.score > result.threshold
+        above = result.threshold is not None and result.score > result.threshold
         alarm = result.decision is Decision.ANOMALY
-        rows.setdefault(drive, []).append((frame.stamp_ns, exceeds, alarm))
+        rows.setdefault(drive, []).append((frame.stamp_ns, above, alarm))
     return {drive: np.array(values, np.int64) for drive, values in rows.items()}

@@ -12,7 +12,8 @@ import hashlib
 import json
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,11 +77,7 @@ class Verdict:
 
 
 def parse_verdict(answer: str | None) -> Verdict:
-    """Return the verdict of an answer; anything but the expected JSON is unknown, never nominal.
-
-    Args:
-        answer: text of the model, None without an answer.
-    """
+    """Return the verdict of an answer; anything but the expected JSON is unknown, never nominal."""
     if not answer:
         return Verdict(None, 0.0, "no answer")
     content = None
@@ -161,21 +158,17 @@ class Judge:
         )
         self.answers.mkdir(parents=True, exist_ok=True)
         rows: list[dict[str, Any]] = []
-        hide = None if progress else True
         pool = ThreadPoolExecutor(self.parallel)
+        pending: deque[tuple[FrameTruth, Future[dict[str, Any]]]] = deque()
+        disable = None if progress else True
         try:
-            pending = []
-            with tqdm(total=len(dataset), desc="judge", unit="frame", disable=hide) as bar:
-                for frame, truth, _ in dataset:
-                    image = self._jpeg(frame.image)
-                    pending.append((truth, pool.submit(self._answer, client, openai, image)))
-                    # The images of a whole dataset do not fit into memory.
-                    while len(pending) > 2 * self.parallel:
-                        rows.append(_row(pending[0][0], pending.pop(0)[1].result()))
-                        bar.update()
-                for truth, answer in pending:
-                    rows.append(_row(truth, answer.result()))
-                    bar.update()
+            for frame, truth, _ in tqdm(dataset, "judge", unit="frame", disable=disable):
+                # The images of a whole dataset do not fit into memory.
+                if len(pending) == 2 * self.parallel:
+                    rows.append(_row(*pending.popleft()))
+                image = self._jpeg(frame.image)
+                pending.append((truth, pool.submit(self._answer, client, openai, image)))
+            rows.extend(_row(*asked) for asked in pending)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
             client.close()
@@ -237,11 +230,8 @@ def judge_dataset(
     Frames without a verdict are unknown: they are counted apart and in no rate.
 
     Args:
-        dataset: images with ground truth.
-        judge: the model.
         out: folder to write; an earlier report of a judge is replaced.
         price: price of a million input and output tokens; None: not known.
-        progress: show a progress bar on a terminal.
 
     Raises:
         InputError, JudgeError, MissingPackageError: as `Judge.ask`.
@@ -268,12 +258,7 @@ def judge_dataset(
             "frames_unknown": len(counted) - len(known),
             "latency_ms": latencies({"total": 1e3 * s} for s in seconds),
             "price_a_frame": cost,
-            "judge": {
-                "model": judge.model,
-                "base_url": judge.base_url,
-                "prompt": judge.prompt,
-                "image_px": judge.image_px,
-            },
+            "judge": {n: getattr(judge, n) for n in ("model", "base_url", "prompt", "image_px")},
             "versions": provenance.versions(),
             "git_commit": provenance.git_commit(),
             "frames": rows,
@@ -304,7 +289,8 @@ def _read(file: Path) -> dict[str, Any] | None:
     return cached if isinstance(cached, dict) and "answer" in cached else None
 
 
-def _row(truth: FrameTruth, answer: dict[str, Any]) -> dict[str, Any]:
+def _row(truth: FrameTruth, pending: Future[dict[str, Any]]) -> dict[str, Any]:
+    answer = pending.result()
     verdict = parse_verdict(answer["answer"])
     decisions = {None: "unknown", True: "anomaly", False: "nominal"}
     return {

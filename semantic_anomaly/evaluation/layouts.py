@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import cv2
 import numpy as np
@@ -17,9 +16,9 @@ from semantic_anomaly.evaluation.datasets import (
     ANOMALY,
     IGNORE,
     NORMAL,
+    Dataset,
     FrameTruth,
     LabelledFolder,
-    check_size,
     read_yaml,
 )
 from semantic_anomaly.io.bags import BagSource
@@ -28,7 +27,6 @@ from semantic_anomaly.io.sources import is_bag, natural
 from semantic_anomaly.structures import Frame
 
 _MEANINGS = {"normal": NORMAL, "anomaly": ANOMALY, "ignore": IGNORE}
-_OTHER = (*_MEANINGS, "refuse")
 
 
 @dataclass(frozen=True)
@@ -69,19 +67,17 @@ class Layout:
                     f"layout: values: expected 0..255 with {', '.join(_MEANINGS)}, found "
                     f"{value!r}: {meaning!r}"
                 )
-        if self.other not in _OTHER:
-            raise InputError(f"layout: other: expected {', '.join(_OTHER)}, found '{self.other}'")
+        if self.other not in (*_MEANINGS, "refuse"):
+            expected = ", ".join((*_MEANINGS, "refuse"))
+            raise InputError(f"layout: other: expected {expected}, found '{self.other}'")
         if self.channel not in (0, 1, 2):
             raise InputError(f"layout: channel: expected 0, 1 or 2, found {self.channel!r}")
         if len(self.label_of) != 2:
             raise InputError("layout: label_of: expected a regular expression and a replacement")
-        for name, text in (
-            ("label_of", self.label_of[0]),
-            ("sequence", self.sequence),
-            ("leave_out", self.leave_out),
-        ):
+        patterns = {"label_of": self.label_of[0], "sequence": self.sequence}
+        for name, pattern in {**patterns, "leave_out": self.leave_out}.items():
             try:
-                re.compile(text)
+                re.compile(pattern)
             except re.error as error:
                 raise InputError(f"layout: {name}: no regular expression: {error}") from error
 
@@ -101,16 +97,14 @@ class Layout:
             table[value] = _MEANINGS[meaning]
         labels = table[values]
         if labels.size and labels.min() < 0:
-            odd = sorted(set(np.unique(values[labels < 0]).tolist()))
+            unknown = sorted(set(np.unique(values[labels < 0]).tolist()))
             known = ", ".join(map(str, self.values))
-            raise InputError(f"labels '{where}': expected values {known}, found also {odd[:8]}")
+            raise InputError(f"labels '{where}': expected values {known}, found also {unknown[:8]}")
         return labels.astype(np.uint8)
 
 
 _PLAIN = {0: "normal", 1: "anomaly", 255: "ignore"}
 _TRACK = (r"^images/(.+)\.\w+$", r"labels_masks/\1_labels_semantic.png")
-# Validation scenes that SegmentMeIfYouCan does not count: night and snow.
-_NOT_COUNTED = r"validation_(19|2[1-9])\."
 
 LAYOUTS: Mapping[str, Layout] = {
     "road-anomaly": Layout(
@@ -132,7 +126,8 @@ LAYOUTS: Mapping[str, Layout] = {
         images="images/validation*.webp",
         label_of=_TRACK,
         values=_PLAIN,
-        leave_out=_NOT_COUNTED,
+        # Validation scenes that SegmentMeIfYouCan does not count: night and snow.
+        leave_out=r"validation_(19|2[1-9])\.",
         published="SegmentMeIfYouCan ObstacleTrack (Chan et al. 2021), "
         "https://segmentmeifyoucan.com/datasets: images/validation_N.webp and "
         "labels_masks/validation_N_labels_semantic.png",
@@ -177,37 +172,25 @@ def read_layout(path: Path | str) -> Layout:
     if not Path(path).is_file():
         raise InputError(f"--layout: expected {', '.join(LAYOUTS)} or a YAML file, found '{path}'")
     content = read_yaml(path, "layout")
-    fields = {field.name for field in dataclasses.fields(Layout)}
+    kinds: dict[str, type] = {
+        **{"images": str, "label_of": list, "values": dict, "channel": int},
+        **dict.fromkeys(("other", "sequence", "leave_out", "published"), str),
+    }
     needed = {"images", "label_of", "values"}
-    if not isinstance(content, dict) or not needed <= set(content) <= fields:
+    if not isinstance(content, dict) or not needed <= set(content) <= set(kinds):
         found = sorted(map(str, content)) if isinstance(content, dict) else content
         raise InputError(
             f"layout '{path}': expected {', '.join(sorted(needed))} and at most "
-            f"{', '.join(sorted(fields - needed))}, found {found!r:.120}"
+            f"{', '.join(sorted(set(kinds) - needed))}, found {found!r:.120}"
         )
-    kinds: dict[str, type | tuple[type, ...]] = {
-        **dict.fromkeys(("images", "other", "sequence", "leave_out", "published"), str),
-        "label_of": list,
-        "values": dict,
-        "channel": int,
-    }
     for name, value in content.items():
         if not isinstance(value, kinds[name]):
             raise InputError(f"layout '{path}': {name}: found {value!r:.60}")
     return Layout(**{**content, "label_of": tuple(map(str, content["label_of"]))})
 
 
-class LayoutDataset:
+class LayoutDataset(Dataset):
     """The images of a layout with their labels; sizes may vary from image to image.
-
-    Args:
-        root: the dataset's folder.
-        layout: where images and labels are in it.
-        progress: show a progress bar on a terminal while labels are checked.
-
-    Attributes:
-        name: name of the folder.
-        truths: one per image, in natural order.
 
     Raises:
         InputError: no images or labels where the layout expects them, or unknown label values.
@@ -217,51 +200,34 @@ class LayoutDataset:
         self.path, self.name = root, root.resolve().name
         self._layout = layout
         files = sorted(root.glob(layout.images), key=lambda file: natural(str(file)))
-        images = [file for file in files if not self._left_out(file)]
-        pairs = [(image, label) for image in images if (label := self._label(image)).is_file()]
-        if not pairs:
-            content = f"{len(images)} images without labels" if images else "no image"
+        if layout.leave_out:
+            files = [file for file in files if not re.search(layout.leave_out, file.name)]
+        names = [file.relative_to(root).as_posix() for file in files]
+        masks = {name: root / re.sub(*layout.label_of, name) for name in names}
+        masks = {name: mask for name, mask in masks.items() if mask.is_file()}
+        if not masks:
+            content = f"{len(files)} images without labels" if files else "no image"
             expected = layout.published or f"{layout.images} with labels by {layout.label_of}"
             raise InputError(f"dataset '{root}': found {content}; expected {expected}")
-        hide = None if progress else True
-        flat = len({image.stem for image, _ in pairs}) == len(pairs)
-        self.truths = [
-            self._truth(image, label, flat)
-            for image, label in tqdm(pairs, "check labels", unit="image", disable=hide)
-        ]
+        disable = None if progress else True
+        flat = len({PurePosixPath(name).stem for name in masks}) == len(masks)
+        self.truths = []
+        for name, mask in tqdm(masks.items(), "check labels", unit="image", disable=disable):
+            match = re.search(layout.sequence, name) if layout.sequence else None
+            path = PurePosixPath(name).with_suffix("")
+            stem = path.name if flat else str(path).replace("/", "__")
+            sequence = match[1] if match else name
+            labels = self._read(mask)
+            self.truths.append(FrameTruth.of_labels(labels, name, stem, sequence, mask))
 
-    def __len__(self) -> int:
-        return len(self.truths)
-
-    def __iter__(self) -> Iterator[tuple[Frame, FrameTruth, np.ndarray]]:
-        """Yield frame, truth and labels, (height, width) uint8.
-
-        Raises:
-            InputError: an image cannot be read, or its labels have another size.
-        """
+    def _frames(self) -> Iterator[tuple[Frame, FrameTruth]]:
         for number, truth in enumerate(self.truths):
             image = read_image(self.path / truth.file)
-            frame = Frame(image, number, name=f"{self.name}/{truth.file}")
-            yield frame, truth, self.labels(truth, frame.image_hw)
+            yield Frame(image, number, name=f"{self.name}/{truth.file}"), truth
 
-    def labels(self, truth: FrameTruth, image_hw: tuple[int, int]) -> np.ndarray:
-        """Return the labels of a frame, (height, width) uint8 of 0 normal, 1 anomaly, 255 ignore.
-
-        Raises:
-            InputError: they cannot be read, are of another size, or hold unknown values.
-        """
+    def _labels(self, truth: FrameTruth, image_hw: tuple[int, int]) -> np.ndarray:
         assert truth.mask is not None
-        labels = self._read(truth.mask)
-        check_size(truth, labels, image_hw)
-        return labels
-
-    def _left_out(self, file: Path) -> bool:
-        return bool(self._layout.leave_out and re.search(self._layout.leave_out, file.name))
-
-    def _label(self, image: Path) -> Path:
-        pattern, replacement = self._layout.label_of
-        relative = image.relative_to(self.path).as_posix()
-        return self.path / re.sub(pattern, replacement, relative)
+        return self._read(truth.mask)
 
     def _read(self, file: Path) -> np.ndarray:
         try:
@@ -276,34 +242,9 @@ class LayoutDataset:
             raw = raw[..., 2::-1]
         return self._layout.meanings(raw, str(file))
 
-    def _truth(self, image: Path, label: Path, flat: bool) -> FrameTruth:
-        relative = image.relative_to(self.path).as_posix()
-        match = re.search(self._layout.sequence, relative) if self._layout.sequence else None
-        values = set(np.unique(self._read(label)).tolist())
-        return FrameTruth(
-            file=relative,
-            stem=image.stem if flat else relative.rpartition(".")[0].replace("/", "__"),
-            anomaly=ANOMALY in values,
-            ignored=values == {IGNORE},
-            kind=None,
-            family=None,
-            sequence=match[1] if match else relative,
-            mask=label,
-            has_pixels=True,
-        )
 
-
-class RecordedDataset:
-    """The images of a bag with labels of the same stamp, as simulators record them.
-
-    Args:
-        path: rosbag2 folder or file.
-        layout: image topic, topic of the labels, and what they mean.
-        progress: show a progress bar on a terminal while labels are checked.
-
-    Attributes:
-        name: name of the bag.
-        truths: one per image with labels, in the order of recording; all of one drive.
+class RecordedDataset(Dataset):
+    """The images of a bag with labels of the same stamp, as simulators record them: one drive.
 
     Raises:
         SourceError: the bag or a topic cannot be read.
@@ -311,57 +252,38 @@ class RecordedDataset:
     """
 
     def __init__(self, path: Path, layout: Layout, progress: bool = False) -> None:
-        topic = re.sub(layout.label_of[0], layout.label_of[1], layout.images)
+        topic = re.sub(*layout.label_of, layout.images)
         if topic == layout.images:
             raise InputError(
                 f"layout: label_of: expected another topic of '{layout.images}', found the same"
             )
         self._images = BagSource(path, topic=layout.images)
-        self._labels = BagSource(path, topic=topic)
+        self._label_images = BagSource(path, topic=topic)
         self._layout = layout
         self.path, self.name = path, self._images.name
-        hide = None if progress else True
-        bar = tqdm(self._labels, "check labels", self._labels.count, disable=hide, unit="image")
-        truths = {frame.stamp_ns: self._truth(frame) for frame in bar}
-        self._by_stamp: dict[int, FrameTruth] = {}
-        for frame in self._images:
-            if frame.stamp_ns in truths:
-                self._by_stamp[frame.stamp_ns] = truths[frame.stamp_ns]
+        truths = {}
+        count, disable = self._label_images.count, None if progress else True
+        for frame in tqdm(self._label_images, "check labels", count, unit="image", disable=disable):
+            labels, name = layout.meanings(frame.image, frame.name), str(frame.stamp_ns)
+            truths[frame.stamp_ns] = FrameTruth.of_labels(labels, name, name, self.name)
+        stamps_ns = [frame.stamp_ns for frame in self._images]
+        self._by_stamp = {stamp: truths[stamp] for stamp in stamps_ns if stamp in truths}
         if not self._by_stamp:
             raise InputError(
                 f"bag '{path}': expected images on '{layout.images}' with labels of the same stamp "
                 f"on '{topic}', found none"
             )
         self.truths = list(self._by_stamp.values())
-        self._stamp_of = {truth.file: stamp for stamp, truth in self._by_stamp.items()}
         self._stream: Iterator[Frame] = iter(())
         self._last = -1, np.empty((0, 0), np.uint8)
 
-    def __len__(self) -> int:
-        return len(self.truths)
-
-    def __iter__(self) -> Iterator[tuple[Frame, FrameTruth, np.ndarray]]:
-        """Yield frame, truth and labels, (height, width) uint8.
-
-        Raises:
-            InputError: labels of another size than their image.
-        """
+    def _frames(self) -> Iterator[tuple[Frame, FrameTruth]]:
         for frame in self._images:
-            truth = self._by_stamp.get(frame.stamp_ns)
-            if truth is not None:
-                yield frame, truth, self.labels(truth, frame.image_hw)
+            if truth := self._by_stamp.get(frame.stamp_ns):
+                yield frame, truth
 
-    def labels(self, truth: FrameTruth, image_hw: tuple[int, int]) -> np.ndarray:
-        """Return the labels of a frame, (height, width) uint8 of 0 normal, 1 anomaly, 255 ignore.
-
-        Raises:
-            InputError: they are of another size than the image.
-        """
-        labels = self._labels_at(self._stamp_of[truth.file])
-        check_size(truth, labels, image_hw)
-        return labels
-
-    def _labels_at(self, stamp_ns: int) -> np.ndarray:
+    def _labels(self, truth: FrameTruth, image_hw: tuple[int, int]) -> np.ndarray:
+        stamp_ns = int(truth.file)
         if self._last[0] == stamp_ns:
             return self._last[1]
         # Labels are read in the order of recording; earlier ones need a second pass.
@@ -370,26 +292,8 @@ class RecordedDataset:
                 if frame.stamp_ns == stamp_ns:
                     self._last = stamp_ns, self._layout.meanings(frame.image, frame.name)
                     return self._last[1]
-            self._stream = iter(self._labels)
+            self._stream = iter(self._label_images)
         raise InputError(f"bag '{self.path}': the labels of stamp {stamp_ns} are no longer there")
-
-    def _truth(self, frame: Frame) -> FrameTruth:
-        values = set(np.unique(self._layout.meanings(frame.image, frame.name)).tolist())
-        name = str(frame.stamp_ns)
-        return FrameTruth(
-            file=name,
-            stem=name,
-            anomaly=ANOMALY in values,
-            ignored=values == {IGNORE},
-            kind=None,
-            family=None,
-            sequence=self.name,
-            mask=None,
-            has_pixels=True,
-        )
-
-
-Dataset = LabelledFolder | LayoutDataset | RecordedDataset
 
 
 def open_dataset(path: Path | str, layout: str = "", progress: bool = False) -> Dataset:

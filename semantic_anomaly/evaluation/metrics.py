@@ -22,10 +22,13 @@ from semantic_anomaly.evaluation.measures import COMPONENT_MEASURES
 # Distances lie in [0, 2]; two that differ by less than 2e-6 count as equal.
 SCORE_RESOLUTION = 2.0**-19
 _BINS = int(2.0 / SCORE_RESOLUTION) + 1
-RECALL = 0.95
-CONFIDENCE = 0.95
+_RECALL = 0.95
+# Probability beyond either end of a 95 % interval.
+_TAIL = (1 - 0.95) / 2
+_BOOTSTRAP_DRAWS = 500
+CURVE_POINTS = 400
 Row = Mapping[str, Any]
-_NOMINAL = ""
+_NOMINAL = ("", "")
 
 
 def frame_auroc(scores: np.ndarray, anomalous: np.ndarray) -> float | None:
@@ -49,7 +52,6 @@ def frame_rates(
     Args:
         scores: (n,) frame scores.
         anomalous: (n,) bool.
-        threshold: None where there is none.
 
     Returns:
         True- and false-positive rate; None without a threshold or without such frames.
@@ -61,19 +63,12 @@ def frame_rates(
     return share(above[anomalous]), share(above[~anomalous])
 
 
-def rate_interval(
-    rate: float | None, sequences: int, confidence: float = CONFIDENCE
-) -> tuple[float, float] | None:
-    """Return the Clopper-Pearson interval (1934) of a share of frames.
+def rate_interval(rate: float | None, sequences: int) -> tuple[float, float] | None:
+    """Return the 95 % Clopper-Pearson interval (1934) of a share of frames.
 
     Frames of one sequence are correlated, so the number of trials is the number of sequences. The
     share of n sequences need not be a whole number; the quantiles are those of the beta
     distribution.
-
-    Args:
-        rate: share of frames in [0, 1], or None.
-        sequences: number of sequences that the frames come from.
-        confidence: coverage of the interval.
 
     Returns:
         Lower and upper bound; None without a rate or a sequence.
@@ -81,48 +76,37 @@ def rate_interval(
     if rate is None or sequences < 1:
         return None
     beta = extras.load("scipy.stats").beta
-    hits, tail = rate * sequences, (1 - confidence) / 2
-    low = 0.0 if rate == 0 else float(beta.ppf(tail, hits, sequences - hits + 1))
-    high = 1.0 if rate == 1 else float(beta.ppf(1 - tail, hits + 1, sequences - hits))
+    hits = rate * sequences
+    low = 0.0 if rate == 0 else float(beta.ppf(_TAIL, hits, sequences - hits + 1))
+    high = 1.0 if rate == 1 else float(beta.ppf(1 - _TAIL, hits + 1, sequences - hits))
     return low, high
 
 
 def auroc_interval(
-    scores: np.ndarray,
-    anomalous: np.ndarray,
-    sequences: Sequence[str],
-    *,
-    seed: int = 0,
-    draws: int = 500,
-    confidence: float = CONFIDENCE,
+    scores: np.ndarray, anomalous: np.ndarray, sequences: Sequence[str]
 ) -> tuple[float, float] | None:
-    """Return the cluster-bootstrap interval of the AUROC: sequences drawn with replacement.
+    """Return the 95 % cluster-bootstrap interval of the AUROC: sequences drawn with replacement.
 
     Args:
         scores: (n,) frame scores.
         anomalous: (n,) bool.
         sequences: (n,) names of the sequences that the frames come from.
-        seed: seed of the draws.
-        draws: number of bootstrap samples.
-        confidence: coverage of the interval.
 
     Returns:
         Lower and upper bound; None when the AUROC is not defined or there is a single sequence.
     """
-    scores, anomalous = np.asarray(scores), np.asarray(anomalous, bool)
-    names, number = np.unique(np.asarray(sequences), return_inverse=True)
+    names, number = np.unique(sequences, return_inverse=True)
     if len(names) < 2 or frame_auroc(scores, anomalous) is None:
         return None
     members = [np.flatnonzero(number == i) for i in range(len(names))]
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     values = []
-    for _ in range(draws):
+    for _ in range(_BOOTSTRAP_DRAWS):
         rows = np.concatenate([members[i] for i in rng.integers(len(names), size=len(names))])
         value = frame_auroc(scores[rows], anomalous[rows])
         if value is not None:
             values.append(value)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(values, [tail, 1 - tail]) if values else (0.0, 1.0)
+    low, high = np.quantile(values, [_TAIL, 1 - _TAIL]) if values else (0.0, 1.0)
     return float(low), float(high)
 
 
@@ -172,33 +156,27 @@ class PixelScores:
         if not np.all((scores >= 0.0) & (scores <= 2.0)):
             raise ModelOutputError("pixel scores: expected finite numbers in [0, 2]")
         bins = np.rint(scores * np.float32(1.0 / SCORE_RESOLUTION)).astype(np.int32)
-        for label in (0, 1):
-            chosen = bins[anomalous == bool(label)]
-            if len(chosen):
-                self._counts[label] += np.bincount(chosen, minlength=_BINS)
+        counts = np.bincount(bins + _BINS * anomalous, minlength=2 * _BINS)
+        self._counts += counts.reshape(2, _BINS)
 
     def __add__(self, other: PixelScores) -> PixelScores:
         total = PixelScores()
         total._counts = self._counts + other._counts
         return total
 
-    def curves(self, points: int = 400) -> dict[str, np.ndarray]:
+    def curves(self) -> dict[str, np.ndarray]:
         """Return the precision-recall curve for plotting, empty when it is not defined.
 
-        Args:
-            points: maximum number of points, >= 2.
-
         Returns:
-            `recall`, rising, and `precision`: (n,) float64 in [0, 1].
+            `recall`, rising, and `precision`: (n,) float64 in [0, 1], at most `CURVE_POINTS`.
         """
-        normal, anomalous = (int(n) for n in self._counts.sum(axis=1))
-        if not normal or not anomalous:
+        if not self._counts.any(axis=1).all():
             return {"recall": np.zeros(0), "precision": np.zeros(0)}
         above = self._counts[:, ::-1].cumsum(axis=1)
-        recall = above[1] / anomalous
+        recall = above[1] / above[1, -1]
         # One point per step of recall is enough for a plot.
-        wanted = np.searchsorted(recall, np.linspace(recall[recall > 0][0], 1.0, points))
-        picked = np.unique(np.minimum(wanted, len(recall) - 1))
+        steps = np.searchsorted(recall, np.linspace(recall[recall > 0][0], 1.0, CURVE_POINTS))
+        picked = np.unique(np.minimum(steps, len(recall) - 1))
         return {
             "recall": recall[picked],
             "precision": above[1][picked] / above.sum(axis=0)[picked],
@@ -230,7 +208,7 @@ class PixelScores:
         return PixelMetrics(
             float(sklearn.average_precision_score(label, score, sample_weight=weight)),
             float(sklearn.roc_auc_score(label, score, sample_weight=weight)),
-            float(fpr[tpr >= RECALL].min()),
+            float(fpr[tpr >= _RECALL].min()),
             anomalous,
             normal,
         )
@@ -256,7 +234,7 @@ class PixelGroups:
         if not truth.has_pixels:
             return
         counted = labels != IGNORE
-        group = (truth.kind or "?", truth.family or "?") if truth.anomaly else (_NOMINAL, "")
+        group = (truth.kind or "?", truth.family or "?") if truth.anomaly else _NOMINAL
         self._groups[group].add(scores[counted], labels[counted] == ANOMALY)
 
     def all(self) -> PixelScores:
@@ -265,20 +243,14 @@ class PixelGroups:
 
     def of(self, part: int, name: str) -> PixelScores:
         """Return the pixels of nominal frames and of one kind (part 0) or family (part 1)."""
-        members = (group for labels, group in self._groups.items() if labels[part] == name)
-        return sum(members, self._groups.get((_NOMINAL, ""), PixelScores()))
+        groups = (group for key, group in self._groups.items() if key[part] == name)
+        return sum(groups, self._groups.get(_NOMINAL, PixelScores()))
 
 
 def truth_row(truth: FrameTruth) -> dict[str, Any]:
     """Return the ground-truth fields of a frame's row in results.json."""
-    return {
-        "name": truth.file,
-        "anomaly": truth.anomaly,
-        "ignored": truth.ignored,
-        "kind": truth.kind,
-        "family": truth.family,
-        "sequence": truth.sequence,
-    }
+    names = "anomaly", "ignored", "kind", "family", "sequence"
+    return {"name": truth.file, **{name: getattr(truth, name) for name in names}}
 
 
 def frame_measures(rows: Sequence[Row], threshold: float | None) -> dict[str, Any]:
@@ -286,7 +258,6 @@ def frame_measures(rows: Sequence[Row], threshold: float | None) -> dict[str, An
 
     Args:
         rows: counted frames, with `score`, `anomaly` and `sequence`.
-        threshold: frame score above which a frame is anomalous, or None.
     """
     scores = np.array([row["score"] for row in rows], np.float64)
     anomalous = np.array([row["anomaly"] for row in rows], bool)
@@ -307,14 +278,29 @@ def frame_measures(rows: Sequence[Row], threshold: float | None) -> dict[str, An
     }
 
 
-def pixel_measures(pixels: PixelGroups) -> dict[str, Any]:
-    """Return the pooled pixel measures and the numbers of pixels."""
+def dataset_measures(
+    rows: Sequence[Row], pixels: PixelGroups, threshold: float | None
+) -> dict[str, Any]:
+    """Return the measures of frames and pixels, of all and by kind and family of anomaly.
+
+    Args:
+        rows: all frames, with their `truth_row` and `score`.
+        pixels: pixel scores of the same frames.
+        threshold: frame score above which a frame is anomalous, or None.
+    """
+    counted = [row for row in rows if not row["ignored"]]
     metrics = pixels.all().metrics()
     return {
+        **frame_measures(counted, threshold),
+        "threshold": threshold,
         "pixel_ap": metrics.average_precision,
         "pixel_auroc": metrics.auroc,
         "pixel_fpr95": metrics.fpr95,
         "pixels": {"anomalous": metrics.anomalous, "normal": metrics.normal},
+        "frames_counted": len(counted),
+        "frames_anomalous": sum(row["anomaly"] for row in counted),
+        "by_kind": _by_group("kind", counted, pixels, threshold),
+        "by_family": _by_group("family", counted, pixels, threshold),
     }
 
 
@@ -344,17 +330,10 @@ def component_measures(
     return measures
 
 
-def by_group(
+def _by_group(
     key: str, rows: Sequence[Row], pixels: PixelGroups, threshold: float | None
 ) -> dict[str, dict[str, Any]]:
-    """Return measures of each kind or family of anomaly against all nominal frames.
-
-    Args:
-        key: 'kind' or 'family'.
-        rows: counted frames.
-        pixels: pixel scores of the same frames.
-        threshold: frame score above which a frame is anomalous, or None.
-    """
+    """Return measures of each kind or family of anomaly against all nominal frames."""
     nominal = [row["score"] for row in rows if not row["anomaly"]]
     groups = {}
     for name in dict.fromkeys(row[key] for row in rows if row["anomaly"] and row[key]):
@@ -374,11 +353,7 @@ def by_group(
 
 
 def latencies(stages: Iterable[Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Return median, 95th and 99th percentile by stage, in ms.
-
-    Args:
-        stages: milliseconds by stage, one mapping a frame.
-    """
+    """Return median, 95th and 99th percentile by stage, of milliseconds by stage of each frame."""
     by_stage: dict[str, list[float]] = defaultdict(list)
     for row in stages:
         for stage, ms in row.items():

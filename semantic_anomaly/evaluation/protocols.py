@@ -33,12 +33,9 @@ class Reference:
     """One uncalibrated index of reference images for all frames of a dataset.
 
     Args:
-        settings: backbone, region of interest and scoring.
-        camera: one of the cameras of the settings.
+        settings, camera, embedder, progress: as in `build_index`.
         references: nominal images; see `build_index`.
         dataset: frames to score; no reference may be among them.
-        embedder: already loaded; None: loaded from the settings.
-        progress: show progress on a terminal.
 
     Attributes:
         name: one-reference or n-reference, by the number of images.
@@ -84,10 +81,8 @@ class SelfNominal:
     Folds are contiguous, so that images of one scene are in one fold.
 
     Args:
-        settings: backbone, region of interest and scoring.
-        camera: one of the cameras of the settings.
+        settings, camera, embedder: as in `build_index`.
         dataset: labelled images; only patches whose every pixel is normal are indexed.
-        embedder: already loaded; None: loaded from the settings.
         folds: maximum number of folds; a smaller dataset has one fold per image.
 
     Raises:
@@ -107,9 +102,8 @@ class SelfNominal:
         count = len(dataset)
         if count < 2:
             raise InputError(f"self-nominal: expected at least two images, found {count}")
-        self._settings, self._camera = settings, camera
+        self._settings, self._camera, self._dataset = settings, camera, dataset
         self._embedder = embedder or _load_embedder(settings)
-        self._dataset = dataset
         folds = min(folds, count)
         self._fold = {truth.file: i * folds // count for i, truth in enumerate(dataset.truths)}
         self.detail = {"folds": folds}
@@ -152,12 +146,7 @@ def open_protocol(
     references: Sources = (),
     progress: bool = False,
 ) -> Reference | SelfNominal:
-    """Return a protocol by name.
-
-    Args:
-        name: one-reference, n-reference or self-nominal.
-        settings, camera, dataset, progress: as in the protocols.
-        references: nominal images of the reference protocols.
+    """Return a protocol by name: one-reference, n-reference or self-nominal.
 
     Raises:
         InputError: another number of reference images than the name says.

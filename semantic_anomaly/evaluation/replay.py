@@ -6,19 +6,26 @@ import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
 from semantic_anomaly.evaluation import extras, figures, provenance, report
-from semantic_anomaly.evaluation.checkpoint import resumable_report, write_json
+from semantic_anomaly.evaluation.checkpoint import (
+    restore_tracks,
+    result_row,
+    resumable_report,
+    write_json,
+)
 from semantic_anomaly.evaluation.events import Event, drive_metrics
 from semantic_anomaly.evaluation.metrics import latencies
 from semantic_anomaly.io.sources import FrameSource
 from semantic_anomaly.storage import sha256_bytes
-from semantic_anomaly.structures import AnomalyResult, Decision, Frame
+from semantic_anomaly.structures import Decision
 
 if TYPE_CHECKING:
     from semantic_anomaly.detection.detector import AnomalyDetector
@@ -68,25 +75,26 @@ def replay(
     with resumable_report(out, SUMMARY, WRITTEN, key) as checkpoint:
         alpha = detector.settings.overlay_alpha
         album = report.Album(checkpoint.folder, detector.roi, alpha, every)
-        detector.reset()
         done = len(checkpoint.rows)
         bar = tqdm(source, "replay", count, unit="frame", disable=None if progress else True)
         for number, frame in enumerate(bar):
             if number < done:
                 continue
             if number == done:
-                # The first call allocates and compiles; its time would be an outlier.
-                detector.detect(frame)
-                detector.reset()
-                for row in checkpoint.rows:
-                    detector.recall(row["stamp_ns"], row["boxes"])
+                restore_tracks(detector, frame, checkpoint.rows)
             result = detector.detect(frame)
-            row = _row(frame, result)
+            row = {
+                "name": frame.name,
+                **result_row(frame, result),
+                "alarm": result.decision is Decision.ANOMALY,
+                "ms": dict(result.stage_ms),
+                "sha256": sha256_bytes(frame.image.tobytes()),
+            }
             album.add(
                 number,
                 frame,
                 result,
-                stem=report.frame_stem(frame.name),
+                stem=PurePosixPath(frame.name).stem,
                 caption=f"{frame.name}   {result.decision.value}   score {result.score:.3f}",
                 nearest=partial(report.nearest_nominal, detector, frame),
                 always=row["alarm"] and not (checkpoint.rows and checkpoint.rows[-1]["alarm"]),
@@ -112,11 +120,8 @@ def write_drive(
     `replay` and the recorder of the running node both write their reports here.
 
     Args:
-        folder: folder of the report.
-        name: name of the drive.
         rows: one a frame in the order of stamps: name, stamp_ns, score (None if it was not
             computed), p_value, decision, alarm, and ms by stage.
-        threshold: threshold of the score, or None.
         events: anomalies of the drive; None: not known.
         details: further entries of the summary, such as its provenance.
 
@@ -141,14 +146,10 @@ def write_drive(
     }
     _write_scores(folder / "scores.csv", rows)
     begin_ns, end_ns = rows[0]["stamp_ns"], rows[-1]["stamp_ns"]
+    truths = [_truth((row["stamp_ns"] - begin_ns) / 1e9, events) for row in rows]
     frames = [
-        figures.ScoredFrame(
-            row["stamp_ns"],
-            row["score"],
-            row["alarm"],
-            _truth((row["stamp_ns"] - begin_ns) / 1e9, events),
-        )
-        for row in rows
+        figures.ScoredFrame(row["stamp_ns"], row["score"], row["alarm"], truth)
+        for row, truth in zip(rows, truths, strict=True)
     ]
     count = len(summary["alarms"])
     title = f"{name}: {count} alarm{'s' * (count != 1)} in {len(rows)} frames"
@@ -156,20 +157,6 @@ def write_drive(
     write_json(folder / SUMMARY, summary)
     report.write_drive_html(folder, summary, begin_ns, end_ns)
     return summary
-
-
-def _row(frame: Frame, result: AnomalyResult) -> dict[str, Any]:
-    return {
-        "name": frame.name,
-        "stamp_ns": frame.stamp_ns,
-        "score": result.score,
-        "p_value": result.p_value,
-        "decision": result.decision.value,
-        "alarm": result.decision is Decision.ANOMALY,
-        "boxes": [list(component.box_xyxy) for component in result.localizations],
-        "ms": dict(result.stage_ms),
-        "sha256": sha256_bytes(frame.image.tobytes()),
-    }
 
 
 def _truth(time_s: float, events: Sequence[Event] | None) -> str | None:
@@ -181,32 +168,36 @@ def _truth(time_s: float, events: Sequence[Event] | None) -> str | None:
 
 def _write_scores(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(("stamp_ns", "score", "p_value", "decision"))
-        for row in rows:
-            numbers = ["" if row[k] is None else repr(row[k]) for k in ("score", "p_value")]
-            writer.writerow((row["stamp_ns"], *numbers, row["decision"]))
+        columns = "stamp_ns", "score", "p_value", "decision"
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def _alarms(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     alarms: list[dict[str, Any]] = []
-    for before, row in zip([None, *rows], rows, strict=False):
-        if not row["alarm"]:
-            continue
-        if before is None or not before["alarm"]:
-            alarms.append({"first_frame": row["name"], "first_stamp_ns": row["stamp_ns"],
-                           "frames": 0, "peak_score": row["score"]})  # fmt: skip
-        alarm = alarms[-1]
-        alarm["last_frame"], alarm["last_stamp_ns"] = row["name"], row["stamp_ns"]
-        alarm["frames"] += 1
-        alarm["peak_score"] = max(alarm["peak_score"], row["score"])
+    for alarm, group in groupby(rows, key=itemgetter("alarm")):
+        if alarm:
+            run = list(group)
+            first, last = run[0], run[-1]
+            alarms.append(
+                {
+                    "first_frame": first["name"],
+                    "first_stamp_ns": first["stamp_ns"],
+                    "frames": len(run),
+                    "peak_score": max(row["score"] for row in run),
+                    "last_frame": last["name"],
+                    "last_stamp_ns": last["stamp_ns"],
+                }
+            )
     return alarms
 
 
 def _against(rows: Sequence[Mapping[str, Any]], events: Sequence[Event]) -> dict[str, Any]:
     stamps_ns, alarms = [row["stamp_ns"] for row in rows], [row["alarm"] for row in rows]
     metrics = drive_metrics(stamps_ns, alarms, events)
-    delays = [delay for delay in metrics.delays_s if delay is not None]
+    measures = asdict(metrics)
+    delays = [delay for delay in measures.pop("delays_s") if delay is not None]
     return {
         "events": [
             {**asdict(event), "delay_s": delay}
@@ -214,8 +205,5 @@ def _against(rows: Sequence[Mapping[str, Any]], events: Sequence[Event]) -> dict
         ],
         "missed": metrics.missed,
         "delay_s_median": float(np.median(delays)) if delays else None,
-        "false_alarms": metrics.false_alarms,
-        "nominal_s": metrics.nominal_s,
-        "false_per_hour": metrics.false_per_hour,
-        "false_share": metrics.false_share,
+        **measures,
     }

@@ -8,7 +8,7 @@ import json
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import resources
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import cv2
@@ -56,11 +56,7 @@ _FONT = cv2.FONT_HERSHEY_SIMPLEX
 
 
 def write_html(folder: Path, results: Mapping[str, Any]) -> None:
-    """Write report.html of an evaluation; it embeds the pictures of the folder.
-
-    Args:
-        folder: holds the curves and `worst/`; missing pictures are left out.
-        results: content of results.json.
+    """Write report.html of results.json; it embeds the curves and `worst/` of the folder.
 
     Raises:
         MissingPackageError: jinja2 is not installed.
@@ -81,18 +77,16 @@ def write_html(folder: Path, results: Mapping[str, Any]) -> None:
 
 
 def write_drive_html(folder: Path, summary: Mapping[str, Any], begin_ns: int, end_ns: int) -> None:
-    """Write report.html of a drive; it embeds the curve and pictures of the folder.
+    """Write report.html of summary.json; it embeds score_curve.png and `panels/` of the folder.
 
     Args:
-        folder: holds score_curve.png and `panels/`; missing pictures are left out.
-        summary: content of summary.json.
         begin_ns, end_ns: stamps of the first and of the last frame, ns.
 
     Raises:
         MissingPackageError: jinja2 is not installed.
     """
-    stems = [frame_stem(alarm["first_frame"]) for alarm in summary["alarms"][:ALARM_PICTURES]]
-    panels = [folder / "panels" / f"{stem}.jpg" for stem in stems]
+    names = [PurePosixPath(alarm["first_frame"]) for alarm in summary["alarms"][:ALARM_PICTURES]]
+    panels = [folder / "panels" / f"{name.stem}.jpg" for name in names]
     _write(
         folder,
         "drive.html.j2",
@@ -104,12 +98,6 @@ def write_drive_html(folder: Path, summary: Mapping[str, Any], begin_ns: int, en
         warnings=[] if summary["threshold"] else ["No threshold: decisions are unknown."],
         frames=[_pictures("First frames of alarms", [f for f in panels if f.is_file()])],
     )
-
-
-def frame_stem(name: str) -> str:
-    """Return the name of a frame without folder and suffix; its pictures are named by it."""
-    last = name.rpartition("/")[2]
-    return last.rpartition(".")[0] or last
 
 
 def _write(folder: Path, template: str, r: Mapping[str, Any], **values: Any) -> None:
@@ -147,68 +135,58 @@ def _data_url(file: Path) -> str:
     return f"data:image/{kind};base64," + base64.b64encode(file.read_bytes()).decode("ascii")
 
 
-def _card(name: str, value: str, note: str) -> dict[str, str]:
-    return {"name": name, "value": value, "note": note}
-
-
-def _cards(results: Mapping[str, Any]) -> list[dict[str, str]]:
+def _cards(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     rate, total = results["target_false_alarm_rate"], results["latency_ms"]["total"]
     above = "no threshold" if results["threshold"] is None else "at the threshold"
     target = above if rate is None else f"of nominal frames; target {rate:.1%}"
     f1 = {name: figure(results[f"component_f1_{name}"]) for name in ("calibrated", "oracle")}
     auroc = figure(results["frame_auroc"]), interval(results["frame_auroc_interval"])
     return [
-        _card("frame AUROC", *auroc),
-        _card("anomalous frames found", percent(results["tpr"]), above),
-        _card("false alarms", percent(results["fpr"]), target),
-        _card("pixel AP", figure(results["pixel_ap"]), "localization of anomalous pixels"),
-        _card("component F1", f1["calibrated"], f"oracle {f1['oracle']}"),
-        _card("ms a frame", figure(total["p50"], 0), f"median; p99 {figure(total['p99'], 0)}"),
+        ("frame AUROC", *auroc),
+        ("anomalous frames found", percent(results["tpr"]), above),
+        ("false alarms", percent(results["fpr"]), target),
+        ("pixel AP", figure(results["pixel_ap"]), "localization of anomalous pixels"),
+        ("component F1", f1["calibrated"], f"oracle {f1['oracle']}"),
+        ("ms a frame", figure(total["p50"], 0), f"median; p99 {figure(total['p99'], 0)}"),
     ]
 
 
-def _drive_cards(summary: Mapping[str, Any]) -> list[dict[str, str]]:
+def _drive_cards(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     alarms = len(summary["alarms"])
     threshold = f"threshold {figure(summary['threshold'])}"
-    cards = [_card("alarm" if alarms == 1 else "alarms", f"{alarms}", threshold)]
+    cards = [("alarm" if alarms == 1 else "alarms", f"{alarms}", threshold)]
     if against := summary["against_events"]:
         events = len(against["events"])
         delay = f"median delay {figure(against['delay_s_median'], 2)} s"
         nominal = f"{against['false_alarms']} in {against['nominal_s']:.1f} s of nominal driving"
         cards += [
-            _card("events found", f"{events - against['missed']} of {events}", delay),
-            _card("false alarms an hour", figure(against["false_per_hour"], 1), nominal),
+            ("events found", f"{events - against['missed']} of {events}", delay),
+            ("false alarms an hour", figure(against["false_per_hour"], 1), nominal),
         ]
     low, high = summary["score_min"], summary["score_max"]
-    cards.append(_card("highest score", figure(high), f"lowest {figure(low)}"))
+    cards.append(("highest score", figure(high), f"lowest {figure(low)}"))
     if total := summary["latency_ms"].get("total"):
         note = f"p95 {figure(total['p95'], 0)}, p99 {figure(total['p99'], 0)}"
-        cards.append(_card("ms a frame", figure(total["p50"], 0), note))
+        cards.append(("ms a frame", figure(total["p50"], 0), note))
     return cards
 
 
 def side_by_side(
-    image: np.ndarray,
-    heat: np.ndarray,
-    overlay: np.ndarray,
-    mask: np.ndarray | None,
-    caption: str,
-    nearest: np.ndarray | None = None,
+    pictures: Sequence[np.ndarray], caption: str, nearest: np.ndarray | None = None
 ) -> np.ndarray:
-    """Return image, heatmap and overlay in a row under a caption, (height, width, 3) uint8 RGB.
+    """Return pictures in a row under a caption of one line, (height, width, 3) uint8 RGB.
 
     Args:
-        image, heat, overlay: (height, width, 3) uint8 RGB of one size.
-        mask: (height, width) uint8 ground truth, outlined on the image where it is 1.
-        caption: one line.
-        nearest: (h, w, 3) uint8 RGB of a fourth panel, any size.
+        pictures: (height, width, 3) uint8 RGB of one size.
+        caption: one line; its last word may tint it.
+        nearest: (h, w, 3) uint8 RGB of a further picture, any size.
     """
-    height, width = image.shape[:2]
-    shown = [_with_truth(image, mask), heat, overlay]
+    height, width = pictures[0].shape[:2]
+    panels = [at_width(picture, PANEL_WIDTH_PX) for picture in pictures]
     if nearest is not None:
-        shown.append(cv2.resize(nearest, (width, height), interpolation=cv2.INTER_LINEAR))
-    panels = [at_width(panel, PANEL_WIDTH_PX) for panel in shown]
-    row = contact_sheet(panels, columns=len(panels))
+        resized = cv2.resize(nearest, (width, height), interpolation=cv2.INTER_LINEAR)
+        panels.append(at_width(resized, PANEL_WIDTH_PX))
+    row = contact_sheet(panels, len(panels))
     return np.concatenate([_strip(caption, row.shape[1], 30), row])
 
 
@@ -253,10 +231,6 @@ class Album:
         self._every, self._sheet = every, sheet
         self._worst: dict[str, list[tuple[float, int, str]]] = {}
 
-    def passed(self, number: int, stem: str, ranks: Sequence[tuple[str, float]]) -> None:
-        """Register a frame whose pictures an earlier run has written."""
-        self._extremes(number, stem, ranks)
-
     def add(
         self,
         number: int,
@@ -274,7 +248,6 @@ class Album:
 
         Args:
             number: number of the frame in the run.
-            frame, result: the frame and the detector's result.
             stem: file name of the pictures, without suffix.
             caption: one line.
             mask: (height, width) uint8 ground truth, or None.
@@ -283,27 +256,24 @@ class Album:
             always: write this frame whatever its number.
         """
         regular = always or (self._every > 0 and number % self._every == 0)
-        extreme = self._extremes(number, stem, ranks)
+        extreme = self.rank(number, stem, ranks)
         if not (regular or extreme or number in self._sheet):
             return
         overlay = draw_overlay(frame.image, result, self._roi, self._alpha)
         if number in self._sheet:
-            small = at_width(_with_truth(overlay, mask), SHEET_WIDTH_PX)
+            small = at_width(outline_truth(overlay, mask), SHEET_WIDTH_PX)
             small = np.concatenate([_strip(caption, small.shape[1], 18), small])
             self._write(f"{_SHEET}/{number:09d}.png", encode_png(small))
         if not (regular or extreme):
             return
-        heat = draw_heatmap(result, self._roi)
+        pictures = [outline_truth(frame.image, mask), draw_heatmap(result, self._roi), overlay]
         nominal = nearest() if extreme or always else None
         if regular:
-            panel = side_by_side(
-                frame.image, heat, overlay, mask, caption, nominal if always else None
-            )
+            panel = side_by_side(pictures, caption, nominal if always else None)
             self._write(f"overlays/{stem}.jpg", encode_jpeg(overlay))
             self._write(f"panels/{stem}.jpg", encode_jpeg(panel, 88))
         if extreme:
-            panel = side_by_side(frame.image, heat, overlay, mask, caption, nominal)
-            content = encode_jpeg(panel, 88)
+            content = encode_jpeg(side_by_side(pictures, caption, nominal), 88)
             for group in extreme:
                 self._write(_kept(group, number), content)
 
@@ -321,8 +291,11 @@ class Album:
             self._write("contact_sheet.jpg", encode_jpeg(sheet, 88))
             shutil.rmtree(self._folder / _SHEET)
 
-    def _extremes(self, number: int, stem: str, ranks: Sequence[tuple[str, float]]) -> list[str]:
-        """Return the groups in which a frame is among the `WORST` so far."""
+    def rank(self, number: int, stem: str, ranks: Sequence[tuple[str, float]]) -> list[str]:
+        """Return the groups in which a frame is among the `WORST` so far.
+
+        A resumed run calls it for the frames whose pictures an earlier run has written.
+        """
         groups = []
         for group, value in ranks:
             kept = self._worst.setdefault(group, [])
@@ -346,14 +319,14 @@ def _kept(group: str, number: int) -> str:
     return f"worst/{group}@{number}.jpg"
 
 
-def _with_truth(image: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+def outline_truth(image: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
     """Return a copy with the ground truth outlined in green."""
-    shown = image.copy()
+    marked = image.copy()
     if mask is not None:
-        marked = (mask == 1).astype(np.uint8)
-        contours, _ = cv2.findContours(marked, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(shown, contours, -1, _TRUTH, max(1, round(image.shape[0] / 300)))
-    return shown
+        anomalous = (mask == 1).astype(np.uint8)
+        contours, _ = cv2.findContours(anomalous, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+        cv2.drawContours(marked, contours, -1, _TRUTH, max(1, round(image.shape[0] / 300)))
+    return marked
 
 
 def _strip(text: str, width: int, height: int) -> np.ndarray:

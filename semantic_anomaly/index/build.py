@@ -6,7 +6,7 @@ Each stage has its own entries.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import cv2
@@ -45,8 +45,7 @@ class FrameEmbeddings:
     """The nominal embeddings of a frame in a stage.
 
     Attributes:
-        frame: the frame.
-        grid_hw: (rows, cols) of its patch grid.
+        frame, grid_hw: the frame, and (rows, cols) of its patch grid.
         cells: (n, 2) int, row and col of each embedding in that grid.
         embeddings: (n, dim) float32, unit norm.
     """
@@ -133,10 +132,6 @@ class BuildReport:
     suppressed: int
     dropped: int
 
-    def to_dict(self) -> dict[str, int]:
-        """Return plain values for JSON."""
-        return asdict(self)
-
 
 class Selection:
     """The entries of one stage: each embedding at least `dedup_distance` from those before it.
@@ -204,13 +199,7 @@ class Selection:
     def resume(
         self, embeddings: np.ndarray, entries: np.ndarray, frames: Sequence[FrameRecord]
     ) -> None:
-        """Begin with what an index holds, before any frame is added.
-
-        Args:
-            embeddings: (n, dim) float32, at most `max_entries`.
-            entries: (n, 3) int32.
-            frames: that the entries point to.
-        """
+        """Begin with the entries, at most `max_entries`, and the frames of an index."""
         self._store(embeddings, entries)
         self.frames = list(frames)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from typing import Any
 
@@ -106,9 +107,8 @@ class IndexContent:
         """Return (count,) int64, the entries' numbers: ascending, without the retracted ones."""
         if self.retracted is None:
             return np.arange(len(self.embeddings))
-        retracted = self.retracted.entries[:, 3].astype(np.int64)
-        every = np.arange(len(self.embeddings) + len(retracted))
-        return np.setdiff1d(every, retracted, assume_unique=True)
+        retracted = self.retracted.entries[:, 3]
+        return np.delete(np.arange(len(self.embeddings) + len(retracted)), retracted)
 
     def describe(self) -> dict[str, Any]:
         """Return what the fingerprint is made of: no dates, versions or paths."""
@@ -138,7 +138,7 @@ class IndexContent:
             "embeddings_sha256": _array_sha256(self.embeddings),
             "entries_sha256": _array_sha256(self.entries),
             "frames": [[f.name, f.rows, f.cols] for f in self.frames],
-            "build": self.report.to_dict(),
+            "build": asdict(self.report),
             "graph": graph_parameters(),
             "search_ef": self.search_ef,
             "limits": dict(self.limits),
@@ -177,10 +177,9 @@ class IndexContent:
             and sum(edit.entries for edit in added) <= total
             and sum(edit.frames for edit in added) <= len(self.frames)
         )
-        counts = zip(*np.unique(retracted[:, 4], return_counts=True), strict=True)
         retracting = (edit for edit in self.edits if edit.kind == RETRACT and edit.entries)
         expected = {edit.number: edit.entries for edit in retracting}
-        counts_agree = {int(number): int(count) for number, count in counts} == expected
+        counts_agree = Counter(retracted[:, 4].tolist()) == expected
         entry_numbers = retracted[:, 3]
         ordered = (np.diff(entry_numbers) > 0).all()
         inside = ((entry_numbers >= 0) & (entry_numbers < total)).all()

@@ -1,8 +1,8 @@
 """Edits of an index: nominal frames added, entries retracted, and either undone exactly.
 
 Entries have numbers in their stage. An edit leaves the numbers of the other entries as they are;
-only undoing an addition moves the numbers of what was added after it. An edit has the same number in
-all stages, and may change no entry of some.
+only undoing an addition moves the numbers of what was added after it. An edit has the same number
+in all stages, and may change no entry of some.
 """
 
 from __future__ import annotations
@@ -33,13 +33,24 @@ def rows_of(content: IndexContent, numbers: Sequence[int]) -> np.ndarray:
     Raises:
         InputError: no such entry, or one that is retracted.
     """
-    requested = np.asarray(list(numbers), np.int64)
+    requested = np.array(numbers, np.int64)
     edits = _retracting_edits(content)
     for number in requested[(requested < 0) | (requested >= len(edits))][:1]:
         raise InputError(f"entry {number}: expected a number from 0 to {len(edits) - 1}")
     for number in requested[edits[requested] > 0][:1]:
         raise InputError(f"entry {number}: it is retracted already, by edit {edits[number]}")
     return np.searchsorted(content.numbers, requested)
+
+
+def stage_of(index: NominalIndex, stage: int) -> NominalIndex:
+    """Return the index of a stage.
+
+    Raises:
+        InputError: there is no such stage.
+    """
+    if not 0 <= stage < len(index.stages):
+        raise InputError(f"stage {stage}: expected 0 to {len(index.stages) - 1}")
+    return index.stages[stage]
 
 
 def of_frame(index: NominalIndex, name: str) -> dict[int, list[int]]:
@@ -97,7 +108,7 @@ def add_nominal(
     Near-duplicates of entries are left out, as when the index was built.
 
     Args:
-        index: to be edited; stays as it is.
+        index: stays as it is.
         frames: made by the index's own embedder.
         roi: patches outside take no part; a part of the region of interest of the index.
         source: where the frames come from.
@@ -159,8 +170,7 @@ def retract(
     if not any(len(of_stage) for of_stage in numbers.values()):
         raise InputError("retract: expected at least one entry, found none")
     for stage in numbers:
-        if not 0 <= stage < len(index.stages):
-            raise InputError(f"stage {stage}: expected 0 to {len(index.stages) - 1}")
+        stage_of(index, stage)
     edit = _new_edit(index, RETRACT, note=note)
     contents = []
     for stage, of_stage in enumerate(index.stages):
@@ -184,7 +194,7 @@ def undo(index: NominalIndex, number: int | None = None) -> tuple[NominalIndex, 
     What the edit retracted is back, and what it added is gone.
 
     Args:
-        index: to be edited; stays as it is.
+        index: stays as it is.
         number: of the edit; None: the last one.
 
     Raises:
@@ -266,11 +276,9 @@ class _Ledger:
 
     @classmethod
     def of(cls, content: IndexContent) -> _Ledger:
-        embeddings, entries = content.embeddings, content.entries
-        if content.retracted is not None:
-            retracted = content.retracted
-            numbers = np.concatenate([content.numbers, retracted.entries[:, 3]])
-            order = np.argsort(numbers)
+        embeddings, entries, retracted = content.embeddings, content.entries, content.retracted
+        if retracted is not None:
+            order = np.argsort(np.concatenate([content.numbers, retracted.entries[:, 3]]))
             embeddings = np.concatenate([embeddings, retracted.embeddings])[order]
             entries = np.concatenate([entries, retracted.entries[:, :3]])[order]
         return cls(embeddings, entries, _retracting_edits(content), content.frames)
@@ -281,8 +289,8 @@ class _Ledger:
         retracted = None
         if len(numbers):
             columns = self.entries[numbers], numbers, self.edits[numbers]
-            rows = np.column_stack(columns).astype(np.int32)
-            retracted = Retracted(self.embeddings[numbers], np.ascontiguousarray(rows))
+            rows = np.column_stack(columns).astype(np.int32, order="C")
+            retracted = Retracted(self.embeddings[numbers], rows)
         return replace(
             content,
             embeddings=self.embeddings[live],

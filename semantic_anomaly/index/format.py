@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,8 @@ _OWN_NAMES = frozenset({MANIFEST, GRAPH, EMBEDDINGS, ENTRIES, FRAMES, *RETRACTED
 _STAGE_FOLDER = re.compile(r"stage_[1-9]\d?")
 _FRAME_FILE = re.compile(rf"{FRAMES}/\d{{6,}}\.jpg")
 _CALIBRATION_FILE = re.compile(r"calibration(\.[A-Za-z_][A-Za-z0-9_]*)?\.json")
+_BAD_MANIFEST = AttributeError, KeyError, OverflowError, SettingsError, TypeError, ValueError
 _KEYS = {"format", "format_version", "fingerprint", "content", "written", "files", "sha256"}
-_PIECE = 65536
 
 
 def is_calibration_file(name: str) -> bool:
@@ -80,22 +81,15 @@ def read_content(folder: Path) -> tuple[IndexContent, dict[str, Any]]:
     Raises:
         IndexFormatError: missing, incomplete, damaged, tampered with, or of another version.
     """
-    try:
-        manifest = _read_manifest(folder)
-        _check_files(folder, manifest["files"], manifest["content"])
-        return _read_content(folder, manifest), manifest
-    except OSError as error:
-        raise _unreadable(folder, error) from error
-    # A manifest of other types and numbers may raise any of these.
-    except (
-        AttributeError,
-        KeyError,
-        OverflowError,
-        SettingsError,
-        TypeError,
-        ValueError,
-    ) as error:
-        raise _wrong(folder, "a complete manifest", f"{type(error).__name__}: {error}") from error
+    with _readable(folder):
+        try:
+            manifest = _read_manifest(folder)
+            _check_files(folder, manifest["files"], manifest["content"])
+            return _read_content(folder, manifest), manifest
+        # A manifest of other types and numbers may raise any of these.
+        except _BAD_MANIFEST as error:
+            found = f"{type(error).__name__}: {error}"
+            raise _wrong(folder, "a complete manifest", found) from error
 
 
 def read_graph(folder: Path, content: IndexContent, manifest: Mapping[str, Any]) -> HnswGraph:
@@ -104,11 +98,9 @@ def read_graph(folder: Path, content: IndexContent, manifest: Mapping[str, Any])
     Raises:
         IndexFormatError: changed since the folder was read, or not the graph of its embeddings.
     """
-    try:
+    with _readable(folder):
         _check_file(folder, GRAPH, manifest["files"][GRAPH])
         return HnswGraph.load(folder / GRAPH, content.embeddings)
-    except OSError as error:
-        raise _unreadable(folder, error) from error
 
 
 def fingerprint_of(folder: Path) -> str:
@@ -117,22 +109,12 @@ def fingerprint_of(folder: Path) -> str:
     Raises:
         IndexFormatError: there is no whole manifest.
     """
-    try:
+    with _readable(folder):
         return str(_read_manifest(folder)["fingerprint"])
-    except OSError as error:
-        raise _unreadable(folder, error) from error
 
 
 def refuse_existing(folder: Path, force: bool) -> None:
-    """Refuse a folder that is not an index, or is one and may not be replaced.
-
-    Args:
-        folder: of the index to be.
-        force: whether an index there may be replaced.
-
-    Raises:
-        ArtefactError: says what the folder holds.
-    """
+    """Raise ArtefactError for a folder that is not an index, or for an index without `force`."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise ArtefactError(
             f"cannot write index '{folder}': expected a folder or nothing there, found another file"
@@ -330,9 +312,8 @@ def _check_arrays(folder: Path, content: IndexContent) -> None:
         arrays.append((content.retracted.embeddings, content.retracted.entries[:, :3]))
     grids_hw = np.array([(f.rows, f.cols) for f in content.frames], np.int64).reshape(-1, 2)
     for embeddings, entries in arrays:
-        for start in range(0, len(embeddings), _PIECE):
-            if not are_unit_vectors(embeddings[start : start + _PIECE]):
-                raise _wrong(folder, "finite embeddings of unit norm", "others")
+        if not are_unit_vectors(embeddings):
+            raise _wrong(folder, "finite embeddings of unit norm", "others")
         frame, cells = entries[:, 0], entries[:, 1:]
         inside = (frame >= 0).all() and (frame < len(grids_hw)).all() and (cells >= 0).all()
         if not inside or not (cells < grids_hw[frame]).all():
@@ -351,5 +332,10 @@ def _wrong(folder: Path, expected: str, found: object) -> IndexFormatError:
     return IndexFormatError(f"index '{folder}': expected {expected}, found {found}")
 
 
-def _unreadable(folder: Path, error: OSError) -> IndexFormatError:
-    return _wrong(folder, "readable files", f"{error.filename}: {error.strerror}")
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        found = f"{error.filename}: {error.strerror}"
+        raise _wrong(folder, "readable files", found) from error

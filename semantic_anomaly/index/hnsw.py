@@ -20,7 +20,8 @@ _SEED = 100
 # Breadth of the search for near-duplicates while an index is built.
 _BUILD_EF = 64
 _HEADER = struct.Struct("<QQQQQQiIQQQdQ")
-_LABEL_BYTES = 8
+# Links of an entry on one upper level.
+_LEVEL_BYTES = 4 + 4 * M
 # Levels fall off by a factor of M >= 2; drawing them never gives more than this.
 _MAX_LEVELS = 64
 _PIECE = 65536
@@ -111,7 +112,8 @@ def graph_parameters() -> dict[str, int]:
 def predicted_graph_bytes(count: int, dim: int) -> int:
     """Return about how many bytes a graph of `count` vectors takes in file and memory."""
     upper_levels = 1.0 / (M - 1)
-    return _HEADER.size + round(count * (_element_bytes(dim) + 4 + upper_levels * _level_bytes()))
+    element_bytes = _element_layout(dim).itemsize + 4 + upper_levels * _LEVEL_BYTES
+    return _HEADER.size + round(count * element_bytes)
 
 
 def check_graph_file(path: Path, embeddings: np.ndarray) -> None:
@@ -127,47 +129,31 @@ def check_graph_file(path: Path, embeddings: np.ndarray) -> None:
     """
     count, dim = embeddings.shape
     data = np.fromfile(path, np.uint8)
-    size = _element_bytes(dim)
-    if len(data) < _HEADER.size + count * (size + 4):
-        raise _wrong(f"at least {_HEADER.size + count * (size + 4)} bytes", len(data))
+    layout = _element_layout(dim)
+    end = _HEADER.size + count * layout.itemsize
+    if len(data) < end + 4 * count:
+        raise _wrong(f"at least {end + 4 * count} bytes", len(data))
     header = _HEADER.unpack(data[: _HEADER.size].tobytes())
     found = (*header[:6], *header[8:11])
-    links_bytes = _link_bytes()
+    size, links_bytes = layout.itemsize, layout["links"].itemsize
     expected = (0, count, count, size, links_bytes + dim * 4, links_bytes, M, 2 * M, M)
     if found != expected:
         raise _wrong(f"header {expected}", found)
-    elements = data[_HEADER.size : _HEADER.size + count * size].reshape(count, size)
-    _check_elements(elements, embeddings)
-    _check_upper_levels(data[_HEADER.size + count * size :], count, header[6], header[7])
-
-
-def _link_bytes() -> int:
-    """Return the bytes of the links of an entry on the lowest level."""
-    return 2 * M * 4 + 4
-
-
-def _level_bytes() -> int:
-    """Return the bytes of the links of an entry on one upper level."""
-    return M * 4 + 4
-
-
-def _element_bytes(dim: int) -> int:
-    return _link_bytes() + dim * 4 + _LABEL_BYTES
-
-
-def _check_elements(elements: np.ndarray, embeddings: np.ndarray) -> None:
-    count = len(embeddings)
-    # In pieces, because a view of bytes at odd offsets is copied before it can be compared.
+    elements = data[_HEADER.size : end].view(layout)
+    # In pieces, because what is compared is copied.
     for start in range(0, count, _PIECE):
         piece = elements[start : start + _PIECE]
-        vectors = np.ascontiguousarray(piece[:, _link_bytes() : -_LABEL_BYTES]).view("<f4")
-        if not np.array_equal(vectors, embeddings[start : start + _PIECE]):
+        if not np.array_equal(piece["vector"], embeddings[start : start + _PIECE]):
             raise _wrong("the vectors of embeddings.npy", "others")
-        labels = np.ascontiguousarray(piece[:, -_LABEL_BYTES:]).view("<u8")[:, 0]
-        if not np.array_equal(labels, np.arange(start, start + len(labels))):
+        if not np.array_equal(piece["label"], np.arange(start, start + len(piece))):
             raise _wrong("labels in row order", "others")
-        links = np.ascontiguousarray(piece[:, : _link_bytes()]).view("<u4")
-        _check_links(links, count, 2 * M)
+        _check_links(piece["links"], count, 2 * M)
+    _check_upper_levels(data[end:], count, header[6], header[7])
+
+
+def _element_layout(dim: int) -> np.dtype[np.void]:
+    """Return the layout of an entry; its links on the lowest level begin with their number."""
+    return np.dtype([("links", "<u4", (1 + 2 * M,)), ("vector", "<f4", (dim,)), ("label", "<u8")])
 
 
 def _check_links(links: np.ndarray, count: int, max_links: int) -> None:
@@ -183,7 +169,7 @@ def _check_links(links: np.ndarray, count: int, max_links: int) -> None:
 
 def _check_upper_levels(tail: np.ndarray, count: int, top_level: int, entry_point: int) -> None:
     data = tail.tobytes()
-    step, offset = _level_bytes(), 0
+    step, offset = _LEVEL_BYTES, 0
     levels = np.zeros(count, np.int32)
     starts: list[tuple[int, int]] = []
     for element in range(count):

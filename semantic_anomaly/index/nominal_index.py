@@ -10,7 +10,12 @@ from typing import Any
 import numpy as np
 
 from semantic_anomaly.embedding.identity import StageIdentity
-from semantic_anomaly.errors import ArtefactError, IndexFormatError, IndexMismatchError
+from semantic_anomaly.errors import (
+    ArtefactError,
+    IndexFormatError,
+    IndexMismatchError,
+    ModelOutputError,
+)
 from semantic_anomaly.index.build import BuildReport, NominalFrame, Selection, select
 from semantic_anomaly.index.content import Edit, IndexContent
 from semantic_anomaly.index.format import (
@@ -21,12 +26,22 @@ from semantic_anomaly.index.format import (
     write_content,
 )
 from semantic_anomaly.index.hnsw import HnswGraph, predicted_graph_bytes
-from semantic_anomaly.index.search import NeighbourSearch
+from semantic_anomaly.index.search import (
+    are_unit_vectors,
+    nearest_rows,
+    nearest_similarities,
+    to_distances,
+)
 from semantic_anomaly.io.images import decode_compressed
 from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.storage import atomic_folder
 from semantic_anomaly.structures import NominalExample
+
+# Entries times dimensions up to which a product with all of them is as quick as the graph with
+# its exact checks (5200 entries of 192 dimensions): benchmarks/stages.py.
+_AUTO_EXACT_UP_TO = 1_000_000
+_SEED = 100
 
 
 class NominalIndex:
@@ -47,6 +62,9 @@ class NominalIndex:
         graph: of the content's embeddings in their order; None: read or built when it is needed.
         folder: that the index was loaded from.
         further: indexes of the further stages.
+
+    Attributes:
+        search_is_exact: whether `distances` of the first stage are exact rather than upper bounds.
     """
 
     def __init__(
@@ -63,9 +81,8 @@ class NominalIndex:
         self._graph = graph
         self._folder = folder
         self._further = tuple(further)
-        self._search = NeighbourSearch(
-            content.embeddings, self._ready_graph, self._name, content.search_ef
-        )
+        self._ef = content.search_ef
+        self.search_is_exact = content.embeddings.size <= _AUTO_EXACT_UP_TO
 
     @classmethod
     def of_stages(
@@ -196,13 +213,11 @@ class NominalIndex:
         """
         folder = Path(folder).expanduser()
         refuse_existing(folder, force or self._folder == folder)
-        with atomic_folder(folder, replace=True) as temporary:
+        with atomic_folder(folder) as temporary:
             write_content(temporary, self._content, self._ready_graph())
             for number, stage in enumerate(self._further, start=1):
                 (temporary / stage_folder(number)).mkdir()
-                write_content(
-                    temporary / stage_folder(number), stage.content, stage._ready_graph()
-                )
+                write_content(temporary / stage_folder(number), stage.content, stage._ready_graph())
             try:
                 written = NominalIndex.load(temporary)
                 for stage in written.stages:
@@ -344,12 +359,8 @@ class NominalIndex:
         running = roi.describe()
         expected, found = self._content.roi["ego_mask_sha256"], running["ego_mask_sha256"]
         if expected and expected != found:
-            raise IndexMismatchError(
-                f"{self._name}: ego mask",
-                expected,
-                found or "none",
-                "set the mask it was built with",
-            )
+            hint = "set the mask it was built with"
+            raise IndexMismatchError(f"{self._name}: ego mask", expected, found or "none", hint)
         if not roi.is_within(self._content.roi):
             raise IndexMismatchError(
                 f"{self._name}: region of interest",
@@ -369,18 +380,17 @@ class NominalIndex:
             IndexFormatError: the graph is not that of the index.
         """
         for index in self.stages:
-            index._search.configure(search, ef)
-
-    @property
-    def search_is_exact(self) -> bool:
-        """Return whether `distances` are exact rather than upper bounds."""
-        return self._search.is_exact
+            small = index.content.embeddings.size <= _AUTO_EXACT_UP_TO
+            index.search_is_exact = search == "exact" or (search == "auto" and small)
+            index._ef = ef
+            if not index.search_is_exact:
+                index._ready_graph()
 
     def distances(self, embeddings: np.ndarray, k: int) -> np.ndarray:
         """Return (n,) float32 mean cosine distances in [0, 2] to the k nearest entries.
 
-        Of a graph search these are upper bounds: it never hides an anomaly. `exact_distances` of
-        the large ones make decisions those of an exact search.
+        A graph search can only overestimate a distance: it never hides an anomaly. Computing the
+        large ones again with `exact_distances` gives the decisions of an exact search.
 
         Args:
             embeddings: (n, dim) float32, unit norm.
@@ -390,11 +400,14 @@ class NominalIndex:
             IndexMismatchError: another dimension, or k out of range.
             ModelOutputError: embeddings that are not finite or not of unit norm.
         """
-        return self._search.distances(embeddings, k)
+        if self.search_is_exact:
+            return self.exact_distances(embeddings, k)
+        return to_distances(self._graph_similarities(self._checked(embeddings, k), k))
 
     def exact_distances(self, embeddings: np.ndarray, k: int) -> np.ndarray:
         """Return what `distances` returns, by a product with every entry."""
-        return self._search.exact_distances(embeddings, k)
+        queries = self._checked(embeddings, k)
+        return to_distances(nearest_similarities(queries, self._content.embeddings, k))
 
     def nearest(self, embedding: np.ndarray) -> NominalExample:
         """Return the entry nearest to an embedding (dim,), searched exactly.
@@ -406,7 +419,8 @@ class NominalIndex:
 
     def nearest_many(self, embeddings: np.ndarray) -> list[NominalExample]:
         """Return the entries nearest to embeddings (n, dim), reading the entries once for all."""
-        rows, similarities = self._search.nearest_rows(embeddings, 1)
+        queries = self._checked(embeddings, 1)
+        rows, similarities = nearest_rows(queries, self._content.embeddings, 1)
         examples = []
         for (entry,), (similarity,) in zip(rows.tolist(), similarities.tolist(), strict=True):
             number, row, col = self._content.entries[entry].tolist()
@@ -429,7 +443,45 @@ class NominalIndex:
             'queries', 'k', 'ef', 'recall' (share of the k nearest found), 'mean_error' and
             'max_error' of the mean distance.
         """
-        return self._search.recall(queries, k)
+        entries = self._content.embeddings
+        if isinstance(queries, int):
+            first, second = np.random.default_rng(_SEED).integers(0, self.count, (2, queries))
+            mixed = entries[first] + 0.5 * entries[second]
+            queries = mixed / np.maximum(np.linalg.norm(mixed, axis=1, keepdims=True), 1e-6)
+        points = self._checked(np.asarray(queries), k)
+        exact = nearest_similarities(points, entries, k)
+        approximate = self._graph_similarities(points, k)
+        error = to_distances(approximate) - to_distances(exact)
+        # Entries at the same distance count alike, whichever the graph returns.
+        hits = approximate >= exact.min(axis=1, keepdims=True) - 1e-5
+        return {
+            "queries": len(points),
+            "k": k,
+            "ef": max(self._ef, k),
+            "recall": float(hits.mean()),
+            "mean_error": float(error.mean()),
+            "max_error": float(error.max()),
+        }
+
+    def _checked(self, embeddings: np.ndarray, k: int) -> np.ndarray:
+        """Return queries that are safe to search with; raises as `distances`."""
+        if embeddings.ndim != 2 or embeddings.shape[1] != self.dim:
+            raise IndexMismatchError(
+                f"{self._name}: embeddings", f"(n, {self.dim})", embeddings.shape
+            )
+        if not 1 <= k <= self.count:
+            raise IndexMismatchError(f"{self._name}: neighbours", f"1 to {self.count}", k)
+        queries = np.ascontiguousarray(embeddings, np.float32)
+        if not are_unit_vectors(queries):
+            raise ModelOutputError("embeddings: expected finite unit vectors, found others")
+        return queries
+
+    def _graph_similarities(self, queries: np.ndarray, k: int) -> np.ndarray:
+        try:
+            return self._ready_graph().similarities(queries, k, self._ef)
+        except RuntimeError:
+            # The graph is in pieces, with fewer than k entries within reach.
+            return nearest_similarities(queries, self._content.embeddings, k)
 
     @property
     def _name(self) -> str:

@@ -109,13 +109,9 @@ class BagSource(FrameSource):
             if self.compressed:
                 image = decode_compressed(message.data, message.format)
             else:
+                size = message.height, message.width, message.step
                 image = decode_raw(
-                    message.encoding,
-                    message.height,
-                    message.width,
-                    message.step,
-                    bool(message.is_bigendian),
-                    message.data,
+                    message.encoding, *size, bool(message.is_bigendian), message.data
                 )
         except ImageError as error:
             raise ImageError(
@@ -180,21 +176,19 @@ def _typestore() -> Typestore:
 
 def _choose_topic(path: Path, topics: Mapping[str, tuple[str, int]], wanted: str | None) -> str:
     images = {n: t for n, t in topics.items() if t[0] in (IMAGE_TYPE, COMPRESSED_TYPE)}
-    if wanted is not None and wanted in images:
-        return wanted
-    if wanted is not None and wanted in topics:
-        problem = (
-            f"topic '{wanted}' is of type {topics[wanted][0]}, expected {IMAGE_TYPE} or "
-            f"{COMPRESSED_TYPE}"
-        )
-    elif not images:
+    if not images:
         raise SourceError(f"bag '{path}' has no image topic; its topics: {_listed(topics)}")
-    elif wanted is not None:
-        problem = f"has no topic '{wanted}'"
-    elif len(images) > 1:
-        problem = "has several image topics, choose one"
-    else:
+    if wanted is None and len(images) == 1:
         return next(iter(images))
+    if wanted is None:
+        problem = "has several image topics, choose one"
+    elif wanted in images:
+        return wanted
+    elif wanted in topics:
+        expected = f"{IMAGE_TYPE} or {COMPRESSED_TYPE}"
+        problem = f"topic '{wanted}' is of type {topics[wanted][0]}, expected {expected}"
+    else:
+        problem = f"has no topic '{wanted}'"
     raise SourceError(f"bag '{path}': {problem}; image topics: {_listed(images)}")
 
 

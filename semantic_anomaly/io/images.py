@@ -20,36 +20,31 @@ from semantic_anomaly.errors import ImageError
 from semantic_anomaly.storage import atomic_write_bytes
 
 BytesLike = bytes | bytearray | memoryview | array | np.ndarray
-# Encoding: channels, bytes per channel, OpenCV's conversion to RGB (None: already RGB).
+# Encodings of 8 and 16 bits: channels, OpenCV's conversion to RGB (None: already RGB).
 # 8UC3 and 16UC3 name no channel order; like cv_bridge, they are read as BGR. ROS names Bayer
 # patterns by the first two pixels of the first two rows.
-_PACKED: dict[str, tuple[int, int, int | None]] = {
-    "rgb8": (3, 1, None),
-    "bgr8": (3, 1, cv2.COLOR_BGR2RGB),
-    "rgba8": (4, 1, cv2.COLOR_RGBA2RGB),
-    "bgra8": (4, 1, cv2.COLOR_BGRA2RGB),
-    "mono8": (1, 1, cv2.COLOR_GRAY2RGB),
-    "rgb16": (3, 2, None),
-    "bgr16": (3, 2, cv2.COLOR_BGR2RGB),
-    "rgba16": (4, 2, cv2.COLOR_RGBA2RGB),
-    "bgra16": (4, 2, cv2.COLOR_BGRA2RGB),
-    "mono16": (1, 2, cv2.COLOR_GRAY2RGB),
-    "8UC1": (1, 1, cv2.COLOR_GRAY2RGB),
-    "8UC3": (3, 1, cv2.COLOR_BGR2RGB),
-    "8UC4": (4, 1, cv2.COLOR_BGRA2RGB),
-    "16UC1": (1, 2, cv2.COLOR_GRAY2RGB),
-    "16UC3": (3, 2, cv2.COLOR_BGR2RGB),
-    "16UC4": (4, 2, cv2.COLOR_BGRA2RGB),
-    "uyvy": (2, 1, cv2.COLOR_YUV2RGB_UYVY),
-    "yuv422": (2, 1, cv2.COLOR_YUV2RGB_UYVY),
-    "yuyv": (2, 1, cv2.COLOR_YUV2RGB_YUYV),
-    "yuv422_yuy2": (2, 1, cv2.COLOR_YUV2RGB_YUYV),
+_CHANNELS: dict[str, tuple[int, int | None]] = {
+    "rgb{}": (3, None),
+    "bgr{}": (3, cv2.COLOR_BGR2RGB),
+    "rgba{}": (4, cv2.COLOR_RGBA2RGB),
+    "bgra{}": (4, cv2.COLOR_BGRA2RGB),
+    "mono{}": (1, cv2.COLOR_GRAY2RGB),
+    "{}UC1": (1, cv2.COLOR_GRAY2RGB),
+    "{}UC3": (3, cv2.COLOR_BGR2RGB),
+    "{}UC4": (4, cv2.COLOR_BGRA2RGB),
+    "bayer_rggb{}": (1, cv2.COLOR_BayerBG2RGB),
+    "bayer_bggr{}": (1, cv2.COLOR_BayerRG2RGB),
+    "bayer_gbrg{}": (1, cv2.COLOR_BayerGR2RGB),
+    "bayer_grbg{}": (1, cv2.COLOR_BayerGB2RGB),
 }
-for _bits in (8, 16):
-    _PACKED[f"bayer_rggb{_bits}"] = (1, _bits // 8, cv2.COLOR_BayerBG2RGB)
-    _PACKED[f"bayer_bggr{_bits}"] = (1, _bits // 8, cv2.COLOR_BayerRG2RGB)
-    _PACKED[f"bayer_gbrg{_bits}"] = (1, _bits // 8, cv2.COLOR_BayerGR2RGB)
-    _PACKED[f"bayer_grbg{_bits}"] = (1, _bits // 8, cv2.COLOR_BayerGB2RGB)
+# Encoding: channels, bytes per channel, conversion.
+_PACKED = {
+    name.format(bits): (channels, bits // 8, conversion)
+    for bits in (8, 16)
+    for name, (channels, conversion) in _CHANNELS.items()
+}
+_PACKED |= dict.fromkeys(("uyvy", "yuv422"), (2, 1, cv2.COLOR_YUV2RGB_UYVY))
+_PACKED |= dict.fromkeys(("yuyv", "yuv422_yuy2"), (2, 1, cv2.COLOR_YUV2RGB_YUYV))
 _PLANAR = {"nv12": cv2.COLOR_YUV2RGB_NV12, "nv21": cv2.COLOR_YUV2RGB_NV21}
 _DEPTH = {"32FC1": ("f4", 1.0), "16UC1": ("u2", 1e-3), "mono16": ("u2", 1e-3)}
 RAW_ENCODINGS = (*_PACKED, *_PLANAR)
@@ -72,17 +67,12 @@ def decode_raw(
 ) -> np.ndarray:
     """Return a raw ROS image as (height, width, 3) uint8 RGB.
 
-    `rgb8` is returned as a view of `data`, possibly read-only and with padded rows; every other
+    `rgb8` is returned as a read-only view of `data`, possibly with padded rows; every other
     encoding gives a new array. 16-bit channels are reduced to their upper 8 bits. YUV is ITU-R
     BT.601.
 
-    Args:
-        encoding: as in sensor_msgs/Image, one of `RAW_ENCODINGS`.
-        height: number of rows.
-        width: pixels per row.
-        step: bytes per row, including padding.
-        is_bigendian: whether 16-bit channels are big-endian.
-        data: exactly height * step bytes (NV12 and NV21: height * 3 / 2 * step).
+    Arguments are the fields of sensor_msgs/Image. The encoding is one of `RAW_ENCODINGS`; the data
+    are exactly height * step bytes (NV12 and NV21: height * 3 / 2 * step).
 
     Raises:
         UnsupportedEncodingError: another encoding.
@@ -105,9 +95,8 @@ def decode_raw(
         )
     # The more significant byte of each channel is the channel scaled to 8 bits.
     first = channel_bytes - 1 if not is_bigendian else 0
-    pixels = rows[:, first:row_bytes:channel_bytes]
-    if channels > 1:
-        pixels = _split_channels(pixels, channels)
+    pixels = rows[:, first:row_bytes:channel_bytes].reshape(height, width, channels)
+    pixels.flags.writeable = False
     if channel_bytes > 1:
         pixels = pixels.copy()
     return pixels if conversion is None else cv2.cvtColor(pixels, conversion)
@@ -132,8 +121,7 @@ def decode_depth(
     row_bytes = width * dtype.itemsize
     rows = _rows(height, width, step, row_bytes, data, height)
     depth = np.ascontiguousarray(rows[:, :row_bytes]).view(dtype).astype(np.float32)
-    if scale != 1.0:
-        depth *= np.float32(scale)
+    depth *= np.float32(scale)
     # Negated: NaN compares false.
     depth[~((depth > 0) & (depth < np.inf))] = 0
     return depth
@@ -371,14 +359,6 @@ def _rows(
             f"({data_rows} rows of {step}), found {content.size}"
         )
     return content.reshape(data_rows, step)
-
-
-def _split_channels(rows: np.ndarray, channels: int) -> np.ndarray:
-    stride, inner = rows.strides
-    shape = (rows.shape[0], rows.shape[1] // channels, channels)
-    return np.lib.stride_tricks.as_strided(
-        rows, shape, (stride, inner * channels, inner), writeable=False
-    )
 
 
 def _check_size(height: int, width: int) -> None:

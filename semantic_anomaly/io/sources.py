@@ -112,9 +112,10 @@ class FrameSource(ABC):
         for frame in self._read(wanted):
             first = first or frame
             if frame.image_hw != first.image_hw:
+                expected, found = (f"{f.image_hw[1]}x{f.image_hw[0]}" for f in (first, frame))
                 raise ImageError(
-                    f"source '{self.path}': expected images of one size, "
-                    f"{_size(first)} as '{first.name}', found {_size(frame)} in '{frame.name}'"
+                    f"source '{self.path}': expected images of one size, {expected} as "
+                    f"'{first.name}', found {found} in '{frame.name}'"
                 )
             yield frame
         if first is None:
@@ -291,14 +292,13 @@ def folder_images(path: Path) -> list[Path]:
             f"{', '.join(broken[:_LISTED_LINKS])}{more}"
         )
     images = [file for file in candidates if file.is_file()]
-    suffixes = [file.suffix.lower() for file in entries]
-    unread = [suffix for suffix in suffixes if suffix in _UNREAD_SUFFIXES]
+    unread = [f.suffix.lower() for f in entries if f.suffix.lower() in _UNREAD_SUFFIXES]
     unread_text = f"{len(unread)} images of other formats ({', '.join(sorted(set(unread)))})"
     if not images:
         text = f"folder '{folder}': expected images ({', '.join(IMAGE_SUFFIXES)}), found "
         text += unread_text if unread else "none"
-        for bag in [file for file in entries if file.suffix.lower() in BAG_SUFFIXES][:1]:
-            text += f"; {bag.name} lacks its metadata.yaml ('ros2 bag reindex' creates one)"
+        if bag := next((f.name for f in entries if f.suffix.lower() in BAG_SUFFIXES), ""):
+            text += f"; {bag} lacks its metadata.yaml ('ros2 bag reindex' creates one)"
         raise SourceError(text)
     if unread:
         _log.warning("folder '%s': left out %s", folder, unread_text)
@@ -315,10 +315,6 @@ def natural(name: str) -> tuple[list[str | int], str]:
     """Return a sort key that orders numbers in names by value: 'a2' before 'a10'."""
     pieces = re.split(r"(\d+)", name)
     return [int(p) if p.isdecimal() else p.lower() for p in pieces], name
-
-
-def _size(frame: Frame) -> str:
-    return f"{frame.image_hw[1]}x{frame.image_hw[0]}"
 
 
 def _folder_of(frame_name: str) -> str:
@@ -347,10 +343,9 @@ def _read_labels(folder: Path, files: list[Path]) -> tuple[dict[str, int], dict[
     Raises:
         SourceError: the labels cannot be read, or only some files have a stamp.
     """
-    resolved = folder.resolve()
     labels = folder / "labels.json"
-    if not labels.is_file() and resolved.name == "images":
-        labels = resolved.parent / "labels.json"
+    if not labels.is_file():
+        labels = _without_images(folder.resolve()) / "labels.json"
     if not labels.is_file():
         return {}, {}
     try:
@@ -363,8 +358,7 @@ def _read_labels(folder: Path, files: list[Path]) -> tuple[dict[str, int], dict[
     if any("stamp_s" in row for row in rows.values()):
         for file in files:
             stamp: Any = rows.get(file.name, {}).get("stamp_s")
-            number = isinstance(stamp, int | float) and not isinstance(stamp, bool)
-            if not number or not math.isfinite(stamp):
+            if type(stamp) not in (int, float) or not math.isfinite(stamp):
                 raise SourceError(
                     f"labels '{labels}': expected a stamp_s in seconds for '{file.name}', "
                     f"found {stamp!r}"

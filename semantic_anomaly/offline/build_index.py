@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from semantic_anomaly.embedding.identity import Embedder
 from semantic_anomaly.errors import SourceError
+from semantic_anomaly.index.format import refuse_existing
+from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.io.sources import FrameSource
 from semantic_anomaly.offline.drives import (
     Sources,
@@ -19,10 +22,8 @@ from semantic_anomaly.offline.drives import (
     settings_of,
 )
 from semantic_anomaly.roi import RegionOfInterest
+from semantic_anomaly.segmentation.embedder import RunningEmbedder
 from semantic_anomaly.settings import Settings
-
-if TYPE_CHECKING:
-    from semantic_anomaly.index.nominal_index import NominalIndex
 
 _log = logging.getLogger(__name__)
 
@@ -63,10 +64,6 @@ def build_index(
         ArtefactError: `out` has an index and `force` is false, or it cannot be written.
         SemanticAnomalyError: the backbone cannot be loaded, or returns values that are not finite.
     """
-    from semantic_anomaly.index.format import refuse_existing
-    from semantic_anomaly.index.nominal_index import NominalIndex
-    from semantic_anomaly.segmentation.embedder import RunningEmbedder
-
     if stride < 1:
         raise SourceError(f"stride: expected at least 1, found {stride}")
     if out is not None:
@@ -75,25 +72,21 @@ def build_index(
     settings = settings_of(settings, overrides).with_build_defaults()
     roi = camera_roi(settings, camera)
     drives = open_drives(sources, topic)
-    loaded = RunningEmbedder.from_settings(settings) if embedder is None else None
-    embedder = embedder or loaded
-    assert embedder is not None
-    try:
+    with ExitStack() as stack:
+        if embedder is None:
+            embedder = stack.enter_context(closing(RunningEmbedder.from_settings(settings)))
         _log_predicted_size(settings, roi, drives, embedder, stride)
         frames = embedded_frames(
             drives, embedder, stride=stride, description="index", progress=progress
         )
         index = NominalIndex.build(
-            ((item.frame, item.grid) for item in frames),
+            ((frame, grid) for _, _, frame, grid in frames),
             stages=embedder.stages,
             roi=roi,
             settings=settings,
             source=list(drives),
             camera=camera,
         )
-    finally:
-        if loaded is not None:
-            loaded.close()
     if out is not None:
         index.save(Path(out), force=force)
     return index
@@ -107,8 +100,6 @@ def _log_predicted_size(
     stride: int,
 ) -> None:
     """Log how large the index may become."""
-    from semantic_anomaly.index.nominal_index import NominalIndex
-
     image_hw = next(iter(next(iter(drives.values())))).image_hw
     patches = [
         int(roi.patch_mask(grid_hw, image_hw).sum()) for grid_hw in embedder.grids_hw(image_hw)

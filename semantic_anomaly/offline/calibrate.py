@@ -5,23 +5,26 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from semantic_anomaly.calibration.calibration import Calibration
 from semantic_anomaly.calibration.conformal import Episodes, scores_needed
-from semantic_anomaly.calibration.leakage import LeakageCheck
+from semantic_anomaly.calibration.leakage import check_sources, refuse_seen
 from semantic_anomaly.detection.detector import resolve_roi, resolve_settings
 from semantic_anomaly.embedding.identity import Embedder
 from semantic_anomaly.errors import CalibrationError
+from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.io.sources import FrameSource
 from semantic_anomaly.offline.drives import (
     Sources,
     drive_names,
     embedded_frames,
+    frame_total,
     open_drives,
     settings_of,
 )
@@ -31,11 +34,9 @@ from semantic_anomaly.scoring.normalisation import (
     class_anchors,
     normalisations_without,
 )
+from semantic_anomaly.segmentation.embedder import RunningEmbedder
 from semantic_anomaly.settings import DEFAULT_FALSE_ALARM_RATE, Settings
 from semantic_anomaly.structures import PatchGrid
-
-if TYPE_CHECKING:
-    from semantic_anomaly.index.nominal_index import NominalIndex
 
 FOLDS, FOLD_FRAMES = 5, 10
 _FRAME_PERIOD_NS = 100_000_000
@@ -93,22 +94,24 @@ def calibrate(
     index.check_roi(roi)
     index.configure_search(settings.search, settings.search_ef)
     names: list[str]
-    loaded = None
-    if isinstance(sources, Mapping):
-        names, dtype = list(sources), index.stage.embedder.dtype
-        frames = partial(_grid_frames, sources)
-    else:
-        drives = open_drives(sources, topic)
-        leakage = LeakageCheck(index)
-        leakage.check_sources(drives, scores_needed(settings.target_false_alarm_rate))
-        if embedder is None:
-            from semantic_anomaly.segmentation.embedder import RunningEmbedder
-
-            embedder = loaded = RunningEmbedder.from_settings(settings)
-        index.check_embedder(embedder.stages)
-        names, dtype = drive_names(drives), embedder.stages[0].embedder.dtype
-        frames = partial(_source_frames, drives, embedder, leakage, progress)
-    try:
+    with ExitStack() as stack:
+        if isinstance(sources, Mapping):
+            names, dtype = list(sources), index.stage.embedder.dtype
+            frames = partial(_grid_frames, sources)
+        else:
+            drives = open_drives(sources, topic)
+            needed, total = scores_needed(settings.target_false_alarm_rate), frame_total(drives)
+            if total is not None and total < needed:
+                raise CalibrationError(
+                    f"the target false-alarm rate needs at least {needed} nominal calibration "
+                    f"frames, found {total}"
+                )
+            check_sources(index, drives)
+            if embedder is None:
+                embedder = stack.enter_context(closing(RunningEmbedder.from_settings(settings)))
+            index.check_embedder(embedder.stages)
+            names, dtype = drive_names(drives), embedder.stages[0].embedder.dtype
+            frames = partial(_source_frames, index, drives, embedder, progress)
         scorer = FrameScorer(index, settings, roi)
         anchors = [class_anchors(stage.content.embeddings) for stage in index.stages]
         sums: dict[int, list[NormalisationSums]] = defaultdict(
@@ -134,9 +137,6 @@ def calibrate(
             scores.setdefault(drive, []).append(frame_score.score)
             stamps_ns.setdefault(drive, []).append(stamp_ns)
             medians.append(float(np.median(frame_score.anomaly_map[frame_score.inside])))
-    finally:
-        if loaded is not None:
-            loaded.close()
     calibration = Calibration.fit(
         scores,
         heatmap_low=float(np.median(medians)) if medians else 0.0,
@@ -174,15 +174,24 @@ def _grid_frames(
 
 
 def _source_frames(
+    index: NominalIndex,
     drives: Mapping[str, FrameSource],
     embedder: Embedder,
-    leakage: LeakageCheck,
     progress: bool,
     description: str,
 ) -> Iterator[tuple[str, int, PatchGrid]]:
-    """Yield drive, stamp in nanoseconds and embeddings of every frame."""
+    """Yield drive, stamp in nanoseconds and embeddings of every frame.
+
+    Raises:
+        CalibrationError: the index has seen a frame, or it is given twice.
+    """
+    given: set[tuple[Path, str]] = set()
     items = embedded_frames(drives, embedder, description=description, progress=progress)
     for drive, source, frame, grid in items:
-        leakage.check_frame(source, frame)
+        refuse_seen(index, frame)
+        key = source.path.resolve(), frame.name
+        # Arrays have no files: equal names say nothing.
+        if source.files and key in given:
+            raise CalibrationError(f"calibration frame '{frame.name}' is given twice")
+        given.add(key)
         yield drive, frame.stamp_ns, grid
-    leakage.restart()

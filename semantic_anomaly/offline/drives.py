@@ -5,15 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from tqdm import tqdm
 
 from semantic_anomaly.embedding.identity import Embedder
-from semantic_anomaly.errors import SourceError, UnknownNameError
+from semantic_anomaly.errors import SourceError
 from semantic_anomaly.io.open import open_source
-from semantic_anomaly.io.sources import FrameSource
+from semantic_anomaly.io.sources import IMAGE_SUFFIXES, FrameSource
 from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import Frame, PatchGrid
@@ -23,22 +23,6 @@ Sources: TypeAlias = "str | Path | np.ndarray | FrameSource | Sequence[Any]"
 
 # Larger batches gain a few percent on a CPU and cost memory with every image.
 BATCH_FRAMES = 4
-
-
-class DriveFrame(NamedTuple):
-    """A frame of a drive with its embeddings.
-
-    Attributes:
-        drive: name of the drive.
-        source: the source of the frame.
-        frame: the image.
-        grid: its patch embeddings.
-    """
-
-    drive: str
-    source: FrameSource
-    frame: Frame
-    grid: PatchGrid
 
 
 def settings_of(settings: Settings | None, overrides: Mapping[str, Any]) -> Settings:
@@ -59,9 +43,7 @@ def camera_roi(settings: Settings, camera: str) -> RegionOfInterest:
     Raises:
         UnknownNameError: no such camera.
     """
-    if camera not in settings.cameras:
-        raise UnknownNameError("camera", camera, settings.cameras)
-    return RegionOfInterest.from_settings(settings.camera_settings[camera])
+    return RegionOfInterest.from_settings(settings.for_camera(camera).camera_settings[camera])
 
 
 def open_drives(sources: Sources, topic: str | None = None) -> dict[str, FrameSource]:
@@ -115,8 +97,8 @@ def embedded_frames(
     stride: int = 1,
     description: str = "frames",
     progress: bool = False,
-) -> Iterator[DriveFrame]:
-    """Yield every frame with its embeddings, embedded in batches.
+) -> Iterator[tuple[str, FrameSource, Frame, PatchGrid]]:
+    """Yield name of the drive, source, frame and embeddings of every frame, embedded in batches.
 
     Args:
         sources: by name, from `open_drives`.
@@ -135,8 +117,7 @@ def embedded_frames(
             while batch := list(itertools.islice(frames, BATCH_FRAMES)):
                 grids = embedder.embed([frame.image for frame in batch])
                 for frame, grid in zip(batch, grids, strict=True):
-                    drive = _drive_name(name, source, source.drive_of(frame))
-                    yield DriveFrame(drive, source, frame, grid)
+                    yield _drive_name(name, source, source.drive_of(frame)), source, frame, grid
                 bar.update(len(batch))
 
 
@@ -146,13 +127,10 @@ def _is_several(sources: Sources) -> bool:
         return False
     if all(isinstance(item, np.ndarray) for item in sources):
         return not len(sources)
-    return not all(_is_image_file(item) for item in sources)
-
-
-def _is_image_file(item: Any) -> bool:
-    from semantic_anomaly.io.sources import IMAGE_SUFFIXES
-
-    return isinstance(item, str | Path) and Path(item).suffix.lower() in IMAGE_SUFFIXES
+    return not all(
+        isinstance(item, str | Path) and Path(item).suffix.lower() in IMAGE_SUFFIXES
+        for item in sources
+    )
 
 
 def _drive_name(name: str, source: FrameSource, drive: str) -> str:
@@ -160,8 +138,9 @@ def _drive_name(name: str, source: FrameSource, drive: str) -> str:
 
 
 def _selection_text(selection: slice) -> str:
-    parts = (selection.start, selection.stop, selection.step)
-    if parts == (None, None, None):
+    if selection == slice(None):
         return ""
-    texts = ["" if part is None else str(part) for part in parts]
-    return f"[{':'.join(texts if parts[2] is not None else texts[:2])}]"
+    numbers = [selection.start, selection.stop]
+    if selection.step is not None:
+        numbers.append(selection.step)
+    return f"[{':'.join('' if number is None else str(number) for number in numbers)}]"

@@ -1,17 +1,18 @@
 """One camera of the node: outputs from configure on, inputs while active, counters.
 
-Created and changed by the executor's thread; the worker publishes through it. `received` and
-`replaced` are counted by the executor's thread, the other counters by the worker.
+Created and changed by the executor's thread; the worker publishes through it. Frames received and
+replaced are counted by the executor's thread, the others by the worker.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
-from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+from diagnostic_msgs.msg import DiagnosticStatus
 from rclpy.lifecycle import LifecycleNode
 from std_msgs.msg import Header
 
@@ -28,15 +29,14 @@ REPEAT_SILENCE_S = 1.0
 
 @dataclass
 class CameraCounts:
-    """Images of a camera since activation, by what happened to them."""
+    """Images of a camera since activation, by what happened to them; the names are published."""
 
-    received: int = 0
-    replaced: int = 0
-    processed: int = 0
-    dropped_stale: int = 0
-    bad_images: int = 0
-    failed: int = 0
-    last_latency_ms: float | None = None
+    frames_received: int = 0
+    frames_processed: int = 0
+    frames_dropped_stale: int = 0
+    frames_replaced: int = 0
+    frames_bad: int = 0
+    frames_failed: int = 0
 
 
 class RateMeter:
@@ -74,6 +74,7 @@ class Camera:
 
     def _start_counting(self) -> None:
         self.counts = CameraCounts()
+        self.last_latency_ms: float | None = None
         self._rate_in, self._rate_processed = RateMeter(), RateMeter()
         self._silent = False
         self._published_s = time.monotonic()
@@ -88,7 +89,7 @@ class Camera:
             self.name,
             self._settings,
             self._receive,
-            self._report_incompatible,
+            partial(self._publish_unknown_now, DiagnosticStatus.ERROR, "incompatible"),
             self._log,
         )
         self.inputs.subscribe()
@@ -105,18 +106,6 @@ class Camera:
         self.deactivate()
         self.outputs.destroy()
 
-    def frame_counts(self) -> dict[str, int]:
-        """Return the counters for the status."""
-        counts = self.counts
-        return {
-            "frames_received": counts.received,
-            "frames_processed": counts.processed,
-            "frames_dropped_stale": counts.dropped_stale,
-            "frames_replaced": counts.replaced,
-            "frames_bad": counts.bad_images,
-            "frames_failed": counts.failed,
-        }
-
     def note_published(self) -> None:
         """Note that a status was published just now."""
         self._published_s = time.monotonic()
@@ -125,14 +114,10 @@ class Camera:
     def publish_unknown(self, header: Header, level: bytes, kind: str, reason: str) -> None:
         """Publish the decision `unknown` with its reason; log it, throttled by kind.
 
-        Args:
-            header: of the image without a score, or the present time.
-            level: STALE if there is no fresh image, else ERROR.
-            kind: kind of the reason.
-            reason: for users.
+        The level is STALE if there is no fresh image, else ERROR.
         """
         self.note_published()
-        self.outputs.publish_unknown(header, level, reason, self.frame_counts())
+        self.outputs.publish_unknown(header, level, reason, asdict(self.counts))
         self._log.error(f"{self.name} {kind}", f"camera '{self.name}': unknown: {reason}")
 
     def check_silence(self) -> None:
@@ -154,13 +139,12 @@ class Camera:
             reason = f"frames arrive, but there was no result for {now - waiting_since_s:.1f} s"
             self._publish_unknown_now(DiagnosticStatus.ERROR, "no result", reason)
 
-    def diagnostics(self, values: dict[str, Any]) -> DiagnosticArray:
+    def diagnostics(self, values: dict[str, Any]) -> DiagnosticStatus:
         """Return rates, counters and further values for /diagnostics."""
-        counts = self.counts
         rates = {
-            "rate_in_hz": self._rate_in.rate_hz(counts.received),
-            "rate_processed_hz": self._rate_processed.rate_hz(counts.processed),
-            "last_latency_ms": counts.last_latency_ms,
+            "rate_in_hz": self._rate_in.rate_hz(self.counts.frames_received),
+            "rate_processed_hz": self._rate_processed.rate_hz(self.counts.frames_processed),
+            "last_latency_ms": self.last_latency_ms,
         }
         level, text = DiagnosticStatus.OK, "inactive"
         if self.inputs is not None:
@@ -172,8 +156,8 @@ class Camera:
             elif values.get("stale_calibration"):
                 level, text = DiagnosticStatus.WARN, f"{text}; stale calibration"
         name = f"{self._node.get_name()}: {self.name} camera"
-        values = {**rates, **self.frame_counts(), **values}
-        return messages.status_message(Header(), name, level, text, values)
+        values = {**rates, **asdict(self.counts), **values}
+        return messages.diagnostic_status(name, level, text, values)
 
     def _publish_unknown_now(self, level: bytes, kind: str, reason: str) -> None:
         frame_id = self.inputs.frame_id if self.inputs is not None else ""
@@ -181,11 +165,8 @@ class Camera:
         self.publish_unknown(header, level, kind, reason)
 
     def _receive(self, message: Any) -> None:
-        self.counts.received += 1
+        self.counts.frames_received += 1
         if self._waiting_since_s is None:
             self._waiting_since_s = time.monotonic()
         if self._put is not None and self._put(self.name, message):
-            self.counts.replaced += 1
-
-    def _report_incompatible(self, text: str) -> None:
-        self._publish_unknown_now(DiagnosticStatus.ERROR, "incompatible", text)
+            self.counts.frames_replaced += 1

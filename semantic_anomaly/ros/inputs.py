@@ -5,6 +5,7 @@ Callbacks run in the executor's thread and only store messages; the worker reads
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -43,13 +44,8 @@ SILENCE = "no frames for"
 class CameraInputs:
     """The subscriptions of one camera, from activate to deactivate.
 
-    Args:
-        node: owns the subscriptions.
-        camera: name of the camera.
-        settings: topics and quality of service.
-        on_image: takes every image message.
-        on_incompatible: takes a description of a publisher with incompatible QoS.
-        log: guards the callbacks.
+    Every image message goes to `on_image`, the description of a publisher with incompatible QoS to
+    `on_incompatible`.
     """
 
     def __init__(
@@ -88,11 +84,6 @@ class CameraInputs:
         if own.depth_topic:
             self._subscribe(Image, own.depth_topic, self._store_depth, best_effort)
 
-    @property
-    def topic(self) -> str:
-        """Return the full name of the image topic after remapping."""
-        return self._images.topic_name
-
     def destroy(self) -> None:
         """Destroy the subscriptions."""
         while self._subscriptions:
@@ -113,13 +104,11 @@ class CameraInputs:
         """Return the depth image at a stamp as (h, w) float32 metres, None without one."""
         with self._lock:
             stored = list(self._depths)
-        if not stored:
-            return None
-        nearest = min(stored, key=lambda m: abs(messages.stamp_ns(m.header) - stamp_ns))
-        if abs(messages.stamp_ns(nearest.header) - stamp_ns) > DEPTH_TOLERANCE_NS:
+        differences_ns = [abs(messages.stamp_ns(depth.header) - stamp_ns) for depth in stored]
+        if min(differences_ns, default=math.inf) > DEPTH_TOLERANCE_NS:
             return None
         try:
-            return messages.depth_of(nearest)
+            return messages.depth_of(stored[differences_ns.index(min(differences_ns))])
         except ImageError as error:
             self._log.warning(f"{self._camera} depth", f"camera '{self._camera}' depth: {error}")
             return None
@@ -127,8 +116,9 @@ class CameraInputs:
     def silence(self) -> str:
         """Return how long there has been no image, with possible reasons."""
         silent_s = time.monotonic() - self.arrived_s
-        expected = self._images.msg_type.__name__
-        publishers = self._node.get_publishers_info_by_topic(self.topic)
+        # The full name after remapping.
+        topic, expected = self._images.topic_name, self._images.msg_type.__name__
+        publishers = self._node.get_publishers_info_by_topic(topic)
         types = sorted({info.topic_type for info in publishers})
         other = [name for name in types if not name.endswith(f"/{expected}")]
         hints = [f"publishers: {len(publishers)}"]
@@ -139,30 +129,27 @@ class CameraInputs:
                 f"incompatible QoS? this side: {self._settings.qos_reliability}",
                 LARGE_DATA_HINT,
             ]
-        return f"{SILENCE} {silent_s:.1f} s on topic {self.topic} ({'; '.join(hints)})"
+        return f"{SILENCE} {silent_s:.1f} s on topic {topic} ({'; '.join(hints)})"
 
     def _subscribe(self, message_type: Any, topic: str, store: Any, qos: QoSProfile) -> Any:
-        def incompatible(event: Any) -> None:
-            self._report_incompatible(subscription, event)
+        def report_incompatible(event: Any) -> None:
+            if not event.total_count_change:
+                return
+            name = subscription.topic_name
+            policy = qos_policy_name_from_kind(event.last_policy_kind)
+            publishers = self._node.get_publishers_info_by_topic(name)
+            names = sorted({f"{p.node_namespace.rstrip('/')}/{p.node_name}" for p in publishers})
+            self._on_incompatible(
+                f"topic {name}: a publisher has incompatible QoS ({policy}), its messages do not "
+                f"arrive; publishers: {', '.join(names) or 'gone'}; see parameter 'qos_reliability'"
+            )
 
-        events = SubscriptionEventCallbacks(incompatible_qos=self._log.guarded(incompatible))
+        events = SubscriptionEventCallbacks(incompatible_qos=self._log.guarded(report_incompatible))
         subscription = self._node.create_subscription(
             message_type, topic, self._log.guarded(store), qos, event_callbacks=events
         )
         self._subscriptions.append(subscription)
         return subscription
-
-    def _report_incompatible(self, subscription: Any, event: Any) -> None:
-        if not event.total_count_change:
-            return
-        policy = qos_policy_name_from_kind(event.last_policy_kind)
-        publishers = self._node.get_publishers_info_by_topic(subscription.topic_name)
-        names = sorted({f"{p.node_namespace.rstrip('/')}/{p.node_name}" for p in publishers})
-        self._on_incompatible(
-            f"topic {subscription.topic_name}: a publisher has incompatible QoS ({policy}), its "
-            f"messages do not arrive; publishers: {', '.join(names) or 'gone'}; "
-            "see parameter 'qos_reliability'"
-        )
 
     def _store_image(self, message: Any) -> None:
         self.arrived_s = time.monotonic()

@@ -76,13 +76,13 @@ class RosLogHandler(logging.Handler):
             self._ros_logger.info(text)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Alarm:
     track: int
     begin_ns: int
     last_ns: int
-    frames: int
     peak_score: float
+    frames: int = 1
 
 
 class AlarmLog:
@@ -98,13 +98,7 @@ class AlarmLog:
         self._alarm: _Alarm | None = None
 
     def update(self, stamp_ns: int, result: AnomalyResult, silence_s: float) -> None:
-        """Take the result of the next frame.
-
-        Args:
-            stamp_ns: stamp of the frame.
-            result: of the frame.
-            silence_s: setting of the camera.
-        """
+        """Take stamp and result of the next frame, and the setting `silence_s` of the camera."""
         alarm = self._alarm
         if alarm is not None and not 0 <= stamp_ns - alarm.last_ns <= silence_s * 1e9:
             self.end()
@@ -112,23 +106,22 @@ class AlarmLog:
         if result.decision is not Decision.ANOMALY:
             return
         if alarm is None:
-            confirmed = [
-                localization
-                for localization in result.localizations
-                if localization.state is ComponentState.CONFIRMED
-            ]
-            worst = max(confirmed, key=lambda item: item.score)
+            confirmed = (
+                item for item in result.localizations if item.state is ComponentState.CONFIRMED
+            )
+            # The largest score comes first.
+            worst = next(confirmed)
             left, top, right, bottom = worst.box_xyxy
-            self._alarm = _Alarm(worst.track, stamp_ns, stamp_ns, 1, result.score)
+            self._alarm = _Alarm(worst.track, stamp_ns, stamp_ns, result.score)
             self._logger.warning(
                 f"camera '{self._camera}': alarm starts: track {worst.track}, score "
                 f"{result.score:.4f} (threshold {result.threshold:.4f}), box x {left:.0f} to "
                 f"{right:.0f}, y {top:.0f} to {bottom:.0f} px"
             )
         else:
-            peak_score = max(alarm.peak_score, result.score)
-            frames = alarm.frames + 1
-            self._alarm = _Alarm(alarm.track, alarm.begin_ns, stamp_ns, frames, peak_score)
+            alarm.last_ns = stamp_ns
+            alarm.peak_score = max(alarm.peak_score, result.score)
+            alarm.frames += 1
 
     def end(self) -> None:
         """End the alarm, if there is one."""

@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import sys
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from builtin_interfaces.msg import Duration
-from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from diagnostic_msgs.msg import DiagnosticStatus, KeyValue
 from geometry_msgs.msg import Point, Pose, Quaternion, Vector3
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from std_msgs.msg import ColorRGBA, Float32, Header
@@ -60,7 +61,10 @@ def frame_of(message: Image | CompressedImage, name: str = "") -> Frame:
     if isinstance(message, CompressedImage):
         image = decode_compressed(message.data, message.format)
     else:
-        image = _decode(message)
+        try:
+            image = decode_raw(*_raw_image(message))
+        except UnsupportedEncodingError as error:
+            image = _decode_by_cv_bridge(message, error)
     return Frame(image, stamp_ns(message.header), message.header.frame_id, name)
 
 
@@ -70,8 +74,7 @@ def depth_of(message: Image) -> np.ndarray:
     Raises:
         ImageError: another encoding than 32FC1 and 16UC1, or a damaged image.
     """
-    size = (message.height, message.width, message.step)
-    return decode_depth(message.encoding, *size, bool(message.is_bigendian), message.data)
+    return decode_depth(*_raw_image(message))
 
 
 def intrinsics_of(message: CameraInfo) -> Intrinsics:
@@ -136,46 +139,34 @@ def score_message(score: float) -> Float32:
     return Float32(data=float(score))
 
 
-def status_message(
-    header: Header, name: str, level: bytes, text: str, values: Mapping[str, Any]
-) -> DiagnosticArray:
-    """Return one status; values as text, floats in full precision, without those that are None."""
-    status = DiagnosticStatus(level=level, name=name, message=text, hardware_id="")
+def diagnostic_status(
+    name: str, level: bytes, text: str, values: Mapping[str, Any]
+) -> DiagnosticStatus:
+    """Return a status; values as text, floats in full precision, without those that are None."""
+    status = DiagnosticStatus(level=level, name=name, message=text)
     status.values = [
         KeyValue(key=key, value=_text(value)) for key, value in values.items() if value is not None
     ]
-    return DiagnosticArray(header=header, status=[status])
-
-
-def diagnostics_message(stamp: Any, statuses: Iterable[DiagnosticArray]) -> DiagnosticArray:
-    """Return the statuses of several cameras as one message."""
-    message = DiagnosticArray(status=[status for array in statuses for status in array.status])
-    message.header.stamp = stamp
-    return message
+    return status
 
 
 def localizations_json(localizations: Sequence[Localization]) -> str:
     """Return localizations as JSON: box, score, area, state, track and nearest nominal patch."""
     rows = [
         {
-            "label": int(localization.label),
+            "label": localization.label,
             "box_xyxy": [round(float(edge), 2) for edge in localization.box_xyxy],
             "centroid_xy": [round(float(value), 2) for value in localization.centroid_xy],
-            "area_px": int(localization.area_px),
+            "area_px": localization.area_px,
             "state": localization.state.value,
-            "track": int(localization.track),
-            "score": float(localization.score),
-            "nearest": {
-                "frame": localization.nearest.frame,
-                "row": int(localization.nearest.row),
-                "col": int(localization.nearest.col),
-                "grid_hw": [int(side) for side in localization.nearest.grid_hw],
-                "distance": float(localization.nearest.distance),
-            },
+            "track": localization.track,
+            "score": localization.score,
+            "nearest": asdict(localization.nearest),
         }
         for localization in localizations
     ]
-    return json.dumps(rows)
+    # JSON has no numpy scalars.
+    return json.dumps(rows, default=np.generic.item)
 
 
 def detection_array_type() -> Any | None:
@@ -254,12 +245,10 @@ def _text(value: Any) -> str:
     return repr(float(value)) if isinstance(value, (float, np.floating)) else str(value)
 
 
-def _decode(message: Image) -> np.ndarray:
+def _raw_image(message: Image) -> tuple[str, int, int, int, bool, Any]:
+    """Return the arguments of `decode_raw` and `decode_depth`."""
     size = (message.height, message.width, message.step)
-    try:
-        return decode_raw(message.encoding, *size, bool(message.is_bigendian), message.data)
-    except UnsupportedEncodingError as error:
-        return _decode_by_cv_bridge(message, error)
+    return message.encoding, *size, bool(message.is_bigendian), message.data
 
 
 def _decode_by_cv_bridge(message: Image, unsupported: UnsupportedEncodingError) -> np.ndarray:

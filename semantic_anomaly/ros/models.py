@@ -7,6 +7,7 @@ replaced as a whole and never changed, so the worker may use one while the next 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -16,7 +17,7 @@ import numpy as np
 from semantic_anomaly.calibration.leakage import refuse_seen
 from semantic_anomaly.calibration.staleness import staleness_warning
 from semantic_anomaly.detection.detector import AnomalyDetector, load_detector
-from semantic_anomaly.errors import IndexMismatchError, ModelOutputError, SemanticAnomalyError
+from semantic_anomaly.errors import IndexMismatchError, SemanticAnomalyError
 from semantic_anomaly.index import edits
 from semantic_anomaly.offline.edit_index import save_edited
 from semantic_anomaly.settings import Settings
@@ -85,11 +86,7 @@ class Models:
         return models
 
     def add_nominal(self, settings: Settings, frames: Mapping[str, tuple[Frame, PatchGrid]]) -> str:
-        """Add frames to the indexes of their cameras on disk, and return a summary.
-
-        Args:
-            settings: name the index folders.
-            frames: one frame with its embeddings for each camera.
+        """Add frames with their embeddings to the indexes of their cameras; return a summary.
 
         Raises:
             SemanticAnomalyError: an index has seen a frame, is full, or cannot be written.
@@ -115,25 +112,17 @@ class Models:
         Raises:
             SemanticAnomalyError: a detector refuses them.
         """
-        updated: list[tuple[AnomalyDetector, Settings]] = []
-        try:
+        with ExitStack() as undo:
             for detector in self.detectors.values():
                 before = detector.settings
                 detector.update(settings)
-                updated.append((detector, before))
-        except SemanticAnomalyError:
-            for detector, before in updated:
-                detector.update(before)
-            raise
+                undo.callback(detector.update, before)
+            undo.pop_all()
 
     def reset(self) -> None:
         """Forget the tracks of all cameras."""
         for detector in self.detectors.values():
             detector.reset()
-
-    def close(self) -> None:
-        """Free the embedder; the indexes are freed with the last reference to them."""
-        self.embedder.close()
 
 
 def load_detectors(
@@ -142,35 +131,36 @@ def load_detectors(
     """Load the detector of each camera.
 
     Cameras with the same index folder share the index. All cameras share one embedder, so their
-    indexes must have been built with the same backbone.
-
-    Args:
-        settings: of the node.
-        embedder: already loaded; None: loaded from the index of the first camera.
+    indexes must have been built with the same backbone; without one it is loaded from the index of
+    the first camera.
 
     Raises:
         SemanticAnomalyError: names the camera if there are several.
     """
-    shared = embedder
     indexes: dict[str, NominalIndex] = {}
     detectors: dict[str, AnomalyDetector] = {}
-    for camera in settings.cameras:
-        folder = settings.index_of(camera)
-        try:
-            detector = load_detector(settings, camera, embedder=shared, index=indexes.get(folder))
-        except BaseException as error:
-            if shared is not None and embedder is None:
-                shared.close()
-            # The class of an error has a meaning, so only its message is extended.
-            if isinstance(error, SemanticAnomalyError) and len(settings.cameras) > 1:
-                hint = ""
-                if isinstance(error, IndexMismatchError) and detectors:
-                    hint = f" (all cameras share the backbone of camera '{settings.cameras[0]}')"
-                error.args = (f"camera '{camera}': {error}{hint}",)
-            raise
-        shared = cast("RunningEmbedder", detector.embedder)
-        indexes[folder] = detector.index
-        detectors[camera] = detector
+    with ExitStack() as undo:
+        for camera in settings.cameras:
+            folder = settings.index_of(camera)
+            index = indexes.get(folder)
+            try:
+                detector = load_detector(settings, camera, embedder=embedder, index=index)
+            except SemanticAnomalyError as error:
+                # The class of an error has a meaning, so only its message is extended.
+                if len(settings.cameras) > 1:
+                    hint = ""
+                    if isinstance(error, IndexMismatchError) and detectors:
+                        hint = (
+                            f" (all cameras share the backbone of camera '{next(iter(detectors))}')"
+                        )
+                    error.args = (f"camera '{camera}': {error}{hint}",)
+                raise
+            if embedder is None:
+                embedder = cast("RunningEmbedder", detector.embedder)
+                undo.callback(embedder.close)
+            indexes[folder] = detector.index
+            detectors[camera] = detector
+        undo.pop_all()
     return detectors
 
 

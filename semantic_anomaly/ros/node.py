@@ -7,7 +7,6 @@ the worker, the inputs with their locks, and `models`, which is replaced as a wh
 
 from __future__ import annotations
 
-import functools
 import gc
 import logging
 import signal
@@ -15,6 +14,8 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial, wraps
 from typing import Any
 
 import rclpy
@@ -24,9 +25,9 @@ from rclpy.duration import Duration
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.signals import SignalHandlerOptions
+from std_msgs.msg import Header
 
 from semantic_anomaly.errors import SemanticAnomalyError
-from semantic_anomaly.ros import messages
 from semantic_anomaly.ros.camera import Camera
 from semantic_anomaly.ros.logs import RosLogHandler, ThrottledLog
 from semantic_anomaly.ros.models import Models, stale_calibration
@@ -43,7 +44,7 @@ Transition = Callable[["AnomalyNode", LifecycleState], TransitionCallbackReturn]
 
 def _logged(transition: Transition) -> Transition:
     # rclpy turns an exception in a transition into ERROR without a log line.
-    @functools.wraps(transition)
+    @wraps(transition)
     def guard(self: AnomalyNode, state: LifecycleState) -> TransitionCallbackReturn:
         try:
             return transition(self, state)
@@ -72,12 +73,9 @@ class AnomalyNode(LifecycleNode):
         self.settings = Settings()
         self.models: Models | None = None
         self._cameras: dict[str, Camera] = {}
-        self._worker: Worker | None = None
-        self._node_services = NodeServices(self, self)
-        self._diagnostics: Any = None
-        self._diagnostics_timer: Any = None
-        self._silence_timer: Any = None
-        self._jumps: Any = None
+        self._node_services = NodeServices(self)
+        # Each undoes the steps of its transition in reverse order, even if it failed half-way.
+        self._undo_configure, self._undo_activate = ExitStack(), ExitStack()
 
     @_logged
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
@@ -94,40 +92,46 @@ class AnomalyNode(LifecycleNode):
             self.get_logger().error(f"cannot configure: {error}")
             self.release()
             return TransitionCallbackReturn.FAILURE
-        self._node_parameters.freeze()
+        self._node_parameters.frozen = True
         for name in self.settings.cameras:
             self._cameras[name] = Camera(self, name, self.settings, self._log)
-        self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
-        self._diagnostics_timer = self._timer(DIAGNOSTICS_PERIOD_S, self._publish_diagnostics)
+            self._undo_configure.callback(self._cameras[name].destroy)
+        diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
+        self._undo_configure.callback(self.destroy_publisher, diagnostics)
+        publish = partial(self._publish_diagnostics, diagnostics)
+        self._start_timer(DIAGNOSTICS_PERIOD_S, publish, self._undo_configure)
         self._announce()
         return super().on_configure(state)
 
     @_logged
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Start the worker and subscribe. SUCCESS -> active, ERROR -> unconfigured."""
-        models = self.models
-        if models is None:
-            raise RuntimeError("activated without models")
-        models.reset()
+        undo = self._undo_activate
+        self._in_force().reset()
+        undo.callback(lambda: self._in_force().reset())
         # Enables the publishers before the worker publishes.
         result = super().on_activate(state)
         pipeline = Pipeline(self._in_force, self._cameras, self.get_clock(), self._log)
-        self._worker = Worker(pipeline.process, self._report_worker)
-        self._worker.start()
+        worker = Worker(pipeline.process, self._report_worker)
         for camera in self._cameras.values():
-            camera.activate(self._worker.slots.put)
+            undo.callback(camera.alarms.end)
+        undo.callback(worker.stop)
+        for camera in self._cameras.values():
+            undo.callback(camera.deactivate)
+            camera.activate(worker.put)
         period_s = min(0.25, self.settings.silent_after_s / 4)
-        self._silence_timer = self._timer(period_s, self._check_silence)
+        self._start_timer(period_s, self._check_silence, undo)
         backward = JumpThreshold(min_forward=None, min_backward=Duration(nanoseconds=-1))
-        self._jumps = self.get_clock().create_jump_callback(
+        jumps = self.get_clock().create_jump_callback(
             backward, post_callback=self._log.guarded(self._on_jump)
         )
+        undo.callback(jumps.unregister)
         return result
 
     @_logged
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Unsubscribe, join the worker, clear the tracks. SUCCESS -> inactive."""
-        self._stop()
+        self._undo_activate.close()
         return super().on_deactivate(state)
 
     @_logged
@@ -158,20 +162,14 @@ class AnomalyNode(LifecycleNode):
 
     def release(self) -> None:
         """Undo activate and configure, even if they failed half-way; the parameters stay."""
-        self._stop()
+        self._undo_activate.close()
         self._node_services.join()
-        if self._diagnostics_timer is not None:
-            self.destroy_timer(self._diagnostics_timer)
-            self._diagnostics_timer = None
-        while self._cameras:
-            self._cameras.popitem()[1].destroy()
-        if self._diagnostics is not None:
-            self.destroy_publisher(self._diagnostics)
-            self._diagnostics = None
+        self._undo_configure.close()
+        self._cameras.clear()
         models, self.models = self.models, None
         if models is not None:
-            models.close()
-        self._node_parameters.thaw()
+            models.embedder.close()
+        self._node_parameters.frozen = False
 
     def close(self) -> None:
         """Shut down from any state; takes at most as long as the present frame."""
@@ -183,26 +181,10 @@ class AnomalyNode(LifecycleNode):
         self.release()
         logging.getLogger("semantic_anomaly").removeHandler(self._log_handler)
 
-    def _stop(self) -> None:
-        if self._jumps is not None:
-            self._jumps.unregister()
-            self._jumps = None
-        if self._silence_timer is not None:
-            self.destroy_timer(self._silence_timer)
-            self._silence_timer = None
-        for camera in self._cameras.values():
-            camera.deactivate()
-        if self._worker is not None:
-            self._worker.stop()
-            self._worker = None
-        for camera in self._cameras.values():
-            camera.alarms.end()
-        if self.models is not None:
-            self.models.reset()
-
-    def _timer(self, period_s: float, callback: Callable[[], None]) -> Any:
+    def _start_timer(self, period_s: float, callback: Callable[[], None], undo: ExitStack) -> None:
         # On the steady clock: silence must be noticed even if simulated time stands still.
-        return self.create_timer(period_s, self._log.guarded(callback), clock=self._steady)
+        timer = self.create_timer(period_s, self._log.guarded(callback), clock=self._steady)
+        undo.callback(self.destroy_timer, timer)
 
     def _announce(self) -> None:
         for camera in self._cameras:
@@ -237,13 +219,12 @@ class AnomalyNode(LifecycleNode):
             camera.check_silence()
 
     def _on_jump(self, _: Any) -> None:
-        if self.models is not None:
-            self.models.reset()
+        self._in_force().reset()
         self.get_logger().warning(
             "the clock changed or went back: tracks of earlier frames are cleared"
         )
 
-    def _publish_diagnostics(self) -> None:
+    def _publish_diagnostics(self, publisher: Any) -> None:
         models = self._in_force()
         statuses = []
         for name, camera in self._cameras.items():
@@ -256,8 +237,8 @@ class AnomalyNode(LifecycleNode):
                 "stale_calibration": stale_calibration(detector),
             }
             statuses.append(camera.diagnostics(values))
-        stamp = self.get_clock().now().to_msg()
-        self._diagnostics.publish(messages.diagnostics_message(stamp, statuses))
+        header = Header(stamp=self.get_clock().now().to_msg())
+        publisher.publish(DiagnosticArray(header=header, status=statuses))
 
 
 def main(args: list[str] | None = None) -> int:

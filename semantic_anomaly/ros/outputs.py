@@ -47,7 +47,7 @@ class CameraOutputs:
         self._mask = self._publisher(Image, "mask", PICTURE_QOS)
         self._overlay = self._publisher(Image, "overlay", PICTURE_QOS)
         self._overlay_jpeg = self._publisher(CompressedImage, "overlay/compressed", PICTURE_QOS)
-        self._markers = self._publisher(MarkerArray, "markers", PICTURE_QOS)
+        self.markers = self._publisher(MarkerArray, "markers", PICTURE_QOS)
         detections = messages.detection_array_type()
         self._detections = (
             self._publisher(detections, "detections", STATUS_QOS) if detections else None
@@ -55,14 +55,12 @@ class CameraOutputs:
 
     def _publisher(self, message_type: Any, topic: str, qos: QoSProfile) -> Any:
         name = f"~/{self.camera}/{topic}"
-        publisher = self._node.create_lifecycle_publisher(message_type, name, qos)
-        self._publishers.append(publisher)
-        return publisher
+        self._publishers.append(self._node.create_lifecycle_publisher(message_type, name, qos))
+        return self._publishers[-1]
 
     def destroy(self) -> None:
         """Destroy the publishers."""
-        while self._publishers:
-            publisher = self._publishers.pop()
+        for publisher in self._publishers:
             if hasattr(self._node, "destroy_lifecycle_publisher"):
                 self._node.destroy_lifecycle_publisher(publisher)
             else:
@@ -73,22 +71,12 @@ class CameraOutputs:
     @property
     def wants_markers(self) -> bool:
         """Return whether the markers have a subscriber."""
-        return _has_subscriber(self._markers)
-
-    def publish_markers(self, array: MarkerArray) -> None:
-        """Publish markers."""
-        self._markers.publish(array)
+        return _has_subscriber(self.markers)
 
     def publish_result(
         self, header: Header, result: AnomalyResult, values: Mapping[str, Any]
     ) -> None:
-        """Publish score, status and detections of a frame.
-
-        Args:
-            header: of the image, used unchanged.
-            result: of the frame.
-            values: further values of the status, such as latency and counters.
-        """
+        """Publish score, status with further values, and detections; the header is unchanged."""
         self._score.publish(messages.score_message(result.score))
         status = {
             "decision": result.decision.value,
@@ -114,7 +102,7 @@ class CameraOutputs:
         self._publish_status(header, level, f"unknown: {reason}", status)
         if self.wants_markers:
             # Removes the markers of earlier frames.
-            self._markers.publish(messages.marker_array(header, ()))
+            self.markers.publish(messages.marker_array(header, ()))
 
     def publish_pictures(
         self,
@@ -132,9 +120,8 @@ class CameraOutputs:
             labels = result.label_map.astype(np.uint16, copy=False)
             self._mask.publish(messages.image_message(labels, "mono16", header))
         raw, compressed = _has_subscriber(self._overlay), _has_subscriber(self._overlay_jpeg)
-        if not (raw or compressed):
-            return
-        overlay = draw_overlay(frame.image, result, roi, overlay_alpha)
+        if raw or compressed:
+            overlay = draw_overlay(frame.image, result, roi, overlay_alpha)
         if raw:
             self._overlay.publish(messages.image_message(overlay, "rgb8", header))
         if compressed:
@@ -144,7 +131,8 @@ class CameraOutputs:
         self, header: Header, level: bytes, text: str, values: Mapping[str, Any]
     ) -> None:
         name = f"{self._node.get_name()}: {self.camera}"
-        self._status.publish(messages.status_message(header, name, level, text, values))
+        status = messages.diagnostic_status(name, level, text, values)
+        self._status.publish(DiagnosticArray(header=header, status=[status]))
 
 
 def _has_subscriber(publisher: Any) -> bool:

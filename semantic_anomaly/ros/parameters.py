@@ -47,7 +47,7 @@ _ARRAYS = {
 
 
 class NodeParameters:
-    """The parameters of the node. Until `freeze` all may change, afterwards the live ones.
+    """The parameters of the node. All may change until `frozen` is set, then the live ones only.
 
     Live settings are also declared for each camera ('front.threshold'), without a value: the common
     setting is in force until the parameter is set.
@@ -60,8 +60,10 @@ class NodeParameters:
     def __init__(self, node: Node, apply: Callable[[Settings], None]) -> None:
         self._node = node
         self._apply = apply
-        self._frozen = False
+        self.frozen = False
         self._declaring = False
+        # Values from YAML and command line; rclpy has no public access to them.
+        self._initial: Mapping[str, Parameter] = node._parameter_overrides
         self._errors: dict[str, SemanticAnomalyError] = {}
         for name, spec in setting_specs().items():
             self._declare(name, spec)
@@ -80,29 +82,17 @@ class NodeParameters:
         # A camera may have been named, or an override deleted, since the declaration.
         self._declare_cameras(self._value("cameras"))
         known = self._specs()
-        for name in self._initial():
+        for name in self._initial:
             foreign = name in _FOREIGN or name.startswith(_FOREIGN_PREFIXES)
             if name not in known and not foreign:
                 raise UnknownNameError("parameter", name, known)
         for name, error in self._errors.items():
             if name in known:
                 raise error
-        values = {name: self._value(name) for name in known}
-        settings = Settings.from_parameters(_with_resolved_paths(values))
+        values = _with_resolved_paths({name: self._value(name) for name in known})
+        settings = Settings.from_parameters(values)
         _check_topics(settings)
         return settings
-
-    def freeze(self) -> None:
-        """Refuse changes of settings that are not live, from configure on."""
-        self._frozen = True
-
-    def thaw(self) -> None:
-        """Allow all changes again, after cleanup."""
-        self._frozen = False
-
-    def _initial(self) -> Mapping[str, Parameter]:
-        # Values from YAML and command line; rclpy has no public access to them.
-        return self._node._parameter_overrides
 
     def _specs(self) -> dict[str, SettingSpec]:
         """Return the row of every parameter by its name, with the prefix of its camera."""
@@ -117,9 +107,8 @@ class NodeParameters:
         return value if value is None or isinstance(value, str | int | float) else list(value)
 
     def _declare(self, name: str, spec: SettingSpec) -> None:
-        optional = _is_override(name)
-        value = None if optional else spec.default
-        initial = self._initial().get(name)
+        value = None if _is_override(name) else spec.default
+        initial = self._initial.get(name)
         if initial is not None:
             # An empty list in YAML has no type and arrives as None.
             initial_value = () if initial.value is None and spec.is_list else initial.value
@@ -152,10 +141,9 @@ class NodeParameters:
                     return
 
     def _on_set(self, parameters: list[Parameter]) -> SetParametersResult:
-        if self._declaring:
-            return SetParametersResult(successful=True)
         try:
-            self._change({parameter.name: parameter.value for parameter in parameters})
+            if not self._declaring:
+                self._change({parameter.name: parameter.value for parameter in parameters})
         except SemanticAnomalyError as error:
             return SetParametersResult(successful=False, reason=str(error))
         except Exception as error:
@@ -175,7 +163,7 @@ class NodeParameters:
             return
         current = {name: self._value(name) for name in specs}
         checked = {name: _checked(name, value, specs[name]) for name, value in changes.items()}
-        if self._frozen:
+        if self.frozen:
             for name, value in checked.items():
                 if not specs[name].live and value != _checked(name, current[name], specs[name]):
                     live = ", ".join(sorted(camera_override_specs()))
@@ -191,7 +179,7 @@ class NodeParameters:
                 if "." not in name or name.partition(".")[0] in cameras
             }
         )
-        if self._frozen:
+        if self.frozen:
             self._apply(settings)
         # Before rclpy stores the names, so that they can be set at once.
         self._declare_cameras(camera for camera in cameras if camera not in current["cameras"])
@@ -225,11 +213,9 @@ def _check_topics(settings: Settings) -> None:
     """
     for camera, camera_settings in settings.camera_settings.items():
         for key in ("image_topic", "camera_info_topic", "depth_topic"):
-            topic = getattr(camera_settings, key)
-            if not topic and key != "image_topic":
-                continue
             try:
-                validate_topic_name(topic)
+                if (topic := getattr(camera_settings, key)) or key == "image_topic":
+                    validate_topic_name(topic)
             except InvalidTopicNameException as error:
                 text = " ".join(str(error).split())
                 raise SettingsError(f"setting '{camera}.{key}': {text}") from error

@@ -1,7 +1,7 @@
 """The worker: the newest image of each camera is decoded, embedded, assessed and published.
 
-The executor's thread puts messages into `FrameSlots`; the thread of `Worker` takes all new ones at
-once and gives them to `Pipeline`. The models are read once for each batch, so a reload takes effect
+The executor's thread puts messages into the `Worker`, whose thread takes all new ones at once and
+gives them to the `Pipeline`. The models are read once for each batch, so a reload takes effect
 between two batches.
 """
 
@@ -10,8 +10,8 @@ from __future__ import annotations
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from diagnostic_msgs.msg import DiagnosticStatus
@@ -31,13 +31,22 @@ from semantic_anomaly.structures import AnomalyResult, Frame, PatchGrid
 OTHER_CLOCK_S = 60.0
 
 
-class FrameSlots:
-    """Holds the newest message of each camera until the worker takes it."""
+class Worker:
+    """A running thread that gives the newest messages to a function until it is stopped.
 
-    def __init__(self) -> None:
+    `process` takes {camera: message}, `report` the traceback of an exception of `process`.
+    """
+
+    def __init__(
+        self, process: Callable[[dict[str, Any]], None], report: Callable[[str], None]
+    ) -> None:
+        self._process = process
+        self._report = report
         self._changed = threading.Condition()
         self._newest: dict[str, Any] = {}
-        self._closed = False
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, name="anomaly_worker")
+        self._thread.start()
 
     def put(self, camera: str, message: Any) -> bool:
         """Store a message; return whether it replaced one that was not taken."""
@@ -47,51 +56,20 @@ class FrameSlots:
             self._changed.notify()
             return replaced
 
-    def take(self) -> dict[str, Any] | None:
-        """Wait for messages and return the newest by camera; None after `close`."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._newest or self._closed)
-            if self._closed:
-                return None
-            batch, self._newest = self._newest, {}
-            return batch
-
-    def close(self) -> None:
-        """Drop the messages and wake the worker, which then ends."""
-        with self._changed:
-            self._closed = True
-            self._newest = {}
-            self._changed.notify_all()
-
-
-class Worker:
-    """A thread that gives batches of messages to a function until it is stopped.
-
-    Args:
-        process: takes {camera: message}.
-        report: takes the traceback of an exception of `process`.
-    """
-
-    def __init__(
-        self, process: Callable[[dict[str, Any]], None], report: Callable[[str], None]
-    ) -> None:
-        self.slots = FrameSlots()
-        self._process = process
-        self._report = report
-        self._thread = threading.Thread(target=self._run, name="anomaly_worker")
-
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
-
     def stop(self) -> None:
-        """End the thread after its present batch."""
-        self.slots.close()
-        if self._thread.is_alive():
-            self._thread.join()
+        """Drop waiting messages and end the thread after its present batch."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
+        self._thread.join()
 
     def _run(self) -> None:
-        while (batch := self.slots.take()) is not None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._newest or self._stopped)
+                if self._stopped:
+                    return
+                batch, self._newest = self._newest, {}
             try:
                 self._process(batch)
             except Exception:
@@ -130,14 +108,7 @@ class _Job:
 
 
 class Pipeline:
-    """Publishes the results of batches of messages.
-
-    Args:
-        models: returns the models in force.
-        cameras: cameras by name.
-        clock: of the node.
-        log: for problems.
-    """
+    """Publishes the results of batches of messages; `models` returns the models in force."""
 
     def __init__(
         self,
@@ -155,41 +126,27 @@ class Pipeline:
     def process(self, batch: Mapping[str, Any]) -> None:
         """Process the newest message of each camera that has one."""
         models = self._models()
-        jobs = {}
-        for name, message in batch.items():
-            job = self._accept(models, self._cameras[name], message)
-            if job is not None:
-                jobs[name] = job
+        accepted = [self._accept(models, self._cameras[name], batch[name]) for name in batch]
+        jobs = [job for job in accepted if job is not None]
         if not jobs:
             return
         begin = time.perf_counter()
         grids = self._embed(models, jobs)
         embed_ms = (time.perf_counter() - begin) * 1e3
-        for name, grid in grids.items():
+        for job, grid in grids:
             try:
-                self._assess(models, jobs[name], grid, embed_ms)
+                self._assess(models, job, grid, embed_ms)
             except Exception as error:
-                self._fail(jobs[name], error)
+                self._fail(job, error)
 
     def _accept(self, models: Models, camera: Camera, message: Any) -> _Job | None:
         header, settings = message.header, models.detectors[camera.name].settings
         stamp_ns = messages.stamp_ns(header)
         reason = age_problem(self._clock.now().nanoseconds, stamp_ns, settings.max_age_s)
         if reason:
-            camera.counts.dropped_stale += 1
+            camera.counts.frames_dropped_stale += 1
             camera.publish_unknown(header, DiagnosticStatus.STALE, "stale", reason)
             return None
-        self._check_order(models, camera, stamp_ns)
-        try:
-            frame = messages.frame_of(message, f"{camera.name}/{stamp_ns}")
-        except ImageError as error:
-            camera.counts.bad_images += 1
-            reason = f"bad image: {error}"
-            camera.publish_unknown(header, DiagnosticStatus.ERROR, "bad image", reason)
-            return None
-        return _Job(camera, header, frame)
-
-    def _check_order(self, models: Models, camera: Camera, stamp_ns: int) -> None:
         last_ns = self._last_stamp_ns.get(camera.name, stamp_ns)
         self._last_stamp_ns[camera.name] = stamp_ns
         if stamp_ns < last_ns:
@@ -199,22 +156,30 @@ class Pipeline:
                 f"camera '{camera.name}': stamps went back by {(last_ns - stamp_ns) / 1e9:.3f} s; "
                 "its tracks are cleared",
             )
-
-    def _embed(self, models: Models, jobs: Mapping[str, _Job]) -> dict[str, PatchGrid]:
-        images = [job.frame.image for job in jobs.values()]
         try:
-            return dict(zip(jobs, models.embedder.embed(images), strict=True))
+            frame = messages.frame_of(message, f"{camera.name}/{stamp_ns}")
+        except ImageError as error:
+            camera.counts.frames_bad += 1
+            reason = f"bad image: {error}"
+            camera.publish_unknown(header, DiagnosticStatus.ERROR, "bad image", reason)
+            return None
+        return _Job(camera, header, frame)
+
+    def _embed(self, models: Models, jobs: Sequence[_Job]) -> list[tuple[_Job, PatchGrid]]:
+        images = [job.frame.image for job in jobs]
+        try:
+            return list(zip(jobs, models.embedder.embed(images), strict=True))
         except Exception as error:
             if _is_out_of_memory(error):
                 self._log.warning("memory", f"out of memory, trying once more: {error}")
             elif len(jobs) == 1:
-                self._fail(next(iter(jobs.values())), error)
-                return {}
+                self._fail(jobs[0], error)
+                return []
         # Single images take less memory, and the failure of one camera does not affect the others.
-        grids = {}
-        for name, job in jobs.items():
+        grids = []
+        for job in jobs:
             try:
-                grids[name] = models.embedder.embed([job.frame.image])[0]
+                grids.append((job, models.embedder.embed([job.frame.image])[0]))
             except Exception as error:
                 self._fail(job, error)
         return grids
@@ -225,13 +190,12 @@ class Pipeline:
         result = detector.assess(job.frame, grid, {"embed": embed_ms})
         if result.threshold is not None and result.score > result.threshold:
             camera.exceeding = job.frame, grid
-        counts = camera.counts
-        counts.processed += 1
+        camera.counts.frames_processed += 1
         now_ns = self._clock.now().nanoseconds
         latency_ms = (now_ns - job.frame.stamp_ns) / 1e6 if now_ns else None
-        counts.last_latency_ms = latency_ms
+        camera.last_latency_ms = latency_ms
         # The decision first: pictures take longer, and control does not depend on them.
-        values = {"latency_ms": latency_ms, **camera.frame_counts()}
+        values = {"latency_ms": latency_ms, **asdict(camera.counts)}
         camera.outputs.publish_result(job.header, result, values)
         camera.note_published()
         camera.alarms.update(job.frame.stamp_ns, result, settings.silence_s)
@@ -252,10 +216,10 @@ class Pipeline:
                 (localization, place_box(localization, *view))
                 for localization in result.localizations
             ]
-        job.camera.outputs.publish_markers(messages.marker_array(job.header, boxes))
+        job.camera.outputs.markers.publish(messages.marker_array(job.header, boxes))
 
     def _fail(self, job: _Job, error: Exception) -> None:
-        job.camera.counts.failed += 1
+        job.camera.counts.frames_failed += 1
         text = str(error)
         if not isinstance(error, SemanticAnomalyError):
             text = f"{type(error).__name__}: {error}"

@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from tqdm import tqdm
 from semantic_anomaly.errors import InputError, SemanticAnomalyError
 from semantic_anomaly.io.images import encode_jpeg
 from semantic_anomaly.io.open import open_source
-from semantic_anomaly.ros.messages import image_message
+from semantic_anomaly.ros.messages import image_message, stamp_ns
 from semantic_anomaly.storage import atomic_write_bytes
 from semantic_anomaly.structures import Frame
 
@@ -38,37 +38,41 @@ _RELIABLE = QoSProfile(depth=20, reliability=ReliabilityPolicy.RELIABLE)
 class SourcePlayer(Node):
     """Publishes frames with present stamps, configures the node, and collects its outputs."""
 
-    def __init__(self, node_name: str, camera: str, image_topic: str, compressed: bool) -> None:
+    def __init__(
+        self, node_name: str, camera: str, image_topic: str, compressed: bool, overlays: bool
+    ) -> None:
         super().__init__("source_player")
         self.target = node_name
         image_type = CompressedImage if compressed else Image
         self._compressed = compressed
         self._images = self.create_publisher(image_type, image_topic, _RELIABLE)
-        self.statuses: dict[int, tuple[int, dict[str, str]]] = {}
+        # Latency and status of each answered frame by its stamp.
+        self.statuses: dict[int, dict[str, Any]] = {}
         self.scores = 0
         self.overlays: dict[int, bytes] = {}
         base = f"{node_name}/{camera}"
         self.create_subscription(DiagnosticArray, f"{base}/status", self._on_status, _RELIABLE)
         self.create_subscription(Float32, f"{base}/score", self._on_score, _RELIABLE)
-        self._overlay_topic = f"{base}/overlay/compressed"
+        # The node draws it only for subscribers.
+        if overlays:
+            topic = f"{base}/overlay/compressed"
+            self.create_subscription(CompressedImage, topic, self._on_overlay, _RELIABLE)
         self._executor = SingleThreadedExecutor()
         self._executor.add_node(self)
-
-    def collect_overlays(self) -> None:
-        """Subscribe to the compressed overlay, which the node draws only for subscribers."""
-        self.create_subscription(CompressedImage, self._overlay_topic, self._on_overlay, _RELIABLE)
 
     def _on_status(self, message: DiagnosticArray) -> None:
         now_ns = self.get_clock().now().nanoseconds
         if message.status:
             values = {pair.key: pair.value for pair in message.status[0].values}
-            self.statuses.setdefault(_stamp_ns(message), (now_ns, values))
+            sent_ns = stamp_ns(message.header)
+            answer = {"latency_ms": (now_ns - sent_ns) / 1e6, "status": values}
+            self.statuses.setdefault(sent_ns, answer)
 
     def _on_score(self, message: Float32) -> None:
         self.scores += 1
 
     def _on_overlay(self, message: CompressedImage) -> None:
-        self.overlays[_stamp_ns(message)] = bytes(message.data)
+        self.overlays[stamp_ns(message.header)] = bytes(message.data)
 
     def spin_until(self, done: Callable[[], bool], timeout_s: float) -> bool:
         """Spin until `done()` returns true; return whether it did within the time."""
@@ -134,13 +138,12 @@ class SourcePlayer(Node):
         self._images.publish(message)
         return int(stamp.nanoseconds)
 
-    def play(self, frames: Any, count: int | None, rate_hz: float) -> list[dict[str, Any]]:
+    def play(
+        self, frames: Iterable[Frame], count: int | None, rate_hz: float
+    ) -> list[dict[str, Any]]:
         """Publish frames at a rate and return one record for each, with the status of the node.
 
-        Args:
-            frames: iterable of `Frame`.
-            count: number of frames for the progress bar, None if unknown.
-            rate_hz: frames per second.
+        The progress bar shows `count`, None if unknown.
 
         Raises:
             SemanticAnomalyError: the image topic has no subscriber.
@@ -149,28 +152,19 @@ class SourcePlayer(Node):
             raise SemanticAnomalyError(
                 f"topic '{self._images.topic_name}': expected a subscriber, found none"
             )
-        sent: list[tuple[int, Frame]] = []
+        sent: list[tuple[int, str]] = []
         begin = time.monotonic()
         for number, frame in enumerate(tqdm(frames, total=count, desc="play", disable=None)):
             due = begin + number / rate_hz
             self.spin_until(lambda due=due: time.monotonic() >= due, 1.0 + 1.0 / rate_hz)  # type: ignore[misc]
-            sent.append((self.publish(frame), Frame(frame.image[:1, :1], name=frame.name)))
+            sent.append((self.publish(frame), frame.name))
         elapsed_s = time.monotonic() - begin
         self.spin_until(lambda: bool(sent) and sent[-1][0] in self.statuses, 3.0)
         self.get_logger().info(f"played {len(sent)} frames in {elapsed_s:.1f} s")
-        return [self._record(stamp_ns, frame.name) for stamp_ns, frame in sent]
-
-    def _record(self, stamp_ns: int, name: str) -> dict[str, Any]:
-        record: dict[str, Any] = {"name": name, "stamp_ns": stamp_ns}
-        if stamp_ns in self.statuses:
-            received_ns, values = self.statuses[stamp_ns]
-            record["latency_ms"] = (received_ns - stamp_ns) / 1e6
-            record["status"] = values
-        return record
-
-
-def _stamp_ns(message: Any) -> int:
-    return int(message.header.stamp.sec) * 1_000_000_000 + int(message.header.stamp.nanosec)
+        return [
+            {"name": name, "stamp_ns": sent_ns, **self.statuses.get(sent_ns, {})}
+            for sent_ns, name in sent
+        ]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -191,21 +185,18 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> None:
     source = open_source(args.source, topic=args.topic)
-    player = SourcePlayer(args.node, args.camera, args.image_topic, args.compressed)
+    player = SourcePlayer(args.node, args.camera, args.image_topic, args.compressed, args.overlays)
     try:
         if args.bring_up:
             player.bring_up()
-        if args.overlays:
-            player.collect_overlays()
         frames = (frame for _ in range(args.repeat) for frame in source)
         count = None if source.count is None else source.count * args.repeat
         records = player.play(frames, count, args.rate_hz)
         if args.out:
             (args.out / "overlays").mkdir(parents=True, exist_ok=True)
-            order = {record["stamp_ns"]: i for i, record in enumerate(records)}
-            for stamp_ns, data in player.overlays.items():
-                if stamp_ns in order:
-                    atomic_write_bytes(args.out / f"overlays/{order[stamp_ns]:06d}.jpg", data)
+            for number, record in enumerate(records):
+                if overlay := player.overlays.get(record["stamp_ns"]):
+                    atomic_write_bytes(args.out / f"overlays/{number:06d}.jpg", overlay)
             summary = {"frames": records, "scores_received": player.scores}
             atomic_write_bytes(args.out / "frames.json", json.dumps(summary, indent=1).encode())
         scored = sum("score" in record.get("status", {}) for record in records)

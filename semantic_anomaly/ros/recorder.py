@@ -20,6 +20,7 @@ from semantic_anomaly.evaluation import extras, provenance
 from semantic_anomaly.evaluation.checkpoint import refuse_other_content, report_folder
 from semantic_anomaly.evaluation.events import Event, read_events
 from semantic_anomaly.evaluation.replay import SUMMARY, WRITTEN, write_drive
+from semantic_anomaly.ros import messages
 from semantic_anomaly.ros.inputs import SILENCE
 from semantic_anomaly.structures import Decision
 
@@ -29,18 +30,14 @@ _STAGE = "_ms"
 
 
 class ResultRecorder(Node):
-    """Collects the statuses of one camera of the anomaly node.
-
-    Args:
-        node_name: full name of the anomaly node.
-        camera: name of the camera there.
-    """
+    """Collects the statuses of one camera of the anomaly node, given by its full name."""
 
     def __init__(self, node_name: str, camera: str) -> None:
         super().__init__("result_recorder")
         self._rows: dict[int, dict[str, Any]] = {}
         self.threshold: float | None = None
-        self.received_s = -math.inf
+        # Before the first status, when the bag has not started, it is not idle.
+        self.received_s = math.inf
         self.create_subscription(
             DiagnosticArray, f"{node_name}/{camera}/status", self._on_status, _QOS
         )
@@ -51,8 +48,7 @@ class ResultRecorder(Node):
         return [self._rows[stamp_ns] for stamp_ns in sorted(self._rows)]
 
     def _on_status(self, message: DiagnosticArray) -> None:
-        stamp = message.header.stamp
-        stamp_ns = stamp.sec * 1_000_000_000 + stamp.nanosec
+        stamp_ns = messages.stamp_ns(message.header)
         if not message.status or not stamp_ns:
             return
         values = {pair.key: pair.value for pair in message.status[0].values}
@@ -80,12 +76,11 @@ class ResultRecorder(Node):
 def write_recording(
     recorder: ResultRecorder, out: Path, name: str, events: list[Event] | None
 ) -> dict[str, Any]:
-    """Write the report of a recording and return its summary.
+    """Write the report of a recorded drive and return its summary.
 
     Args:
-        recorder: after the drive.
+        recorder, name: of the drive.
         out: folder to write; an earlier recording or replay is replaced.
-        name: of the drive.
         events: anomalies of the drive; None: not known.
 
     Raises:
@@ -155,9 +150,7 @@ def _record(recorder: ResultRecorder, idle_s: float) -> None:
     try:
         while rclpy.ok():
             executor.spin_once(timeout_sec=0.1)
-            silent_s = time.monotonic() - recorder.received_s
-            # Infinite before the first status, when the bag has not started.
-            if idle_s and math.isfinite(silent_s) and silent_s > idle_s:
+            if idle_s and time.monotonic() - recorder.received_s > idle_s:
                 return
     except (KeyboardInterrupt, ExternalShutdownException):
         return

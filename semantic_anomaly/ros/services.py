@@ -9,27 +9,17 @@ from __future__ import annotations
 import threading
 import traceback
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
-from rclpy.lifecycle import LifecycleNode
 from rclpy.task import Future
 from std_srvs.srv import Trigger
 
 from semantic_anomaly.errors import SemanticAnomalyError
 from semantic_anomaly.ros.models import Models
-from semantic_anomaly.settings import Settings
-from semantic_anomaly.structures import Frame, PatchGrid
 
-
-class ModelsHolder(Protocol):
-    """The part of the node that the services use: models and settings in force."""
-
-    models: Models | None
-    settings: Settings
-
-    def take_exceeding(self) -> dict[str, tuple[Frame, PatchGrid]]:
-        """Return the last frame above the threshold of each camera that has one, once."""
+if TYPE_CHECKING:
+    from semantic_anomaly.ros.node import AnomalyNode
 
 
 class NodeServices:
@@ -39,9 +29,8 @@ class NodeServices:
     cleanup does not destroy them. Before configure they respond with a failure.
     """
 
-    def __init__(self, node: LifecycleNode, holder: ModelsHolder) -> None:
+    def __init__(self, node: AnomalyNode) -> None:
         self._node = node
-        self._holder = holder
         self._loader: threading.Thread | None = None
         # A group of its own: other callbacks run while a reload is awaited.
         group = MutuallyExclusiveCallbackGroup()
@@ -56,7 +45,7 @@ class NodeServices:
             self._loader = None
 
     def _on_reset(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        models = self._holder.models
+        models = self._node.models
         if models is None:
             response.message = "nothing to reset: the node is not configured"
             return response
@@ -66,7 +55,7 @@ class NodeServices:
 
     async def _on_reload(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         def reload(before: Models) -> tuple[Models, str]:
-            after = before.reloaded(self._holder.settings)
+            after = before.reloaded(self._node.settings)
             counts = [f"{name} {item.index.count}" for name, item in after.detectors.items()]
             return after, f"index reloaded; entries: {', '.join(counts)}"
 
@@ -74,10 +63,10 @@ class NodeServices:
 
     async def _on_add(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         def add(before: Models) -> tuple[Models, str]:
-            settings = self._holder.settings
+            settings = self._node.settings
             if not settings.allow_add_nominal:
                 raise SemanticAnomalyError("parameter 'allow_add_nominal' is false")
-            frames = self._holder.take_exceeding()
+            frames = self._node.take_exceeding()
             if not frames:
                 raise SemanticAnomalyError(
                     "no frame was above its threshold since the last addition"
@@ -106,7 +95,7 @@ class NodeServices:
         return response
 
     async def _replace(self, change: Callable[[Models], tuple[Models, str]]) -> str:
-        before = self._holder.models
+        before = self._node.models
         if before is None:
             raise SemanticAnomalyError("the node is not configured")
         loaded: Any = Future()
@@ -120,9 +109,9 @@ class NodeServices:
         self._loader = threading.Thread(target=load, name="index_reload")
         self._loader.start()
         after, summary = await loaded
-        if self._holder.models is not before:
+        if self._node.models is not before:
             raise SemanticAnomalyError("the node was cleaned up meanwhile")
         # Live parameters may have changed while loading.
-        after.update(self._holder.settings)
-        self._holder.models = after
+        after.update(self._node.settings)
+        self._node.models = after
         return summary

@@ -7,7 +7,6 @@ smoothed by a Gaussian, as those of PatchCore (Roth et al. 2022) and PaDiM (Defa
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import cv2
 import numpy as np
@@ -58,11 +57,8 @@ def smoothed(values: np.ndarray, inside: np.ndarray, smoothing: float) -> np.nda
     if not smoothing:
         return values
     present = inside.astype(np.float32)
-    weight = _weight(present.tobytes(), present.shape, smoothing)  # (rows, cols)
-    blurred = _blurred(values * present, smoothing)
-    result = np.zeros(values.shape, np.float32)
-    np.divide(blurred, weight, out=result, where=inside)
-    return result
+    blurred, weight = _blurred(values * present, smoothing), _blurred(present, smoothing)
+    return np.divide(blurred, weight, out=np.zeros(values.shape, np.float32), where=inside)
 
 
 def smoothing_support(chosen: np.ndarray, smoothing: float) -> np.ndarray:
@@ -77,14 +73,6 @@ def smoothing_support(chosen: np.ndarray, smoothing: float) -> np.ndarray:
     side = _kernel_side(smoothing)
     support: np.ndarray = cv2.dilate(chosen.view(np.uint8), np.ones((side, side), np.uint8)) > 0
     return support
-
-
-# The region of interest of a camera does not change from frame to frame.
-@lru_cache(maxsize=32)
-def _weight(present: bytes, grid_hw: tuple[int, int], smoothing: float) -> np.ndarray:
-    weight = _blurred(np.frombuffer(present, np.float32).reshape(grid_hw), smoothing)
-    weight.flags.writeable = False
-    return weight
 
 
 def _blurred(values: np.ndarray, smoothing: float) -> np.ndarray:

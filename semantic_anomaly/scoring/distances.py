@@ -1,8 +1,8 @@
 """From the embeddings of a frame to its anomaly map and score.
 
-Each stage gives a map of standardised distances z (`normalisation.py`); an instance has one distance
-on all patches that it covers. The anomaly map is the mean of the stages' maps by weight, on the
-finest grid, smoothed, minus the level of the frame:
+Each stage gives a map of standardised distances z (`normalisation.py`); an instance has one
+distance on all patches that it covers. The anomaly map is the mean of the stages' maps by weight,
+on the finest grid, smoothed, minus the level of the frame:
 
     anomaly_map = smoothed(sum_s weight_s * resized(z_s) / sum_s weight_s) - frame_level * median
 
@@ -19,12 +19,7 @@ import numpy as np
 
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.roi import RegionOfInterest
-from semantic_anomaly.scoring.anomaly_map import (
-    smoothed,
-    smoothing_support,
-    tail_count,
-    tail_mean,
-)
+from semantic_anomaly.scoring.anomaly_map import smoothed, smoothing_support, tail_count, tail_mean
 from semantic_anomaly.scoring.normalisation import ScoreNormalisation
 from semantic_anomaly.segmentation.masks import StageEmbeddings, stage_embeddings
 from semantic_anomaly.settings import Settings

@@ -13,8 +13,8 @@ the patches of a class: those whose embeddings have the same anchor entry as the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache, reduce
+from dataclasses import dataclass
+from functools import reduce
 from operator import add
 from typing import Any
 
@@ -26,7 +26,7 @@ from semantic_anomaly.structures import UNIT_NORM_TOLERANCE
 
 # Cells over the image: coarse enough that a few frames fill them.
 CELLS_HW = (18, 32)
-MAX_CLASSES = 256
+_MAX_CLASSES = 256
 _ENTRIES_PER_CLASS = 8
 _SEED = 100
 # Least deviation of a cell as a share of the median one: where nothing ever changed, any small
@@ -60,7 +60,7 @@ class PatchClasses:
     deviation: np.ndarray
 
     def __post_init__(self) -> None:
-        count = len(self.mean)
+        count = self.mean.size
         shapes = self.anchors.shape[:-1], self.mean.shape, self.deviation.shape
         dtypes = {self.anchors.dtype, self.mean.dtype, self.deviation.dtype}
         if not count or shapes != ((count,),) * 3 or dtypes != {np.dtype(np.float32)}:
@@ -81,17 +81,16 @@ class PatchClasses:
             )
 
 
-def class_anchors(entries: np.ndarray, classes: int = MAX_CLASSES) -> np.ndarray | None:
-    """Return (classes, dim) float32 entries of an index as anchors of patch classes.
+def class_anchors(entries: np.ndarray) -> np.ndarray | None:
+    """Return (classes, dim) float32 anchors of patch classes, chosen by a fixed seed.
 
-    They are chosen by a fixed seed. Near-duplicates are not in an index, so its entries are spread
-    over everything seen. A small index has one class for every eight entries; None for less than 2.
+    Near-duplicates are not in an index, so its entries are spread over everything seen. A small
+    index has one class for every eight entries; None for less than 2.
 
     Args:
-        entries: (n, dim) float32, unit norm.
-        classes: largest number of classes.
+        entries: (n, dim) float32, unit norm, of an index.
     """
-    count = min(classes, len(entries) // _ENTRIES_PER_CLASS)
+    count = min(_MAX_CLASSES, len(entries) // _ENTRIES_PER_CLASS)
     if count < 2:
         return None
     rows = np.random.default_rng(_SEED).choice(len(entries), count, replace=False)
@@ -227,9 +226,6 @@ class ScoreNormalisation:
     mean: np.ndarray
     deviation: np.ndarray
     classes: PatchClasses | None = None
-    _by_grid: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = field(
-        default_factory=dict, init=False, repr=False
-    )
 
     def __post_init__(self) -> None:
         for name, values in (("mean", self.mean), ("deviation", self.deviation)):
@@ -256,14 +252,10 @@ class ScoreNormalisation:
         Raises:
             CalibrationError: embeddings of another dimension than the patch classes have.
         """
-        grid_hw = (inside.shape[0], inside.shape[1])
-        if grid_hw not in self._by_grid:
-            mean, deviation = (
-                cv2.resize(values, grid_hw[::-1], interpolation=cv2.INTER_LINEAR)
-                for values in (self.mean, self.deviation)
-            )
-            self._by_grid[grid_hw] = mean, deviation
-        mean, deviation = (values[inside] for values in self._by_grid[grid_hw])  # (n,)
+        mean, deviation = (
+            cv2.resize(values, inside.shape[::-1], interpolation=cv2.INTER_LINEAR)[inside]
+            for values in (self.mean, self.deviation)
+        )  # (n,)
         if self.classes is None:
             return mean, deviation
         patch_class = class_of(embeddings, self.classes.anchors)  # (n,)
@@ -273,17 +265,10 @@ class ScoreNormalisation:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
-        values: dict[str, Any] = {
-            "mean": _plain(self.mean),
-            "deviation": _plain(self.deviation),
-            "classes": None,
-        }
+        classes = None
         if self.classes is not None:
-            classes = self.classes
-            values["classes"] = {
-                name: _plain(getattr(classes, name)) for name in ("anchors", "mean", "deviation")
-            }
-        return values
+            classes = {name: _plain(values) for name, values in vars(self.classes).items()}
+        return {"mean": _plain(self.mean), "deviation": _plain(self.deviation), "classes": classes}
 
     @classmethod
     def from_dict(cls, values: Any) -> ScoreNormalisation:
@@ -343,12 +328,10 @@ def _float32(rows: Any) -> np.ndarray:
         raise CalibrationError(f"score normalisation: not a table of numbers: {error}") from error
 
 
-@lru_cache(maxsize=8)
-def _cell_of(grid_hw: tuple[int, int]) -> np.ndarray:
+def _cell_of(grid_hw: tuple[int, ...]) -> np.ndarray:
+    """Return (rows, cols) int, the number of the cell of each patch."""
     rows, cols = (
         np.minimum(np.arange(n) * cells // n, cells - 1)
         for n, cells in zip(grid_hw, CELLS_HW, strict=True)
     )
-    cell = rows[:, None] * CELLS_HW[1] + cols[None]  # (rows, cols)
-    cell.flags.writeable = False
-    return cell
+    return rows[:, None] * CELLS_HW[1] + cols  # (rows, cols)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from semantic_anomaly.embedding.identity import StageIdentity
-from semantic_anomaly.errors import ModelOutputError, SettingsError, UnknownNameError
+from semantic_anomaly.errors import SettingsError, UnknownNameError
 from semantic_anomaly.segmentation.masks import InstanceSegmenter, patch_shares
 from semantic_anomaly.settings import SEGMENTER_FAMILIES, TOKENS
 from semantic_anomaly.stages import INSTANCES
@@ -46,9 +46,9 @@ def load_segmenter(
         from semantic_anomaly.segmentation.tokens import TokenSegmenter
 
         return TokenSegmenter()
-    from semantic_anomaly.segmentation.networks import load_network_segmenter
+    from semantic_anomaly.segmentation.networks import NETWORK_SEGMENTERS
 
-    return load_network_segmenter(family, model, device, dtype)
+    return NETWORK_SEGMENTERS[family](model, device, dtype)
 
 
 class RunningEmbedder:
@@ -82,12 +82,7 @@ class RunningEmbedder:
             segmenter = load_segmenter(
                 settings.segmenter, settings.segmenter_model, settings.device, settings.dtype
             )
-        try:
-            return cls(PatchEmbedder.from_settings(settings), segmenter)
-        except BaseException:
-            if segmenter is not None:
-                segmenter.close()
-            raise
+        return cls(PatchEmbedder.from_settings(settings), segmenter)
 
     @property
     def stages(self) -> tuple[StageIdentity, ...]:
@@ -112,7 +107,7 @@ class RunningEmbedder:
 
         Raises:
             ImageError: wrong shape or dtype.
-            ModelOutputError: output that is not finite, or masks of another image size.
+            ModelOutputError: a network failed, or its output is not finite.
         """
         grids = self._backbone.embed(images)
         segmented = []
@@ -128,13 +123,8 @@ class RunningEmbedder:
         """Return the grid of a stage with the instances of the image."""
         if self._segmenter is None:
             raise SettingsError("stages of instances: expected a segmenter, found none")
-        masks = self._segmenter.segment(image, grid)
-        if masks.image_hw != grid.image_hw:
-            raise ModelOutputError(
-                f"instance masks: expected those of an image of {grid.image_hw}, "
-                f"found {masks.image_hw}"
-            )
-        return replace(grid, instances=patch_shares(masks, grid.grid_hw), further=())
+        shares = patch_shares(self._segmenter.segment(image, grid), grid.grid_hw)
+        return replace(grid, instances=shares, further=())
 
     def warm_up(self, image_hw: tuple[int, int]) -> None:
         """Run once on an image of (height, width) pixels, as the first run is slow."""

@@ -15,7 +15,6 @@ import cv2
 import numpy as np
 
 from semantic_anomaly.embedding.identity import SegmenterIdentity
-from semantic_anomaly.errors import ModelOutputError
 from semantic_anomaly.linalg import inner_products
 from semantic_anomaly.roi import RegionOfInterest, patches_inside
 from semantic_anomaly.structures import PatchGrid
@@ -25,51 +24,6 @@ _EPSILON = 1e-6
 _COVERED = 0.5
 
 
-@dataclass(frozen=True, eq=False)
-class InstanceMasks:
-    """The instances of one image at any resolution; they may overlap.
-
-    Attributes:
-        masks: (n, h, w) bool over the whole image, with one scale per axis; n may be 0.
-        scores: (n,) float32 in [0, 1].
-        image_hw: (height, width) in pixels of the image.
-
-    Raises:
-        ModelOutputError: wrong shape or dtype, a mask without a pixel, or a score out of range.
-    """
-
-    masks: np.ndarray
-    scores: np.ndarray
-    image_hw: tuple[int, int]
-
-    def __post_init__(self) -> None:
-        shape, dtype = self.masks.shape, self.masks.dtype
-        if len(shape) != 3 or 0 in shape[1:] or dtype != np.bool_:
-            raise ModelOutputError(
-                f"instance masks: expected (n, h, w) bool, found shape {shape}, {dtype}"
-            )
-        if self.scores.shape != shape[:1] or self.scores.dtype != np.float32:
-            raise ModelOutputError(
-                f"instance scores: expected ({shape[0]},) float32, found shape "
-                f"{self.scores.shape}, {self.scores.dtype}"
-            )
-        # NaN fails the comparison.
-        if not np.all((self.scores >= 0.0) & (self.scores <= 1.0)):
-            raise ModelOutputError(
-                f"instance scores: expected numbers in [0, 1], found {self.scores.tolist()[:8]}"
-            )
-        filled = self.masks.reshape(shape[0], shape[1] * shape[2]).any(axis=1)
-        if not filled.all():
-            raise ModelOutputError(
-                f"instance masks: expected pixels in each, found {int((~filled).sum())} without"
-            )
-        if min(self.image_hw) < 1:
-            raise ModelOutputError(f"image size: expected positive, found {self.image_hw}")
-
-    def __len__(self) -> int:
-        return len(self.scores)
-
-
 class InstanceSegmenter(Protocol):
     """Interface of a segmenter."""
 
@@ -77,8 +31,20 @@ class InstanceSegmenter(Protocol):
     def identity(self) -> SegmenterIdentity:
         """Return the identity of the segmenter."""
 
-    def segment(self, image: np.ndarray, grid: PatchGrid) -> InstanceMasks:
-        """Return the instances of a (height, width, 3) uint8 RGB image and its patch grid."""
+    def segment(self, image: np.ndarray, grid: PatchGrid) -> np.ndarray:
+        """Return the masks of the instances of an image, which may overlap.
+
+        Args:
+            image: (height, width, 3) uint8 RGB.
+            grid: its patch grid.
+
+        Returns:
+            (n, h, w) bool over the whole image at any resolution, with one scale per axis; each
+            mask has a pixel, and n may be 0.
+
+        Raises:
+            ModelOutputError: the network failed, or its output is not finite.
+        """
 
     def close(self) -> None:
         """Free the memory of the segmenter; it cannot be used any more."""
@@ -139,9 +105,7 @@ class StageEmbeddings:
 
     def painting(self, chosen: np.ndarray) -> np.ndarray:
         """Return (n,) bool: the embeddings on which painted values of (rows, cols) bool depend."""
-        return np.concatenate(
-            [self.shares[:, chosen].any(axis=1), chosen[tuple(self.patches.T)]]
-        )
+        return np.concatenate([self.shares[:, chosen].any(axis=1), chosen[tuple(self.patches.T)]])
 
     def at(self, row: int, col: int) -> np.ndarray:
         """Return (dim,) float32, the embedding that counts most on a patch."""
@@ -174,21 +138,21 @@ def stage_embeddings(grid: PatchGrid, roi: RegionOfInterest) -> StageEmbeddings:
     return StageEmbeddings(embeddings, shares, np.argwhere(alone), grid.features, inside)
 
 
-def patch_shares(masks: InstanceMasks, grid_hw: tuple[int, int]) -> np.ndarray:
+def patch_shares(masks: np.ndarray, grid_hw: tuple[int, int]) -> np.ndarray:
     """Return (n, rows, cols) float32 in [0, 1], share of the area of each patch under each mask.
 
     Shares are exact for masks of any resolution, so instances smaller than a patch are kept.
 
     Args:
-        masks: instances of the image.
+        masks: (n, h, w) bool, instances of the image.
         grid_hw: (rows, cols) of its patch grid.
     """
-    count, height, width = masks.masks.shape
+    count, height, width = masks.shape
     rows, cols = grid_hw
     # INTER_AREA averages areas only where it shrinks, so coarse masks are repeated first.
     scale_y, scale_x = math.ceil(rows / height), math.ceil(cols / width)
     shares = np.zeros((count, rows, cols), np.float32)
-    for share, mask in zip(shares, masks.masks, strict=True):
+    for share, mask in zip(shares, masks, strict=True):
         if scale_y > 1 or scale_x > 1:
             mask = mask.repeat(scale_y, axis=0).repeat(scale_x, axis=1)
         cv2.resize(mask.astype(np.float32), (cols, rows), dst=share, interpolation=cv2.INTER_AREA)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, TypeGuard
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,7 +13,6 @@ from torch.nn import functional
 from semantic_anomaly.embedding.identity import SegmenterIdentity
 from semantic_anomaly.embedding.pretrained import (
     PREPROCESSOR,
-    PretrainedFolder,
     choose_device,
     choose_dtype,
     load_network,
@@ -27,23 +25,9 @@ from semantic_anomaly.errors import (
     SemanticAnomalyError,
     first_line,
 )
-from semantic_anomaly.segmentation.masks import InstanceMasks
 from semantic_anomaly.storage import canonical_json, sha256_bytes
 from semantic_anomaly.structures import PatchGrid
 
-_UNIVERSAL = "AutoModelForUniversalSegmentation"
-# Architectures of each family, and the classes of transformers that load them.
-_MODEL_CLASSES = {
-    "universal": dict.fromkeys(("eomt", "eomt_dinov3", "mask2former", "oneformer"), _UNIVERSAL),
-    "promptless": {"edgetam": "EdgeTamModel", "sam2": "Sam2Model", "sam2_video": "Sam2Model"},
-    "detector": {"rf_detr": "RfDetrForInstanceSegmentation"},
-}
-_PROCESSORS = {
-    "eomt": "EomtImageProcessor",
-    "eomt_dinov3": "EomtImageProcessor",
-    "mask2former": "Mask2FormerImageProcessor",
-    "oneformer": "OneFormerImageProcessor",
-}
 _TASK = "panoptic"
 _MIN_SCORE = 0.5
 # Resolution of universal masks; finer ones would be averaged over patches anyway.
@@ -53,88 +37,58 @@ _POINTS_PER_SIDE, _POINTS_PER_BATCH = 16, 64
 _MIN_IOU, _MIN_STABILITY, _STABILITY_OFFSET, _MAX_BOX_IOU = 0.8, 0.95, 1.0, 0.7
 
 
-def load_network_segmenter(family: str, model: str, device: str, dtype: str) -> NetworkSegmenter:
-    """Load a segmenter with a network; nothing is downloaded.
-
-    Args:
-        family: universal, promptless or detector.
-        model: local Hugging Face folder or hub id already downloaded.
-        device: auto, cpu, cuda or cuda:N.
-        dtype: auto, float32, bfloat16 or float16.
-
-    Raises:
-        BackboneError: the model cannot be loaded, its architecture is not of the family, or there
-            is no such device.
-    """
-    segmenter_classes: dict[str, Callable[..., NetworkSegmenter]] = {
-        "universal": UniversalSegmenter,
-        "promptless": PromptlessSegmenter,
-        "detector": DetectorSegmenter,
-    }
-    torch_device = choose_device(device)
-    folder = open_folder("segmenter", model, _MODEL_CLASSES[family])
-    torch_dtype = choose_dtype(dtype, torch_device)
-    return segmenter_classes[family](family, folder, torch_device, torch_dtype)
-
-
 class NetworkSegmenter(ABC):
     """Base of the families: loading, image preparation and errors.
 
     Args:
-        family: universal, promptless or detector.
-        folder: of the network.
-        device, dtype: of the computation.
+        model: local Hugging Face folder or hub id already downloaded.
+        device: auto, cpu, cuda or cuda:N.
+        dtype: auto, float32, bfloat16 or float16.
 
     Attributes:
         identity: stored in an index and compared when it is used.
 
     Raises:
-        BackboneError: the network cannot be loaded, or transformers does not have it.
+        BackboneError: the network cannot be loaded, its architecture is not of the family,
+            transformers does not have it, or there is no such device.
     """
 
-    def __init__(
-        self, family: str, folder: PretrainedFolder, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        parts = [family, folder.weights_sha256, folder.config_sha256, *self._parameters()]
+    # Name of the family, and of the class of transformers of each architecture.
+    _family: ClassVar[str]
+    _model_classes: ClassVar[dict[str, str]]
+    # What the masks depend on besides the folder.
+    _parameters: ClassVar[tuple[float, ...]] = (_MIN_SCORE,)
+
+    def __init__(self, model: str, device: str, dtype: str) -> None:
+        self._device = choose_device(device)
+        self._folder = folder = open_folder("segmenter", model, self._model_classes)
+        self._dtype = choose_dtype(dtype, self._device)
+        parts = [self._family, folder.weights_sha256, folder.config_sha256, *self._parameters]
         digest = sha256_bytes(canonical_json(parts).encode())
-        self.identity = SegmenterIdentity(family, folder.model_id, digest)
-        self._folder, self._device, self._dtype = folder, device, dtype
-        name = _MODEL_CLASSES[family][folder.architecture]
+        self.identity = SegmenterIdentity(self._family, folder.model_id, digest)
+        name = self._model_classes[folder.architecture]
         model_class = getattr(transformers, name, None)
         if model_class is None:
             raise BackboneError(
                 f"{folder.what}: transformers {transformers.__version__} has no {name}"
             )
-        self._model: Any = load_network(folder, model_class).to(device=device, dtype=dtype)
+        self._model: Any = load_network(folder, model_class).to(self._device, self._dtype)
         self._load_processor()
 
-    def segment(self, image: np.ndarray, grid: PatchGrid) -> InstanceMasks:
-        """Return the instances of an image.
-
-        Args:
-            image: (height, width, 3) uint8 RGB.
-            grid: its patch grid, not used.
-
-        Raises:
-            ModelOutputError: the network failed, or its output is not finite.
-        """
+    def segment(self, image: np.ndarray, grid: PatchGrid) -> np.ndarray:
+        """Return the masks of the instances of an image, as in `InstanceSegmenter`."""
         what = self._folder.what
         if self._model is None:
             raise ModelOutputError(f"{what} was closed")
         try:
             with torch.inference_mode():
-                masks, scores = self._instances(image)
+                masks = self._masks(image)
         except SemanticAnomalyError:
             raise
         # Libraries raise nearly anything on unexpected images or outputs.
         except Exception as error:
             raise ModelOutputError(f"{what} failed: {first_line(error)}") from error
-        filled = masks.flatten(1).any(1)  # (n,)
-        return InstanceMasks(
-            masks[filled].cpu().numpy(),
-            scores[filled].float().clamp(0, 1).cpu().numpy(),
-            (image.shape[0], image.shape[1]),
-        )
+        return np.asarray(masks[masks.flatten(1).any(1)].cpu().numpy())
 
     def close(self) -> None:
         """Free the network and the memory of the device; the segmenter cannot be used any more."""
@@ -143,12 +97,8 @@ class NetworkSegmenter(ABC):
             torch.cuda.empty_cache()
 
     @abstractmethod
-    def _instances(self, image: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (n, h, w) bool masks and (n,) scores of a (height, width, 3) uint8 image."""
-
-    def _parameters(self) -> tuple[Any, ...]:
-        """Return what the masks depend on besides the folder."""
-        return (_MIN_SCORE,)
+    def _masks(self, image: np.ndarray) -> torch.Tensor:
+        """Return (n, h, w) bool masks of a (height, width, 3) uint8 image; some may be empty."""
 
     def _load_processor(self) -> None:
         """Check that the folder has an input size."""
@@ -156,16 +106,16 @@ class NetworkSegmenter(ABC):
 
     def _input_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
         size = self._folder.preprocessor.get("size")
-        size = size if isinstance(size, dict) else {}
-        height, width = size.get("height"), size.get("width")
-        if _is_length(height) and _is_length(width):
-            return height, width
-        shortest, longest = size.get("shortest_edge"), size.get("longest_edge")
-        if not (_is_length(shortest) and _is_length(longest)):
+        pairs = size.items() if isinstance(size, dict) else ()
+        lengths = {name: value for name, value in pairs if type(value) is int and value > 0}
+        if {"height", "width"} <= lengths.keys():
+            return lengths["height"], lengths["width"]
+        if not {"shortest_edge", "longest_edge"} <= lengths.keys():
             raise BackboneError(
                 f"{self._folder.what}: {PREPROCESSOR}: size: expected height and width, or "
-                f"shortest_edge and longest_edge, found {self._folder.preprocessor.get('size')!r}"
+                f"shortest_edge and longest_edge, found {size!r}"
             )
+        shortest, longest = lengths["shortest_edge"], lengths["longest_edge"]
         scale = min(shortest / min(image_hw), longest / max(image_hw))
         return max(1, round(image_hw[0] * scale)), max(1, round(image_hw[1] * scale))
 
@@ -194,21 +144,30 @@ class UniversalSegmenter(NetworkSegmenter):
     Image processors of transformers prepare the images and turn outputs into segments.
     """
 
+    _family = "universal"
+    _processors: ClassVar = {
+        "eomt": "EomtImageProcessor",
+        "eomt_dinov3": "EomtImageProcessor",
+        "mask2former": "Mask2FormerImageProcessor",
+        "oneformer": "OneFormerImageProcessor",
+    }
+    _model_classes = dict.fromkeys(_processors, "AutoModelForUniversalSegmentation")
+
     def _load_processor(self) -> None:
-        name = _PROCESSORS[self._folder.architecture]
+        name = self._processors[self._folder.architecture]
         # The other implementation needs torchvision.
         processor_class = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
         is_oneformer = self._folder.architecture == "oneformer"
         # Class names serve training only, and would be looked up on the hub.
         options = {"class_info_file": None, "repo_path": None} if is_oneformer else {}
-        self._task_tokens: torch.Tensor | None = None
+        self._task_inputs: dict[str, torch.Tensor] = {}
         try:
             with quiet_transformers():
                 self._processor = processor_class.from_pretrained(
                     self._folder.path, local_files_only=True, **options
                 )
                 if is_oneformer:
-                    self._task_tokens = self._load_task_tokens()
+                    self._task_inputs = {"task_inputs": self._load_task_tokens()}
         except Exception as error:
             raise BackboneError(
                 f"{self._folder.what}: image processor or tokenizer: {first_line(error)}"
@@ -227,29 +186,27 @@ class UniversalSegmenter(NetworkSegmenter):
         tokens = torch.tensor(encoded["input_ids"]) * torch.tensor(encoded["attention_mask"])
         return tokens.to(self._device)
 
-    def _instances(self, image: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        has_task = self._task_tokens is not None
+    def _masks(self, image: np.ndarray) -> torch.Tensor:
+        task = {"task_inputs": [_TASK]} if self._task_inputs else {}
         inputs = self._processor(
-            image,
-            return_tensors="pt",
-            input_data_format="channels_last",
-            **({"task_inputs": [_TASK]} if has_task else {}),
+            image, return_tensors="pt", input_data_format="channels_last", **task
         )
-        network_inputs = {"pixel_values": inputs["pixel_values"].to(self._device, self._dtype)}
+        pixel_values = inputs["pixel_values"].to(self._device, self._dtype)
+        network_inputs = {"pixel_values": pixel_values, **self._task_inputs}
         pixel_mask = inputs.get("pixel_mask")
         if pixel_mask is not None:
             network_inputs["pixel_mask"] = pixel_mask.to(self._device)
-        if self._task_tokens is not None:
-            network_inputs["task_inputs"] = self._task_tokens
         output = self._model(**network_inputs)
         for name in ("class_queries_logits", "masks_queries_logits"):
             output[name] = self._finite(output[name], name)
         if pixel_mask is not None:
-            output["masks_queries_logits"] = _without_padding(
-                output["masks_queries_logits"], pixel_mask[0]
-            )
+            logits = output["masks_queries_logits"]  # (1, queries, h, w)
+            shares = (pixel_mask[0].any(axis).float().mean().item() for axis in (1, 0))
+            sides = zip(logits.shape[2:], shares, strict=True)
+            height, width = (max(1, round(side * share)) for side, share in sides)
+            output["masks_queries_logits"] = logits[:, :, :height, :width]
         mask_hw = tuple(-(-side // _PIXELS_PER_CELL) for side in image.shape[:2])
-        if has_task:
+        if self._task_inputs:
             # The processor of OneFormer resizes with torchvision only.
             output["masks_queries_logits"] = functional.interpolate(
                 output["masks_queries_logits"], mask_hw, mode="bilinear"
@@ -258,13 +215,12 @@ class UniversalSegmenter(NetworkSegmenter):
         (result,) = self._processor.post_process_panoptic_segmentation(
             output,
             threshold=_MIN_SCORE,
-            target_sizes=None if has_task else [mask_hw],
+            target_sizes=None if self._task_inputs else [mask_hw],
             **({} if is_eomt else {"label_ids_to_fuse": set()}),
         )
         labels, segments = result["segmentation"], result["segments_info"]
         ids = torch.tensor([segment["id"] for segment in segments], device=labels.device)
-        scores = torch.tensor([segment["score"] for segment in segments], device=labels.device)
-        return labels[None] == ids[:, None, None], scores
+        return labels[None] == ids[:, None, None]
 
 
 class PromptlessSegmenter(NetworkSegmenter):
@@ -274,10 +230,15 @@ class PromptlessSegmenter(NetworkSegmenter):
     not overlap the box of a better one.
     """
 
-    def _parameters(self) -> tuple[Any, ...]:
-        return (_POINTS_PER_SIDE, _MIN_IOU, _MIN_STABILITY, _STABILITY_OFFSET, _MAX_BOX_IOU)
+    _family = "promptless"
+    _model_classes: ClassVar = {
+        "edgetam": "EdgeTamModel",
+        "sam2": "Sam2Model",
+        "sam2_video": "Sam2Model",
+    }
+    _parameters = (_POINTS_PER_SIDE, _MIN_IOU, _MIN_STABILITY, _STABILITY_OFFSET, _MAX_BOX_IOU)
 
-    def _instances(self, image: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    def _masks(self, image: np.ndarray) -> torch.Tensor:
         pixels = self._pixels(image)
         embeddings = self._model.get_image_embeddings(pixels)
         steps = (torch.arange(_POINTS_PER_SIDE, device=self._device) + 0.5) / _POINTS_PER_SIDE
@@ -297,38 +258,24 @@ class PromptlessSegmenter(NetworkSegmenter):
             good = (ious >= _MIN_IOU) & (stability >= _MIN_STABILITY)
             kept.append((logits[good] > 0, ious[good]))
         masks, scores = (torch.cat(part) for part in zip(*kept, strict=True))
-        filled = masks.flatten(1).any(1)
-        masks, scores = masks[filled], scores[filled]
-        chosen = _suppress(masks, scores)
-        return masks[chosen], scores[chosen]
+        return masks[_suppress(masks, scores)]
 
 
 class DetectorSegmenter(NetworkSegmenter):
     """Instances of RF-DETR (Robinson et al. 2025): every query above the minimum score."""
 
-    def _instances(self, image: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    _family = "detector"
+    _model_classes: ClassVar = {"rf_detr": "RfDetrForInstanceSegmentation"}
+
+    def _masks(self, image: np.ndarray) -> torch.Tensor:
         output = self._model(pixel_values=self._pixels(image))
         scores = self._finite(output.logits, "logits")[0].sigmoid().amax(-1)  # (queries,)
         masks = self._finite(output.pred_masks, "masks")[0] > 0  # (queries, h, w)
-        good = scores >= _MIN_SCORE
-        return masks[good], scores[good]
-
-
-def _is_length(value: object) -> TypeGuard[int]:
-    return type(value) is int and value > 0
-
-
-def _without_padding(logits: torch.Tensor, pixel_mask: torch.Tensor) -> torch.Tensor:
-    """Return (1, n, h, w) logits cut to the part of the image, by its (height, width) mask."""
-    shares = (pixel_mask.any(axis).float().mean().item() for axis in (1, 0))
-    height, width = (
-        max(1, round(side * share)) for side, share in zip(logits.shape[2:], shares, strict=True)
-    )
-    return logits[:, :, :height, :width]
+        return masks[scores >= _MIN_SCORE]
 
 
 def _suppress(masks: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """Return the rows kept by non-maximum suppression of the boxes of (n, h, w) masks."""
+    """Return the rows kept by non-maximum suppression of the boxes of (n, h, w) filled masks."""
     size = masks.new_tensor(masks.shape[1:], dtype=torch.long)
     spans = []
     for axis, other in ((1, 2), (2, 1)):
@@ -346,3 +293,10 @@ def _suppress(masks: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         shared = np.maximum(height, 0) * np.maximum(width, 0)
         rest = rest[shared <= _MAX_BOX_IOU * (areas[rest] + areas[best] - shared)]
     return torch.tensor(kept, dtype=torch.long, device=masks.device)
+
+
+NETWORK_SEGMENTERS: dict[str, type[NetworkSegmenter]] = {
+    "universal": UniversalSegmenter,
+    "promptless": PromptlessSegmenter,
+    "detector": DetectorSegmenter,
+}

@@ -17,8 +17,6 @@ import numpy as np
 import torch
 
 from semantic_anomaly.embedding.identity import SegmenterIdentity
-from semantic_anomaly.errors import ModelOutputError
-from semantic_anomaly.segmentation.masks import InstanceMasks
 from semantic_anomaly.settings import TOKENS
 from semantic_anomaly.storage import canonical_json, sha256_bytes
 from semantic_anomaly.structures import PatchGrid
@@ -38,8 +36,6 @@ _COLOUR_PER_PATCH = 90.0
 class TokenSegmenter:
     """Instances as connected patches of similar embeddings, in two levels.
 
-    The score of an instance is the norm of the mean of its unit vectors.
-
     Attributes:
         identity: digest of the parameters.
     """
@@ -55,23 +51,15 @@ class TokenSegmenter:
         digest = sha256_bytes(canonical_json(parameters).encode())
         self.identity = SegmenterIdentity(TOKENS, "", digest)
 
-    def segment(self, image: np.ndarray, grid: PatchGrid) -> InstanceMasks:
-        """Return the fine regions, then the coarse ones that consist of several fine ones.
+    def segment(self, image: np.ndarray, grid: PatchGrid) -> np.ndarray:
+        """Return (n, h, w) bool, fine regions, then the coarse ones of several fine ones.
 
         Args:
             image: (height, width, 3) uint8 RGB.
             grid: its patch grid.
-
-        Raises:
-            ModelOutputError: the grid is not of an image of this size.
         """
-        if image.shape != (*grid.image_hw, 3) or image.dtype != np.uint8:
-            raise ModelOutputError(
-                f"image: expected {(*grid.image_hw, 3)} uint8 as for its grid, "
-                f"found {image.shape}, {image.dtype}"
-            )
         patch_of_pixel = _patch_of_pixel(image, grid.grid_hw)  # (h, w)
-        (fine, fine_scores), (coarse, coarse_scores) = token_regions(grid.features)
+        fine, coarse = token_regions(grid.features)
         # Number of fine regions in each coarse one.
         parts = np.bincount(coarse[np.unique(fine, return_index=True)[1]])
         fine_map = fine.astype(np.int16)[patch_of_pixel]
@@ -84,22 +72,20 @@ class TokenSegmenter:
         masks = np.empty((count + len(coarse_labels), *patch_of_pixel.shape), bool)
         np.equal(fine_map, fine_labels.astype(np.int16)[:, None, None], out=masks[:count])
         np.equal(coarse_map, coarse_labels.astype(np.int16)[:, None, None], out=masks[count:])
-        scores = np.concatenate([fine_scores[fine_labels], coarse_scores[coarse_labels]])
-        return InstanceMasks(masks, np.minimum(scores, 1.0), grid.image_hw)
+        return masks
 
     def close(self) -> None:
         """Do nothing: there is no network."""
 
 
-def token_regions(features: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+def token_regions(features: np.ndarray) -> list[np.ndarray]:
     """Group neighbouring patches of similar embeddings (Monath et al. 2021).
 
     Args:
         features: (rows, cols, dim) float32, unit norm.
 
     Returns:
-        Fine and coarse regions: (rows * cols,) labels from 0, and (n,) float32 norms of the mean
-        vectors.
+        (rows * cols,) labels from 0 of the fine and of the coarse regions.
     """
     rows, cols, dim = features.shape
     # Edges (one, other, distances) between regions, at first single patches.
@@ -124,12 +110,11 @@ def token_regions(features: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
             # The mean cosine of all pairs of two regions is the product of their mean vectors.
             means = sums / sizes[:, None]
             distances = 1.0 - np.einsum("ed,ed->e", means[one], means[other])  # (edges,)
-        norms = np.sqrt(np.einsum("nd,nd->n", sums, sums)) / sizes
-        steps.append((labels, norms.astype(np.float32)))
+        steps.append((labels, len(sizes)))
     levels = []
     for last, max_patches in _LEVELS:
-        allowed = [n for n in range(last + 1) if max_patches * len(steps[n][1]) >= rows * cols]
-        levels.append(steps[max(allowed, default=0)])
+        allowed = [labels for labels, n in steps[: last + 1] if max_patches * n >= rows * cols]
+        levels.append(allowed[-1] if allowed else steps[0][0])
     return levels
 
 

@@ -8,7 +8,7 @@ from semantic_anomaly.synthetic.drive import (
     StreetFrame,
     family,
 )
-from semantic_anomaly.synthetic.stage import CameraModel
+from semantic_anomaly.synthetic.scene import CameraModel
 
 __all__ = [
     "KINDS",

@@ -17,8 +17,9 @@ from semantic_anomaly.storage import atomic_folder
 from semantic_anomaly.synthetic.drive import StreetDrive, StreetFrame, family
 
 DEPTH_UNIT_M = 0.01
-_BAG_QUALITY = 90
-_NS = 1_000_000_000
+IMAGE_TOPIC = "/camera/image_raw"
+_JPEG_QUALITY = 90
+_NS_PER_S = 1_000_000_000
 
 
 def write_folder(
@@ -61,7 +62,7 @@ def write_folder(
         for part in ("images", "masks", *["instances"] * instances, *["depth"] * depth):
             (folder / part).mkdir()
         for drive, frame in _frames(drives, stride, progress, total):
-            name = _drive_name(drive)
+            name = drive.name
             if frame.name.endswith("_000000") and name in cameras:
                 raise InputError(f"expected drives of different seeds, found {drive.seed} twice")
             cameras[name] = dataclasses.asdict(drive.camera)
@@ -79,7 +80,7 @@ def write_folder(
                 "anomaly": frame.kind is not None,
                 "kind": frame.kind,
                 "family": frame.kind and family(frame.kind),
-                "stamp_s": frame.stamp_ns / _NS,
+                "stamp_s": frame.stamp_ns / _NS_PER_S,
                 "drive": name,
             }
         if not labels:
@@ -98,15 +99,13 @@ def write_bag(
     storage: Literal["mcap", "sqlite3"],
     compressed: bool = False,
     depth: bool = False,
-    image_topic: str = "/camera/image_raw",
-    frame_id: str = "camera_optical_frame",
     progress: bool = True,
 ) -> int:
     """Write a drive as a rosbag2 bag and return the number of images.
 
-    It has Image (rgb8) on `image_topic`, or CompressedImage (jpeg) on `<image_topic>/compressed`;
-    in the same namespace CameraInfo on `camera_info` and optionally Image (32FC1 in metres, NaN for
-    the sky) on `depth/image_raw`. It is written atomically.
+    It has Image (rgb8) on /camera/image_raw, or CompressedImage (jpeg) on
+    /camera/image_raw/compressed; CameraInfo on /camera/camera_info; optionally Image (32FC1 in
+    metres, NaN for the sky) on /camera/depth/image_raw. It is written atomically.
 
     Args:
         drive: the drive; its stamps are those of the headers and of the recording.
@@ -114,13 +113,10 @@ def write_bag(
         storage: mcap or sqlite3.
         compressed: whether to write jpeg.
         depth: whether to write depth.
-        image_topic: absolute name, such as /camera/image_raw.
-        frame_id: of all headers.
         progress: whether to show progress on a terminal.
 
     Raises:
-        InputError: `out` is not empty, an unknown storage, a topic that is not absolute, or
-            rosbags is not installed.
+        InputError: `out` is not empty, an unknown storage, or rosbags is not installed.
         ArtefactError: the bag cannot be written.
     """
     try:
@@ -131,10 +127,8 @@ def write_bag(
     plugins = {"mcap": StoragePlugin.MCAP, "sqlite3": StoragePlugin.SQLITE3}
     if storage not in plugins:
         raise InputError(f"expected storage {' or '.join(plugins)}, found '{storage}'")
-    if not image_topic.startswith("/") or not image_topic.strip("/"):
-        raise InputError(f"expected a topic like /camera/image_raw, found '{image_topic}'")
     store = get_typestore(Stores.ROS2_HUMBLE)
-    topics = _Messages(store, drive, image_topic, frame_id).topics(compressed, depth)
+    topics = _Messages(store, drive).topics(compressed, depth)
     with _new_folder(out) as folder:
         # The writer creates its folder and names the files in it after the folder.
         bag = folder / out.name
@@ -157,29 +151,27 @@ def write_bag(
 class _Messages:
     """ROS messages of the frames of a drive."""
 
-    def __init__(self, store: Any, drive: StreetDrive, image_topic: str, frame_id: str) -> None:
+    def __init__(self, store: Any, drive: StreetDrive) -> None:
         self._types, self._camera = store.types, drive.camera
-        self._topic, self._frame_id = image_topic.rstrip("/"), frame_id
 
     def topics(
         self, compressed: bool, depth: bool
     ) -> dict[str, tuple[str, Callable[[StreetFrame], Any]]]:
         """Return the type of message and the function that makes it, by topic."""
-        namespace = self._topic.rsplit("/", 1)[0]
         topics: dict[str, tuple[str, Callable[[StreetFrame], Any]]] = {
-            f"{namespace}/camera_info": ("sensor_msgs/msg/CameraInfo", self._info)
+            "/camera/camera_info": ("sensor_msgs/msg/CameraInfo", self._info)
         }
         if compressed:
-            topics[f"{self._topic}/compressed"] = ("sensor_msgs/msg/CompressedImage", self._jpeg)
+            topics[f"{IMAGE_TOPIC}/compressed"] = ("sensor_msgs/msg/CompressedImage", self._jpeg)
         else:
-            topics[self._topic] = ("sensor_msgs/msg/Image", self._image)
+            topics[IMAGE_TOPIC] = ("sensor_msgs/msg/Image", self._image)
         if depth:
-            topics[f"{namespace}/depth/image_raw"] = ("sensor_msgs/msg/Image", self._depth)
+            topics["/camera/depth/image_raw"] = ("sensor_msgs/msg/Image", self._depth)
         return topics
 
     def _header(self, frame: StreetFrame) -> Any:
-        time = self._types["builtin_interfaces/msg/Time"](*divmod(frame.stamp_ns, _NS))
-        return self._types["std_msgs/msg/Header"](time, self._frame_id)
+        time = self._types["builtin_interfaces/msg/Time"](*divmod(frame.stamp_ns, _NS_PER_S))
+        return self._types["std_msgs/msg/Header"](time, "camera_optical_frame")
 
     def _raw(self, frame: StreetFrame, encoding: str, pixels: np.ndarray) -> Any:
         height, width = pixels.shape[:2]
@@ -197,7 +189,7 @@ class _Messages:
         return self._raw(frame, "32FC1", metres)
 
     def _jpeg(self, frame: StreetFrame) -> Any:
-        content = np.frombuffer(encode_jpeg(frame.image, _BAG_QUALITY), np.uint8)
+        content = np.frombuffer(encode_jpeg(frame.image, _JPEG_QUALITY), np.uint8)
         make = self._types["sensor_msgs/msg/CompressedImage"]
         return make(self._header(frame), "rgb8; jpeg compressed bgr8", content)
 
@@ -224,11 +216,7 @@ class _Messages:
 def _new_folder(out: Path) -> Any:
     if out.is_dir() and any(out.iterdir()):
         raise InputError(f"folder '{out}': expected a new or empty folder, found files in it")
-    return atomic_folder(out, replace=True)
-
-
-def _drive_name(drive: StreetDrive) -> str:
-    return f"drive{drive.seed:07d}"
+    return atomic_folder(out)
 
 
 def _frames(

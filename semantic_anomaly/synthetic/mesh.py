@@ -22,13 +22,13 @@ class Face:
         colour: RGB in 0..255.
         texture: (h, w, 3) uint8 over the corners of a quad (top left, top right, bottom right,
             bottom left), or None.
-        part: name of the part in the ground truth; empty for the object itself.
+        odd: whether the face belongs to an anomaly.
     """
 
     points: np.ndarray
     colour: Colour
     texture: np.ndarray | None = None
-    part: str = ""
+    odd: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,16 +54,15 @@ class Mesh:
         scale: float = 1.0,
     ) -> Mesh:
         """Return the mesh scaled, rolled (about z), yawed (about y) and then shifted."""
-        turn = (_yaw(yaw) @ _roll(roll) * scale).T
-        shift = np.array([x, y, z])
-        return Mesh(
-            tuple(replace(face, points=face.points @ turn + shift) for face in self.faces),
-            self.solid,
-        )
+        c, s = np.cos(roll), np.sin(roll)
+        rotation = yaw_matrix(yaw) @ np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
+        transposed, shift = (rotation * scale).T, np.array([x, y, z])
+        faces = (replace(face, points=face.points @ transposed + shift) for face in self.faces)
+        return Mesh(tuple(faces), self.solid)
 
-    def named(self, part: str) -> Mesh:
-        """Return the mesh with all faces in a named part."""
-        return Mesh(tuple(replace(face, part=part) for face in self.faces), self.solid)
+    def as_odd(self) -> Mesh:
+        """Return the mesh with all faces marked as odd."""
+        return Mesh(tuple(replace(face, odd=True) for face in self.faces), self.solid)
 
 
 def solid(*meshes: Mesh) -> Mesh:
@@ -72,10 +71,9 @@ def solid(*meshes: Mesh) -> Mesh:
     Args:
         *meshes: the hull, then what is painted on it.
     """
-    faces = [face for mesh in meshes for face in mesh.faces]
     centre = np.concatenate([face.points for face in meshes[0].faces]).mean(axis=0)
     turned = []
-    for face in faces:
+    for face in layers(*meshes).faces:
         normal = np.cross(face.points[1] - face.points[0], face.points[2] - face.points[0])
         inwards = normal @ (face.points.mean(axis=0) - centre) < 0
         # The corners of a texture have a fixed order, so its quad is mirrored.
@@ -92,14 +90,10 @@ def layers(*meshes: Mesh) -> Mesh:
     return Mesh(tuple(face for mesh in meshes for face in mesh.faces))
 
 
-def _yaw(angle: float) -> np.ndarray:
+def yaw_matrix(angle: float) -> np.ndarray:
+    """Return the (3, 3) rotation about y by an angle in radians."""
     c, s = np.cos(angle), np.sin(angle)
     return np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]])
-
-
-def _roll(angle: float) -> np.ndarray:
-    c, s = np.cos(angle), np.sin(angle)
-    return np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
 
 
 def shade(colour: Colour, factor: float) -> Colour:
@@ -167,12 +161,11 @@ def box(
         "bottom": ([(x0, y, z0), (x1, y, z0), (x1, y, z1), (x0, y, z1)], 0.45),
     }
     textures = textures or {}
-    return Mesh(
-        tuple(
-            Face(np.array(points), shade(colour, light), textures.get(name))
-            for name, (points, light) in quads.items()
-        )
+    faces = (
+        Face(np.array(points), shade(colour, light), textures.get(name))
+        for name, (points, light) in quads.items()
     )
+    return Mesh(tuple(faces))
 
 
 def prism(profile_zy: Sequence[Sequence[float]], width: float, colour: Colour) -> Mesh:

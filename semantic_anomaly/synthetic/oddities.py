@@ -28,13 +28,12 @@ from semantic_anomaly.synthetic.props import (
     pick,
     pole,
     stop_sign_face,
+    traffic_light,
     traffic_light_head,
     tree,
 )
 from semantic_anomaly.synthetic.textures import advert
 from semantic_anomaly.synthetic.vehicles import car, truck
-
-ANOMALY = "anomaly"
 
 
 def cow(rng: np.random.Generator) -> list[Mesh]:
@@ -69,16 +68,14 @@ def cow(rng: np.random.Generator) -> list[Mesh]:
 def sofa(rng: np.random.Generator) -> list[Mesh]:
     """Return a sofa, 2 m wide, facing the camera or turned from it."""
     colour = pick(rng, CAR_COLOURS)
-    parts = [
-        solid(box((2.0, 0.9, 0.25), colour, at=(0, 0.05, 0.35))),
-        solid(box((1.7, 0.42, 0.8), shade(colour, 0.85), at=(0, 0.05, -0.1))),
-        solid(box((0.8, 0.16, 0.75), shade(colour, 1.15), at=(-0.42, 0.47, -0.12))),
-        solid(box((0.8, 0.16, 0.75), shade(colour, 1.15), at=(0.42, 0.47, -0.12))),
-        solid(box((0.22, 0.62, 0.95), shade(colour, 0.95), at=(-0.95, 0.05, -0.02))),
-        solid(box((0.22, 0.62, 0.95), shade(colour, 0.95), at=(0.95, 0.05, -0.02))),
+    hulls = [
+        box((2.0, 0.9, 0.25), colour, at=(0, 0.05, 0.35)),
+        box((1.7, 0.42, 0.8), shade(colour, 0.85), at=(0, 0.05, -0.1)),
+        *(box((0.8, 0.16, 0.75), shade(colour, 1.15), at=(x, 0.47, -0.12)) for x in (-0.42, 0.42)),
+        *(box((0.22, 0.62, 0.95), shade(colour, 0.95), at=(x, 0.05, -0.02)) for x in (-0.95, 0.95)),
     ]
-    turn = float(rng.uniform(-0.7, 0.7))
-    return [part.moved(yaw=turn) for part in parts]
+    yaw = float(rng.uniform(-0.7, 0.7))
+    return [solid(hull).moved(yaw=yaw) for hull in hulls]
 
 
 def ladder(rng: np.random.Generator) -> list[Mesh]:
@@ -89,9 +86,8 @@ def ladder(rng: np.random.Generator) -> list[Mesh]:
         for y, light in ((0.0, 0.8), (0.62, 1.2))
     ]
     rungs = [rectangle(x, 0.05, x + 0.07, 0.66, colour) for x in np.arange(-1.85, 1.9, 0.33)]
-    lying = layers(*rungs, *rails)
     tilt = float(rng.uniform(-0.06, 0.06))
-    return [lying.moved(y=2.0 * abs(np.sin(tilt)), roll=tilt)]
+    return [layers(*rungs, *rails).moved(y=2.0 * abs(np.sin(tilt)), roll=tilt)]
 
 
 def fallen_tree(rng: np.random.Generator) -> list[Mesh]:
@@ -111,18 +107,15 @@ def fallen_tree(rng: np.random.Generator) -> list[Mesh]:
 
 def overturned_car(rng: np.random.Generator) -> list[Mesh]:
     """Return a car on its roof, its chassis to the sky."""
-    turn = float(rng.uniform(-1.3, 1.3))
-    under = [
-        solid(box((1.7, 0.05, 3.9), (50, 50, 52), at=(0, 0.3, 0))),
-        *(
-            solid(box((0.24, 0.6, 0.62), (30, 30, 32), at=(x, 0.02, z)))
-            for x in (-0.78, 0.78)
-            for z in (-1.3, 1.3)
-        ),
+    yaw = float(rng.uniform(-1.3, 1.3))
+    wheels = [
+        solid(box((0.24, 0.6, 0.62), (30, 30, 32), at=(x, 0.02, z)))
+        for x in (-0.78, 0.78)
+        for z in (-1.3, 1.3)
     ]
-    cabin_last = [*under, *car(rng)]
-    flipped = [part.moved(y=1.42, roll=np.pi) for part in cabin_last[::-1]]
-    return [part.moved(yaw=turn) for part in flipped]
+    parts = [solid(box((1.7, 0.05, 3.9), (50, 50, 52), at=(0, 0.3, 0))), *wheels, *car(rng)]
+    # Upside down, the cabin is drawn first.
+    return [part.moved(y=1.42, roll=np.pi).moved(yaw=yaw) for part in reversed(parts)]
 
 
 def stop_sign_on_billboard(rng: np.random.Generator) -> list[Mesh]:
@@ -131,7 +124,7 @@ def stop_sign_on_billboard(rng: np.random.Generator) -> list[Mesh]:
     x, y = float(rng.uniform(-0.9, 0.9)), float(rng.uniform(2.95, 3.25))
     sign = stop_sign_face(float(rng.uniform(0.55, 0.8))).moved(x=x, y=y, z=-0.1)
     # One solid: the sign is drawn after the board.
-    return [*posts, solid(board, sign.named(ANOMALY))]
+    return [*posts, solid(board, sign.as_odd())]
 
 
 def traffic_lights_on_truck(rng: np.random.Generator) -> list[Mesh]:
@@ -142,37 +135,36 @@ def traffic_lights_on_truck(rng: np.random.Generator) -> list[Mesh]:
         x = (number - (count - 1) / 2) * 0.6
         head = traffic_light_head(int(rng.integers(3)))
         post = pole(0.8, 0.07, (70, 72, 72)).moved(x=x, y=1.1, z=-2.5)
-        load += [post.named(ANOMALY), head.moved(x=x, y=1.75, z=-2.5).named(ANOMALY)]
+        load += [post.as_odd(), head.moved(x=x, y=1.75, z=-2.5).as_odd()]
     return truck(rng, load)
 
 
 def person_on_car_roof(rng: np.random.Generator) -> list[Mesh]:
     """Return a car with a person standing on its roof."""
-    return [*car(rng), *(part.moved(y=1.4, z=-0.4).named(ANOMALY) for part in person(rng))]
+    return [*car(rng), *(part.moved(y=1.4, z=-0.4).as_odd() for part in person(rng))]
 
 
 def car_across_sidewalk(rng: np.random.Generator) -> list[Mesh]:
     """Return a car turned crosswise."""
-    turn = float(rng.choice([-1.0, 1.0])) * (np.pi / 2 + float(rng.uniform(-0.25, 0.25)))
-    return [part.moved(yaw=turn) for part in car(rng)]
+    yaw = float(rng.choice([-1.0, 1.0])) * (np.pi / 2 + float(rng.uniform(-0.25, 0.25)))
+    return [part.moved(yaw=yaw) for part in car(rng)]
 
 
 def traffic_light_on_road(rng: np.random.Generator) -> list[Mesh]:
     """Return a traffic light lying on its side with its pole."""
     side = float(rng.choice([-1.0, 1.0]))
-    parts = [pole(2.6, 0.07, (70, 72, 72)), traffic_light_head(int(rng.integers(3))).moved(y=2.4)]
-    return [part.moved(x=side * 1.6, y=0.2, roll=side * np.pi / 2) for part in parts]
+    return [part.moved(x=side * 1.6, y=0.2, roll=side * np.pi / 2) for part in traffic_light(rng)]
 
 
 @dataclass(frozen=True)
 class Oddity:
-    """Recipe of a kind of anomaly.
+    """How to make and place a kind of anomaly.
 
     Attributes:
         make: returns the meshes.
         lateral: range of x in metres.
         footprint: half width and half length of the shadow.
-        whole: class of the thing if it is a nominal one, else empty.
+        whole: class of the thing if it is a nominal class, else empty.
         odd_part: class of the odd part if only a part is odd, else empty.
     """
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from semantic_anomaly.synthetic.mesh import (
@@ -9,7 +11,6 @@ from semantic_anomaly.synthetic.mesh import (
     Mesh,
     box,
     disc,
-    flat,
     layers,
     polygon,
     prism,
@@ -19,24 +20,21 @@ from semantic_anomaly.synthetic.mesh import (
 )
 from semantic_anomaly.synthetic.props import CAR_COLOURS, GLASS, RUBBER, STEEL, WHITE, WOOD, pick
 
-
-def _side_disc(x: float, y: float, z: float, radius: float, colour: Colour) -> Mesh:
-    angles = np.arange(14) * 2 * np.pi / 14
-    points = [(x, y + radius * np.sin(a), z + radius * np.cos(a)) for a in angles]
-    return polygon(points, colour)
+TAIL_LIGHT: Colour = (190, 30, 28)
 
 
 def _wheel(x: float, y: float, z: float, radius: float) -> Mesh:
-    side = 1 if x > 0 else -1
-    return layers(
-        _side_disc(x, y, z, radius, RUBBER),
-        _side_disc(x + 0.01 * side, y, z, radius * 0.55, (150, 152, 155)),
-        _side_disc(x + 0.02 * side, y, z, radius * 0.2, (70, 72, 75)),
-    )
+    def disc_of(offset: float, share: float, colour: Colour) -> Mesh:
+        r, angles = radius * share, np.arange(14) * 2 * np.pi / 14
+        side = x + offset * np.sign(x)
+        return polygon([(side, y + r * np.sin(a), z + r * np.cos(a)) for a in angles], colour)
+
+    tyre, rim = disc_of(0.0, 1.0, RUBBER), disc_of(0.01, 0.55, (150, 152, 155))
+    return layers(tyre, rim, disc_of(0.02, 0.2, (70, 72, 75)))
 
 
 def car(rng: np.random.Generator) -> list[Mesh]:
-    """Return a car, 4.2 m long, its rear towards the camera."""
+    """Return a car, 4.3 m long, its rear towards the camera."""
     colour = pick(rng, CAR_COLOURS)
     tall = float(rng.choice([0.0, 0.0, 0.25]))
     rear = float(rng.choice([-1.95, -1.5]))
@@ -46,12 +44,10 @@ def car(rng: np.random.Generator) -> list[Mesh]:
         colour,
     )
     details = [
-        flat([(-0.88, 0.78), (-0.55, 0.78), (-0.55, 0.62), (-0.88, 0.62)], (190, 30, 28), -2.13),
-        flat([(0.88, 0.78), (0.55, 0.78), (0.55, 0.62), (0.88, 0.62)], (190, 30, 28), -2.13),
+        *(rectangle(s * 0.88, 0.62, s * 0.55, 0.78, TAIL_LIGHT, -2.13) for s in (-1, 1)),
         rectangle(-0.28, 0.5, 0.28, 0.64, WHITE, -2.14),
         rectangle(-0.9, 0.35, 0.9, 0.45, (45, 46, 48), -2.14),
-        flat([(-0.85, 0.72), (-0.5, 0.72), (-0.5, 0.56), (-0.85, 0.56)], (240, 238, 215), 2.12),
-        flat([(0.85, 0.72), (0.5, 0.72), (0.5, 0.56), (0.85, 0.56)], (240, 238, 215), 2.12),
+        *(rectangle(s * 0.85, 0.56, s * 0.5, 0.72, (240, 238, 215), 2.12) for s in (-1, 1)),
         rectangle(-0.45, 0.5, 0.45, 0.66, (35, 36, 38), 2.13),
     ]
     for x in (-0.91, 0.91):
@@ -80,13 +76,13 @@ def truck(rng: np.random.Generator, load: list[Mesh] | None = None) -> list[Mesh
     """Return a flat-bed truck, 7 m long, its rear towards the camera.
 
     Args:
-        rng: of its colours and its harmless load.
-        load: meshes standing on the bed (y = 1.1, z from -3.2 to 1.2) instead of a harmless one.
+        rng: of its colours and its nominal load.
+        load: meshes on the bed (y = 1.1, z from -3.2 to 1.2) instead of a random nominal load.
     """
     colour = pick(rng, CAR_COLOURS)
     details = [
-        rectangle(-1.1, 0.75, -0.75, 0.95, (190, 30, 28), -3.42),
-        rectangle(0.75, 0.75, 1.1, 0.95, (190, 30, 28), -3.42),
+        rectangle(-1.1, 0.75, -0.75, 0.95, TAIL_LIGHT, -3.42),
+        rectangle(0.75, 0.75, 1.1, 0.95, TAIL_LIGHT, -3.42),
         rectangle(-0.3, 0.74, 0.3, 0.9, WHITE, -3.42),
     ]
     wheels = [_wheel(x, 0.48, z, 0.48) for x in (-1.19, 1.19) for z in (-2.4, -1.2, 2.4)]
@@ -101,29 +97,22 @@ def truck(rng: np.random.Generator, load: list[Mesh] | None = None) -> list[Mesh
     board = shade(colour, 0.8)
     bed = [
         solid(box((2.36, 0.12, 4.8), shade(WOOD[0], 0.9), at=(0, 1.02, -0.95))),
-        solid(box((0.06, 0.35, 4.8), board, at=(-1.16, 1.1, -0.95))),
-        solid(box((0.06, 0.35, 4.8), board, at=(1.16, 1.1, -0.95))),
+        *(solid(box((0.06, 0.35, 4.8), board, at=(x, 1.1, -0.95))) for x in (-1.16, 1.16)),
     ]
     tailboard = solid(box((2.36, 0.3, 0.06), board, at=(0, 1.1, -3.36)))
-    return [chassis, cab, *bed, *(load if load is not None else harmless_load(rng)), tailboard]
+    return [chassis, cab, *bed, *(_nominal_load(rng) if load is None else load), tailboard]
 
 
-def harmless_load(rng: np.random.Generator) -> list[Mesh]:
-    """Return boxes, logs, pipes, a container or nothing for a truck's bed."""
+def _nominal_load(rng: np.random.Generator) -> list[Mesh]:
+    """Return boxes, logs, pipes, a container or nothing."""
     kind = int(rng.integers(5))
     if kind == 0:
-        return [
-            solid(
-                box(
-                    (float(rng.uniform(0.6, 1.0)), float(rng.uniform(0.5, 1.1)), 0.9),
-                    shade(pick(rng, WOOD), 1.25),
-                    at=(x, 1.14, z),
-                )
-            )
-            for z in (0.6, -0.6, -1.8, -2.8)
-            for x in (-0.55, 0.5)
-            if rng.random() < 0.8
-        ]
+        crates = []
+        for z, x in itertools.product((0.6, -0.6, -1.8, -2.8), (-0.55, 0.5)):
+            if rng.random() < 0.8:
+                size = float(rng.uniform(0.6, 1.0)), float(rng.uniform(0.5, 1.1)), 0.9
+                crates.append(solid(box(size, shade(pick(rng, WOOD), 1.25), at=(x, 1.14, z))))
+        return crates
     if kind in (1, 2):
         colour = pick(rng, WOOD) if kind == 1 else STEEL
         rods = []

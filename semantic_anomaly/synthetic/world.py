@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from semantic_anomaly.synthetic import props, vehicles
-from semantic_anomaly.synthetic.mesh import Mesh, box, polygon, shade, solid
-from semantic_anomaly.synthetic.oddities import ANOMALY, ODDITIES
+from semantic_anomaly.synthetic.mesh import Mesh, box, layers, polygon, shade, solid
+from semantic_anomaly.synthetic.oddities import ODDITIES
 from semantic_anomaly.synthetic.textures import advert, facade, ground
 
 VIEW_M = 95.0
@@ -69,7 +69,7 @@ class Day:
 
 @dataclass(frozen=True, eq=False)
 class World:
-    """The nominal things of a street, its ground texture and its day."""
+    """The nominal things of a street, its ground texture, and light and sensor of the drive."""
 
     things: tuple[Thing, ...]
     ground: np.ndarray
@@ -113,8 +113,15 @@ def make_world(seed: int, length_m: float) -> World:
     return World(tuple(things), ground(looks), make_day(looks))
 
 
-def _turned(meshes: list[Mesh], yaw: float) -> tuple[Mesh, ...]:
+def _yawed(meshes: list[Mesh], yaw: float) -> tuple[Mesh, ...]:
     return tuple(mesh.moved(yaw=yaw) for mesh in meshes) if yaw else tuple(meshes)
+
+
+def _vehicle(
+    cls: str, meshes: list[Mesh], yaw: float, x: float, z: float, speed: float = 0.0
+) -> Thing:
+    footprint = (1.2, 3.4) if cls == "truck" else (0.95, 2.15)
+    return Thing(cls, _yawed(meshes, yaw), x, z, speed, footprint)
 
 
 def _house(rng: np.random.Generator, side: int) -> tuple[list[Mesh], float]:
@@ -128,18 +135,13 @@ def _house(rng: np.random.Generator, side: int) -> tuple[list[Mesh], float]:
         (128, 70, 54) if rng.random() < 0.5 else (84, 84, 90), float(rng.uniform(0.7, 1.2))
     )
     rise, a, b = float(rng.uniform(1.2, 3.0)), width / 2 + 0.3, length / 2 + 0.3
-    gables = [
-        polygon([(-a, height, -b), (a, height, -b), (0, height + rise, -b)], shade(roof, 0.8)),
-        polygon([(-a, height, b), (a, height, b), (0, height + rise, b)], shade(roof, 0.8)),
-        polygon(
-            [(-a, height, -b), (0, height + rise, -b), (0, height + rise, b), (-a, height, b)], roof
-        ),
-        polygon(
-            [(a, height, -b), (0, height + rise, -b), (0, height + rise, b), (a, height, b)], roof
-        ),
+    top = height + rise
+    roof_faces = [
+        polygon([(-a, height, z), (a, height, z), (0, top, z)], shade(roof, 0.8)) for z in (-b, b)
+    ] + [
+        polygon([(x, height, -b), (0, top, -b), (0, top, b), (x, height, b)], roof) for x in (-a, a)
     ]
-    hat = Mesh(tuple(face for mesh in gables for face in mesh.faces))
-    return [hull, solid(hat)], length
+    return [hull, solid(layers(*roof_faces))], length
 
 
 def _line_with_houses(things: list[Thing], rng: np.random.Generator, side: int, end: float) -> None:
@@ -152,7 +154,7 @@ def _line_with_houses(things: list[Thing], rng: np.random.Generator, side: int, 
         things.append(Thing("house", tuple(meshes), x, z, footprint=(0.1, 0.1)))
         gap = float(rng.choice([1.5, 3.0, 9.0]))
         if gap > 5 and rng.random() < 0.7:
-            parked = _turned(vehicles.car(rng), side * np.pi / 2)
+            parked = _yawed(vehicles.car(rng), side * np.pi / 2)
             driveway_x = side * (edge + float(rng.uniform(1.0, 2.5)))
             things.append(Thing("car", parked, driveway_x, z + length / 2 + 4.5, 0.0, (2.1, 0.9)))
         z += length / 2 + gap
@@ -192,14 +194,13 @@ def _line_with_furniture(
     z = float(rng.uniform(-8, 6))
     while z < end:
         x = (3.05 if side > 0 else -6.5) + float(rng.uniform(-0.15, 0.15))
-        away = 0.0 if side > 0 or rng.random() < 0.2 else np.pi
+        yaw = 0.0 if side > 0 or rng.random() < 0.2 else np.pi
         if rng.random() < 0.16:
-            parked = _turned(vehicles.truck(rng), away)
-            things.append(Thing("truck", parked, x, z, 0.0, (1.2, 3.4)))
+            things.append(_vehicle("truck", vehicles.truck(rng), yaw, x, z))
             z += 5.0
         elif rng.random() < 0.55:
-            parked = _turned(vehicles.car(rng), away + float(rng.normal(0, 0.02)))
-            things.append(Thing("car", parked, x, z, 0.0, (0.95, 2.15)))
+            car = vehicles.car(rng)
+            things.append(_vehicle("car", car, yaw + float(rng.normal(0, 0.02)), x, z))
         z += float(rng.uniform(5.4, 8.0))
 
 
@@ -208,11 +209,9 @@ def _add_traffic(things: list[Thing], rng: np.random.Generator, end: float) -> N
     while z < 2.2 * end:
         x, speed = float(rng.uniform(-3.8, -3.3)), -float(rng.uniform(6, 11))
         if rng.random() < 0.25:
-            oncoming = _turned(vehicles.truck(rng), np.pi)
-            things.append(Thing("truck", oncoming, x, z, speed, (1.2, 3.4)))
+            things.append(_vehicle("truck", vehicles.truck(rng), np.pi, x, z, speed))
         else:
-            oncoming = _turned(vehicles.car(rng), np.pi)
-            things.append(Thing("car", oncoming, x, z, speed, (0.95, 2.15)))
+            things.append(_vehicle("car", vehicles.car(rng), np.pi, x, z, speed))
         z += float(rng.uniform(25, 90))
 
 
@@ -229,14 +228,14 @@ def make_oddity(kind: str, seed: int, z: float) -> Thing:
     x = float(rng.uniform(*oddity.lateral))
     meshes = tuple(oddity.make(rng))
     if not oddity.odd_part:
-        meshes = tuple(mesh.named(ANOMALY) for mesh in meshes)
+        meshes = tuple(mesh.as_odd() for mesh in meshes)
     cls, part = oddity.whole or kind, oddity.odd_part
-    points = [f.points for mesh in meshes for f in mesh.faces if f.part == ANOMALY]
+    points = [face.points for mesh in meshes for face in mesh.faces if face.odd]
     middle = float(np.concatenate(points)[:, 2].mean())
     return Thing(cls, meshes, x, z - middle, 0.0, oddity.footprint, kind, part, middle)
 
 
-def clear_for(things: Sequence[Thing], oddity: Thing, times: np.ndarray) -> list[bool]:
+def leaves_visible(things: Sequence[Thing], oddity: Thing, times: np.ndarray) -> list[bool]:
     """Return for each thing whether it neither overlaps nor hides the anomaly.
 
     Args:

@@ -20,21 +20,13 @@ pytest.importorskip("matplotlib")
 def test_demo_scores_what_it_sends_and_writes_its_pictures(
     tmp_path: Path, tiny_backbone: Path
 ) -> None:
-    plan = DemoPlan(
-        index_drives=2,
-        calibration_drives=2,
-        nominal_frames=10,
-        frames=80,
-        kinds=("cow",),
-        rate_hz=10.0,
-        target_false_alarm_rate=0.1,
-    )
+    plan = DemoPlan(1, 2, 6, frames=65, kinds=("cow",), rate_hz=20.0, target_false_alarm_rate=0.1)
     summary = run_demo(tmp_path, plan, {"backbone": str(tiny_backbone), "input_size": 224})
     assert summary == json.loads((tmp_path / "summary.json").read_text())
-    assert summary["frames_sent"] == 80
+    assert summary["frames_sent"] == 65
     # On a busy machine frames may be replaced by newer ones.
-    assert 20 <= summary["frames_scored"] <= summary["frames_received"] <= 80
-    assert summary["by_kind"]["cow"]["frames"] > 0
+    assert 0 < summary["frames_scored"] <= summary["frames_received"] <= 65
+    assert any(row["kind"] == "cow" for row in summary["frames"])
     cow = summary["by_kind"]["cow"]
     assert summary["nominal_frames"] + cow["frames"] == summary["frames_scored"]
     assert 0 <= cow["frames_detected"] <= cow["frames"]

@@ -1,16 +1,36 @@
-"""The composition: what is odd is found at its place, and nothing odd passes in silence."""
+"""From an image to a decision; live changes; refusal of parts that do not match."""
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
-from worlds.colours import IMAGE_HW, LEFT_HALF, ODD_BOX, PATCH, make_detector, said, street
+from worlds.colours import (
+    IMAGE_HW,
+    LEFT_HALF,
+    ODD_BOX,
+    PATCH,
+    ColourEmbedder,
+    make_detector,
+    said,
+    street,
+)
 
-from semantic_anomaly.detection.detector import AnomalyDetector
-from semantic_anomaly.detection.filters import reject
-from semantic_anomaly.errors import ModelOutputError
+from semantic_anomaly.detection.detector import AnomalyDetector, load_detector
+from semantic_anomaly.errors import (
+    CalibrationError,
+    IndexMismatchError,
+    MismatchError,
+    ModelOutputError,
+    SettingsError,
+    UnknownNameError,
+)
 from semantic_anomaly.settings import Settings
-from semantic_anomaly.structures import Decision, Localization, NominalExample, PatchGrid
+from semantic_anomaly.structures import Decision, PatchGrid
 
 
 @pytest.fixture(scope="module")
@@ -18,22 +38,30 @@ def detector() -> AnomalyDetector:
     return make_detector()
 
 
-def test_odd_thing_is_found_at_its_place_and_explained(detector: AnomalyDetector) -> None:
+def variant(detector: AnomalyDetector, **changes: Any) -> AnomalyDetector:
+    """Return a detector of the same index, calibration and settings but for some arguments."""
+    arguments = {
+        **{"calibration": detector.calibration, "settings": detector.settings},
+        **{"index": detector.index, "embedder": ColourEmbedder(), **changes},
+    }
+    return AnomalyDetector(**arguments)
+
+
+def test_an_odd_object_is_localized_and_explained(detector: AnomalyDetector) -> None:
     result = detector.detect(street(2000, odd=True))
     assert result.decision is Decision.ANOMALY and result.reason == ""
     assert result.threshold == detector.threshold is not None
     assert result.score > result.threshold and result.p_value == pytest.approx(1 / 41)
-    place = result.localizations[0]
-    left, top, right, bottom = place.box_xyxy
-    assert np.abs(np.subtract(place.box_xyxy, ODD_BOX)).max() <= PATCH / 2 + 1
-    assert left <= place.centroid_xy[0] <= right and top <= place.centroid_xy[1] <= bottom
-    assert place.nearest.frame.startswith("drive/") and place.nearest.grid_hw == (9, 16)
-    assert place.nearest.distance == pytest.approx(place.score, abs=1e-5)
-    assert result.label_map[44, 92] == place.label == 1
-    assert result.heatmap[44, 92] == pytest.approx(place.score, rel=0.05)
+    localization = result.localizations[0]
+    assert np.abs(np.subtract(localization.box_xyxy, ODD_BOX)).max() <= PATCH / 2 + 1
+    nearest = localization.nearest
+    assert nearest.frame.startswith("drive/") and nearest.grid_hw == (9, 16)
+    assert nearest.distance == pytest.approx(localization.score, abs=1e-5)
+    assert result.label_map[44, 92] == localization.label == 1
+    assert result.heatmap[44, 92] == pytest.approx(localization.score, rel=0.05)
 
 
-def test_examples_of_several_places_are_those_of_each_alone(
+def test_nearest_examples_of_several_patches_are_those_of_each_alone(
     detector: AnomalyDetector, rng: np.random.Generator
 ) -> None:
     grid = detector.embedder.embed([street(2000, odd=True).image])[0]
@@ -45,7 +73,7 @@ def test_examples_of_several_places_are_those_of_each_alone(
     np.testing.assert_allclose([example.distance for example in together], distances, atol=1e-6)
 
 
-def test_nominal_frames_are_nominal_and_have_no_places(detector: AnomalyDetector) -> None:
+def test_nominal_frames_are_nominal_and_have_no_localizations(detector: AnomalyDetector) -> None:
     results = [detector.detect(street(seed)) for seed in range(3000, 3040)]
     alarms = [result for result in results if result.decision is Decision.ANOMALY]
     # The target is 5 %; seven of forty would happen once in 300 times.
@@ -114,7 +142,7 @@ def test_threshold_set_by_hand_decides_with_and_without_calibration() -> None:
     assert calibrated.p_value == pytest.approx(1 / 41)
 
 
-def test_what_lies_outside_the_region_of_interest_takes_no_part() -> None:
+def test_patches_outside_the_region_of_interest_are_ignored() -> None:
     detector = make_detector(roi=LEFT_HALF)
     result = detector.detect(street(2000, odd=True))
     assert result.decision is Decision.NOMINAL
@@ -123,35 +151,15 @@ def test_what_lies_outside_the_region_of_interest_takes_no_part() -> None:
     assert distances.shape == (9, 16) and not distances[:, 8:].any() and distances[:, :8].any()
 
 
-def test_components_that_are_too_small_raise_no_alarm() -> None:
-    result = make_detector(min_area_px=2000).detect(street(2000, odd=True))
-    assert result.decision is Decision.NOMINAL and not result.localizations
-    assert result.threshold is not None and result.score > result.threshold
-    assert not result.label_map.any()
-
-
 @pytest.mark.parametrize(
-    ("changes", "left"),
-    [({}, 1), ({"max_area": 0.001}, 0), ({"max_aspect": 2.0}, 1), ({"max_area": 0.9}, 1)],
+    ("changes", "count"),
+    [({}, 1), ({"max_area": 0.001}, 0), ({"max_aspect": 2.0}, 1), ({"min_area_px": 2000}, 0)],
 )
-def test_components_are_filtered_by_size_and_shape(changes: dict[str, float], left: int) -> None:
+def test_components_are_filtered_by_size_and_shape(changes: dict[str, float], count: int) -> None:
     result = make_detector(**changes).detect(street(2000, odd=True))
-    assert len(result.localizations) == left == len(set(np.unique(result.label_map)) - {0})
-    assert (result.decision is Decision.ANOMALY) == bool(left)
-
-
-def test_slivers_are_left_out_unless_the_border_cuts_them() -> None:
-    labels = np.zeros((60, 80), np.uint16)
-    labels[10:12, 20:60], labels[30:50, 78:80] = 1, 2
-    nearest = NominalExample("d/0.png", 0, 0, (1, 1), 0.1)
-    boxes = (20.0, 10.0, 60.0, 12.0), (78.0, 30.0, 80.0, 50.0)
-    places = tuple(
-        Localization(box, (box[0], box[1]), 80 // n, 0.5, nearest, n)
-        for n, box in enumerate(boxes, start=1)
-    )
-    inside = np.ones(labels.shape, bool)
-    found, left = reject(Settings(max_aspect=4.0), labels, places, inside)
-    assert {place.label for place in left} == {2} == set(np.unique(found).tolist()) - {0}
+    assert len(result.localizations) == count == len(set(np.unique(result.label_map)) - {0})
+    assert (result.decision is Decision.ANOMALY) == bool(count)
+    assert result.threshold is not None and result.score > result.threshold
 
 
 def test_confirmation_delays_the_decision_and_shows_the_excess() -> None:
@@ -160,18 +168,11 @@ def test_confirmation_delays_the_decision_and_shows_the_excess() -> None:
     assert [result.decision.value for result in odd] == ["nominal", "anomaly"]
     assert odd[0].threshold is not None and odd[0].score > odd[0].threshold
     assert odd[0].p_value is not None and odd[0].p_value <= 0.05
-    states = [[place.state.value for place in result.localizations] for result in odd]
+    states = [[item.state.value for item in result.localizations] for result in odd]
     assert states[0] == ["candidate"] and "confirmed" in states[1]
     assert odd[0].localizations[0].track == odd[1].localizations[0].track == 1
     detector.reset()
     assert detector.detect(street(12, odd=True)).decision is Decision.NOMINAL
-
-
-def test_backward_stamp_clears_the_confirmation() -> None:
-    detector = make_detector(confirm_count=2, confirm_s=1.0)
-    detector.detect(street(50, odd=True))
-    assert detector.detect(street(20, odd=True)).decision is Decision.NOMINAL
-    assert detector.detect(street(21, odd=True)).decision is Decision.ANOMALY
 
 
 def test_not_a_number_anywhere_is_an_error_not_a_nominal_frame(
@@ -180,9 +181,9 @@ def test_not_a_number_anywhere_is_an_error_not_a_nominal_frame(
     frame = street(1)
     grid = detector.embedder.embed([frame.image])[0]
     with pytest.raises(ModelOutputError, match="patch features"):
-        spoilt = grid.features.copy()
-        spoilt[4, 7] = np.nan
-        detector.assess(frame, PatchGrid(spoilt, grid.global_feature, IMAGE_HW))
+        features = grid.features.copy()
+        features[4, 7] = np.nan
+        detector.assess(frame, PatchGrid(features, grid.global_feature, IMAGE_HW))
     monkeypatch.setattr(
         detector.index, "distances", lambda e, k, **_: np.full(len(e), np.nan, np.float32)
     )
@@ -198,12 +199,185 @@ def test_embeddings_of_another_image_are_refused(detector: AnomalyDetector) -> N
 
 def test_graph_search_decides_as_exact_search_does() -> None:
     detector = make_detector(frames=40, dedup_distance=0.0)
-    frames = [street(seed, odd=seed % 2 == 0) for seed in range(4000, 4030)]
-    answers = {}
+    frames = [street(seed, odd=seed % 2 == 0) for seed in range(4000, 4010)]
+    results = {}
     for search in ("exact", "graph"):
         detector.index.configure_search(search, 1)
-        answers[search] = [said(detector.detect(frame)) for frame in frames]
-    for exact, graph in zip(answers["exact"], answers["graph"], strict=True):
-        assert graph[1] == exact[1]
-        assert graph[0] == pytest.approx(exact[0], abs=1e-6)
-        assert graph[2] == exact[2]
+        results[search] = [detector.detect(frame) for frame in frames]
+    for exact, graph in zip(results["exact"], results["graph"], strict=True):
+        assert (graph.decision, graph.p_value) == (exact.decision, exact.p_value)
+        assert graph.score == pytest.approx(exact.score, abs=1e-6)
+
+
+def test_live_settings_take_effect_at_once() -> None:
+    detector = make_detector()
+    before = detector.threshold
+    detector.update(detector.settings.replace(target_false_alarm_rate=0.3))
+    assert before is not None and detector.threshold is not None
+    assert detector.threshold < before
+    detector.update(detector.settings.replace(threshold=1.5))
+    assert detector.detect(street(1, odd=True)).decision is Decision.NOMINAL
+    detector.update(detector.settings.replace(threshold=0.0, target_false_alarm_rate=0.05))
+    assert detector.threshold == before
+    assert detector.detect(street(1, odd=True)).decision is Decision.ANOMALY
+
+
+def test_update_keeps_the_tracks_unless_the_confirmation_changes() -> None:
+    detector = make_detector(confirm_count=2, confirm_s=1.0)
+    detector.detect(street(10, odd=True))
+    detector.update(detector.settings.replace(overlay_alpha=0.1))
+    assert detector.detect(street(11, odd=True)).decision is Decision.ANOMALY
+    detector.update(detector.settings.replace(confirm_s=2.0))
+    assert detector.detect(street(12, odd=True)).decision is Decision.NOMINAL
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"neighbours": 2}, "'neighbours' cannot change while running: expected 1, found 2"),
+        ({"camera.ego_mask": "ego.png"}, "'camera.ego_mask'"),
+        ({"search": "graph", "threshold": 0.5}, "'search'"),
+    ],
+)
+def test_update_refuses_fixed_settings_and_changes_nothing(
+    detector: AnomalyDetector, changes: dict[str, Any], named: str
+) -> None:
+    before = detector.settings, detector.threshold
+    parameters = {k: v for k, v in before[0].to_parameters().items() if not k.startswith("camera")}
+    with pytest.raises(SettingsError, match=named):
+        detector.update(Settings.from_parameters({**parameters, **changes}))
+    assert (detector.settings, detector.threshold) == before
+
+
+def test_update_refuses_a_rate_that_needs_more_scores(detector: AnomalyDetector) -> None:
+    before = detector.settings, detector.threshold
+    with pytest.raises(CalibrationError, match=r"needs at least 99 .*found 40"):
+        detector.update(detector.settings.replace(target_false_alarm_rate=0.01))
+    assert (detector.settings, detector.threshold) == before
+
+
+def test_a_rate_that_needs_more_scores_is_refused_at_the_start() -> None:
+    with pytest.raises(CalibrationError, match="needs at least 99"):
+        make_detector(target_false_alarm_rate=0.01)
+    assert make_detector(target_false_alarm_rate=0.01, threshold=0.5).threshold == 0.5
+
+
+def test_parts_that_do_not_match_are_refused(detector: AnomalyDetector) -> None:
+    with pytest.raises(IndexMismatchError, match="weights"):
+        variant(detector, embedder=ColourEmbedder(weights="1" * 64))
+    with pytest.raises(MismatchError, match="fingerprint"):
+        variant(detector, index=make_detector(frames=5, calibrated=False).index)
+    with pytest.raises(MismatchError, match="neighbours"):
+        variant(detector, settings=detector.settings.replace(neighbours=2))
+    with pytest.raises(IndexMismatchError, match="'input_size': expected 128, found 640"):
+        variant(detector, settings=Settings(input_size=640))
+
+
+def test_the_region_of_interest_may_shrink_after_the_index_was_built(
+    detector: AnomalyDetector,
+) -> None:
+    left, whole = (
+        Settings.from_parameters({"camera.region_of_interest": [0, 0, x, 0, x, 1, 0, 1]})
+        for x in (0.5, 1.0)
+    )
+    with pytest.raises(MismatchError, match=r"region of interest.*calibrate again"):
+        variant(detector, settings=left.replace(smoothing=0.0))
+    shrunk = variant(detector, calibration=None, settings=left)
+    assert not shrunk.detect(street(1, odd=True)).heatmap[:, 65:].any()
+    # An index of the left half has no entries of the right half.
+    half = make_detector(roi=LEFT_HALF, calibrated=False)
+    with pytest.raises(IndexMismatchError, match="region of interest"):
+        variant(half, settings=whole)
+    # Without a polygon of its own, the camera has that of the index.
+    assert variant(half, settings=Settings()).roi.polygon_xy == LEFT_HALF.polygon_xy
+
+
+def test_settings_of_one_camera_override_the_common_ones(detector: AnomalyDetector) -> None:
+    settings = Settings.from_parameters(
+        {
+            **{"cameras": ["front", "rear"], "smoothing": 0.0},
+            **{"front.threshold": 0.7, "rear.confirm_count": 3},
+        }
+    )
+    front, rear = (
+        variant(detector, settings=settings, camera=camera) for camera in settings.cameras
+    )
+    assert (front.threshold, front.settings.confirm_count) == (0.7, 1)
+    assert (rear.threshold, rear.settings.confirm_count) == (detector.threshold, 3)
+    front.update(Settings.from_parameters({**settings.to_parameters(), "front.threshold": 0.4}))
+    assert front.threshold == 0.4
+
+
+def test_another_precision_runs_with_a_warning(
+    detector: AnomalyDetector, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        variant(detector)
+        assert not caplog.records
+        variant(detector, embedder=ColourEmbedder(dtype="bfloat16"))
+    assert "calibrated in float32, running in bfloat16" in caplog.text
+
+
+@pytest.fixture
+def folder(detector: AnomalyDetector, tmp_path: Path) -> Path:
+    assert detector.calibration is not None
+    detector.index.save(tmp_path / "index")
+    detector.calibration.save(tmp_path / "index")
+    return tmp_path / "index"
+
+
+def test_loaded_detector_gives_the_same_results(detector: AnomalyDetector, folder: Path) -> None:
+    settings = detector.settings.replace(index=str(folder))
+    loaded = load_detector(settings, "camera", embedder=ColourEmbedder(), need_calibration=True)
+    for seed in (1, 2):
+        frame = street(seed, odd=seed == 2)
+        assert said(loaded.detect(frame)) == said(detector.detect(frame))
+
+
+def test_load_takes_a_loaded_index_and_each_camera_its_own(
+    detector: AnomalyDetector, folder: Path
+) -> None:
+    settings = Settings.from_parameters(
+        {"cameras": ["front", "rear"], "front.index": str(folder), "smoothing": 0.0}
+    )
+    loaded = load_detector(settings, "front", embedder=ColourEmbedder(), index=detector.index)
+    assert loaded.index is detector.index and loaded.threshold == detector.threshold
+    with pytest.raises(SettingsError, match="'index'"):
+        load_detector(settings, "rear", embedder=ColourEmbedder())
+    with pytest.raises(UnknownNameError, match="unknown camera 'left'"):
+        load_detector(settings, "left", embedder=ColourEmbedder())
+
+
+def test_load_without_calibration_is_uncalibrated_unless_one_is_needed(
+    detector: AnomalyDetector, folder: Path
+) -> None:
+    (folder / "calibration.json").unlink()
+    settings = detector.settings.replace(index=str(folder))
+    assert load_detector(settings, "camera", embedder=ColourEmbedder()).threshold is None
+    with pytest.raises(CalibrationError, match="does not exist"):
+        load_detector(settings, "camera", embedder=ColourEmbedder(), need_calibration=True)
+
+
+def test_cameras_of_one_index_have_calibrations_of_their_own_or_share_the_first(
+    detector: AnomalyDetector, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert detector.calibration is not None
+    folder = tmp_path / "index"
+    detector.index.save(folder)
+    for camera, highest in (("front", 0.01), ("rear", 0.9)):
+        scores = np.linspace(0.001, highest, 40)
+        replace(detector.calibration, camera=camera, scores=scores).save(folder)
+    settings = Settings.from_parameters(
+        {"cameras": ["front", "rear", "left"], "index": str(folder), "smoothing": 0.0}
+    )
+    with caplog.at_level(logging.WARNING):
+        decisions = [
+            load_detector(settings, camera, embedder=ColourEmbedder(), index=detector.index)
+            .detect(street(5, odd=True))
+            .decision.value
+            for camera in settings.cameras
+        ]
+    assert decisions == ["anomaly", "nominal", "anomaly"]
+    assert [r.message for r in caplog.records] == [
+        "camera 'left': using the calibration of 'front'"
+    ]

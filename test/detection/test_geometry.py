@@ -1,4 +1,4 @@
-"""Pixels to rays to places: exact where the geometry is, honest where it is assumed."""
+"""From pixels to rays and boxes, computed by hand."""
 
 from __future__ import annotations
 
@@ -51,17 +51,14 @@ def test_rays_invert_opencvs_distorted_projection(fisheye: bool) -> None:
     matrix = np.array([(80.0, 0, 99.5), (0, 90.0, 49.5), (0, 0, 1)])
     project = cv2.fisheye.projectPoints if fisheye else cv2.projectPoints
     zero = np.zeros((3, 1))
-    if fisheye:
-        pixels, _ = project(points[:, None], zero, zero, matrix, np.array(coefficients))
-    else:
-        pixels, _ = project(points, zero, zero, matrix, np.array(coefficients))
+    pixels, _ = project(points[:, None], zero, zero, matrix, np.array(coefficients))
     np.testing.assert_allclose(pixel_rays(pixels.reshape(-1, 2), camera), points, atol=1e-3)
 
 
 def test_scaling_keeps_every_direction() -> None:
     large = CAMERA.scaled_to((200, 400))
-    small_edge, large_edge = np.array([(-0.5, -0.5)]), np.array([(-0.5, -0.5)])
-    np.testing.assert_allclose(pixel_rays(small_edge, CAMERA), pixel_rays(large_edge, large))
+    edge = np.array([(-0.5, -0.5)])
+    np.testing.assert_allclose(pixel_rays(edge, CAMERA), pixel_rays(edge, large))
     # A small pixel's centre lies between the centres of the four it becomes.
     centre = pixel_rays(np.array([(30.0, 40.0)]), CAMERA)
     np.testing.assert_allclose(pixel_rays(np.array([(60.5, 80.5)]), large), centre)
@@ -107,9 +104,9 @@ def test_measured_range_is_the_median_of_what_there_is() -> None:
 
 
 def test_boxes_are_placed_by_depth_then_ground_then_assumption() -> None:
-    found, labels = place(90, 60, 110, 80)
+    localization, labels = place(90, 60, 110, 80)
     depth = np.full(HW, 5.0, np.float32)
-    box = place_box(found, labels, CAMERA, depth, 1.5, 12.0)
+    box = place_box(localization, labels, CAMERA, depth, 1.5, 12.0)
     assert (box.range_source, box.range_m) == (MEASURED, 5.0)
     # Edges lie half a pixel outside the centres.
     left_top = [(89.5 - 99.5) / 80 * 5, (59.5 - 49.5) / 90 * 5, 5.0]
@@ -117,7 +114,7 @@ def test_boxes_are_placed_by_depth_then_ground_then_assumption() -> None:
     np.testing.assert_allclose(box.corners[0], left_top, atol=1e-9)
     np.testing.assert_allclose(box.corners[2], right_bottom, atol=1e-9)
 
-    box = place_box(found, labels, CAMERA, np.zeros(HW, np.float32), 1.5, 12.0)
+    box = place_box(localization, labels, CAMERA, np.zeros(HW, np.float32), 1.5, 12.0)
     assert box.range_source == GROUND and box.range_m == pytest.approx(1.5 * 90 / 30)
     np.testing.assert_allclose(box.corners[2:, 1], 1.5)
 

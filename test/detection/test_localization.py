@@ -22,7 +22,6 @@ from semantic_anomaly.structures import Localization, NominalExample
 # Whole multiples, fractions, more patches than pixels, and single rows or columns.
 SIZES = [
     ((4, 6), (40, 60)),
-    ((5, 7), (33, 52)),
     ((3, 3), (10, 10)),
     ((45, 80), (360, 640)),
     ((9, 13), (97, 131)),
@@ -58,21 +57,14 @@ class Examples:
         return [NominalExample("nominal/1.png", *rc, (1, 1), 0.1) for rc in embeddings.tolist()]
 
 
-@pytest.mark.parametrize(
-    ("row", "col", "x", "y"),
-    [(0, 0, 4.5, 4.5), (3, 5, 54.5, 34.5), (1, 2, 24.5, 14.5)],
-)
-def test_patch_centres_by_hand(row: int, col: int, x: float, y: float) -> None:
-    # Patches of 10 pixels: pixels 0 to 9 are centred at 4.5.
-    assert pixel_of_patch(row, col, (4, 6), (40, 60)) == (x, y)
-
-
 @pytest.mark.parametrize(("grid_hw", "image_hw"), SIZES)
 def test_pixel_and_patch_are_inverse(grid_hw: tuple[int, int], image_hw: tuple[int, int]) -> None:
     for row in range(grid_hw[0]):
         for col in range(grid_hw[1]):
             x, y = pixel_of_patch(row, col, grid_hw, image_hw)
             assert patch_of_pixel(x, y, grid_hw, image_hw) == (row, col)
+    # Patches of 10 pixels: pixels 0 to 9 are centred at 4.5.
+    assert pixel_of_patch(1, 2, (4, 6), (40, 60)) == (24.5, 14.5)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +167,7 @@ def test_every_patch_above_the_threshold_is_in_a_component(
     inside = roi.patch_mask(grid_hw, image_hw)
     mask = roi.pixel_mask(image_hw)
     threshold = 0.3
-    for row, col in np.argwhere(inside).tolist()[:: max(1, inside.sum() // 150)]:
+    for row, col in np.argwhere(inside).tolist()[:: max(1, inside.sum() // 40)]:
         anomaly_map = np.zeros(grid_hw, np.float32)
         # The smallest excess there is: interpolation loses it almost everywhere.
         anomaly_map[row, col] = np.nextafter(np.float32(threshold), np.float32(1))
@@ -193,7 +185,7 @@ def test_every_patch_above_the_threshold_is_in_a_component(
 @pytest.mark.parametrize("roi", [RegionOfInterest(), WEDGE], ids=["whole", "wedge"])
 def test_components_of_random_maps_are_consistent(roi: RegionOfInterest) -> None:
     rng = np.random.default_rng(3)
-    for _ in range(60):
+    for _ in range(40):
         grid_hw = tuple(rng.integers(1, 14, 2).tolist())
         image_hw = tuple(rng.integers(12, 90, 2).tolist())
         inside = roi.patch_mask(grid_hw, image_hw)
@@ -214,10 +206,9 @@ def test_components_of_random_maps_are_consistent(roi: RegionOfInterest) -> None
             assert component.score == anomaly_map[component.nearest.row, component.nearest.col]
 
 
-@pytest.mark.parametrize("scale", [0.1, 0.3, 0.7, 1.9])
-def test_rounding_of_the_threshold_loses_no_patch(scale: float) -> None:
-    # A double just below a float32: rounded to float32 it would equal the patch's distance.
-    patch = np.float32(scale)
+def test_rounding_of_the_threshold_loses_no_patch() -> None:
+    # A double just below a float32: rounded to float32 it would equal the value of the patch.
+    patch = np.float32(0.7)
     threshold = float(np.nextafter(float(patch), 0.0))
     assert np.float32(threshold) == patch
     anomaly_map = np.zeros((3, 3), np.float32)

@@ -72,13 +72,11 @@ def lightness(rgb: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     ("distance", "darkest", "brightest", "reason"),
     [
-        (0.0, 0, 3, "less than typical"),
         (0.05, 0, 3, "typical is black"),
         (0.15, 15, 80, "nominal is dark"),
         (0.30, 100, 170, "the threshold is half way up"),
         (0.54, 230, 255, "almost twice the threshold is bright"),
-        (0.9, 230, 255, "saturated"),
-        (2.0, 230, 255, "the largest there is"),
+        (2.0, 230, 255, "saturated"),
     ],
 )
 def test_heatmap_has_a_fixed_scale(
@@ -166,8 +164,10 @@ def test_outside_of_the_roi_is_dimmed_and_its_edge_drawn() -> None:
     assert ((row[:, 1] - row[:, 0]) > 80).any(), "a green outline"
 
 
-@pytest.mark.parametrize("decision", list(Decision))
-@pytest.mark.parametrize("image_hw", [(360, 640), (720, 1280)])
+@pytest.mark.parametrize(
+    ("image_hw", "decision"),
+    [((360, 640), decision) for decision in Decision] + [((720, 1280), Decision.NOMINAL)],
+)
 def test_banner_is_legible(image_hw: tuple[int, int], decision: Decision) -> None:
     result = result_of(
         np.full((9, 16), 0.08),
@@ -186,7 +186,7 @@ def test_banner_is_legible(image_hw: tuple[int, int], decision: Decision) -> Non
 def test_the_banner_of_a_candidate_differs_from_nominal_and_anomaly() -> None:
     confirmed = result_of(one_odd_patch(), (360, 640))
     localizations = tuple(
-        replace(found, state=ComponentState.CANDIDATE) for found in confirmed.localizations
+        replace(item, state=ComponentState.CANDIDATE) for item in confirmed.localizations
     )
     nominal = replace(confirmed, decision=Decision.NOMINAL, localizations=())
     candidate = replace(nominal, localizations=localizations)
@@ -228,10 +228,11 @@ def test_overlay_refuses_another_size_or_dtype() -> None:
 
 def test_contact_sheet_is_filled_row_by_row() -> None:
     tiles = [np.full((4, 6, 3), value, np.uint8) for value in (10, 20, 30)]
-    sheet = contact_sheet(tiles, columns=2, gap_px=1)
-    assert sheet.shape == (9, 13, 3)
-    assert (sheet[:4, :6] == 10).all() and (sheet[:4, 7:] == 20).all()
-    assert (sheet[5:, :6] == 30).all() and (sheet[5:, 7:] == 255).all() and (sheet[4] == 255).all()
+    sheet = contact_sheet(tiles, columns=2)
+    assert sheet.shape == (12, 16, 3)
+    expected = np.full((12, 16, 3), 255)
+    expected[:4, :6], expected[:4, 10:], expected[8:, :6] = 10, 20, 30
+    np.testing.assert_array_equal(sheet, expected)
     assert contact_sheet(tiles[:1], columns=5).shape == (4, 6, 3)
 
 

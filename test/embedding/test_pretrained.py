@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -36,10 +37,30 @@ def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({k: v for k, v in content.items() if v != "remove"}))
 
 
-def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    weights = load_file(folder / "model.safetensors")
-    change(weights)
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+Damage = Callable[[Path], object]
+
+
+def config(**changes: Any) -> Damage:
+    return lambda folder: edit(folder / "config.json", **changes)
+
+
+def preprocessor(**changes: Any) -> Damage:
+    return lambda folder: edit(folder / "preprocessor_config.json", **changes)
+
+
+def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    return damage
+
+
+def flip_last_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
 
 
 def load(folder: Path) -> None:
@@ -59,26 +80,24 @@ def test_a_complete_folder_is_read(tiny_backbone: Path) -> None:
 def test_digests_follow_weights_and_both_configurations(copy: Path) -> None:
     before = open_backbone(str(copy))
     digests = {before.config_sha256}
-    edit(copy / "preprocessor_config.json", image_mean=[0.5, 0.5, 0.5])
+    preprocessor(image_mean=[0.5, 0.5, 0.5])(copy)
     digests.add(open_backbone(str(copy)).config_sha256)
-    edit(copy / "config.json", layer_norm_eps=0.5)
+    config(layer_norm_eps=0.5)(copy)
     digests.add(open_backbone(str(copy)).config_sha256)
     assert len(digests) == 3
-    weights = before.weights_sha256
-    data = bytearray((copy / "model.safetensors").read_bytes())
-    data[-1] ^= 1
-    (copy / "model.safetensors").write_bytes(data)
-    assert open_backbone(str(copy)).weights_sha256 != weights
+    weights_digest = before.weights_sha256
+    flip_last_bit(copy / "model.safetensors")
+    assert open_backbone(str(copy)).weights_sha256 != weights_digest
 
 
 def shard(folder: Path) -> list[str]:
     """Split the weights into several files, as transformers does for large networks."""
-    weights = load_file(folder / "model.safetensors")
+    tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    names, mapping = sorted(weights), {}
+    names, mapping = sorted(tensors), {}
     for number, part in enumerate((names[::2], names[1::2])):
         name = f"model-0000{number + 1}-of-00002.safetensors"
-        save_file({k: weights[k] for k in part}, folder / name, {"format": "pt"})
+        save_file({k: tensors[k] for k in part}, folder / name, {"format": "pt"})
         mapping.update(dict.fromkeys(part, name))
     index = {"metadata": {"total_size": 0}, "weight_map": mapping}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -90,9 +109,7 @@ def test_sharded_weights_are_read_and_every_shard_counts(copy: Path) -> None:
     load(copy)
     digests = {open_backbone(str(copy)).weights_sha256}
     for name in shards:
-        data = bytearray((copy / name).read_bytes())
-        data[-1] ^= 1
-        (copy / name).write_bytes(data)
+        flip_last_bit(copy / name)
         digests.add(open_backbone(str(copy)).weights_sha256)
     assert len(digests) == 3
 
@@ -111,7 +128,7 @@ def test_missing_shards_and_shards_outside_the_folder_are_refused(copy: Path) ->
         load(copy)
 
 
-FOLDER_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
+FOLDER_FAULTS: dict[str, tuple[Damage, str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), "config.json: No such file"),
     "config cut": (lambda f: (f / "config.json").write_text('{"model_type'), "not JSON"),
     "config list": (lambda f: (f / "config.json").write_text("[]"), "JSON object"),
@@ -120,83 +137,37 @@ FOLDER_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         "preprocessor_config.json: No such file.*config.json",
     ),
     "no mean": (
-        lambda f: edit(f / "preprocessor_config.json", image_mean="remove"),
+        preprocessor(image_mean="remove"),
         "image_mean: expected 3 finite numbers, found None",
     ),
-    "two means": (lambda f: edit(f / "preprocessor_config.json", image_mean=[0, 0]), "image_mean"),
-    "zero std": (lambda f: edit(f / "preprocessor_config.json", image_std=[1, 1, 0]), "image_std"),
-    "nan std": (
-        lambda f: edit(f / "preprocessor_config.json", image_std=[1, 1, float("nan")]),
-        "image_std",
-    ),
-    "odd rescale": (
-        lambda f: edit(f / "preprocessor_config.json", rescale_factor="255"),
-        "rescale_factor",
-    ),
-    "text model": (lambda f: edit(f / "config.json", model_type="bert"), "'bert' is not supported"),
-    "no model type": (lambda f: edit(f / "config.json", model_type="remove"), "None is not supp"),
-    "odd layers": (lambda f: edit(f / "config.json", out_indices=["a"]), "out_indices"),
-    "pretrained timm weights": (
-        lambda f: edit(f / "config.json", use_pretrained_backbone=True),
-        "use_pretrained_backbone",
-    ),
-    "other weights file": (
-        lambda f: edit(f / "config.json", transformers_weights="model.safetensors"),
-        "transformers_weights",
-    ),
-    "quantised": (
-        lambda f: edit(f / "config.json", quantization_config={"quant_method": "gptq"}),
-        "quantization_config",
-    ),
+    "two means": (preprocessor(image_mean=[0, 0]), "image_mean"),
+    "zero std": (preprocessor(image_std=[1, 1, 0]), "image_std"),
+    "nan std": (preprocessor(image_std=[1, 1, float("nan")]), "image_std"),
+    "odd rescale": (preprocessor(rescale_factor="255"), "rescale_factor"),
+    "text model": (config(model_type="bert"), "'bert' is not supported"),
+    "odd layers": (config(out_indices=["a"]), "out_indices"),
+    "timm weights": (config(use_pretrained_backbone=True), "use_pretrained_backbone"),
+    "other weights": (config(transformers_weights="model.safetensors"), "transformers_weights"),
+    "quantised": (config(quantization_config={"quant_method": "gptq"}), "quantization_config"),
     "adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "adapters"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "safetensors only.*config.json"),
     "pickled weights": (
         lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
         "safetensors only.*pytorch_model.bin",
     ),
-    "weights cut": (
-        lambda f: (f / "model.safetensors").write_bytes(
-            (f / "model.safetensors").read_bytes()[:-10]
-        ),
-        "copy",
-    ),
-    "weights empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "copy"),
-    "layer missing": (
-        lambda f: edit_weights(f, lambda w: w.pop("layernorm.weight")),
-        "1 missing: layernorm.weight",
-    ),
-    "all renamed": (
-        lambda f: edit_weights(
-            f, lambda w: w.update({f"x.{k}": w.pop(k) for k in list(w)}) or w.clear
-        ),
-        "missing",
-    ),
+    "weights cut": (lambda f: os.truncate(f / "model.safetensors", 1000), "copy"),
+    "layer missing": (weights(lambda w: w.pop("layernorm.weight")), "1 missing: layernorm.weight"),
     "more layers in config": (
-        lambda f: edit(f / "config.json", num_hidden_layers=5, out_features=None, out_indices=None),
+        config(num_hidden_layers=5, out_features=None, out_indices=None),
         "missing: encoder.layer",
     ),
-    "fewer layers in config": (
-        lambda f: edit(
-            f / "config.json",
-            num_hidden_layers=2,
-            out_features="remove",
-            out_indices="remove",
-            stage_names="remove",
-        ),
-        "unexpected: encoder.layer.2",
-    ),
-    "other width": (lambda f: edit(f / "config.json", hidden_size=64), "copy"),
+    "other width": (config(hidden_size=64), "copy"),
     "surplus weights": (
-        lambda f: edit_weights(f, lambda w: w.update({"neck.weight": torch.zeros(3)})),
+        weights(lambda w: w.update({"neck.weight": torch.zeros(3)})),
         "1 unexpected: neck.weight",
     ),
     "nan weight": (
-        lambda f: edit_weights(f, lambda w: w["layernorm.weight"].fill_(float("nan"))),
+        weights(lambda w: w["layernorm.weight"].fill_(float("nan"))),
         "'layernorm.weight' are not finite",
-    ),
-    "inf weight": (
-        lambda f: edit_weights(f, lambda w: w["layernorm.bias"].fill_(float("inf"))),
-        "'layernorm.bias' are not finite",
     ),
 }
 
@@ -212,19 +183,19 @@ def test_faults_are_named(copy: Path, fault: str) -> None:
 
 def test_heads_and_poolers_are_optional(copy: Path) -> None:
     heads = {"classifier.weight": torch.zeros(2, 64), "classifier.bias": torch.zeros(2)}
-    edit_weights(copy, lambda w: (w.update(heads), w.pop("embeddings.mask_token")))
+    weights(lambda w: (w.update(heads), w.pop("embeddings.mask_token")))(copy)
     load(copy)
 
 
 def test_code_in_a_folder_is_not_run(copy: Path, tmp_path: Path) -> None:
     trace = tmp_path / "ran"
     (copy / "evil.py").write_text(f"open({str(trace)!r}, 'w')\nclass EvilModel: ...\n")
-    edit(copy / "config.json", auto_map={"AutoModel": "evil.EvilModel"})
+    config(auto_map={"AutoModel": "evil.EvilModel"})(copy)
     load(copy)
     assert not trace.exists()
 
 
-@pytest.mark.parametrize("name", ["", "~/none", "./none", "/none/there", "a/b/c", "../none"])
+@pytest.mark.parametrize("name", ["", "~/none", "./none", "a/b/c"])
 def test_missing_folders_are_not_taken_for_names(name: str) -> None:
     with pytest.raises(BackboneError, match="expected a folder, found none"):
         open_backbone(name)
@@ -275,9 +246,28 @@ def test_messages_name_the_role_of_the_network(copy: Path) -> None:
 
 
 def test_heads_are_required_where_nothing_is_optional(copy: Path) -> None:
-    edit_weights(copy, lambda w: w.pop("embeddings.mask_token"))
+    weights(lambda w: w.pop("embeddings.mask_token"))(copy)
     with pytest.raises(BackboneError, match=r"1 missing: embeddings\.mask_token"):
         load_network(open_backbone(str(copy)), transformers.AutoModel)
+
+
+@pytest.mark.parametrize("name", ["gpu", "mps", "cuda:x"])
+def test_unknown_devices_are_refused(name: str) -> None:
+    with pytest.raises(BackboneError, match=f"device '{name}': expected auto, cpu, cuda"):
+        choose_device(name)
+
+
+def test_missing_devices_and_unknown_precisions_are_refused() -> None:
+    with pytest.raises(BackboneError, match=r"device 'cuda:99': expected a CUDA device, found \d"):
+        choose_device("cuda:99")
+    with pytest.raises(BackboneError, match="dtype 'int8'"):
+        choose_dtype("int8", torch.device("cpu"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_cuda_is_not_replaced_silently() -> None:
+    with pytest.raises(BackboneError, match="expected a CUDA device, found 0"):
+        choose_device("cuda")
 
 
 def test_device_and_precision_are_chosen() -> None:

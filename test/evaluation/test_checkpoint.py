@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,35 +32,34 @@ from semantic_anomaly.settings import Settings
 DRIVE = "..oo..oo.o.."
 WRITTEN = frozenset({"results.json", "overlays", "curve.png"})
 Run = Callable[[Path, AnomalyDetector], dict[str, Any]]
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
-def by_evaluate(root: Path) -> Run:
-    def run(out: Path, detector: AnomalyDetector) -> dict[str, Any]:
-        return evaluate(detector, root, out=out, every=3).results
+@pytest.fixture(params=["evaluate", "replay"])
+def run(request: pytest.FixtureRequest, tmp_path: Path) -> Run:
+    """Return a function that evaluates or replays a drive of `DRIVE` into a folder."""
+    root = make_dataset(tmp_path / "drive", DRIVE)
+    if request.param == "evaluate":
+        return lambda out, detector: evaluate(detector, root, out=out, every=3).results
+    return lambda out, detector: replay(detector, open_source(root), out, every=3)
 
-    return run
 
-
-def by_replay(root: Path) -> Run:
-    def run(out: Path, detector: AnomalyDetector) -> dict[str, Any]:
-        return replay(detector, open_source(root), out, every=3)
-
-    return run
+only_evaluate = pytest.mark.parametrize("run", ["evaluate"], indirect=True)
 
 
 def stop_after(detector: AnomalyDetector, calls: int, error: type[BaseException]) -> list[str]:
-    """Make a detector fail after `calls` frames, and return the list of names it sees."""
-    seen: list[str] = []
+    """Make a detector fail after `calls` frames, and return the list of names it detects."""
+    names: list[str] = []
     detect = detector.detect
 
     def detect_or_stop(frame: Any) -> Any:
-        seen.append(frame.name)
-        if len(seen) > calls:
+        names.append(frame.name)
+        if len(names) > calls:
             raise error
         return detect(frame)
 
     detector.detect = detect_or_stop  # type: ignore[method-assign]
-    return seen
+    return names
 
 
 def untimed(value: Any) -> Any:
@@ -71,26 +70,20 @@ def untimed(value: Any) -> Any:
 
 def files(folder: Path) -> dict[str, bytes]:
     """Return what does not hold times: pictures and scores."""
-    found = sorted(file for file in folder.rglob("*") if file.is_file())
     return {
         str(file.relative_to(folder)): file.read_bytes()
-        for file in found
-        if file.suffix not in (".json", ".html")
+        for file in folder.rglob("*")
+        if file.is_file() and file.suffix not in (".json", ".html")
     }
 
 
-@pytest.mark.parametrize("how", [by_evaluate, by_replay])
-@pytest.mark.parametrize("settings", [{}, {"confirm_count": 2, "confirm_s": 0.25}])
-def test_an_interrupted_run_is_resumed(
-    tmp_path: Path, how: Callable[[Path], Run], settings: dict[str, int]
-) -> None:
-    error = KeyboardInterrupt if settings else MemoryError
-    run = how(make_dataset(tmp_path / "drive", DRIVE))
-    whole = run(tmp_path / "whole", make_detector(threshold=0.1, **settings))
-    stopped = make_detector(threshold=0.1, **settings)
+def test_an_interrupted_run_is_resumed(tmp_path: Path, run: Run) -> None:
+    settings = {"threshold": 0.1, "confirm_count": 2, "confirm_s": 0.25}
+    expected = run(tmp_path / "whole", make_detector(**settings))
+    stopped = make_detector(**settings)
     # The first frame is detected twice.
-    stop_after(stopped, 8, error)
-    with pytest.raises(error):
+    stop_after(stopped, 8, MemoryError)
+    with pytest.raises(MemoryError):
         run(tmp_path / "out", stopped)
     assert not (tmp_path / "out").exists()
     unfinished = tmp_path / ".out.unfinished"
@@ -98,22 +91,18 @@ def test_an_interrupted_run_is_resumed(
     # The frame of a line that was cut off is not done.
     with (unfinished / FILE).open("ab") as file:
         file.write(b'{"name": "drive/0000')
-    resumed = make_detector(threshold=0.1, **settings)
-    seen = stop_after(resumed, 99, error)
-    found = run(tmp_path / "out", resumed)
-    assert len(set(seen)) == len(DRIVE) - 7
-    assert untimed(found) == untimed(whole)
+    resumed = make_detector(**settings)
+    names = stop_after(resumed, 99, MemoryError)
+    results = run(tmp_path / "out", resumed)
+    assert len(set(names)) == len(DRIVE) - 7
+    assert untimed(results) == untimed(expected)
     assert files(tmp_path / "out") == files(tmp_path / "whole")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["drive", "out", "whole"]
 
 
-@pytest.mark.parametrize("how", [by_evaluate, by_replay])
 def test_a_run_interrupted_while_its_report_is_written_is_resumed(
-    tmp_path: Path, how: Callable[[Path], Run], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = how(make_dataset(tmp_path / "drive", DRIVE))
-    whole = run(tmp_path / "whole", make_detector(threshold=0.1))
-
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
@@ -123,26 +112,14 @@ def test_a_run_interrupted_while_its_report_is_written_is_resumed(
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "out", make_detector(threshold=0.1))
     resumed = make_detector(threshold=0.1)
-    seen = stop_after(resumed, 0, AssertionError)
-    assert untimed(run(tmp_path / "out", resumed)) == untimed(whole)
-    assert seen == []
+    stop_after(resumed, 0, AssertionError)
+    results = run(tmp_path / "out", resumed)
+    assert untimed(results) == untimed(run(tmp_path / "whole", make_detector(threshold=0.1)))
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
-def test_a_report_among_the_data_is_resumed(tmp_path: Path) -> None:
-    run = by_evaluate(make_dataset(tmp_path / "drive", DRIVE))
-    stopped = make_detector()
-    stop_after(stopped, 5, KeyboardInterrupt)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "drive/report", stopped)
-    detector = make_detector()
-    seen = stop_after(detector, 99, KeyboardInterrupt)
-    run(tmp_path / "drive/report", detector)
-    assert len(set(seen)) == len(DRIVE) - 4
-
-
 def test_protocols_are_resumed(tmp_path: Path) -> None:
-    dataset = LabelledFolder(make_dataset(tmp_path / "drive", DRIVE))
+    dataset = LabelledFolder(make_dataset(tmp_path / "drive", "..oo.o"))
     settings = Settings(dedup_distance=0.0, neighbours=1)
 
     def run(out: Path, embedder: ColourEmbedder) -> dict[str, Any]:
@@ -151,7 +128,7 @@ def test_protocols_are_resumed(tmp_path: Path) -> None:
 
     whole = run(tmp_path / "whole", ColourEmbedder())
     embedder = ColourEmbedder()
-    embed, left = embedder.embed, [25]
+    embed, left = embedder.embed, [13]
 
     def embed_or_stop(images: Any) -> Any:
         left[0] -= 1
@@ -166,10 +143,10 @@ def test_protocols_are_resumed(tmp_path: Path) -> None:
     assert untimed(run(tmp_path / "out", ColourEmbedder())) == untimed(whole)
 
 
+@only_evaluate
 def test_other_settings_or_data_start_again(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, run: Run, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = by_evaluate(make_dataset(tmp_path / "drive", DRIVE))
     stopped = make_detector()
     stop_after(stopped, 5, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -183,9 +160,9 @@ def test_other_settings_or_data_start_again(
     assert len((tmp_path / ".out.unfinished" / FILE).read_bytes().splitlines()) == 1 + 2
     (tmp_path / "drive/images/00003.png").touch()
     detector = make_detector(tail_percent=7.0, calibrated=False)
-    seen = stop_after(detector, 99, KeyboardInterrupt)
+    names = stop_after(detector, 99, KeyboardInterrupt)
     run(tmp_path / "out", detector)
-    assert len(set(seen)) == len(DRIVE)
+    assert len(set(names)) == len(DRIVE)
 
 
 @pytest.mark.parametrize("content", [b"", b"no json\n", b'[1]\n{"name": 1}\n', b"{}"])
@@ -221,15 +198,13 @@ def test_two_runs_do_not_write_the_same_report(tmp_path: Path) -> None:
 def test_only_errors_of_the_package_leave_nothing(
     tmp_path: Path, error: Exception, kept: bool
 ) -> None:
-    def rows() -> Iterator[None]:
-        with resumable_report(tmp_path / "out", "results.json", WRITTEN, {}) as checkpoint:
-            checkpoint.record({"frame": 1})
-            yield
-            raise error
-
     expected, text = (ArtefactError, "No space left") if kept else (InputError, "bad")
-    with pytest.raises(expected, match=text):
-        list(rows())
+    with (
+        pytest.raises(expected, match=text),
+        resumable_report(tmp_path / "out", "results.json", WRITTEN, {}) as checkpoint,
+    ):
+        checkpoint.record({"frame": 1})
+        raise error
     assert (tmp_path / ".out.unfinished").exists() is kept
     assert not (tmp_path / "out").exists()
 
@@ -238,14 +213,13 @@ def contents(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
 
 
-@pytest.mark.parametrize("before", ["nothing", "empty", "report"])
-def test_a_report_replaces_its_like_as_a_whole(tmp_path: Path, before: str) -> None:
+@pytest.mark.parametrize("before", [None, (), ("results.json", "curve.png")])
+def test_a_report_replaces_its_like_as_a_whole(tmp_path: Path, before: tuple | None) -> None:
     out = tmp_path / "out"
-    if before != "nothing":
+    if before is not None:
         out.mkdir()
-    if before == "report":
-        (out / "results.json").write_text("{}")
-        (out / "curve.png").write_text("old")
+        for name in before:
+            (out / name).write_text("old")
     with report_folder(out, "results.json", WRITTEN) as folder:
         write_json(folder / "results.json", {"new": 1})
     assert contents(tmp_path) == ["out", "out/results.json"]
@@ -253,42 +227,23 @@ def test_a_report_replaces_its_like_as_a_whole(tmp_path: Path, before: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("names", "found"),
+    ("names", "message"),
     [
-        (("thesis.tex",), "thesis.tex"),
         (("results.json", "thesis.tex"), "thesis.tex"),
         (("curve.png",), "curve.png"),
     ],
 )
-def test_other_content_is_never_replaced(tmp_path: Path, names: tuple, found: str) -> None:
+def test_other_content_is_never_replaced(tmp_path: Path, names: tuple, message: str) -> None:
     for name in names:
         (tmp_path / name).write_text("precious")
     with (
-        pytest.raises(InputError, match=f"found {found}"),
+        pytest.raises(InputError, match=f"found {message}"),
         report_folder(tmp_path, "results.json", WRITTEN),
     ):
         pytest.fail("the block must not run")
-    assert contents(tmp_path) == sorted(names)
-
-
-def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "out").write_text("a file")
     with pytest.raises(InputError, match="found a file"):
-        refuse_other_content(tmp_path / "out", "results.json", WRITTEN)
-
-
-def test_a_failure_leaves_an_earlier_report_as_it_was(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "results.json").write_text("old")
-    with (
-        pytest.raises(KeyboardInterrupt),
-        report_folder(out, "results.json", WRITTEN) as folder,
-    ):
-        (folder / "results.json").write_text("half")
-        raise KeyboardInterrupt
-    assert (out / "results.json").read_text() == "old"
-    assert contents(tmp_path) == ["out", "out/results.json"]
+        refuse_other_content(tmp_path / names[0], "results.json", WRITTEN)
+    assert contents(tmp_path) == sorted(names)
 
 
 def test_json_holds_no_nan(tmp_path: Path) -> None:

@@ -20,41 +20,42 @@ def measured(alarms: str, *events: Event):
     return drive_metrics(stamps, [letter == "!" for letter in alarms], events)
 
 
-def test_the_delay_is_from_the_start_of_the_event_to_its_first_alarm() -> None:
-    result = measured("." * 10 + "...!!" + "." * 10, Event(1.0, 1.45, "cow"))
-    assert result.delays_s == (pytest.approx(0.3),)
-    assert result.missed == result.false_alarms == 0
-    assert result.false_share == 0.0
+EVENT = Event(1.0, 1.45, "cow")
 
 
-def test_missed_events_are_counted_apart() -> None:
-    result = measured("." * 10 + "!" + "." * 19, Event(1.0, 1.45), Event(2.0, 2.5))
-    assert result.delays_s == (pytest.approx(0.0), None)
-    assert result.missed == 1
-
-
-def test_an_alarm_that_began_before_finds_the_event_and_is_false_before_it() -> None:
-    result = measured("........!!!!" + "." * 8, Event(1.0, 1.45))
-    assert result.delays_s == (pytest.approx(0.0),)
-    assert result.false_alarms == 1
-    assert result.false_share == pytest.approx(2 / 15)
-
-
-def test_an_alarm_may_outlast_its_event_for_a_second() -> None:
-    event = Event(1.0, 1.45)
-    assert measured("." * 10 + "!" * 15 + "." * 20, event).false_alarms == 0
-    late = measured("." * 10 + "!" * 20 + "." * 15, event)
-    assert late.false_alarms == 1
-    # One that begins after the event is false at once.
-    assert measured("." * 10 + "!!!!..!!" + "." * 10, event).false_alarms == 1
-
-
-def test_episodes_are_parted_by_half_a_second_of_quiet() -> None:
-    assert measured("..!!..!!....").false_alarms == 1
-    parted = measured("..!!......!!", Event(0.0, 0.05))
-    assert parted.false_alarms == 2
+@pytest.mark.parametrize(
+    ("alarms", "events", "delays_s", "false_alarms", "false_share"),
+    [
+        # The delay is from the start of the event to its first alarm.
+        ("." * 10 + "...!!" + "." * 10, [EVENT], [0.3], 0, 0.0),
+        ("." * 10 + "!" + "." * 19, [EVENT, Event(2.0, 2.5)], [0.0, None], 0, 0.0),
+        # An alarm that began before finds the event, and is false before it.
+        ("........!!!!" + "." * 8, [EVENT], [0.0], 1, 2 / 15),
+        # An alarm may outlast its event for a second, but not begin in this time.
+        ("." * 10 + "!" * 15 + "." * 20, [EVENT], [0.0], 0, 0.0),
+        ("." * 10 + "!" * 20 + "." * 15, [EVENT], [0.0], 1, 5 / 40),
+        ("." * 10 + "!!!!..!!" + "." * 10, [EVENT], [0.0], 1, 2 / 23),
+        # Half a second of quiet separates false alarms.
+        ("..!!..!!....", [], [], 1, 4 / 12),
+        ("..!!......!!", [Event(0.0, 0.05)], [None], 2, 4 / 11),
+        # One that never ends shows in the share.
+        ("!" * 40, [Event(1.0, 2.0)], [0.0], 2, 19 / 29),
+        ("....!", [Event(0.0, 1.0)], [0.4], 0, None),
+    ],
+)
+def test_alarms_by_hand(
+    alarms: str,
+    events: list[Event],
+    delays_s: list[float | None],
+    false_alarms: int,
+    false_share: float | None,
+) -> None:
+    result = measured(alarms, *events)
+    assert list(result.delays_s) == pytest.approx(delays_s)
+    assert result.missed == delays_s.count(None)
+    assert (result.false_alarms, result.false_share) == pytest.approx((false_alarms, false_share))
     # Reports write them, and numpy's numbers are no JSON.
-    assert json.loads(json.dumps(dataclasses.asdict(parted)))["false_alarms"] == 2
+    json.dumps(dataclasses.asdict(result))
 
 
 def test_frames_in_alarm_one_after_another_are_one_episode_at_any_rate() -> None:
@@ -70,16 +71,7 @@ def test_rates_are_by_the_hour_of_nominal_time() -> None:
     # 31 frames, 11 within: 9 steps before the event and 9 after it.
     assert result.nominal_s == pytest.approx(1.8)
     assert result.false_per_hour == pytest.approx(3600 / 1.8)
-    assert result.false_share == pytest.approx(1 / 20)
-
-
-def test_a_drive_that_is_one_event_has_no_false_rate() -> None:
-    result = measured("....!", Event(0.0, 1.0))
-    assert result.false_per_hour is None and result.false_share is None
-
-
-def test_an_alarm_that_never_ends_shows() -> None:
-    assert measured("!" * 40, Event(1.0, 2.0)).false_share == pytest.approx(19 / 29)
+    assert measured("....!", Event(0.0, 1.0)).false_per_hour is None
 
 
 @pytest.mark.parametrize("event", [Event(9.0, 10.0, "late"), Event(0.31, 0.39, "between frames")])
@@ -103,10 +95,12 @@ def test_events_are_read_from_yaml(tmp_path: Path) -> None:
     assert read_events(path) == [Event(1.0, 2.5, "cow"), Event(3.0, 4.0)]
     path.write_text("events: []\n")
     assert read_events(path) == []
+    with pytest.raises(InputError, match="cannot be read"):
+        read_events(tmp_path / "absent.yaml")
 
 
 @pytest.mark.parametrize(
-    ("text", "found"),
+    ("text", "message"),
     [
         ("- 1\n", "a list under 'events', found None"),
         ("events: 3\n", "found 3"),
@@ -121,10 +115,8 @@ def test_events_are_read_from_yaml(tmp_path: Path) -> None:
         ("events: [\n", "cannot be read"),
     ],
 )
-def test_bad_events_are_refused(tmp_path: Path, text: str, found: str) -> None:
+def test_bad_events_are_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "events.yaml"
     path.write_text(text)
-    with pytest.raises(InputError, match=found):
+    with pytest.raises(InputError, match=message):
         read_events(path)
-    with pytest.raises(InputError, match="cannot be read"):
-        read_events(tmp_path / "absent.yaml")

@@ -20,31 +20,31 @@ def test_rates_by_frame_episode_and_hour(tmp_path: Path) -> None:
     # 'o' stands for what should have been nominal and is not.
     one = make_dataset(tmp_path / "one", "." * 20 + "oo" + "." * 18)
     two = make_dataset(tmp_path / "two", "." * 20)
-    found = false_alarm_rates(make_detector(threshold=0.1), [one, two], episode_s=1.0)
-    assert (found["frames"], found["drives"], found["episodes"]) == (60, 2, 6)
-    assert found["frame_rate"] == found["alarm_rate"] == pytest.approx(2 / 60)
-    assert found["episode_rate"] == pytest.approx(1 / 6)
-    assert found["false_alarms"] == 1
-    assert found["hours"] == pytest.approx((3.9 + 1.9) / 3600)
-    assert found["false_alarms_per_hour"] == pytest.approx(3600 / 5.8)
-    low, high = found["frame_rate_interval"]
+    rates = false_alarm_rates(make_detector(threshold=0.1), [one, two], episode_s=1.0)
+    assert (rates["frames"], rates["drives"], rates["episodes"]) == (60, 2, 6)
+    assert rates["frame_rate"] == rates["alarm_rate"] == pytest.approx(2 / 60)
+    assert rates["episode_rate"] == pytest.approx(1 / 6)
+    assert rates["false_alarms"] == 1
+    assert rates["hours"] == pytest.approx((3.9 + 1.9) / 3600)
+    assert rates["false_alarms_per_hour"] == pytest.approx(3600 / 5.8)
+    low, high = rates["frame_rate_interval"]
     # Two drives say little, however many frames they have.
     assert low < 2 / 60 < high and high > 0.6
-    assert found["kept"] is True
+    assert rates["kept"] is True
 
 
 def test_confirmation_counts(tmp_path: Path) -> None:
     drive = make_dataset(tmp_path / "drive", "." * 10 + "o" + "." * 9)
     detector = make_detector(threshold=0.1, confirm_count=2, confirm_s=0.5)
-    found = false_alarm_rates(detector, [drive])
-    assert found["frame_rate"] == pytest.approx(1 / 20)
-    assert (found["alarm_rate"], found["false_alarms"], found["episode_rate"]) == (0.0, 0, None)
+    rates = false_alarm_rates(detector, [drive])
+    assert rates["frame_rate"] == pytest.approx(1 / 20)
+    assert (rates["alarm_rate"], rates["false_alarms"], rates["episode_rate"]) == (0.0, 0, None)
 
 
 def test_rates_above_the_target_are_reported(tmp_path: Path) -> None:
     sources = [make_dataset(tmp_path / f"d{n}", "oooooo") for n in range(4)]
-    found = false_alarm_rates(make_detector(threshold=0.1), sources)
-    assert found["frame_rate"] == 1.0 and found["kept"] is False
+    rates = false_alarm_rates(make_detector(threshold=0.1), sources)
+    assert rates["frame_rate"] == 1.0 and rates["kept"] is False
 
 
 def test_drives_are_those_that_labels_name(tmp_path: Path) -> None:

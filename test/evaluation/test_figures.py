@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import cv2
 import numpy as np
@@ -40,29 +42,26 @@ def drive(kinds: str, step_ns: int = 100_000_000) -> list[ScoredFrame]:
     ]
 
 
-class _Axes:
-    """Records what is drawn."""
-
-    def __init__(self) -> None:
-        self.spans: list[tuple[float, float, str | None]] = []
-
-    def axvspan(self, left: float, right: float, label: str | None, **_: object) -> None:
-        self.spans.append((round(left, 6), round(right, 6), label))
+@pytest.fixture
+def axes(monkeypatch: pytest.MonkeyPatch) -> MagicMock:
+    """Return the axes on which `score_curve` draws, which record the calls."""
+    recorder = MagicMock()
+    monkeypatch.setattr(figures, "_figure", lambda *_: nullcontext((MagicMock(), [recorder])))
+    return recorder
 
 
-def test_ground_truth_is_shaded_where_it_was() -> None:
-    axes = _Axes()
-    frames = drive(".cc.S.c")
-    x, label = figures._axis(frames)
-    figures._shade_truth(axes, x, frames)
-    assert label.endswith("[s]")
-    assert axes.spans == [(0.05, 0.25, "c"), (0.35, 0.45, "s"), (0.55, 0.65, None)]
+def test_ground_truth_is_shaded_where_it_was(axes: MagicMock) -> None:
+    figures.score_curve(Path("curve.png"), drive(".cc.S.c"), None, "a drive")
+    assert axes.set.call_args.kwargs["xlabel"].endswith("[s]")
+    spans = [(*call.args, call.kwargs["label"]) for call in axes.axvspan.call_args_list]
+    expected = [(0.05, 0.25, "c"), (0.35, 0.45, "s"), (0.55, 0.65, None)]
+    assert spans == [pytest.approx(span) for span in expected]
 
 
-def test_several_drives_are_drawn_by_frame() -> None:
-    frames = drive("..") + drive("..")
-    x, label = figures._axis(frames)
-    assert label == "frame" and x.tolist() == [0, 1, 2, 3]
+def test_several_drives_are_drawn_by_frame_with_a_gap(axes: MagicMock) -> None:
+    figures.score_curve(Path("curve.png"), drive("..") * 2, None, "a drive")
+    assert axes.set.call_args.kwargs["xlabel"] == "frame"
+    np.testing.assert_array_equal(axes.plot.call_args_list[0].args[0], [0, 1, np.nan, 2, 3])
 
 
 @pytest.mark.parametrize(("frames", "threshold"), [(drive(".cC.A.") * 2, 0.25), (drive("."), None)])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import threading
-import time
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,17 @@ from semantic_anomaly.evaluation.judge import (
 
 pytest.importorskip("openai")
 SECRET = "sk-of-nobody"
+# No answer, and an answer when three requests have arrived.
+HANG, TOGETHER = "hang", "together"
 
 
 class Server(ThreadingHTTPServer):
-    """Answers by what it sees: magenta is an anomaly. `script` holds what it does before."""
+    """Answers by the image: magenta is an anomaly.
+
+    Attributes:
+        script: what the next requests get instead: a status, a body, HANG or TOGETHER.
+        always: what requests get after the script.
+    """
 
     daemon_threads = True
 
@@ -44,6 +51,8 @@ class Server(ThreadingHTTPServer):
         self.keys: set[str] = set()
         self.at_once = self.most_at_once = 0
         self.lock = threading.Lock()
+        self.closing = threading.Event()
+        self.three = threading.Barrier(3)
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
 
 
@@ -58,30 +67,24 @@ class Handler(BaseHTTPRequestHandler):
             self.server.at_once += 1
             self.server.most_at_once = max(self.server.most_at_once, self.server.at_once)
             planned = self.server.script.pop(0) if self.server.script else self.server.always
-        try:
-            if isinstance(planned, float):
-                time.sleep(planned)
-                planned = None
-            if isinstance(planned, int):
-                self._send(planned, {"error": {"message": "busy", "type": "x", "code": "x"}})
-            elif isinstance(planned, bytes):
-                self._send(200, planned)
-            else:
-                self._send(200, planned or spoken(verdict_of(asked)))
-        finally:
-            with self.server.lock:
-                self.server.at_once -= 1
-
-    def _send(self, status: int, content: Any) -> None:
+        if planned == HANG:
+            self.server.closing.wait()
+        elif planned == TOGETHER:
+            self.server.three.wait(30)
+        with self.server.lock:
+            self.server.at_once -= 1
+        status, content = 200, planned
+        if isinstance(planned, int):
+            status, content = planned, {"error": {"message": "busy", "type": "x", "code": "x"}}
+        elif not isinstance(planned, bytes | dict):
+            content = spoken(verdict_of(asked))
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
-        try:
+        with suppress(OSError):
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
-        except OSError:
-            pass
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -98,23 +101,15 @@ def seen(asked: dict[str, Any]) -> np.ndarray:
 def verdict_of(asked: dict[str, Any]) -> str:
     blue, green, red = (seen(asked)[..., i].astype(int) for i in range(3))
     odd = bool(((red > 180) & (blue > 180) & (green < 100)).sum() > 20)
-    found = {"objects": ["road"], "reason": "looked", "anomaly": odd, "confidence": 0.9}
-    return f"Here it is:\n```json\n{json.dumps(found)}\n```"
+    verdict = {"objects": ["road"], "reason": "looked", "anomaly": odd, "confidence": 0.9}
+    return f"Here it is:\n```json\n{json.dumps(verdict)}\n```"
 
 
 def spoken(content: str | None, refusal: str | None = None) -> dict[str, Any]:
+    message = {"role": "assistant", "content": content, "refusal": refusal}
     return {
-        "id": "1",
-        "object": "chat.completion",
-        "created": 1,
-        "model": "m",
-        "choices": [
-            {
-                "index": 0,
-                "finish_reason": "stop",
-                "message": {"role": "assistant", "content": content, "refusal": refusal},
-            }
-        ],
+        **{"id": "1", "object": "chat.completion", "created": 1, "model": "m"},
+        "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
         "usage": {"prompt_tokens": 1000, "completion_tokens": 50, "total_tokens": 1050},
     }
 
@@ -122,11 +117,12 @@ def spoken(content: str | None, refusal: str | None = None) -> dict[str, Any]:
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv(KEY_VARIABLE, SECRET)
-    with Server() as made:
-        thread = threading.Thread(target=made.serve_forever, args=(0.02,), daemon=True)
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()
-        yield made
-        made.shutdown()
+        yield server
+        server.closing.set()
+        server.shutdown()
         thread.join()
 
 
@@ -136,13 +132,15 @@ def asking(server: Server, folder: Path, **options: Any) -> Judge:
 
 def test_verdicts_become_the_same_results(server: Server, tmp_path: Path) -> None:
     dataset = LabelledFolder(make_dataset(tmp_path / "set", "..oo.i"))
-    results = judge_dataset(dataset, asking(server, tmp_path), tmp_path / "out", price=(2.0, 10.0))
+    judge = asking(server, tmp_path, image_px=64)
+    results = judge_dataset(dataset, judge, tmp_path / "out", price=(2.0, 10.0))
     assert (results["frame_auroc"], results["tpr"], results["fpr"]) == (1.0, 1.0, 0.0)
     assert (results["frames_counted"], results["frames_unknown"]) == (5, 0)
     assert [row["decision"] for row in results["frames"]][:4] == ["nominal"] * 2 + ["anomaly"] * 2
     assert results["price_a_frame"] == pytest.approx((1000 * 2 + 50 * 10) / 1e6)
     assert results["latency_ms"]["total"]["p50"] > 0
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
+    assert max(seen(server.requests[0]).shape) == 64
     assert server.keys == {f"Bearer {SECRET}"}
     written = [f for f in tmp_path.rglob("*") if f.is_file() and f.suffix == ".json"]
     assert len(written) > 5 and not any(SECRET in f.read_text() for f in written)
@@ -181,13 +179,8 @@ def test_busy_servers_are_asked_again(server: Server, tmp_path: Path) -> None:
     [
         (429, "RateLimitError"),
         (503, "InternalServerError"),
-        (2.0, "APITimeoutError"),
         (spoken(None, "I cannot help with that"), "refused"),
         (spoken("The road is free."), "not the expected JSON"),
-        (spoken('{"anomaly": "no", "confidence": 1}'), "not the expected JSON"),
-        (spoken('{"anomaly": false, "confidence": 7}'), "expected 0 to 1, found 7"),
-        (spoken('{"anomaly": false, "confi'), "not the expected JSON"),
-        (spoken(""), "no answer"),
         ({"id": "1", "choices": []}, "no answer"),
         (b"<html>no JSON", ""),
     ],
@@ -197,7 +190,7 @@ def test_without_a_verdict_a_frame_is_unknown(
 ) -> None:
     dataset = LabelledFolder(make_dataset(tmp_path / "set", ".o."))
     server.script = [planned]
-    judge = asking(server, tmp_path, parallel=1, retries=0, timeout_s=0.5)
+    judge = asking(server, tmp_path, parallel=1, retries=0)
     results = judge_dataset(dataset, judge, tmp_path / "out")
     first = results["frames"][0]
     assert first["decision"] == "unknown" and first["score"] is None
@@ -207,23 +200,27 @@ def test_without_a_verdict_a_frame_is_unknown(
     assert (results["fpr"], results["tpr"]) == (0.0, 1.0)
     # A busy server is asked again; an answer without a verdict is cached.
     again = judge_dataset(dataset, judge, tmp_path / "out")
-    busy = planned in (429, 503, 2.0) or isinstance(planned, bytes)
+    busy = isinstance(planned, int | bytes)
     assert again["frames_unknown"] == (0 if busy else 1)
+
+
+def test_a_frame_without_an_answer_in_time_is_unknown_and_asked_again(
+    server: Server, tmp_path: Path
+) -> None:
+    dataset = LabelledFolder(make_dataset(tmp_path / "set", "."))
+    server.script = [HANG]
+    (row,) = asking(server, tmp_path, retries=0, timeout_s=0.2).ask(dataset)
+    assert (row["decision"], row["reason"]) == ("unknown", "APITimeoutError")
+    (row,) = asking(server, tmp_path).ask(dataset)
+    assert row["decision"] == "nominal"
 
 
 def test_requests_are_made_in_parallel_with_a_limit(server: Server, tmp_path: Path) -> None:
     dataset = LabelledFolder(make_dataset(tmp_path / "set", "." * 11 + "o"))
-    server.always = 0.15
+    server.always = TOGETHER
     results = judge_dataset(dataset, asking(server, tmp_path, parallel=3), tmp_path / "out")
-    assert 1 < server.most_at_once <= 3
+    assert server.most_at_once == 3 and results["frames_unknown"] == 0
     assert [row["name"] for row in results["frames"]] == [t.file for t in dataset.truths]
-
-
-def test_images_are_reduced(server: Server, tmp_path: Path) -> None:
-    dataset = LabelledFolder(make_dataset(tmp_path / "set", ".o"))
-    judge = asking(server, tmp_path, image_px=64)
-    judge_dataset(dataset, judge, tmp_path / "out")
-    assert max(seen(server.requests[0]).shape) == 64
 
 
 def test_an_endpoint_that_is_not_there_is_named(tmp_path: Path) -> None:
@@ -265,6 +262,20 @@ def test_verdicts_are_parsed(answer: str, anomaly: bool, score: float) -> None:
     assert verdict.anomaly is anomaly
     assert verdict.score == pytest.approx(score, abs=1e-5)
     assert (verdict.score > 0.5) is anomaly
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ('{"anomaly": "no", "confidence": 1}', "not the expected JSON"),
+        ('{"anomaly": false, "confidence": 7}', "expected 0 to 1, found 7"),
+        ('{"anomaly": false, "confi', "not the expected JSON"),
+        ("", "no answer"),
+    ],
+)
+def test_other_answers_are_unknown(answer: str, reason: str) -> None:
+    verdict = parse_verdict(answer)
+    assert verdict.anomaly is None and reason in verdict.reason
 
 
 def test_the_command_and_the_comparison(

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from numpy.typing import ArrayLike
 
 from semantic_anomaly.errors import ModelOutputError
+from semantic_anomaly.evaluation import metrics
 from semantic_anomaly.evaluation.metrics import (
+    CURVE_POINTS,
     SCORE_RESOLUTION,
     PixelScores,
     auroc_interval,
@@ -27,14 +30,9 @@ def rates_by_threshold(scores: np.ndarray, anomalous: np.ndarray) -> list[tuple[
     rows = []
     for threshold in sorted(set(scores.tolist()), reverse=True):
         above = scores >= threshold
-        found, false = (above & anomalous).sum(), (above & ~anomalous).sum()
-        rows.append((found / anomalous.sum(), found / (found + false), false / (~anomalous).sum()))
+        true, false = (above & anomalous).sum(), (above & ~anomalous).sum()
+        rows.append((true / anomalous.sum(), true / (true + false), false / (~anomalous).sum()))
     return rows
-
-
-def f1_above(limit: float, scores: np.ndarray, anomalous: np.ndarray) -> float:
-    above = scores > limit
-    return float(2 * (above & anomalous).sum() / (above.sum() + anomalous.sum()))
 
 
 def average_precision_by_steps(scores: np.ndarray, anomalous: np.ndarray) -> float:
@@ -43,11 +41,6 @@ def average_precision_by_steps(scores: np.ndarray, anomalous: np.ndarray) -> flo
         total += (recall - before) * precision
         before = recall
     return total
-
-
-def fpr95_by_search(scores: np.ndarray, anomalous: np.ndarray) -> float:
-    rows = rates_by_threshold(scores, anomalous)
-    return float(min(fpr for recall, _, fpr in rows if recall >= 0.95))
 
 
 @pytest.mark.parametrize(
@@ -91,21 +84,19 @@ def test_frame_rates(anomalous: list[int], threshold: float | None, expected: tu
     assert frame_rates(scores, np.array(anomalous, bool), threshold) == expected
 
 
-def pixel_scores(scores: np.ndarray, anomalous: np.ndarray) -> PixelScores:
+def pixel_scores(scores: ArrayLike, anomalous: ArrayLike) -> PixelScores:
     pixels = PixelScores()
     pixels.add(np.asarray(scores, np.float32), np.asarray(anomalous, bool))
     return pixels
 
 
 def test_pixel_measures_by_hand() -> None:
-    # Descending: found, false, found, false, false. Precision 1 and 2/3 at the two steps.
-    found = pixel_scores(
-        np.array([1.0, 0.875, 0.75, 0.5, 0.25]), np.array([1, 0, 1, 0, 0])
-    ).metrics()
-    assert found.average_precision == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
-    assert found.auroc == pytest.approx(5 / 6)
-    assert found.fpr95 == pytest.approx(1 / 3)
-    assert (found.anomalous, found.normal) == (2, 3)
+    # Descending: true, false, true, false, false. Precision 1 and 2/3 at the two steps.
+    measures = pixel_scores([2.0, 0.875, 0.75, 0.5, 0.0], [1, 0, 1, 0, 0]).metrics()
+    assert measures.average_precision == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
+    assert measures.auroc == pytest.approx(5 / 6)
+    assert measures.fpr95 == pytest.approx(1 / 3)
+    assert (measures.anomalous, measures.normal) == (2, 3)
 
 
 def test_fpr95_takes_the_first_threshold_that_finds_95_percent() -> None:
@@ -126,20 +117,22 @@ def test_pixel_measures_are_those_of_their_definition(
     anomalous = rng.random(1500) < 0.08
     scores = rng.integers(0, levels, 1500) + 0.4 * levels * anomalous
     scores = np.rint(scores / levels / SCORE_RESOLUTION).astype(np.float32) * SCORE_RESOLUTION
-    found = pixel_scores(scores, anomalous).metrics()
-    assert found.auroc == pytest.approx(auroc_by_pairs(scores, anomalous), abs=1e-12)
+    measures = pixel_scores(scores, anomalous).metrics()
+    assert measures.auroc == pytest.approx(auroc_by_pairs(scores, anomalous), abs=1e-12)
     expected = average_precision_by_steps(scores, anomalous)
-    assert found.average_precision == pytest.approx(expected, abs=1e-12)
-    assert found.fpr95 == pytest.approx(fpr95_by_search(scores, anomalous), abs=1e-12)
+    assert measures.average_precision == pytest.approx(expected, abs=1e-12)
+    rates = rates_by_threshold(scores, anomalous)
+    fpr95 = min(fpr for recall, _, fpr in rates if recall >= 0.95)
+    assert measures.fpr95 == pytest.approx(fpr95, abs=1e-12)
 
 
 def test_rounding_scores_changes_next_to_nothing(rng: np.random.Generator) -> None:
     anomalous = rng.random(4000) < 0.05
     scores = (rng.random(4000) + 0.5 * anomalous).astype(np.float32)
-    found = pixel_scores(scores, anomalous).metrics()
+    measures = pixel_scores(scores, anomalous).metrics()
     expected = average_precision_by_steps(scores, anomalous)
-    assert found.average_precision == pytest.approx(expected, abs=1e-4)
-    assert found.auroc == pytest.approx(auroc_by_pairs(scores, anomalous), abs=1e-5)
+    assert measures.average_precision == pytest.approx(expected, abs=1e-4)
+    assert measures.auroc == pytest.approx(auroc_by_pairs(scores, anomalous), abs=1e-5)
 
 
 def test_pixels_may_be_added_in_pieces_and_groups_summed(rng: np.random.Generator) -> None:
@@ -156,20 +149,15 @@ def test_pixels_may_be_added_in_pieces_and_groups_summed(rng: np.random.Generato
 
 @pytest.mark.parametrize("anomalous", [True, False])
 def test_pixel_measures_need_both(anomalous: bool) -> None:
-    found = pixel_scores(np.array([0.1, 0.2]), np.full(2, anomalous)).metrics()
-    assert (found.average_precision, found.auroc, found.fpr95) == (None, None, None)
-    assert found.anomalous + found.normal == 2
+    measures = pixel_scores([0.1, 0.2], [anomalous] * 2).metrics()
+    assert (measures.average_precision, measures.auroc, measures.fpr95) == (None, None, None)
+    assert measures.anomalous + measures.normal == 2
 
 
 @pytest.mark.parametrize("score", [np.nan, np.inf, -0.1, 2.1])
 def test_impossible_scores_are_refused(score: float) -> None:
     with pytest.raises(ModelOutputError, match=r"\[0, 2\]"):
-        pixel_scores(np.array([0.5, score]), np.array([0, 1]))
-
-
-def test_the_ends_of_the_scale_count() -> None:
-    found = pixel_scores(np.array([0.0, 2.0]), np.array([0, 1])).metrics()
-    assert (found.auroc, found.average_precision) == (1.0, 1.0)
+        pixel_scores([0.5, score], [0, 1])
 
 
 @pytest.mark.parametrize(("hits", "sequences"), [(0, 8), (3, 8), (8, 8), (1, 1), (40, 200)])
@@ -190,7 +178,10 @@ def test_many_frames_of_few_sequences_leave_the_interval_wide() -> None:
     assert rate_interval(None, 4) is None and rate_interval(0.5, 0) is None
 
 
-def test_the_interval_of_the_auroc_draws_sequences(rng: np.random.Generator) -> None:
+def test_the_interval_of_the_auroc_draws_sequences(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "_BOOTSTRAP_DRAWS", 50)
     drives = np.repeat([f"drive {i}" for i in range(12)], 20)
     anomalous = np.tile(np.arange(20) < 10, 12)
     # Every drive has a level of its own, so that its frames say little more than one does.
@@ -199,8 +190,8 @@ def test_the_interval_of_the_auroc_draws_sequences(rng: np.random.Generator) -> 
     auroc = frame_auroc(scores, anomalous)
     assert auroc is not None and low < auroc < high
     assert auroc_interval(scores, anomalous, drives) == (low, high)
-    frames = auroc_interval(scores, anomalous, [str(i) for i in range(240)])
-    assert frames is not None and frames != (low, high)
+    by_frame = auroc_interval(scores, anomalous, [str(i) for i in range(240)]) or (0.0, 1.0)
+    assert by_frame != (low, high)
     assert auroc_interval(scores, anomalous, ["one"] * 240) is None
     assert auroc_interval(scores, np.zeros(240, bool), drives) is None
 
@@ -208,23 +199,24 @@ def test_the_interval_of_the_auroc_draws_sequences(rng: np.random.Generator) -> 
 def test_the_oracle_threshold_has_the_best_f1_of_what_lies_strictly_above(
     rng: np.random.Generator,
 ) -> None:
+    def f1_above(limit: float) -> float:
+        above = scores > limit
+        return float(2 * (above & anomalous).sum() / (above.sum() + anomalous.sum()))
+
     for _ in range(20):
         anomalous = rng.random(60) < 0.3
         scores = (rng.integers(0, 12, 60) / 8).astype(np.float32)
         threshold = pixel_scores(scores, anomalous).oracle_threshold()
-        if threshold is None:
-            assert not anomalous.any()
-            continue
-        limits = [threshold, -1.0, *scores.tolist()]
-        chosen, *others = (f1_above(limit, scores, anomalous) for limit in limits)
-        assert chosen == max(others)
+        assert threshold is not None
+        assert f1_above(threshold) == max(f1_above(limit) for limit in [-1.0, *scores.tolist()])
+    assert pixel_scores([0.5], [0]).oracle_threshold() is None
 
 
 def test_the_curve_is_precision_over_recall(rng: np.random.Generator) -> None:
     anomalous = rng.random(3000) < 0.1
     scores = (rng.random(3000) + 0.6 * anomalous).astype(np.float32)
-    curve = pixel_scores(scores, anomalous).curves(points=50)
-    assert 20 < len(curve["recall"]) <= 50 and curve["recall"][-1] == 1.0
+    curve = pixel_scores(scores, anomalous).curves()
+    assert 20 < len(curve["recall"]) <= CURVE_POINTS and curve["recall"][-1] == 1.0
     rows = {round(r, 9): p for r, p, _ in rates_by_threshold(scores, anomalous)[::-1]}
     for recall, precision in zip(curve["recall"], curve["precision"], strict=True):
         assert rows[round(float(recall), 9)] == pytest.approx(precision)
@@ -232,8 +224,8 @@ def test_the_curve_is_precision_over_recall(rng: np.random.Generator) -> None:
 
 
 def test_latencies_by_stage() -> None:
-    found = latencies({"embed": float(n), "total": 2.0 * n} for n in range(101))
-    assert found == {
+    percentiles = latencies({"embed": float(n), "total": 2.0 * n} for n in range(101))
+    assert percentiles == {
         "embed": {"p50": 50.0, "p95": 95.0, "p99": 99.0},
         "total": {"p50": 100.0, "p95": 190.0, "p99": 198.0},
     }

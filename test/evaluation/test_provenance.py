@@ -16,8 +16,8 @@ def test_versions_name_what_computes() -> None:
 def test_the_commit_is_of_the_package_or_of_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = provenance.git_commit()
-    assert found is None or len(found.removesuffix("+changes")) == 40
+    commit = provenance.git_commit()
+    assert commit is None or len(commit.removesuffix("+changes")) == 40
     # Installed into somebody else's repository, theirs is not ours.
     elsewhere = tmp_path / "theirs" / "deep" / "semantic_anomaly" / "evaluation" / "provenance.py"
     elsewhere.parent.mkdir(parents=True)

@@ -53,6 +53,7 @@ def test_replay_writes_what_the_detector_states(tmp_path: Path) -> None:
     assert (tmp_path / "out/score_curve.png").read_bytes()[:4] == PNG
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_replay_without_a_calibration_is_unknown(tmp_path: Path) -> None:
     source = open_source(make_dataset(tmp_path / "drive", ".o."))
     detector = make_detector(calibrated=False)
@@ -72,6 +73,7 @@ def test_a_replay_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["drive"]
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_replay_is_measured_against_events(tmp_path: Path) -> None:
     source = open_source(make_dataset(tmp_path / "drive", "......oo..............."))
     events = [Event(0.5, 0.75, "box"), Event(1.5, 1.7)]

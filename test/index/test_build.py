@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,27 +24,23 @@ from worlds.nominal_world import (
 
 from semantic_anomaly.errors import ArtefactError, IndexMismatchError, ModelOutputError
 from semantic_anomaly.index import build as index_build
-from semantic_anomaly.index.build import INSTANCES, instance_embeddings
+from semantic_anomaly.index.build import INSTANCES, NominalFrame, instance_embeddings
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import Frame, PatchGrid
 
 
-@pytest.fixture(scope="module")
-def index() -> NominalIndex:
-    return build()
+def build_of(frames: Iterable[NominalFrame], dedup_distance: float, **options: Any) -> NominalIndex:
+    return NominalIndex.build(
+        frames,
+        identity=IDENTITY,
+        settings=Settings(dedup_distance=dedup_distance),
+        **{"roi": RegionOfInterest(), **options},
+    )
 
 
-@pytest.fixture(scope="module")
-def saved(index: NominalIndex, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("saved") / "index"
-    index.save(folder)
-    return folder
-
-
-@pytest.mark.parametrize("exact_up_to", [10**6, 20], ids=["exact", "graph"])
-@pytest.mark.parametrize("dedup", [0.1, 0.2, 0.6])
+@pytest.mark.parametrize(("exact_up_to", "dedup"), [(10**6, 0.1), (10**6, 0.6), (20, 0.2)])
 def test_every_patch_lies_near_a_stored_one(
     monkeypatch: pytest.MonkeyPatch, exact_up_to: int, dedup: float
 ) -> None:
@@ -85,12 +82,7 @@ def test_the_graph_suppresses_nearly_what_the_product_does(
 
 def test_without_suppression_everything_is_stored() -> None:
     frames = list(make_frames(2))
-    index = NominalIndex.build(
-        [*frames, *frames],
-        identity=IDENTITY,
-        roi=RegionOfInterest(),
-        settings=Settings(dedup_distance=0.0),
-    )
+    index = build_of([*frames, *frames], 0.0)
     assert index.count == index.report.seen == 4 * GRID[0] * GRID[1]
     assert index.report.suppressed == 0
 
@@ -122,29 +114,25 @@ def test_building_holds_no_more_than_the_frame_at_hand() -> None:
             # The consumer's loop variable may hold the last one until the next arrives.
             assert sum(ref() is not None for ref in alive) <= 1
 
-    settings = Settings(dedup_distance=0.1)
-    NominalIndex.build(watched(), identity=IDENTITY, roi=RegionOfInterest(), settings=settings)
+    build_of(watched(), 0.1)
     assert len(alive) == 8
 
 
-def test_equal_builds_are_equal(index: NominalIndex, saved: Path, tmp_path: Path) -> None:
-    again = build()
+def test_equal_builds_are_equal(tmp_path: Path) -> None:
+    index, again = build(), build()
     assert again.fingerprint == index.fingerprint
+    index.save(tmp_path / "index")
     again.save(tmp_path / "again")
     for name in ("graph.hnsw", "embeddings.npy", "entries.npy"):
-        assert (tmp_path / "again" / name).read_bytes() == (saved / name).read_bytes()
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "index" / name).read_bytes()
     assert build(7).fingerprint != index.fingerprint
     assert build(roi=LEFT_HALF).fingerprint != index.fingerprint
 
 
 def test_frames_that_gave_nothing_new_are_not_kept() -> None:
     frames = list(make_frames(2))
-    index = NominalIndex.build(
-        [*frames, *((dataclasses.replace(f, name="again"), g) for f, g in frames)],
-        identity=IDENTITY,
-        roi=RegionOfInterest(),
-        settings=Settings(dedup_distance=0.01),
-    )
+    again = [(dataclasses.replace(frame, name="again"), grid) for frame, grid in frames]
+    index = build_of([*frames, *again], 0.01)
     assert index.frame_names == ("drive/000", "drive/001")
     assert index.report.frames == 4
 
@@ -155,11 +143,10 @@ def test_nothing_to_build_from_is_an_error() -> None:
 
 
 def test_grids_of_another_dimension_are_refused() -> None:
-    identity = dataclasses.replace(IDENTITY, dim=DIM + 1)
-    with pytest.raises(IndexMismatchError, match=r"drive/000.*expected 17, found 16"):
-        NominalIndex.build(
-            make_frames(1), identity=identity, roi=RegionOfInterest(), settings=Settings()
-        )
+    frame, grid = next(make_frames(1))
+    wide = unit(np.ones((*GRID, DIM + 1)))
+    with pytest.raises(IndexMismatchError, match=r"drive/000.*expected 16, found 17"):
+        build_of([(frame, PatchGrid(wide, wide[0, 0], grid.image_hw))], 0.1)
 
 
 def test_a_graph_that_grew_can_be_saved_and_searched(
@@ -167,7 +154,7 @@ def test_a_graph_that_grew_can_be_saved_and_searched(
 ) -> None:
     monkeypatch.setattr(index_build, "_EXACT_UP_TO", 0)
     monkeypatch.setattr(index_build, "_BLOCK", 10)
-    build(40).save(tmp_path / "grown")
+    build(12).save(tmp_path / "grown")
     index = NominalIndex.load(tmp_path / "grown")
     index.configure_search("graph", 300)
     queries = patches(2, seed=5)
@@ -185,15 +172,10 @@ def similar_patches(step: float, seed: int = 0) -> PatchGrid:
     return PatchGrid(features, features.mean((0, 1)), (200, 300))
 
 
-def measured(grids: list[PatchGrid], roi: RegionOfInterest | None = None) -> float:
+def measured(grids: list[PatchGrid], **options: Any) -> float:
     """Return the `dedup_distance` that is measured on grids."""
     frame, _ = next(make_frames(1))
-    index = NominalIndex.build(
-        [(frame, grid) for grid in grids],
-        identity=IDENTITY,
-        roi=roi or RegionOfInterest(),
-        settings=Settings(dedup_distance=-1.0),
-    )
+    index = build_of([(frame, grid) for grid in grids], -1.0, **options)
     return index.content.limits["dedup_distance"]
 
 
@@ -202,13 +184,11 @@ def test_a_suitable_distance_follows_the_scale_of_the_backbone() -> None:
     assert 0 < 20 * fine < coarse < 1
     grid = similar_patches(1.0)
     flat = grid.features.reshape(-1, DIM)
-    nearest = []
-    for number, (row, col) in enumerate(np.ndindex(20, 30)):
-        rows, cols = np.divmod(np.arange(600), 30)
-        far = np.maximum(abs(rows - row), abs(cols - col)) > 4
-        nearest.append(1 - (flat[far] @ flat[number]).max())
+    cells = np.argwhere(np.ones((20, 30)))
+    far = np.abs(cells[:, None] - cells).max(axis=2) > 4
+    nearest = 1 - np.where(far, flat @ flat.T, -1).max(axis=1)
     assert measured([grid]) == pytest.approx(np.median(nearest), rel=0.05)
-    assert measured([grid], LEFT_HALF) == measured([grid])
+    assert measured([grid], roi=LEFT_HALF) == measured([grid])
     first = [similar_patches(1.0, seed) for seed in range(8)]
     assert measured([*first, similar_patches(0.1)]) == measured(first), "8 frames are measured"
 
@@ -248,13 +228,7 @@ def test_frames_without_instances_give_none() -> None:
     frames = [(f, dataclasses.replace(g, instances=empty)) for f, g in make_frames(12)]
 
     def built(frames: list[tuple[Frame, PatchGrid]]) -> NominalIndex:
-        return NominalIndex.build(
-            frames,
-            identity=IDENTITY,
-            roi=RegionOfInterest(),
-            settings=Settings(dedup_distance=-1.0),
-            segmenter=SEGMENTER,
-        )
+        return build_of(frames, -1.0, segmenter=SEGMENTER)
 
     assert not built(frames).parts
     # They are not among the 8 frames that are measured.
@@ -280,12 +254,6 @@ def test_what_is_not_nominal_reaches_no_stage() -> None:
         )
         assert len(instances.embeddings) == 2, "the upper half is not nominal"
         assert instances.cells.tolist()[1] == [0, 0]
-    index = NominalIndex.build(
-        [(frame, grid, nominal)],
-        identity=IDENTITY,
-        roi=RegionOfInterest(),
-        settings=Settings(dedup_distance=0.0),
-        segmenter=SEGMENTER,
-    )
+    index = build_of([(frame, grid, nominal)], 0.0, segmenter=SEGMENTER)
     assert (index.count, index.parts[INSTANCES].count) == (GRID[0] * GRID[1] - 1, 2)
     assert [0, 0, 1] not in index.content.entries.tolist()

@@ -24,9 +24,8 @@ def index() -> NominalIndex:
 def edited(index: NominalIndex) -> IndexContent:
     """Two entries retracted by edit 1, two frames added by edit 2."""
     retracted = retract(index, [1, 5])
-    return add_nominal(retracted, make_frames(2, 7), roi=RegionOfInterest(), source="new")[
-        0
-    ].content
+    added, _ = add_nominal(retracted, make_frames(2, 7), roi=RegionOfInterest(), source="new")
+    return added.content
 
 
 @pytest.mark.parametrize(
@@ -64,29 +63,26 @@ def test_the_fingerprint_is_that_of_the_content(index: NominalIndex) -> None:
     assert len({index.fingerprint, *(fingerprint(**c) for c in changes)}) == 1 + len(changes)
 
 
-def test_numbers_leave_out_what_is_retracted(index: NominalIndex, edited: IndexContent) -> None:
+def test_retracted_entries_are_kept_as_they_were(index: NominalIndex, edited: IndexContent) -> None:
     assert index.content.numbers.tolist() == list(range(index.count))
-    assert edited.numbers.tolist()[:5] == [0, 2, 3, 4, 6] and len(edited.numbers) == len(
-        edited.embeddings
-    )
-
-
-def without(content: IndexContent, rows: int) -> IndexContent:
-    assert content.retracted is not None
-    entries = content.retracted.entries[:rows]
-    return replace(content, retracted=replace(content.retracted, entries=entries))
+    numbers = edited.numbers.tolist()
+    assert numbers[:5] == [0, 2, 3, 4, 6] and len(numbers) == len(edited.embeddings)
+    assert edited.retracted is not None
+    np.testing.assert_array_equal(edited.retracted.embeddings, index.content.embeddings[[1, 5]])
+    assert edited.retracted.entries[:, 3:].tolist() == [[1, 1], [5, 1]]
 
 
 def renumbered(content: IndexContent, numbers: list[int]) -> IndexContent:
+    """Keep only so many of the retracted entries, and number them so."""
     assert content.retracted is not None
-    entries = content.retracted.entries.copy()
+    entries = content.retracted.entries[: len(numbers)].copy()
     entries[:, 3] = numbers
     return replace(content, retracted=replace(content.retracted, entries=entries))
 
 
-def changed(content: IndexContent, place: int, **changes: object) -> IndexContent:
+def changed(content: IndexContent, position: int, **changes: object) -> IndexContent:
     edits = list(content.edits)
-    edits[place] = replace(edits[place], **changes)  # type: ignore[arg-type]
+    edits[position] = replace(edits[position], **changes)  # type: ignore[arg-type]
     return replace(content, edits=tuple(edits))
 
 
@@ -105,7 +101,7 @@ def changed(content: IndexContent, place: int, **changes: object) -> IndexConten
         lambda c: replace(c, edits=c.edits[:1] * 2),
         lambda c: replace(c, edits=c.edits[1:]),
         lambda c: replace(c, retracted=None),
-        lambda c: without(c, 1),
+        lambda c: renumbered(c, [1]),
         lambda c: renumbered(c, [5, 1]),
         lambda c: renumbered(c, [-1, 5]),
         lambda c: renumbered(c, [1, 100_000]),
@@ -116,9 +112,3 @@ def test_edits_that_do_not_agree(
 ) -> None:
     assert edited.edits_agree()
     assert not forge(edited).edits_agree()
-
-
-def test_retracted_entries_are_kept_as_they_were(index: NominalIndex, edited: IndexContent) -> None:
-    assert edited.retracted is not None
-    np.testing.assert_array_equal(edited.retracted.embeddings, index.content.embeddings[[1, 5]])
-    assert edited.retracted.entries[:, 3:].tolist() == [[1, 1], [5, 1]]

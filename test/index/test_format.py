@@ -23,7 +23,9 @@ from semantic_anomaly.roi import RegionOfInterest
 
 @pytest.fixture(scope="module")
 def index() -> NominalIndex:
-    return build()
+    """Two entries retracted by edit 1, two frames added by edit 2."""
+    edited = retract(build(), [1, 5])
+    return add_nominal(edited, make_frames(2, 7), roi=RegionOfInterest(), source="s")[0]
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +38,6 @@ def saved(index: NominalIndex, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture
 def copy(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "copy"))
-
-
-FILES = ("manifest.json", "graph.hnsw", "embeddings.npy", "entries.npy", "frames/000000.jpg")
 
 
 def flip(position: float) -> Callable[[Path], None]:
@@ -57,15 +56,24 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "longer": lambda path: path.write_bytes(path.read_bytes() + b"\n"),
     "folder": lambda path: (path.unlink(), path.mkdir()),
     "link": lambda path: path.symlink_to(path.rename(path.parent.parent.parent / "moved")),
-    **{f"flipped_at_{p}": flip(p) for p in (0.0, 0.02, 0.3, 0.7, 1.0)},
+    "flipped": flip(0.7),
+    "flipped at the end": flip(1.0),
 }
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", sorted(DAMAGES))
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *((name, damage) for name in ("manifest.json", "graph.hnsw") for damage in DAMAGES),
+        *((f"{name}.npy", "flipped") for name in ("embeddings", "entries")),
+        ("frames/000000.jpg", "missing"),
+        ("retracted_embeddings.npy", "missing"),
+        ("retracted_entries.npy", "flipped at the end"),
+    ],
+)
 def test_damage_is_noticed(copy: Path, name: str, damage: str) -> None:
     DAMAGES[damage](copy / name)
-    with pytest.raises(IndexFormatError, match=str(copy)):
+    with pytest.raises(IndexFormatError, match=rf"{copy}.*{name}"):
         NominalIndex.load(copy)
 
 
@@ -97,7 +105,6 @@ def test_signing_again_without_a_change_is_harmless(copy: Path) -> None:
 
 CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "format": lambda m: m.update(format="other"),
-    "newer version": lambda m: m.update(format_version=2),
     "surplus key": lambda m: m.update(surplus=1),
     "dim": lambda m: m["content"].update(dim=DIM * 2),
     "count": lambda m: m["content"].update(count=5),
@@ -202,7 +209,7 @@ def test_every_single_byte_of_the_manifest_counts(copy: Path) -> None:
 
 
 def test_another_version_is_to_be_built_again(copy: Path) -> None:
-    sign_again(copy, CHANGES["newer version"])
+    sign_again(copy, lambda m: m.update(format_version=2))
     with pytest.raises(IndexFormatError, match="format version 1, found 2; build the index again"):
         NominalIndex.load(copy)
 
@@ -236,25 +243,6 @@ def test_calibrations_are_known_by_name(copy: Path, name: str, expected: bool) -
         refuse_existing(copy, force=True)
 
 
-@pytest.fixture(scope="module")
-def saved_edited(index: NominalIndex, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("edited") / "index"
-    retracted = retract(index, [1, 5])
-    add_nominal(retracted, make_frames(2, 7), roi=RegionOfInterest(), source="s")[0].save(folder)
-    return folder
-
-
-@pytest.mark.parametrize("name", ["retracted_embeddings.npy", "retracted_entries.npy"])
-@pytest.mark.parametrize("damage", ["missing", "flipped_at_1.0"])
-def test_damage_to_retracted_entries_is_noticed(
-    saved_edited: Path, name: str, damage: str, tmp_path: Path
-) -> None:
-    copy = Path(shutil.copytree(saved_edited, tmp_path / "copy"))
-    DAMAGES[damage](copy / name)
-    with pytest.raises(IndexFormatError, match=name):
-        NominalIndex.load(copy)
-
-
 @pytest.mark.parametrize(
     "forge",
     [
@@ -267,12 +255,7 @@ def test_damage_to_retracted_entries_is_noticed(
         lambda m: m["written"]["edits"][0].update(surplus=""),
     ],
 )
-def test_forged_edits_are_refused(
-    saved_edited: Path, forge: Callable[[dict[str, Any]], object], tmp_path: Path
-) -> None:
-    copy = Path(shutil.copytree(saved_edited, tmp_path / "copy"))
-    sign_again(copy)
-    NominalIndex.load(copy)
+def test_forged_edits_are_refused(copy: Path, forge: Callable[[dict[str, Any]], object]) -> None:
     sign_again(copy, forge)
     with pytest.raises(IndexFormatError):
         NominalIndex.load(copy)

@@ -64,16 +64,13 @@ def test_compressed_bags_are_read(tmp_path: Path, storage: str, mode: Compressio
     assert [int(frame.image[0, 0, 0]) for frame in open_source(bag)] == [0, 1, 2]
 
 
-@pytest.mark.parametrize("selection", ["0:4", "4:", "::3", "-3:", ":-3", "1:100:2", ":", "11:12"])
-@pytest.mark.parametrize("storage", STORAGES)
-def test_selections_mean_what_python_slices_mean(
-    tmp_path: Path, storage: str, selection: str
-) -> None:
-    bag = write_bag(tmp_path / "drive", {RAW: [raw(n) for n in range(12)]}, storage)
-    expected = list(range(12))[slice(*(int(p) if p else None for p in selection.split(":")))]
-    source = open_source(f"{bag}[{selection}]")
-    assert source.count == len(expected)
-    assert [frame.name for frame in source] == [f"drive/{n:06d}" for n in expected]
+def test_selections_mean_what_python_slices_mean(tmp_path: Path) -> None:
+    bag = write_bag(tmp_path / "drive", {RAW: [raw(n) for n in range(6)]})
+    for selection in ("0:4", "4:", "::3", "-3:", ":-3", "1:100:2", "5:6"):
+        expected = range(6)[slice(*(int(p) if p else None for p in selection.split(":")))]
+        source = open_source(f"{bag}[{selection}]")
+        assert source.count == len(expected)
+        assert [frame.name for frame in source] == [f"drive/{n:06d}" for n in expected], selection
 
 
 def test_images_without_a_stamp_get_the_recording_time(tmp_path: Path) -> None:
@@ -134,25 +131,25 @@ def test_a_bag_without_images_is_refused(tmp_path: Path) -> None:
         open_source(empty)
 
 
-@pytest.mark.parametrize("share", [0.999, 0.9, 0.5, 0.1, 0.01, 0.0])
 @pytest.mark.parametrize("storage", STORAGES)
-def test_a_truncated_bag_is_refused(tmp_path: Path, storage: str, share: float) -> None:
-    bag = write_bag(tmp_path / "drive", {RAW: [raw(n) for n in range(50)]}, storage)
+def test_a_truncated_bag_is_refused(tmp_path: Path, storage: str) -> None:
+    bag = write_bag(tmp_path / "drive", {RAW: [raw(n) for n in range(20)]}, storage)
     file = data_file(bag)
-    file.write_bytes(file.read_bytes()[: int(file.stat().st_size * share)])
-    for path in (bag, file):
-        with pytest.raises(SourceError, match=r"cannot be opened .*mcap recover|is truncated"):
-            list(open_source(path))
+    for share in (0.999, 0.5, 0.01, 0.0):
+        file.write_bytes(file.read_bytes()[: int(file.stat().st_size * share)])
+        for path in (bag, file):
+            with pytest.raises(SourceError, match=r"cannot be opened .*mcap recover|is truncated"):
+                list(open_source(path))
 
 
 def test_messages_lost_in_the_middle_are_noticed(tmp_path: Path) -> None:
-    bag = write_bag(tmp_path / "drive", {RAW: [raw(n) for n in range(20)]}, "sqlite3")
+    bag = write_bag(tmp_path / "drive", {RAW: [raw(n) for n in range(10)]}, "sqlite3")
     with sqlite3.connect(data_file(bag)) as database:
         database.execute("DELETE FROM messages WHERE id IN (7, 8)")
     database.close()
     frames = iter(open_source(bag))
-    assert len(list(itertools.islice(frames, 18))) == 18
-    with pytest.raises(SourceError, match="is damaged: 18 of 20 messages of topic '/camera/im"):
+    assert len(list(itertools.islice(frames, 8))) == 8
+    with pytest.raises(SourceError, match="is damaged: 8 of 10 messages of topic '/camera/im"):
         next(frames)
     # What lies before the end of a selection is all that a selection needs.
     assert len(list(open_source(f"{bag}[:5]"))) == 5
@@ -226,7 +223,7 @@ def test_a_journal_left_by_a_killed_recorder_is_refused(tmp_path: Path, kind: st
             open_source(path)
 
 
-def test_a_database_that_lacks_a_few_bytes_is_refused(tmp_path: Path) -> None:
+def test_a_database_that_lacks_a_byte_is_refused(tmp_path: Path) -> None:
     bag = write_bag(tmp_path / "drive", {RAW: [raw(n) for n in range(9)]}, "sqlite3")
     content = data_file(bag).read_bytes()
     data_file(bag).write_bytes(content[:-1])
@@ -240,7 +237,7 @@ def test_random_damage_raises_only_input_errors(tmp_path: Path, rng: np.random.G
     for storage in STORAGES:
         bag = write_bag(tmp_path / storage, {RAW: [raw(n) for n in range(5)]}, storage)
         file, content = data_file(bag), np.fromfile(data_file(bag), np.uint8)
-        for _ in range(40):
+        for _ in range(15):
             damaged = content.copy()
             damaged[rng.integers(0, len(content), 30)] = rng.integers(0, 256, 30)
             file.write_bytes(damaged.tobytes())

@@ -13,8 +13,7 @@ import cv2
 import numpy as np
 import pytest
 
-from semantic_anomaly import storage
-from semantic_anomaly.errors import ArtefactError, ImageError
+from semantic_anomaly.errors import ImageError
 from semantic_anomaly.io.images import (
     DEPTH_ENCODINGS,
     RAW_ENCODINGS,
@@ -78,8 +77,7 @@ def message(
 PLAIN = [e for e in RAW_ENCODINGS if not e.startswith(("bayer", "yu", "uy", "nv"))]
 
 
-@pytest.mark.parametrize("padding", [0, 1, 5])
-@pytest.mark.parametrize("big", [False, True])
+@pytest.mark.parametrize(("padding", "big"), [(0, False), (5, False), (5, True)])
 @pytest.mark.parametrize("encoding", PLAIN)
 def test_every_plain_encoding_gives_the_known_rgb(
     encoding: str, big: bool, padding: int, rgb: np.ndarray
@@ -91,30 +89,24 @@ def test_every_plain_encoding_gives_the_known_rgb(
     np.testing.assert_array_equal(image, expected)
 
 
-@pytest.mark.parametrize("padding", [0, 3])
-@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize(("bits", "big"), [(8, False), (16, False), (16, True)])
 @pytest.mark.parametrize("pattern", ["rggb", "bggr", "gbrg", "grbg"])
-def test_bayer_patterns_give_back_a_flat_colour(pattern: str, bits: int, padding: int) -> None:
+def test_bayer_patterns_give_back_a_flat_colour(pattern: str, bits: int, big: bool) -> None:
     colour = {"r": 200, "g": 90, "b": 30}
-    cell = np.array([[colour[pattern[0]], colour[pattern[1]]],
-                     [colour[pattern[2]], colour[pattern[3]]]], np.uint8)  # fmt: skip
+    cell = np.array([colour[channel] for channel in pattern], np.uint8).reshape(2, 2)
     mosaic = np.tile(cell, (4, 5))[..., None]
-    for big in (False, True):
-        step, data = message(mosaic, padding=padding, wide=bits == 16, big=big)
-        image = decode_raw(f"bayer_{pattern}{bits}", 8, 10, step, big, data)
-        np.testing.assert_array_equal(image, np.broadcast_to([200, 90, 30], (8, 10, 3)))
+    step, data = message(mosaic, padding=3, wide=bits == 16, big=big)
+    image = decode_raw(f"bayer_{pattern}{bits}", 8, 10, step, big, data)
+    np.testing.assert_array_equal(image, np.broadcast_to([200, 90, 30], (8, 10, 3)))
 
 
 # ITU-R BT.601, limited range: (Y, U, V) of the pure colours.
 YUV = {(255, 0, 0): (82, 90, 240), (0, 0, 255): (41, 240, 110), (255, 255, 255): (235, 128, 128)}
 
 
-@pytest.mark.parametrize("padding", [0, 4])
 @pytest.mark.parametrize("encoding", ["yuv422", "uyvy", "yuyv", "yuv422_yuy2", "nv12", "nv21"])
 @pytest.mark.parametrize("colour", YUV)
-def test_yuv_encodings_give_the_known_colour(
-    colour: tuple[int, int, int], encoding: str, padding: int
-) -> None:
+def test_yuv_encodings_give_the_known_colour(colour: tuple[int, int, int], encoding: str) -> None:
     y, u, v = YUV[colour]
     if encoding.startswith("nv"):
         chroma = [u, v] if encoding == "nv12" else [v, u]
@@ -123,31 +115,28 @@ def test_yuv_encodings_give_the_known_colour(
     else:
         pair = [u, y, v, y] if encoding in ("yuv422", "uyvy") else [y, u, y, v]
         rows = np.tile(np.array(pair, np.uint8), (6, 4))
-    step, data = message(rows, padding=padding)
+    step, data = message(rows, padding=4)
     image = decode_raw(encoding, 6, 8, step, False, data)
     assert image.shape == (6, 8, 3)
     assert np.abs(image.astype(int) - colour).max() <= 4
 
 
-@pytest.mark.parametrize("padding", [0, 2])
-def test_rgb8_is_a_view_of_the_message(rgb: np.ndarray, padding: int) -> None:
-    step, data = message(rgb, padding=padding)
+def test_rgb8_is_a_read_only_view_of_the_message(rgb: np.ndarray) -> None:
+    step, data = message(rgb, padding=2)
     buffer = bytearray(data)
     image = decode_raw("rgb8", HEIGHT, WIDTH, step, False, buffer)
     buffer[0] ^= 0xFF
     assert image[0, 0, 0] == rgb[0, 0, 0] ^ 0xFF
+    assert not image.flags.writeable
 
 
-@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview, "array", "ndarray"])
-def test_every_kind_of_buffer_is_accepted(kind: object, rgb: np.ndarray) -> None:
+def test_every_kind_of_buffer_is_accepted(rgb: np.ndarray) -> None:
     step, data = message(rgb[..., ::-1])
-    buffers: dict[Any, Any] = {
-        bytes: data, bytearray: bytearray(data), memoryview: memoryview(data),
-        "array": array("B", data), "ndarray": np.frombuffer(data, np.uint8),
-    }  # fmt: skip
-    np.testing.assert_array_equal(
-        decode_raw("bgr8", HEIGHT, WIDTH, step, False, buffers[kind]), rgb
-    )
+    array_data, ndarray = array("B", data), np.frombuffer(data, np.uint8)
+    for buffer in (data, bytearray(data), memoryview(data), array_data, ndarray):
+        np.testing.assert_array_equal(
+            decode_raw("bgr8", HEIGHT, WIDTH, step, False, buffer), rgb, str(type(buffer))
+        )
 
 
 GOOD: dict[str, Any] = {"encoding": "rgb8", "height": 4, "width": 5, "step": 15, "data": bytes(60)}
@@ -157,19 +146,13 @@ GOOD: dict[str, Any] = {"encoding": "rgb8", "height": 4, "width": 5, "step": 15,
     ("change", "found"),
     [
         ({"step": 14}, "step of at least 15 bytes, found 14"),
-        ({"step": 0}, "found 0"),
         ({"data": bytes(59)}, "expected 60 bytes .*found 59"),
         ({"data": bytes(61)}, "expected 60 bytes .*found 61"),
-        ({"data": b""}, "found 0"),
-        ({"height": 0}, "found 5x0"),
         ({"width": 0}, "found 0x4"),
         ({"height": -4}, "found 5x-4"),
         ({"height": 2**32 - 1, "width": 2**32 - 1, "step": 2**32 - 1}, "found 4294967295x"),
-        ({"height": 5, "width": 4}, "expected 75 bytes"),
-        ({"height": 3, "width": 6}, "step of at least 18"),
         ({"encoding": "mono16", "step": 9}, "at least 10 bytes, found 9"),
         ({"encoding": "uyvy", "step": 15}, "even width, found 5x4"),
-        ({"encoding": "yuyv", "step": 15}, "even width, found 5x4"),
         ({"encoding": "nv12", "data": bytes(90)}, "even width and height, found 5x4"),
         ({"encoding": "nv21", "height": 3, "width": 4, "step": 4}, "found 4x3"),
         ({"encoding": "nv12", "width": 4}, "expected 90 bytes .6 rows of 15."),
@@ -183,7 +166,7 @@ def test_sizes_that_disagree_are_refused(change: dict[str, Any], found: str) -> 
         decode_raw(is_bigendian=False, **{**GOOD, **change})
 
 
-@pytest.mark.parametrize("encoding", ["", "RGB8", "32FC1", "jpeg", "64FC3", "x" * 10_000])
+@pytest.mark.parametrize("encoding", ["", "RGB8", "32FC1", "x" * 10_000])
 def test_unknown_encodings_are_named_with_those_supported(encoding: str) -> None:
     with pytest.raises(UnsupportedEncodingError, match=r"'.*' is not supported.*bgr8") as raised:
         decode_raw(encoding, 4, 5, 15, False, bytes(60))
@@ -191,15 +174,14 @@ def test_unknown_encodings_are_named_with_those_supported(encoding: str) -> None
     assert len(str(raised.value)) < 600
 
 
-@pytest.mark.parametrize("padding", [0, 4])
 @pytest.mark.parametrize("big", [False, True])
 @pytest.mark.parametrize("encoding", DEPTH_ENCODINGS)
-def test_depth_becomes_metres(encoding: str, big: bool, padding: int) -> None:
+def test_depth_becomes_metres(encoding: str, big: bool) -> None:
     metres = np.array([[0.0, 1.5, 65.0], [0.25, 2.0, 0.001]])
     order = ">" if big else "<"
-    stored = metres.astype(f"{order}f4") if encoding == "32FC1" else (metres * 1000).round()
-    stored = stored if encoding == "32FC1" else stored.astype(f"{order}u2")
-    step, data = message(stored.view(np.uint8).reshape(2, -1), padding=padding)
+    scale, kind = (1, "f4") if encoding == "32FC1" else (1000, "u2")
+    stored = (metres * scale).round(3).astype(f"{order}{kind}")
+    step, data = message(stored.view(np.uint8).reshape(2, -1), padding=4)
     depth = decode_depth(encoding, 2, 3, step, big, data)
     assert depth.dtype == np.float32
     np.testing.assert_allclose(depth, metres, rtol=1e-6)
@@ -250,11 +232,11 @@ FORMATS: dict[str, tuple[str, int, tuple[int, ...]]] = {
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (7, 300), (301, 5)])
-def test_format_and_size_are_read_from_the_header(name: str, height: int, width: int) -> None:
+def test_format_and_size_are_read_from_the_header(name: str) -> None:
     suffix, _, options = FORMATS[name]
-    content = encoded(suffix, smooth(height, width), *options)
-    assert inspect_image(content) == (name.split()[0], width, height)
+    for height, width in ((1, 1), (7, 300), (301, 5)):
+        content = encoded(suffix, smooth(height, width), *options)
+        assert inspect_image(content) == (name.split()[0], width, height)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -350,9 +332,9 @@ def test_the_end_marker_of_a_preview_does_not_hide_truncation() -> None:
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".bmp", ".tiff"])
 def test_bytes_after_the_end_are_no_damage(suffix: str) -> None:
     content = encoded(suffix, smooth())
-    expected = decode_compressed(content)
-    for tail in (bytes(100), b"trailing"):
-        np.testing.assert_array_equal(decode_compressed(content + tail), expected)
+    np.testing.assert_array_equal(
+        decode_compressed(content + b"\0tail"), decode_compressed(content)
+    )
 
 
 def test_random_damage_raises_only_image_errors(rng: np.random.Generator) -> None:
@@ -402,12 +384,10 @@ def test_decompression_bombs_are_refused_by_their_header(monkeypatch: pytest.Mon
 
     webp = bytearray(encoded(".webp", smooth(), *LOSSLESS))
     struct.pack_into("<I", webp, 21, 16383 | 16383 << 14)
-    large_tiff = tiff(6, 4).replace(
-        struct.pack("<HHIH", 256, 3, 1, 6), struct.pack("<HHIH", 256, 3, 1, 65535)
-    )
-    large_tiff = large_tiff.replace(
-        struct.pack("<HHIH", 257, 3, 1, 4), struct.pack("<HHIH", 257, 3, 1, 65535)
-    )
+    large_tiff = tiff(6, 4)
+    for tag, side in ((256, 6), (257, 4)):
+        entry = struct.pack("<HHI", tag, 3, 1)
+        large_tiff = large_tiff.replace(entry + bytes([side, 0]), entry + b"\xff\xff")
     monkeypatch.setattr(cv2, "imdecode", decode)
     bombs = (png_claiming(50_000, 50_000), jpeg_claiming(65_000, 65_000), bytes(webp), large_tiff)
     for content in bombs:
@@ -464,23 +444,6 @@ def test_files_are_written_and_read_back(tmp_path: Path, name: str) -> None:
         write_image(path, image)
     assert np.abs(read_image(path).astype(int) - smooth()).max() <= 8
     assert [file.name for file in path.parent.iterdir()] == [path.name]
-
-
-def test_a_write_that_fails_keeps_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    target = tmp_path / "a.png"
-    write_image(target, smooth())
-
-    def fail(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(storage.os, "fsync", fail)
-    with pytest.raises(ArtefactError, match=r"cannot write '.*a\.png': No space left"):
-        write_image(target, np.zeros((5, 5, 3), np.uint8))
-    monkeypatch.undo()
-    np.testing.assert_array_equal(read_image(target), smooth())
-    assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:

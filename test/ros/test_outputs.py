@@ -20,6 +20,8 @@ from std_msgs.msg import Header, String
 from visualization_msgs.msg import Marker
 from worlds.ros import (
     HW,
+    SUCCESS,
+    TOPICS,
     bench,
     build_monitor,
     frame,
@@ -27,6 +29,7 @@ from worlds.ros import (
     odd_image,
     offline_detector,
     parameters,
+    two_cameras,
     values_of,
 )
 
@@ -44,7 +47,7 @@ def pixels(message: Any, dtype: Any) -> np.ndarray:
 def test_an_anomalous_image_gives_the_results_of_the_detector(values: dict[str, Any]) -> None:
     image = odd_image()
     with bench(values) as b:
-        b.start(*outputs_topics())
+        b.start(*TOPICS)
         sent = b.send(image)
         status = b.answer_message(sent)
         b.spin_until(lambda: all(b.got["camera"].values()))
@@ -133,10 +136,11 @@ def test_pictures_without_a_subscriber_are_not_drawn(
     with bench(values) as b:
         b.start("status")
         b.answer(b.send(odd_image()))
-        second = b.send(odd_image(2))
-        b.answer(second)
+        # Pictures come after the status; deactivation waits for them.
+        assert b.node.trigger_deactivate() == SUCCESS
         assert not drawn
         b.listen("overlay")
+        assert b.node.trigger_activate() == SUCCESS
         b.spin_until(b.connected)
         b.send(odd_image(3))
         b.spin_until(lambda: b.got["camera"]["overlay"])
@@ -144,12 +148,7 @@ def test_pictures_without_a_subscriber_are_not_drawn(
 
 
 def test_two_cameras_of_different_sizes_get_their_own_results(values: dict[str, Any]) -> None:
-    both = {
-        **values,
-        "cameras": ["left", "right"],
-        "left.image_topic": "/left/image",
-        "right.image_topic": "/right/image",
-    }
+    both = two_cameras(values, "left", "right")
     small, large = odd_image(5), cv2.resize(nominal_image(6), (280, 168))
     with bench(both, ("left", "right")) as b:
         b.start("status")
@@ -234,10 +233,6 @@ def test_detections_are_published_where_vision_msgs_is_installed(
         b.answer(b.send(nominal_image(10)))
         b.spin_until(lambda: received)
     assert received[0].data == "front_optical 0"
-
-
-def outputs_topics() -> list[str]:
-    return ["score", "status", "heatmap", "mask", "overlay", "overlay/compressed", "markers"]
 
 
 def camera_info() -> CameraInfo:

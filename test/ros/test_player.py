@@ -36,7 +36,7 @@ def test_a_missing_node_is_a_failure(
 def test_a_topic_without_a_subscriber_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     rclpy.init()
     try:
-        source_player = SourcePlayer("/nobody", "camera", "/unheard", compressed=False)
+        source_player = SourcePlayer("/nobody", "camera", "/unheard", False, False)
         monkeypatch.setattr(source_player, "spin_until", lambda done, timeout_s: False)
         with pytest.raises(SemanticAnomalyError, match=r"/unheard.*expected a subscriber"):
             source_player.play([], 0, 10.0)

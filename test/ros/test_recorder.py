@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import pytest
 pytest.importorskip("rclpy")
 
 import rclpy
-from worlds.ros import bench, odd_image, offline_detector, parameters
+from worlds.ros import bench, nominal_image, odd_image, offline_detector
 
 from semantic_anomaly.errors import InputError
 from semantic_anomaly.evaluation.events import Event
@@ -24,16 +25,11 @@ from semantic_anomaly.ros.recorder import ResultRecorder, main, write_recording
 KIND = "block"
 
 
-def test_live_and_offline_agree_frame_by_frame(
-    tmp_path: Path, index: Path, tiny_backbone: Path
-) -> None:
-    from worlds.ros import nominal_image
-
+def test_live_and_offline_agree_frame_by_frame(tmp_path: Path, values: dict[str, Any]) -> None:
     (tmp_path / "drive").mkdir()
     for number in range(12):
         image = odd_image(40) if 5 <= number < 8 else nominal_image(50 + number)
         write_image(tmp_path / "drive" / f"{number:02d}.png", image)
-    values = parameters(index, tiny_backbone)
     source, events = open_source(tmp_path / "drive"), [Event(0.45, 0.75, KIND)]
     expected = replay(offline_detector(values), source, tmp_path / "offline", events=events)
     with bench(values) as b:

@@ -12,14 +12,7 @@ import pytest
 pytest.importorskip("rclpy")
 
 from std_srvs.srv import Trigger
-from worlds.ros import (
-    SUCCESS,
-    bench,
-    build_monitor,
-    nominal_image,
-    odd_image,
-    parameters,
-)
+from worlds.ros import SUCCESS, Bench, bench, nominal_image, odd_image, parameters
 
 from semantic_anomaly.index import edits
 from semantic_anomaly.index.nominal_index import NominalIndex
@@ -33,8 +26,10 @@ from semantic_anomaly.settings import Settings
 
 
 @pytest.fixture
-def index(tmp_path: Path, tiny_backbone: Path) -> Path:
-    return build_monitor(tmp_path, tiny_backbone)
+def index(index: Path, tmp_path: Path) -> Path:
+    """Return a copy of the index, with the drives beside it, that may be written."""
+    shutil.copytree(index.parent, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "index"
 
 
 @pytest.fixture
@@ -52,7 +47,7 @@ def test_reset_clears_the_tracks(values: dict[str, Any]) -> None:
 
 
 def test_reload_takes_a_new_index_and_keeps_live_parameters(
-    values: dict[str, Any], index: Path, tmp_path: Path, tiny_backbone: Path
+    values: dict[str, Any], index: Path, tmp_path: Path
 ) -> None:
     with bench(values) as b:
         b.start("status")
@@ -63,7 +58,10 @@ def test_reload_takes_a_new_index_and_keeps_live_parameters(
         for number in range(12):
             write_image(tmp_path / "drive_0" / f"odd_{number:03d}.png", odd_image(number))
         assert b.answer(b.send(odd_image(3)))["decision"] == "anomaly"
-        rebuild(index, values, tmp_path)
+        settings = Settings.from_parameters(values)
+        rebuilt = build_index(tmp_path / "drive_0", settings=settings, out=index, force=True)
+        drives = [tmp_path / "drive_1", tmp_path / "drive_2"]
+        calibrate(rebuilt, drives, settings=settings, out=index)
         response = b.call("reload_index")
         assert response.success and "reloaded" in response.message
         after = b.node.models
@@ -76,7 +74,7 @@ def test_reload_takes_a_new_index_and_keeps_live_parameters(
 
 
 def test_a_false_alarm_is_added_and_the_addition_undone(
-    values: dict[str, Any], index: Path, capfd: pytest.CaptureFixture[str]
+    values: dict[str, Any], index: Path
 ) -> None:
     with bench({**values, "allow_add_nominal": True}) as b:
         b.start("status")
@@ -107,13 +105,6 @@ def test_nothing_is_added_unless_it_is_allowed(values: dict[str, Any], index: Pa
         assert NominalIndex.load(index).fingerprint == before
 
 
-def rebuild(index: Path, values: dict[str, Any], folder: Path) -> None:
-    settings = Settings.from_parameters(values)
-    rebuilt = build_index(folder / "drive_0", settings=settings, out=index, force=True)
-    drives = [folder / "drive_1", folder / "drive_2"]
-    calibrate(rebuilt, drives, settings=settings, out=index)
-
-
 def test_a_reload_that_fails_keeps_the_old_index_and_says_why(
     values: dict[str, Any], index: Path
 ) -> None:
@@ -133,57 +124,55 @@ def test_a_reload_that_fails_keeps_the_old_index_and_says_why(
         assert b.answer(b.send(nominal_image(10)))["decision"] == "nominal"
 
 
+class HeldReload:
+    """A call of ~/reload_index that is held while it loads."""
+
+    def __init__(self, b: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+        begun, self.go_on = threading.Event(), threading.Event()
+        original = models.load_detectors
+
+        def held(*args: Any) -> Any:
+            begun.set()
+            assert self.go_on.wait(20)
+            return original(*args)
+
+        monkeypatch.setattr(models, "load_detectors", held)
+        client = b.helper.create_client(Trigger, "/semantic_anomaly/reload_index")
+        b.spin_until(client.service_is_ready)
+        self.response = client.call_async(Trigger.Request())
+        b.spin_until(begun.is_set)
+
+
 def test_frames_are_processed_during_a_reload(
     values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun, go_on = threading.Event(), threading.Event()
-    original = models.load_detectors
-
-    def slow(*args: Any) -> Any:
-        begun.set()
-        assert go_on.wait(20)
-        return original(*args)
-
     with bench(values) as b:
         b.start("status")
-        monkeypatch.setattr(models, "load_detectors", slow)
-        client = b.helper.create_client(Trigger, "/semantic_anomaly/reload_index")
-        b.spin_until(client.service_is_ready)
-        done = client.call_async(Trigger.Request())
-        b.spin_until(begun.is_set)
+        reload = HeldReload(b, monkeypatch)
         assert b.answer(b.send(nominal_image(10)))["decision"] == "nominal"
         # Live parameters set meanwhile hold for the new index as well.
         assert b.set(threshold=0.9).successful
-        assert not done.done()
-        go_on.set()
-        b.spin_until(done.done)
-        assert done.result().success
+        assert not reload.response.done()
+        reload.go_on.set()
+        b.spin_until(reload.response.done)
+        assert reload.response.result().success
         assert b.answer(b.send(nominal_image(10)))["threshold"] == "0.9"
 
 
 def test_a_reload_overtaken_by_cleanup_changes_nothing(
     values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun, go_on = threading.Event(), threading.Event()
-    original = models.load_detectors
-
-    def slow(*args: Any) -> Any:
-        begun.set()
-        assert go_on.wait(20)
-        return original(*args)
-
     with bench(values) as b:
         assert b.node.trigger_configure() == SUCCESS
-        monkeypatch.setattr(models, "load_detectors", slow)
-        client = b.helper.create_client(Trigger, "/semantic_anomaly/reload_index")
-        b.spin_until(client.service_is_ready)
-        client.call_async(Trigger.Request())
-        b.spin_until(begun.is_set)
-        threading.Timer(0.2, go_on.set).start()
+        reload = HeldReload(b, monkeypatch)
+        # The reload goes on when cleanup waits for it.
+        services = b.node._node_services
+        join = services.join
+        monkeypatch.setattr(services, "join", lambda: (reload.go_on.set(), join()))
         assert b.node.trigger_cleanup() == SUCCESS
         assert b.node.models is None
-        for _ in range(5):
-            b.executor.spin_once(timeout_sec=0.05)
+        b.spin_until(reload.response.done)
+        assert "cleaned up meanwhile" in reload.response.result().message
         assert b.node.models is None
         monkeypatch.undo()
         assert b.node.trigger_configure() == SUCCESS

@@ -23,17 +23,17 @@ SIZE = (90, 160)
 def test_a_folder_has_the_frames_and_their_ground_truth(tmp_path: Path) -> None:
     drives = [
         StreetDrive(5, 20, image_hw=SIZE),
-        StreetDrive(6, 100, anomalies=["cow"], image_hw=SIZE),
+        StreetDrive(6, 80, anomalies=["cow"], image_hw=SIZE),
     ]
     out = tmp_path / "street"
     count = write_folder(drives, out, instances=True, depth=True, stride=10, progress=False)
-    assert count == 12
+    assert count == 10
     assert list(tmp_path.iterdir()) == [out]
     labels = json.loads((out / "labels.json").read_text())
     classes = json.loads((out / "instances" / "classes.json").read_text())
     cameras = json.loads((out / "camera.json").read_text())
     assert cameras["depth_unit_m"] == DEPTH_UNIT_M
-    assert len(labels) == 12
+    assert len(labels) == 10
     masks = {file.name for file in (out / "masks").iterdir()}
     assert masks == {name for name, label in labels.items() if label["anomaly"]}
     assert len(masks) >= 2
@@ -123,10 +123,8 @@ def test_a_bag_has_the_messages_of_the_drive(
     assert np.isnan(metres[0]).any()
 
 
-def test_bags_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
+def test_an_unknown_storage_is_refused(tmp_path: Path) -> None:
     drive = StreetDrive(5, 2, image_hw=SIZE)
     with pytest.raises(InputError, match="storage mcap or sqlite3"):
         write_bag(drive, tmp_path / "bag", storage="zip")  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="/camera/image_raw"):
-        write_bag(drive, tmp_path / "bag", storage="mcap", image_topic="camera")
     assert list(tmp_path.iterdir()) == []

@@ -29,7 +29,5 @@ def test_meshes_are_scaled_turned_and_shifted() -> None:
     np.testing.assert_allclose(rolled.points[1], (0, 1, 0), atol=1e-12)
 
 
-def test_parts_are_named_and_colours_clipped() -> None:
-    mesh = box((1, 1, 1), GREY).named("anomaly")
-    assert {face.part for face in mesh.faces} == {"anomaly"}
+def test_colours_are_clipped() -> None:
     assert shade((200, 100, 0), 2.0) == (255.0, 200.0, 0.0)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import nn
 
 PREPROCESSOR = {
@@ -33,7 +34,6 @@ HEADS = {"num_heads": [2, 2, 2, 2], "window_size": 4}
 # Family, configuration, layers, and the stride and dimension that they must give.
 FAMILIES: list[tuple[str, dict[str, Any], tuple[int, ...], int, int]] = [
     ("Dinov2Model", {}, (), 14, 32),
-    ("Dinov2Model", {}, (1, -1), 14, 64),
     ("Dinov2WithRegistersModel", {"num_register_tokens": 3}, (), 14, 32),
     ("DINOv3ViTModel", {**VIT, "num_register_tokens": 4}, (2, 3), 16, 64),
     ("ViTModel", VIT, (), 16, 32),
@@ -82,22 +82,11 @@ class Averages(nn.Module):
 
 def save_backbone(folder: Path, model_class: str = "Dinov2Model", **config: object) -> Path:
     """Save a small randomly initialised backbone as a Hugging Face folder."""
-    import torch
-    import transformers
-
     torch.manual_seed(0)
-    defaults: dict[str, object] = {
-        "hidden_size": 32,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "intermediate_size": 64,
-        "mlp_ratio": 2,
-        "image_size": 56,
-        "patch_size": 14,
-    }
+    defaults: dict[str, object] = {**VIT, "mlp_ratio": 2, "image_size": 56, "patch_size": 14}
     config_class = getattr(transformers, model_class.replace("Model", "Config"))
     known = defaults if "Dinov2" in model_class else {}
-    model = getattr(transformers, model_class)(config_class(**{**known, **config}))
+    model = getattr(transformers, model_class)(config_class(**(known | config)))
     model.eval().save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
     return folder

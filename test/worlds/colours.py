@@ -1,8 +1,9 @@
-"""A backbone that sees colours only, and small streets for it: fast, and right by inspection."""
+"""A backbone of mean colours, and small streets for it: fast, with results computed by hand."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -72,17 +73,23 @@ def street(seed: int, odd: bool = False, image_hw: tuple[int, int] = IMAGE_HW) -
     return Frame(image.clip(0, 255).astype(np.uint8), seed * 100_000_000, "cam", f"drive/{seed}")
 
 
+@cache
+def embedded_street(seed: int) -> tuple[Frame, PatchGrid]:
+    """Return a nominal street with its patch embeddings."""
+    frame = street(seed)
+    return frame, ColourEmbedder().embed([frame.image])[0]
+
+
 def make_detector(
     *,
     calibrated: bool = True,
     roi: RegionOfInterest | None = None,
-    embedder: ColourEmbedder | None = None,
     frames: int = 30,
     **changes: Any,
 ) -> AnomalyDetector:
     """Return a detector of plain distances: no score normalisation, no smoothing."""
     roi = roi or RegionOfInterest()
-    embedder = embedder or ColourEmbedder()
+    embedder = ColourEmbedder()
     parameters = {
         **{"target_false_alarm_rate": 0.05, "dedup_distance": 0.001, "smoothing": 0.0},
         **{"variant": "grid", **changes},
@@ -91,9 +98,8 @@ def make_detector(
         parameters["camera.region_of_interest"] = [v for xy in roi.polygon_xy for v in xy]
     settings = Settings.from_parameters(parameters)
     base = settings.replace(threshold=0.0, target_false_alarm_rate=0.05)
-    nominal = (street(seed) for seed in range(frames))
     index = NominalIndex.build(
-        ((frame, embedder.embed([frame.image])[0]) for frame in nominal),
+        (embedded_street(seed) for seed in range(frames)),
         identity=embedder.identity,
         roi=roi,
         settings=base,
@@ -102,9 +108,7 @@ def make_detector(
     if not calibrated:
         return AnomalyDetector(index, settings=settings, embedder=embedder)
     scorer = AnomalyDetector(index, settings=base, embedder=embedder)
-    scores = [
-        scorer.score(embedder.embed([street(seed).image])[0]).score for seed in range(1000, 1040)
-    ]
+    scores = [scorer.score(embedded_street(seed)[1]).score for seed in range(1000, 1040)]
     calibration = Calibration.fit(
         {"a": scores[:20], "b": scores[20:]},
         heatmap_low=0.001,
@@ -118,6 +122,6 @@ def make_detector(
 
 
 def said(result: AnomalyResult) -> tuple[Any, ...]:
-    """Return what a result states, its pictures aside."""
-    places = tuple((p.box_xyxy, p.score, p.label) for p in result.localizations)
-    return result.score, result.decision, result.p_value, result.threshold, places
+    """Return the values of a result without its images."""
+    localizations = tuple((item.box_xyxy, item.score, item.label) for item in result.localizations)
+    return result.score, result.decision, result.p_value, result.threshold, localizations

@@ -1,4 +1,4 @@
-"""Folders of nominal drives in colours, and their calibration."""
+"""Folders of nominal drives in colours, their index and their calibration."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import cv2
 
 from semantic_anomaly.calibration.calibration import Calibration
 from semantic_anomaly.index.nominal_index import NominalIndex
+from semantic_anomaly.offline.build_index import build_index
 from semantic_anomaly.offline.calibrate import calibrate
 from semantic_anomaly.settings import Settings
 from worlds.colours import ColourEmbedder, street
@@ -16,8 +17,8 @@ from worlds.colours import ColourEmbedder, street
 SETTINGS = Settings(target_false_alarm_rate=0.1, dedup_distance=0.001)
 
 
-class Countdown(ColourEmbedder):
-    """Notes the sizes of the batches it was given."""
+class CountingEmbedder(ColourEmbedder):
+    """Records the sizes of its batches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +39,11 @@ def write_drives(root: Path) -> Path:
     return root
 
 
-def calibrated(index: NominalIndex, sources: list[Any], **changes: Any) -> Calibration:
+def build(sources: Any, **more: Any) -> NominalIndex:
+    """Return the index of nominal drives."""
+    return build_index(sources, **{"settings": SETTINGS, "embedder": ColourEmbedder(), **more})
+
+
+def calibrated(index: NominalIndex, sources: Any, **more: Any) -> Calibration:
     """Return the calibration of an index by nominal drives."""
-    settings = SETTINGS.replace(**changes)
-    return calibrate(index, sources, settings=settings, embedder=ColourEmbedder())
+    return calibrate(index, sources, **{"settings": SETTINGS, "embedder": ColourEmbedder(), **more})

@@ -96,6 +96,12 @@ def parameters(index: Path, backbone: Path, **changes: Any) -> dict[str, Any]:
     }
 
 
+def two_cameras(values: dict[str, Any], first: str, second: str) -> dict[str, Any]:
+    """Return parameters of two cameras, with images on /<camera>/image."""
+    topics = {f"{camera}.image_topic": f"/{camera}/image" for camera in (first, second)}
+    return {**values, **topics, "cameras": [first, second]}
+
+
 def offline_detector(values: dict[str, Any], camera: str = "camera") -> AnomalyDetector:
     """Return the detector that the commands load with the same parameters."""
     return load_detector(Settings.from_parameters(values), camera)
@@ -145,6 +151,24 @@ class Bench:
             assert time.monotonic() < end, "the expected event did not happen"
             self.executor.spin_once(timeout_sec=0.05)
 
+    def spin_until_logged(
+        self, text: str, capfd: pytest.CaptureFixture[str], act: Callable[[], Any] = lambda: None
+    ) -> str:
+        """Spin, and call act(), until stderr has a text; return stderr since the last reading.
+
+        The worker logs after it has published, so a message does not imply its log line.
+        """
+        log = ""
+
+        def logged() -> bool:
+            nonlocal log
+            act()
+            log += capfd.readouterr().err
+            return text in log
+
+        self.spin_until(logged)
+        return log
+
     def start(self, *topics: str) -> None:
         """Configure and activate the node, subscribe, and wait for the connections."""
         if topics:
@@ -165,7 +189,7 @@ class Bench:
         """Return a publisher that is connected to the node."""
         if topic not in self._publishers:
             self._publishers[topic] = self.helper.create_publisher(kind, topic, qos)
-            self.spin_until(lambda: self._publishers[topic].get_subscription_count() > 0)
+        self.spin_until(lambda: self._publishers[topic].get_subscription_count() > 0)
         return self._publishers[topic]
 
     def stamped(self, message: Any, ahead_s: float = 0.0, stamp_ns: int | None = None) -> Any:
@@ -184,8 +208,7 @@ class Bench:
 
     def answer(self, message: Any, camera: str = "camera") -> dict[str, str]:
         """Wait for the status that answers an image and return its values."""
-        array = self.answer_message(message, camera)
-        return values_of(array.status[0])
+        return values_of(self.answer_message(message, camera).status[0])
 
     def answer_message(self, message: Any, camera: str = "camera") -> DiagnosticArray:
         """Wait for the status that answers an image."""
@@ -249,9 +272,11 @@ def values_of(status: DiagnosticStatus) -> dict[str, str]:
 
 
 @contextmanager
-def bench(values: dict[str, Any], cameras: Sequence[str] = ("camera",)) -> Iterator[Bench]:
-    """Run a bench inside an initialised context of its own."""
-    rclpy.init()
+def bench(
+    values: dict[str, Any], cameras: Sequence[str] = ("camera",), args: Sequence[str] = ()
+) -> Iterator[Bench]:
+    """Run a bench inside an initialised context of its own, with ROS arguments."""
+    rclpy.init(args=["--ros-args", *args])
     try:
         running = Bench(values, cameras)
         try:

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from semantic_anomaly.embedding.identity import EmbedderIdentity, SegmenterIdentity
+from semantic_anomaly.embedding.identity import SegmenterIdentity
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.roi import RegionOfInterest
-from semantic_anomaly.segmentation.masks import InstanceMasks, patch_shares
+from semantic_anomaly.segmentation.embedder import RunningEmbedder
 from semantic_anomaly.segmentation.tokens import TokenSegmenter
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import Frame, PatchGrid
@@ -36,8 +36,8 @@ def halves(image: np.ndarray, grid_hw: tuple[int, int]) -> np.ndarray:
     magenta = (small[..., 0] > 200) & (small[..., 1] < 90)
     sky = np.zeros(grid_hw, bool)
     sky[: grid_hw[0] // 2] = True
-    found = np.stack([sky & ~magenta, ~sky & ~magenta, magenta])
-    return found[found.any(axis=(1, 2))]
+    masks = np.stack([sky & ~magenta, ~sky & ~magenta, magenta])
+    return masks[masks.any(axis=(1, 2))]
 
 
 class ByRule:
@@ -47,29 +47,16 @@ class ByRule:
         self._rule = rule
         self.identity = SegmenterIdentity("tokens", "", digest)
 
-    def segment(self, image: np.ndarray, grid: PatchGrid) -> InstanceMasks:
-        masks = self._rule(image, grid.grid_hw)
-        return InstanceMasks(masks, np.ones(len(masks), np.float32), grid.image_hw)
+    def segment(self, image: np.ndarray, grid: PatchGrid) -> np.ndarray:
+        return self._rule(image, grid.grid_hw)
 
 
-class SegmentedColours:
+class SegmentedColours(RunningEmbedder):
     """The colours of patches, with instances."""
 
     def __init__(self, segmenter: Any = None) -> None:
-        self._colours = ColourEmbedder()
-        self._segmenter = segmenter or TokenSegmenter()
-        self.identity: EmbedderIdentity = self._colours.identity
-        self.segmenter: SegmenterIdentity | None = self._segmenter.identity
-
-    def grid_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
-        return self._colours.grid_hw(image_hw)
-
-    def embed(self, images: Sequence[np.ndarray]) -> list[PatchGrid]:
-        found = []
-        for image, grid in zip(images, self._colours.embed(images), strict=True):
-            shares = patch_shares(self._segmenter.segment(image, grid), grid.grid_hw)
-            found.append(PatchGrid(grid.features, grid.global_feature, grid.image_hw, shares))
-        return found
+        backbone: Any = ColourEmbedder()
+        super().__init__(backbone, segmenter or TokenSegmenter())
 
     def frames(self, seeds: Sequence[int], odd: bool = False) -> list[tuple[Frame, PatchGrid]]:
         shown = [street(seed, odd) for seed in seeds]

@@ -1,0 +1,84 @@
+"""The index of nominal drives."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from worlds.colours import ColourEmbedder
+from worlds.nominal_drives import SETTINGS, CountingEmbedder, build, calibrated, write_drives
+
+from semantic_anomaly.errors import ArtefactError, SourceError, UnknownNameError
+from semantic_anomaly.index.nominal_index import NominalIndex
+from semantic_anomaly.io.open import open_source
+from semantic_anomaly.roi import RegionOfInterest
+
+
+@pytest.fixture(scope="module")
+def drives(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_drives(tmp_path_factory.mktemp("drives"))
+
+
+@pytest.fixture(scope="module")
+def index(drives: Path) -> NominalIndex:
+    return build(drives / "index")
+
+
+def test_index_holds_the_drive_and_names_it(index: NominalIndex, drives: Path) -> None:
+    assert index.report.frames == 10 and index.report.seen == 10 * 9 * 16
+    assert index.frame_names[0] == "index/000.png"
+    assert index.manifest["written"]["source"] == ["index"]
+    assert str(drives) not in str(index.manifest), "no path of this machine"
+    embedder = ColourEmbedder()
+    direct = NominalIndex.build(
+        ((frame, embedder.embed([frame.image])[0]) for frame in open_source(drives / "index")),
+        identity=embedder.identity,
+        roi=RegionOfInterest(),
+        settings=SETTINGS,
+    )
+    assert direct.fingerprint == index.fingerprint
+
+
+@pytest.mark.parametrize(("stride", "frames"), [(3, 4), (10, 1)])
+def test_stride_uses_every_nth_frame(drives: Path, stride: int, frames: int) -> None:
+    assert build(drives / "index", stride=stride).report.frames == frames
+
+
+def test_files_and_arrays_give_the_same_index(index: NominalIndex, drives: Path) -> None:
+    of_files = build(sorted((drives / "index").iterdir()))
+    assert of_files.fingerprint == index.fingerprint
+    of_arrays = build([frame.image for frame in open_source(drives / "index")])
+    np.testing.assert_array_equal(of_arrays.content.embeddings, index.content.embeddings)
+
+
+def test_predicted_size_is_logged_beforehand(
+    drives: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="semantic_anomaly.offline"):
+        build(drives / "index", max_entries=1000000, stride=2)
+    (record,) = caplog.records
+    most = NominalIndex.predicted_bytes(1000000, 4) / 1e6
+    assert f"at most {most:.0f} MB (1000000 entries)" in record.message
+    assert "all patches of the 5 frames were stored (144 per frame)" in record.message
+
+
+def test_an_existing_index_is_replaced_only_with_force(drives: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "index"
+    index = build(drives / "index", out=folder)
+    calibrated(index, [drives / "a", drives / "b"], out=folder)
+    embedder = CountingEmbedder()
+    with pytest.raises(ArtefactError, match=r"entries.*1 calibration.*force"):
+        build(drives / "b", out=folder, embedder=embedder)
+    assert embedder.batches == [], "refused before the work"
+    assert (folder / "calibration.json").is_file()
+    build(drives / "b", out=folder, force=True)
+    assert not (folder / "calibration.json").exists()
+
+
+def test_refuses_strides_and_unknown_cameras(drives: Path) -> None:
+    with pytest.raises(SourceError, match="stride: expected at least 1"):
+        build(drives / "a", stride=0)
+    with pytest.raises(UnknownNameError, match="unknown camera 'rear'"):
+        build(drives / "a", camera="rear")
