@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,8 +161,7 @@ def evaluate(
         album = None
         if out is not None:
             sheet = frozenset(_sheet_frames(dataset.truths))
-            alpha = detector.settings.overlay_alpha
-            album = report.Album(checkpoint.folder, detector.roi, alpha, step, sheet)
+            album = report.Album(checkpoint.folder, step, sheet)
         maps = checkpoint.scratch(MAPS, keep=save_maps)
         _score_frames(dataset, detector, protocol, album, checkpoint, maps, allow_seen, progress)
         pixels = PixelGroups()
@@ -232,11 +230,11 @@ def _score_frames(
                 number,
                 frame,
                 result,
+                detector,
                 stem=truth.stem,
                 caption=_caption(truth, result, row["localized"]),
                 mask=mask,
                 ranks=_ranks(row),
-                nearest=partial(report.nearest_nominal, detector, frame),
             )
         checkpoint.record(row)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path, PurePosixPath
@@ -73,8 +72,7 @@ def replay(
         **{"topic": getattr(source, "topic", None), "pictures": every, **described},
     }
     with resumable_report(out, SUMMARY, WRITTEN, key) as checkpoint:
-        alpha = detector.settings.overlay_alpha
-        album = report.Album(checkpoint.folder, detector.roi, alpha, every)
+        album = report.Album(checkpoint.folder, every)
         done = len(checkpoint.rows)
         bar = tqdm(source, "replay", count, unit="frame", disable=None if progress else True)
         for number, frame in enumerate(bar):
@@ -94,9 +92,9 @@ def replay(
                 number,
                 frame,
                 result,
+                detector,
                 stem=PurePosixPath(frame.name).stem,
                 caption=f"{frame.name}   {result.decision.value}   score {result.score:.3f}",
-                nearest=partial(report.nearest_nominal, detector, frame),
                 always=row["alarm"] and not (checkpoint.rows and checkpoint.rows[-1]["alarm"]),
             )
             checkpoint.record(row)

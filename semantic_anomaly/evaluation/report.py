@@ -6,7 +6,7 @@ import base64
 import heapq
 import json
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,6 @@ from semantic_anomaly.evaluation import extras
 from semantic_anomaly.evaluation.figures import at_width
 from semantic_anomaly.evaluation.measures import figure, interval, measure_rows, percent
 from semantic_anomaly.io.images import encode_jpeg, encode_png, read_image
-from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.structures import AnomalyResult, Frame
 
 if TYPE_CHECKING:
@@ -213,22 +212,12 @@ class Album:
 
     Args:
         folder: `overlays/`, `panels/`, `worst/` and `contact_sheet.jpg` are written here.
-        roi: region of interest of the camera.
-        alpha: opacity of the anomaly map in overlays.
         every: write pictures of every n-th frame, 0 for none.
         sheet: numbers of the frames on the contact sheet.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        roi: RegionOfInterest,
-        alpha: float,
-        every: int,
-        sheet: Collection[int] = (),
-    ) -> None:
-        self._folder, self._roi, self._alpha = folder, roi, alpha
-        self._every, self._sheet = every, sheet
+    def __init__(self, folder: Path, every: int, sheet: Collection[int] = ()) -> None:
+        self._folder, self._every, self._sheet = folder, every, sheet
         self._worst: dict[str, list[tuple[float, int, str]]] = {}
 
     def add(
@@ -236,12 +225,12 @@ class Album:
         number: int,
         frame: Frame,
         result: AnomalyResult,
+        detector: AnomalyDetector,
         *,
         stem: str,
         caption: str,
         mask: np.ndarray | None = None,
         ranks: Sequence[tuple[str, float]] = (),
-        nearest: Callable[[], np.ndarray | None] = lambda: None,
         always: bool = False,
     ) -> None:
         """Write the pictures of a frame that are due.
@@ -252,22 +241,22 @@ class Album:
             caption: one line.
             mask: (height, width) uint8 ground truth, or None.
             ranks: group and rank value; the `WORST` highest of each group are kept.
-            nearest: returns the fourth panel; called for kept and `always` frames only.
-            always: write this frame whatever its number.
+            always: write this frame whatever its number. Kept and `always` frames get a fourth
+                panel: the nearest nominal frame.
         """
         regular = always or (self._every > 0 and number % self._every == 0)
         extreme = self.rank(number, stem, ranks)
         if not (regular or extreme or number in self._sheet):
             return
-        overlay = draw_overlay(frame.image, result, self._roi, self._alpha)
+        overlay = draw_overlay(frame.image, result, detector.roi, detector.settings.overlay_alpha)
         if number in self._sheet:
             small = at_width(outline_truth(overlay, mask), SHEET_WIDTH_PX)
             small = np.concatenate([_strip(caption, small.shape[1], 18), small])
             self._write(f"{_SHEET}/{number:09d}.png", encode_png(small))
         if not (regular or extreme):
             return
-        pictures = [outline_truth(frame.image, mask), draw_heatmap(result, self._roi), overlay]
-        nominal = nearest() if extreme or always else None
+        pictures = [outline_truth(frame.image, mask), draw_heatmap(result, detector.roi), overlay]
+        nominal = nearest_nominal(detector, frame) if extreme or always else None
         if regular:
             panel = side_by_side(pictures, caption, nominal if always else None)
             self._write(f"overlays/{stem}.jpg", encode_jpeg(overlay))

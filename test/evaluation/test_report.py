@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from worlds.colours import make_detector
 
 from semantic_anomaly.evaluation.report import Album, outline_truth, side_by_side
 from semantic_anomaly.io.images import read_image
-from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.structures import AnomalyResult, Decision, Frame, HeatmapScale
 
 
@@ -23,19 +23,19 @@ def result_of(score: float, hw: tuple[int, int] = (36, 64)) -> AnomalyResult:
     return AnomalyResult(score, decision, 0.5, 0.5, heat, HeatmapScale(0.1, 0.5), labels)
 
 
-def fill(album: Album, scores: list[float], group: str = "highest_nominal") -> None:
+def fill(album: Album, scores: list[float]) -> None:
+    detector = make_detector()
     image = np.full((36, 64, 3), 90, np.uint8)
     for number, score in enumerate(scores):
         frame = Frame(image, number, name=f"d/{number}.png")
-        album.add(
-            number, frame, result_of(score), stem=str(number), caption="", ranks=[(group, score)]
-        )
+        result, ranks = result_of(score), [("highest_nominal", score)]
+        album.add(number, frame, result, detector, stem=str(number), caption="", ranks=ranks)
     album.finish()
 
 
 def test_the_album_keeps_the_worst_in_order_and_every_nth(tmp_path: Path) -> None:
     scores = [0.10, 0.90, 0.30, 0.80, 0.20, 0.70, 0.60]
-    fill(Album(tmp_path, RegionOfInterest(), 0.5, every=3, sheet=(0, 6)), scores)
+    fill(Album(tmp_path, every=3, sheet=(0, 6)), scores)
     names = contents(tmp_path)
     assert [n for n in names if n.startswith("overlays/")] == [
         f"overlays/{n}.jpg" for n in (0, 3, 6)
@@ -50,12 +50,12 @@ def test_the_album_keeps_the_worst_in_order_and_every_nth(tmp_path: Path) -> Non
 
 
 def test_the_album_may_be_asked_for_nothing(tmp_path: Path) -> None:
-    album = Album(tmp_path, RegionOfInterest(), 0.5, every=0)
+    album, detector = Album(tmp_path, every=0), make_detector()
     frame = Frame(np.zeros((36, 64, 3), np.uint8))
-    album.add(0, frame, result_of(0.2), stem="0", caption="")
+    album.add(0, frame, result_of(0.2), detector, stem="0", caption="")
     album.finish()
     assert contents(tmp_path) == []
-    album.add(1, frame, result_of(0.9), stem="1", caption="", always=True)
+    album.add(1, frame, result_of(0.9), detector, stem="1", caption="", always=True)
     assert contents(tmp_path) == ["overlays", "overlays/1.jpg", "panels", "panels/1.jpg"]
 
 
