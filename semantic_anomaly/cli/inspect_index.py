@@ -58,8 +58,7 @@ def run(args: argparse.Namespace) -> int:
         for number, stage in enumerate(index.stages):
             recall = stage.recall(_RECALL_QUERIES, args.neighbours)
             print(f"\nstage {number}: graph search against the exact one")
-            rows = [(name.replace("_", " "), f"{value:.6g}") for name, value in recall.items()]
-            print(table(rows))
+            print(table([(k.replace("_", " "), f"{value:.6g}") for k, value in recall.items()]))
     return 0
 
 

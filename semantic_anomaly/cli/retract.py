@@ -17,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--entries",
         metavar="12,15-20,1:33",
-        help="numbers as 'explain' prints them, 'STAGE:' before those of a further stage; they stay "
-        "until an addition is undone",
+        help="numbers as 'explain' prints them, 'STAGE:' before those of a further stage; they "
+        "stay until an addition is undone",
     )
     parser.add_argument("--frame", metavar="NAME", help="all entries of a nominal frame")
     parser.add_argument(

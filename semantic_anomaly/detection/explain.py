@@ -137,7 +137,8 @@ def _explained(
     parameters[:, embeddings.inside] = normalisation.parameters(
         embeddings.inside, embeddings.features[embeddings.inside]
     )
-    mean, deviation = parameters[:, *embeddings.cells[chosen].T]
+    row, col = embeddings.cells[chosen].T
+    mean, deviation = parameters[:, row, col]  # (n,) each
     distances = (np.clip(1.0 - similarities, 0.0, 2.0).T - mean).T / deviation[:, None]  # (n, k)
     unique_rows, positions, counts = np.unique(rows, return_inverse=True, return_counts=True)
     least = np.full(len(unique_rows), np.inf)

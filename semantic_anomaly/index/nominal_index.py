@@ -345,10 +345,10 @@ class NominalIndex:
                 raise IndexMismatchError(f"{what}: {name} of the embedder", expected, found, hint)
             own, other = index.stage.segmenter, running.segmenter
             if (own is None) != (other is None) or (own and other and not own.matches(other)):
-                texts = (
+                expected, found = (
                     "none" if s is None else f"{s.family} {s.digest[:12]}" for s in (own, other)
                 )
-                raise IndexMismatchError(f"{what}: segmenter", *texts, hint)
+                raise IndexMismatchError(f"{what}: segmenter", expected, found, hint)
 
     def check_roi(self, roi: RegionOfInterest) -> None:
         """Check that a region of interest is a part of the index's own.
