@@ -657,7 +657,8 @@ class Trainer:
             loss = imitation_loss(features, taught)
         else:
             across = torch.from_numpy(pairs.across).to(self._device)
-            loss = contrast_loss(*features.chunk(2), across, VIEW_HW)
+            first, second = features.chunk(2)
+            loss = contrast_loss(first, second, across, VIEW_HW)
         self._optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self._parameters, 1.0)
