@@ -106,9 +106,10 @@ class Settings:
     index: str = setting("", "Folder of the nominal index.", path=True)
     stages: tuple[str, ...] = setting(
         (),
-        "Stages of the index, each 'BACKBONE layer=L size=PX average=N kind=grid|instances "
-        "weight=W', all but the backbone optional; the anomaly map is the weighted sum of their "
-        "maps. Empty: those of the index, or the recommended ones for a new index.",
+        "Stages of the index, each 'BACKBONE layer=L size=PX average=N kind=KIND weight=W' with "
+        "the kind grid or instances; all but the backbone may be left out. The anomaly map is the "
+        "weighted mean of their maps. Empty: those of the index, or the recommended ones for a new "
+        "index.",
     )
     backbone: str = setting(
         "",

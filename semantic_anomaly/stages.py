@@ -47,7 +47,13 @@ class StageSpec:
 
     def __post_init__(self) -> None:
         rules = {
-            "backbone": ("a name or folder", bool(self.backbone.strip())),
+            # Others would not survive the way through the text.
+            "backbone": (
+                "a name or folder",
+                bool(self.backbone)
+                and self.backbone == self.backbone.strip()
+                and not _KEY.search(f" {self.backbone}"),
+            ),
             "layer": ("an integer", self.layer is None or type(self.layer) is int),
             "size": ("1 to 8192 pixels", type(self.size) is int and 1 <= self.size <= 8192),
             "average": (
@@ -69,7 +75,8 @@ class StageSpec:
         Raises:
             SettingsError: an unknown or repeated key, or a value of the wrong type or out of range.
         """
-        rest, values = text.strip(), dict[str, Any]()
+        # The blank lets a text without a backbone match, too.
+        rest, values = f" {text.strip()}", dict[str, Any]()
         types = {"layer": int, "size": int, "average": int, "kind": str, "weight": float}
         while match := _KEY.search(rest):
             key, value = match.groups()
@@ -86,7 +93,7 @@ class StageSpec:
                 ) from None
             rest = rest[: match.start()]
         try:
-            return cls(rest, **values)
+            return cls(rest.strip(), **values)
         except SettingsError as error:
             raise SettingsError(f"stage '{text}': {error}") from None
 

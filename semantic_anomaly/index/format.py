@@ -168,7 +168,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     version = manifest.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         raise _wrong(
-            folder, f"format version {FORMAT_VERSION}", f"{version!r}; build the index again"
+            folder, f"format version {FORMAT_VERSION}", f"{version!r}; build it again"
         )
     if set(manifest) != _KEYS:
         raise _wrong(folder, f"manifest.json with {sorted(_KEYS)}", sorted(manifest))
