@@ -41,7 +41,8 @@ def value_text(value: object) -> str:
 
 
 def parameter_line(name: str, spec: SettingSpec) -> str:
-    """Return the line of one parameter; a comment if it is unset, as ROS parameters have no null."""
+    """Return the line of one parameter; a comment if it is unset."""
+    # ROS parameters have no null.
     comment = "# " if spec.default is None else ""
     return f"{comment}{name}: {value_text(spec.default)}"
 

@@ -207,13 +207,9 @@ class Selection:
         """Take in the embeddings of a frame.
 
         Raises:
-            IndexMismatchError: embeddings of another dimension, or a grid of fewer stages.
+            IndexMismatchError: embeddings of another dimension.
         """
-        frame, grid = nominal_frame[:2]
-        if self._number >= len(grid.stages):
-            raise IndexMismatchError(
-                f"frame '{frame.name}': stages", f"more than {self._number}", len(grid.stages)
-            )
+        frame = nominal_frame[0]
         embeddings = FrameEmbeddings.of(nominal_frame, self._number, self._roi)
         found, dim = embeddings.embeddings.shape[1], self._embeddings.shape[1]
         if found != dim:
@@ -334,10 +330,15 @@ def select(frames: Iterable[NominalFrame], selections: Sequence[Selection]) -> N
     """Add nominal frames to all selections, and finish them.
 
     Raises:
-        IndexMismatchError: embeddings of another dimension.
+        IndexMismatchError: a grid of another number of stages, or embeddings of another dimension.
         ArtefactError: as `Selection.finish`.
     """
     for nominal_frame in frames:
+        frame, grid = nominal_frame[:2]
+        if len(grid.stages) != len(selections):
+            raise IndexMismatchError(
+                f"frame '{frame.name}': stages", len(selections), len(grid.stages)
+            )
         for selection in selections:
             selection.add(nominal_frame)
     for selection in selections:

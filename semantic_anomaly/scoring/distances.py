@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import cv2
 import numpy as np
 
+from semantic_anomaly.errors import ModelOutputError
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.scoring.anomaly_map import smoothed, smoothing_support, tail_count, tail_mean
@@ -66,7 +67,8 @@ class FrameScore:
         anomaly_map: (rows, cols) float32 on the finest grid, 0 outside the region of interest.
         inside: (rows, cols) bool, the patches of the region of interest.
         stage_maps: what the map is the sum of.
-        stage_scores: score of each stage by itself by its name; empty for one stage.
+        stage_scores: score of each stage by itself by its name, upper bounds where the search is not
+            exact; empty for one stage.
     """
 
     score: float
@@ -87,6 +89,12 @@ class FrameScorer:
 
     def __init__(self, index: NominalIndex, settings: Settings, roi: RegionOfInterest) -> None:
         self._index, self._settings, self._roi = index, settings, roi
+        names = [stage.stage.name for stage in index.stages]
+        # Stages may differ in what the name does not tell.
+        self._stage_names = [
+            name if names.count(name) == 1 else f"{name} ({number})"
+            for number, name in enumerate(names)
+        ]
 
     def distance_maps(self, grid: PatchGrid) -> list[DistanceMap]:
         """Return the distances of each stage, for calibration.
@@ -95,10 +103,11 @@ class FrameScorer:
             ModelOutputError: the image has grids of another number of stages.
             SettingsError: no patch lies inside the region of interest.
         """
+        self._check_stages(grid)
         maps = []
         for index, stage_grid in zip(self._index.stages, grid.stages, strict=True):
             stage = stage_embeddings(stage_grid, self._roi)
-            frame = _Frame([_Stage.of(index, stage, None)], self._settings)
+            frame = _Frame([_Stage.of(index, stage, 1.0, None)], self._settings)
             frame.search()
             values = stage.paint(frame.stages[0].distances)
             maps.append(DistanceMap(values, stage.inside, stage.features[stage.inside]))
@@ -121,12 +130,19 @@ class FrameScorer:
             threshold: of the score; None: there is none.
 
         Raises:
-            ModelOutputError: a distance is not finite.
+            ModelOutputError: a distance is not finite, or the image has grids of another number of
+                stages.
             SettingsError: no patch lies inside the region of interest.
         """
+        self._check_stages(grid)
         settings = self._settings
         stages = [
-            _Stage.of(index, stage_embeddings(stage_grid, self._roi), normalisation)
+            _Stage.of(
+                index,
+                stage_embeddings(stage_grid, self._roi),
+                index.stage.spec.weight,
+                normalisation,
+            )
             for index, stage_grid, normalisation in zip(
                 self._index.stages, grid.stages, normalisations, strict=True
             )
@@ -138,11 +154,11 @@ class FrameScorer:
         stage_scores = {}
         if len(stages) > 1:
             stage_scores = {
-                index.stage.name: tail_mean(
+                name: tail_mean(
                     smoothed(values, frame.inside, settings.smoothing)[frame.inside],
                     settings.tail_percent,
                 )
-                for index, values in zip(self._index.stages, frame.z_maps(), strict=True)
+                for name, values in zip(self._stage_names, frame.z_maps(), strict=True)
             }
         return FrameScore(
             tail_mean(anomaly_map[frame.inside], settings.tail_percent),
@@ -151,6 +167,13 @@ class FrameScorer:
             stage_maps,
             stage_scores,
         )
+
+    def _check_stages(self, grid: PatchGrid) -> None:
+        expected, found = len(self._index.stages), len(grid.stages)
+        if found != expected:
+            raise ModelOutputError(
+                f"patch grids: expected those of {expected} stages, found {found}"
+            )
 
 
 @dataclass(eq=False)
@@ -179,6 +202,7 @@ class _Stage:
         cls,
         index: NominalIndex,
         embeddings: StageEmbeddings,
+        weight: float,
         normalisation: ScoreNormalisation | None,
     ) -> _Stage:
         inside = embeddings.inside
@@ -191,7 +215,7 @@ class _Stage:
         return cls(
             index,
             embeddings,
-            index.stage.spec.weight,
+            weight,
             mean,
             deviation,
             np.zeros(count, np.float32),
@@ -219,12 +243,15 @@ class _Frame:
         finest = max(stages, key=lambda stage: stage.embeddings.inside.size)
         self.inside = finest.embeddings.inside
         self._level = 0.0
-        # (rows, cols) each: the weight of every stage at every patch, all of them adding up to 1.
+        # (rows, cols) each: how much of the interpolated value of every stage is inside.
+        self._shares = [self._resized(stage.embeddings.inside) for stage in stages]
+        # The weight of every stage at every patch; they add up to 1 where any stage has a weight.
         weights = [
-            stage.weight * (self._resized(stage.embeddings.inside) > _LEAST_WEIGHT)
-            for stage in stages
+            stage.weight * (share > _LEAST_WEIGHT)
+            for stage, share in zip(stages, self._shares, strict=True)
         ]
-        total = np.maximum(np.sum(weights, axis=0), np.float32(1e-9))
+        total = np.sum(weights, axis=0)
+        total[total == 0.0] = 1.0
         self._weights = [np.asarray(weight / total, np.float32) for weight in weights]
 
     def search(self, threshold: float | None = None) -> None:
@@ -257,10 +284,9 @@ class _Frame:
     def z_maps(self) -> list[np.ndarray]:
         """Return (rows, cols) float32 by stage: standardised distances on the finest grid."""
         maps = []
-        for stage in self.stages:
+        for stage, share in zip(self.stages, self._shares, strict=True):
             z = stage.z()
             if z.shape != self.inside.shape:
-                share = self._resized(stage.embeddings.inside)
                 z = self._resized(z) / np.maximum(share, np.float32(_LEAST_WEIGHT))
             maps.append(np.where(self.inside, z, np.float32(0)))
         return maps
@@ -291,6 +317,8 @@ class _Frame:
         chosen_map[self.inside] = chosen
         support = smoothing_support(chosen_map, self._settings.smoothing)
         for stage in self.stages:
+            if not stage.weight:
+                continue
             cells = support
             if support.shape != stage.embeddings.inside.shape:
                 cells = _coarse_support(support, stage.embeddings.inside.shape)
@@ -303,13 +331,26 @@ class _Frame:
 
 
 def _coarse_support(chosen: np.ndarray, grid_hw: tuple[int, int]) -> np.ndarray:
-    """Return (rows, cols) bool: patches of a coarser grid that chosen finer ones depend on."""
-    rows, cols = np.nonzero(chosen)
-    support = np.zeros(grid_hw, np.uint8)
-    row_of, col_of = (
-        np.minimum(index * coarse // fine, coarse - 1)
-        for index, coarse, fine in zip((rows, cols), grid_hw, chosen.shape, strict=True)
-    )
-    support[row_of, col_of] = 1
-    # Bilinear interpolation reaches one patch further.
-    return np.asarray(cv2.dilate(support, np.ones((3, 3), np.uint8)) > 0)
+    """Return (rows, cols) bool: patches of another grid that interpolated ones depend on.
+
+    Args:
+        chosen: bool, patches of the grid on which the other is interpolated.
+        grid_hw: (rows, cols) of the other grid.
+    """
+    support = np.zeros(grid_hw, bool)
+    sources = [
+        _interpolated_from(index, fine, coarse)
+        for index, fine, coarse in zip(np.nonzero(chosen), chosen.shape, grid_hw, strict=True)
+    ]
+    for row in sources[0]:
+        for col in sources[1]:
+            support[row, col] = True
+    return support
+
+
+def _interpolated_from(
+    index: np.ndarray, count: int, source_count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the two samples of `source_count` that linear interpolation to `count` mixes."""
+    before = np.floor((index + 0.5) * source_count / count - 0.5).astype(int)
+    return before.clip(0, source_count - 1), (before + 1).clip(0, source_count - 1)

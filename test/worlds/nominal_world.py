@@ -14,6 +14,7 @@ from semantic_anomaly.embedding.identity import EmbedderIdentity, SegmenterIdent
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.settings import Settings
+from semantic_anomaly.stages import GRID as GRID_KIND
 from semantic_anomaly.stages import INSTANCES, StageSpec
 from semantic_anomaly.storage import canonical_json, sha256_bytes, sha256_file
 from semantic_anomaly.structures import Frame, PatchGrid
@@ -34,6 +35,10 @@ COARSE = StageIdentity(
     replace(IDENTITY, layer=2, input_size=56, average=3, dim=COARSE_DIM),
 )
 STAGES = (PATCHES, COARSE, POOLED)
+
+
+def weighted(stage: StageIdentity, weight: float) -> StageIdentity:
+    return replace(stage, spec=replace(stage.spec, weight=weight))
 
 
 def unit(points: np.ndarray) -> np.ndarray:
@@ -59,11 +64,11 @@ def make_frames(
         around = centres[coarse_rng.integers(0, 5, COARSE_GRID), :COARSE_DIM]
         coarse = unit(around + 0.4 * coarse_rng.standard_normal((*COARSE_GRID, COARSE_DIM)))
         grids = {
-            PATCHES: PatchGrid(features, IMAGE_HW),
-            COARSE: PatchGrid(coarse, IMAGE_HW),
-            POOLED: PatchGrid(features, IMAGE_HW, instances),
+            (DIM, GRID_KIND): PatchGrid(features, IMAGE_HW),
+            (COARSE_DIM, GRID_KIND): PatchGrid(coarse, IMAGE_HW),
+            (DIM, INSTANCES): PatchGrid(features, IMAGE_HW, instances),
         }
-        first, *further = (grids[stage] for stage in stages)
+        first, *further = (grids[stage.embedder.dim, stage.spec.kind] for stage in stages)
         yield Frame(image, name=f"drive/{number:03d}"), replace(first, further=tuple(further))
 
 
