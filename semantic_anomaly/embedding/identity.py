@@ -177,8 +177,10 @@ class StageIdentity:
     @property
     def name(self) -> str:
         """Return a short name, such as 'mobilenet_v1:21@800' or 'mobilenet_v1:21@800 instances'."""
+        embedder = self.embedder
+        average = f" average={embedder.average}" if embedder.average > 1 else ""
         suffix = f" {INSTANCES}" if self.spec.kind == INSTANCES else ""
-        return f"{self.embedder.model_id}:{self.embedder.layer}@{self.embedder.input_size}{suffix}"
+        return f"{embedder.model_id}:{embedder.layer}@{embedder.input_size}{average}{suffix}"
 
 
 class Embedder(Protocol):

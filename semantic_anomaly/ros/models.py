@@ -17,7 +17,7 @@ import numpy as np
 from semantic_anomaly.calibration.leakage import refuse_seen
 from semantic_anomaly.calibration.staleness import staleness_warning
 from semantic_anomaly.detection.detector import AnomalyDetector, load_detector
-from semantic_anomaly.errors import IndexMismatchError, SemanticAnomalyError
+from semantic_anomaly.errors import IndexMismatchError, ModelOutputError, SemanticAnomalyError
 from semantic_anomaly.index import edits
 from semantic_anomaly.offline.edit_index import save_edited
 from semantic_anomaly.settings import Settings
@@ -71,8 +71,11 @@ class Models:
         Raises:
             ModelOutputError: a score is not finite.
         """
-        for detector in self.detectors.values():
-            detector.assess(*self.probe)
+        for camera, detector in self.detectors.items():
+            try:
+                detector.assess(*self.probe)
+            except ModelOutputError as error:
+                raise ModelOutputError(f"self-test of camera '{camera}': {error}") from error
             detector.reset()
 
     def reloaded(self, settings: Settings) -> Models:

@@ -84,7 +84,10 @@ class CameraOutputs:
             "p_value": result.p_value,
             "threshold": result.threshold,
             "reason": result.reason,
-            **{f"{stage}_deviation": value for stage, value in result.stage_scores.items()},
+            **{
+                f"stage_{number}_deviation": value
+                for number, value in enumerate(result.stage_scores.values())
+            },
             **values,
             **{f"{stage}_ms": ms for stage, ms in result.stage_ms.items()},
             "localizations": messages.localizations_json(result.localizations),
