@@ -105,6 +105,8 @@ class Backbone:
         folder: configuration of the network.
         weights_sha256: digest of its weights.
         layers: number of hidden states.
+        side_px: side of a square image that all grids divide evenly.
+        coarsest_px: largest stride; images must not be smaller.
 
     Raises:
         BackboneError: it cannot be loaded, or there is no such device.
@@ -122,6 +124,8 @@ class Backbone:
         fold_batch_norms(model)
         if self.folder.architecture == "efficientnet":
             _simplify_efficientnet(model)
+        if self.folder.architecture == "swin":
+            _keep_windows(model)
         self._norm = getattr(model, self._family.norm, None) or nn.Identity()
         self._model: nn.Module | None = model.to(
             device=self.device, dtype=self.dtype, memory_format=torch.channels_last
@@ -141,7 +145,11 @@ class Backbone:
         )
         # The stem has any stride, and every later stage halves the grid.
         self.side_px = self._patch_px * (4 if self._family.prefix else 64)
-        self.layers = len(self._states(torch.zeros(1, 3, self.side_px, self.side_px)))
+        states = self._states(torch.zeros(1, 3, self.side_px, self.side_px))
+        self.layers = len(states)
+        self.coarsest_px = self._patch_px
+        if self._family.prefix is None:
+            self.coarsest_px = self.side_px // min(state.shape[2] for state in states)
         is_large = self.folder.config.get("hidden_size", 0) >= 1024
         if self.folder.architecture == "dinov2" and is_large:
             _LOG.warning(
@@ -210,7 +218,7 @@ class Backbone:
         if self._family.prefix is None:
             return [states[layer].permute(0, 2, 3, 1) for layer in layers]
         rows, cols = (side // self._patch_px for side in pixels.shape[2:])
-        prefix = self._family.prefix(self.folder_config)
+        prefix = self._family.prefix(self.network.config)
         expected = prefix + rows * cols
         maps = []
         for layer in layers:
@@ -225,9 +233,11 @@ class Backbone:
         return maps
 
     @property
-    def folder_config(self) -> Any:
-        """Return the configuration of the network."""
-        return self._network.config
+    def network(self) -> Any:
+        """Return the network; raises ModelOutputError once closed."""
+        if self._model is None:
+            raise ModelOutputError("the embedder was closed")
+        return self._model
 
     @property
     def device_name(self) -> str:
@@ -239,19 +249,13 @@ class Backbone:
     @property
     def parameters(self) -> int:
         """Return the number of parameters."""
-        return sum(tensor.numel() for tensor in self._network.parameters())
+        return sum(tensor.numel() for tensor in self.network.parameters())
 
     def close(self) -> None:
         """Free the network and the memory of the device."""
         self._model = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-    @property
-    def _network(self) -> nn.Module:
-        if self._model is None:
-            raise ModelOutputError("the embedder was closed")
-        return self._model
 
     @torch.inference_mode()
     def _states(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -268,7 +272,7 @@ class Backbone:
             options["pixel_attention_mask"] = torch.ones(
                 pixels.shape[:2], dtype=torch.long, device=self.device
             )
-        output = self._network(pixels, output_hidden_states=True, **options)
+        output = self.network(pixels, output_hidden_states=True, **options)
         # Swin and FocalNet have their grids under another name.
         states = getattr(output, "reshaped_hidden_states", None) or output.hidden_states
         return tuple(states)
@@ -300,7 +304,8 @@ class _Forward:
     def input_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
         """Return (height, width) in pixels to which an image is resized."""
         scale = self.size / max(image_hw)
-        steps = (max(1, math.floor(side * scale / self.multiple + 0.5)) for side in image_hw)
+        fewest = math.ceil(self.backbone.coarsest_px / self.multiple)
+        steps = (max(fewest, math.floor(side * scale / self.multiple + 0.5)) for side in image_hw)
         height, width = (step * self.multiple for step in steps)
         return height, width
 
@@ -350,10 +355,12 @@ class PatchEmbedder:
         identities: dict[int, EmbedderIdentity] = {}
         for (name, size), numbers in groups.items():
             backbone = self._backbones[name]
-            try:
-                probed = backbone.probe([self.stages[number].layer for number in numbers])
-            except BackboneError as error:
-                raise self._error(numbers[0], error) from error
+            probed = []
+            for number in numbers:
+                try:
+                    probed += backbone.probe([self.stages[number].layer])
+                except BackboneError as error:
+                    raise self._error(number, error) from error
             layers, strides, _ = zip(*probed, strict=True)
             self._forwards.append(_Forward(backbone, tuple(numbers), layers, strides, size))
             folder = backbone.folder
@@ -475,29 +482,26 @@ class PatchEmbedder:
 
     def _self_test(self) -> None:
         """Check that embeddings depend on the image and on the position in it."""
-        sides = [2 * forward.multiple for forward in self._forwards]
-        shape = max(sides), max(sides) * 3 // 2, 3
-        random = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-        rising = np.linspace(0, 255, shape[1]).astype(np.uint8)[:, None]
-        try:
-            noise, ramp = self.embed([random, np.broadcast_to(rising, shape)])
-        except ModelOutputError as error:
-            raise BackboneError(
-                f"backbone '{self.identities[0].model_id}': self-test: {error}"
-            ) from error
-        for number, (first, second) in enumerate(zip(noise.stages, ramp.stages, strict=True)):
-            between = 1.0 - np.einsum("rcd,rcd->rc", first.features, second.features)
-            across = 1.0 - first.features @ first.features[0, 0]  # (rows, cols)
-            if min(between.max(), across.max()) < _MIN_SELF_TEST_DISTANCE:
-                name = self.identities[number].model_id
-                raise self._error(
-                    number,
-                    BackboneError(
-                        f"backbone '{name}': self-test: expected embeddings that depend on image "
-                        f"and position, found distances up to {between.max():.2g} between two "
-                        f"images and {across.max():.2g} within one"
-                    ),
-                )
+        for forward in self._forwards:
+            what = forward.backbone.folder.what
+            height, width = 2 * forward.multiple, 3 * forward.multiple
+            noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+            rising = np.linspace(0, 255, height).astype(np.uint8)[:, None, None]
+            batch = np.stack([noise, np.broadcast_to(rising, noise.shape)])
+            number = forward.stages[0]
+            try:
+                for number, values in zip(forward.stages, self._run(forward, batch), strict=True):
+                    first, second = (PatchGrid(grid, (height, width)).features for grid in values)
+                    between = 1.0 - np.einsum("rcd,rcd->rc", first, second)
+                    across = 1.0 - first @ first[0, 0]  # (rows, cols)
+                    if min(between.max(), across.max()) < _MIN_SELF_TEST_DISTANCE:
+                        raise ModelOutputError(
+                            "expected embeddings that depend on image and position, found "
+                            f"distances up to {between.max():.2g} between two images and "
+                            f"{across.max():.2g} within one"
+                        )
+            except ModelOutputError as error:
+                raise self._error(number, BackboneError(f"{what}: self-test: {error}")) from error
 
 
 def open_backbone(name: str) -> PretrainedFolder:
@@ -574,3 +578,13 @@ def _simplify_efficientnet(model: Any) -> None:
         is_constant = not bool(expand.weight.any())
         if is_constant and bool((torch.sigmoid(expand.bias) == 1.0).all()):
             block.squeeze_excite = nn.Identity()
+
+
+def _keep_windows(model: nn.Module) -> None:
+    """Keep the windows of Swin as trained; it would shrink them for good on a small image.
+
+    Grids are padded to whole windows, as in `SwinBackbone`.
+    """
+    for layer in model.modules():
+        if hasattr(layer, "set_shift_and_window_size"):
+            layer.set_shift_and_window_size = lambda grid_hw: None
