@@ -67,7 +67,7 @@ class FrameScore:
         anomaly_map: (rows, cols) float32 on the finest grid, 0 outside the region of interest.
         inside: (rows, cols) bool, the patches of the region of interest.
         stage_maps: what the map is the sum of.
-        stage_scores: score of each stage by itself by its name, upper bounds where the search is not
+        stage_scores: score of each stage alone by its name, an upper bound where the search is not
             exact; empty for one stage.
     """
 
