@@ -167,9 +167,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise _wrong(folder, f"manifest.json of format {FORMAT}", "another")
     version = manifest.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
-        raise _wrong(
-            folder, f"format version {FORMAT_VERSION}", f"{version!r}; build it again"
-        )
+        raise _wrong(folder, f"format version {FORMAT_VERSION}", f"{version!r}; build it again")
     if set(manifest) != _KEYS:
         raise _wrong(folder, f"manifest.json with {sorted(_KEYS)}", sorted(manifest))
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
