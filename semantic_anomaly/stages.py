@@ -14,7 +14,7 @@ from typing import Any
 from semantic_anomaly.errors import SettingsError
 
 GRID, INSTANCES = "grid", "instances"
-_KEY = re.compile(r"\s+(\w+)=(\S+)$")
+_KEY = re.compile(r"\s+(\w+)=(\S*)$")
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,10 @@ class StageSpec:
                 type(self.average) is int and self.average in range(1, 16, 2),
             ),
             "kind": (f"{GRID} or {INSTANCES}", self.kind in (GRID, INSTANCES)),
-            "weight": ("a number >= 0", math.isfinite(self.weight) and self.weight >= 0),
+            "weight": (
+                "a number >= 0",
+                type(self.weight) in (int, float) and 0 <= self.weight < math.inf,
+            ),
         }
         for name, (expected, is_valid) in rules.items():
             if not is_valid:
@@ -99,7 +102,7 @@ class StageSpec:
 
     def __str__(self) -> str:
         changed = [
-            f"{field.name}={value:g}" if field.name == "weight" else f"{field.name}={value}"
+            f"{field.name}={str(value).removesuffix('.0')}"
             for field in fields(self)[1:]
             if (value := getattr(self, field.name)) != field.default
         ]

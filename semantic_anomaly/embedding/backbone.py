@@ -488,9 +488,10 @@ class PatchEmbedder:
             noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
             rising = np.linspace(0, 255, height).astype(np.uint8)[:, None, None]
             batch = np.stack([noise, np.broadcast_to(rising, noise.shape)])
-            number = forward.stages[0]
+            failed = forward.stages[0]
             try:
                 for number, values in zip(forward.stages, self._run(forward, batch), strict=True):
+                    failed = number
                     first, second = (PatchGrid(grid, (height, width)).features for grid in values)
                     between = 1.0 - np.einsum("rcd,rcd->rc", first, second)
                     across = 1.0 - first @ first[0, 0]  # (rows, cols)
@@ -501,7 +502,8 @@ class PatchEmbedder:
                             f"{across.max():.2g} within one"
                         )
             except ModelOutputError as error:
-                raise self._error(number, BackboneError(f"{what}: self-test: {error}")) from error
+                message = BackboneError(f"{what}: self-test: {error}")
+                raise self._error(failed, message) from error
 
 
 def open_backbone(name: str) -> PretrainedFolder:

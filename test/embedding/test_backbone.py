@@ -588,7 +588,7 @@ def test_networks_that_ignore_the_image_fail_the_self_test(
         weights["layernorm.weight"].zero_()
         weights["layernorm.bias"].fill_(1.0)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(BackboneError, match="^backbone 'blind': self-test: .*depend on image"):
+    with pytest.raises(BackboneError, match=r"^backbone 'blind': self-test: .*depend on image"):
         make(folder, size=56, place_weight=place_weight)
     stages = [StageSpec(str(tiny_backbone), size=56), StageSpec(str(folder), size=56)]
     with pytest.raises(BackboneError, match=r"^stage 1 \(.*\): backbone 'blind': self-test"):
@@ -659,5 +659,5 @@ def test_damaged_folders_are_found_before_the_network_is_built(tmp_path: Path) -
     folder = save_backbone(tmp_path / "backbone")
     (folder / "model.safetensors").unlink()
     assert open_backbone(str(folder)).architecture == "dinov2"
-    with pytest.raises(BackboneError, match="expected weights in model.safetensors"):
+    with pytest.raises(BackboneError, match="safetensors only"):
         make(folder)
