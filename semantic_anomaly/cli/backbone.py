@@ -93,11 +93,14 @@ def run(args: argparse.Namespace) -> int:
             )
         )
     height, width = _IMAGE_HW
-    print(f"\nhidden state {chosen}, images of {width} x {height}, median of {args.repeat}")
+    print(f"\nhidden state {chosen}, images of {width} x {height}, median of {args.repeat} runs")
     columns = ("input px", "grid", "ms per frame", f"index of {_INDEXED_FRAMES} frames, at most")
     print(table(timed, columns))
     print("\nrecommended stages")
     for stage in recommended:
         print(f"  {stage}")
-    print(f"measured with: {recommendation.measured or 'not measured here'}")
+    if recommendation.measured:
+        print(f"measured with {recommendation.measured}")
+    else:
+        print("not measured here; docs/backbones.md has the command that measures them")
     return 0

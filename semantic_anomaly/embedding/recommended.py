@@ -22,7 +22,9 @@ class Recommendation:
 _LAST_TOKENS = Recommendation(("size=960",))
 _STAGE_3 = Recommendation(("layer=-2 size=960",))
 RECOMMENDED: dict[str, Recommendation] = {
-    "efficientnet": Recommendation(("layer=20 size=960",), "EfficientNet-Lite2 of ImageNet"),
+    "efficientnet": Recommendation(
+        ("size=960",), "EfficientNet-Lite2 of ImageNet, hidden state 20"
+    ),
     "mobilenet_v1": Recommendation(("layer=21 size=800 average=3",), "MobileNetV1 1.0 of ImageNet"),
     **dict.fromkeys(("dinov2", "dinov2_with_registers", "dinov3_vit"), _LAST_TOKENS),
     **dict.fromkeys(("deit", "ijepa", "vit", "vit_mae", "vit_msn"), _LAST_TOKENS),
