@@ -12,6 +12,7 @@ original weights). Takes ten seconds.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -33,9 +34,8 @@ def efficientnet(weights: Weights, config: dict[str, Any]) -> Weights:
     Raises:
         ValueError: a squeeze-excite block is not neutral.
     """
-    stages = 0
-    while sum(config["num_block_repeats"][: stages + 1]) <= EFFICIENTNET_BLOCKS:
-        stages += 1
+    totals = itertools.accumulate(config["num_block_repeats"])
+    stages = sum(total <= EFFICIENTNET_BLOCKS for total in totals)
     for key, values in config.items():
         if isinstance(values, list) and len(values) == len(config["strides"]) and key != "strides":
             config[key] = values[:stages]
