@@ -52,6 +52,7 @@ def results_in(folder: Path, name: str) -> dict[str, object]:
     return results
 
 
+@pytest.mark.slow
 def test_quick_start_evaluates(folder: Path) -> None:
     results = results_in(folder, "report")
     assert len(results["frames"]) == 40  # type: ignore[arg-type]
@@ -61,6 +62,7 @@ def test_quick_start_evaluates(folder: Path) -> None:
     assert results["target_false_alarm_rate"] == 0.05
 
 
+@pytest.mark.slow
 def test_node_of_the_quick_start_is_configured_and_scores(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,6 +94,7 @@ def test_node_of_the_quick_start_is_configured_and_scores(
         rclpy.try_shutdown()
 
 
+@pytest.mark.slow
 def test_api_example_runs(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -48,6 +48,7 @@ def load(folder: Path) -> nn.Module:
     return model.eval()
 
 
+@pytest.mark.slow
 def test_training_is_reproducible_and_makes_a_loadable_backbone(
     tmp_path: Path, teacher: Path
 ) -> None:
@@ -71,6 +72,7 @@ def test_training_is_reproducible_and_makes_a_loadable_backbone(
     assert states.shape == (1, 192, 36, 64)
 
 
+@pytest.mark.slow
 def test_a_run_continues_from_a_folder(tmp_path: Path) -> None:
     train_backbone.main(arguments(tmp_path / "one", "--steps", "1"))
     still = ["--steps", "1", "--lr", "0", "--init", str(tmp_path / "one")]
@@ -80,6 +82,7 @@ def test_a_run_continues_from_a_folder(tmp_path: Path) -> None:
         torch.testing.assert_close(value, two[key])
 
 
+@pytest.mark.slow
 def test_the_loss_falls(tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_backbone, "WARM_UP_STEPS", 1)
     taught = ["--teacher", str(teacher), "--teacher-layers", "2", "--steps", "8"]
