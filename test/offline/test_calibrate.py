@@ -139,8 +139,8 @@ def test_the_real_backbone_is_made_from_the_settings(
     calibrated(index, [drives / "a", drives / "b"], settings=settings, embedder=None, out=folder)
     # Backbone, input size and rate come from the folder.
     detector = load_detector(Settings(index=str(folder)), "camera", need_calibration=True)
-    assert detector.settings.backbone == str(tiny_backbone)
-    assert detector.settings.input_size == 126
+    [stage] = detector.settings.stage_specs
+    assert (stage.backbone, stage.size) == (str(tiny_backbone), 126)
     assert detector.settings.target_false_alarm_rate == 0.1
     result = detector.detect(street(1))
     assert result.decision is not Decision.UNKNOWN and result.heatmap.shape == (72, 128)
