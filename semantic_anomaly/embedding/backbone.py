@@ -313,10 +313,9 @@ class _Forward:
 class PatchEmbedder:
     """Frozen backbones whose hidden states are the patch embeddings of the stages of an image.
 
-    Transformers as in AnomalyDINO (Damm et al. 2024); of convolutional networks single hidden
-    states, as the maps of several ones add up better than their concatenation as in PatchCore
-    (Roth et al. 2022), see docs/benchmarks/defaults.md. Embeddings may be averaged over
-    neighbouring patches, as in PatchCore.
+    Transformers as in AnomalyDINO (Damm et al. 2024). Of convolutional networks every stage uses one
+    hidden state: maps of several stages are added, embeddings are not concatenated as in PatchCore
+    (Roth et al. 2022). Embeddings may be averaged over neighbouring patches, as in PatchCore.
 
     Args:
         stages: at least one; a backbone is loaded once for all of its stages.
