@@ -313,8 +313,8 @@ class _Forward:
 class PatchEmbedder:
     """Frozen backbones whose hidden states are the patch embeddings of the stages of an image.
 
-    Transformers as in AnomalyDINO (Damm et al. 2024). Of convolutional networks every stage uses one
-    hidden state: maps of several stages are added, embeddings are not concatenated as in PatchCore
+    Transformers as in AnomalyDINO (Damm et al. 2024). Of convolutional networks every stage uses
+    one hidden state: maps of stages are added, embeddings are not concatenated as in PatchCore
     (Roth et al. 2022). Embeddings may be averaged over neighbouring patches, as in PatchCore.
 
     Args:
