@@ -21,7 +21,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import carla
 import numpy as np
@@ -40,7 +40,7 @@ from semantic_anomaly import (
 )
 from semantic_anomaly.calibration.conformal import scores_needed
 from semantic_anomaly.cli import main as command
-from semantic_anomaly.embedding.identity import EmbedderIdentity, SegmenterIdentity
+from semantic_anomaly.embedding.identity import StageIdentity
 from semantic_anomaly.evaluation.components import OBSTACLE_TRACK
 from semantic_anomaly.evaluation.layouts import Dataset, open_dataset
 from semantic_anomaly.evaluation.measures import figure
@@ -100,12 +100,12 @@ class Row:
     @property
     def embedding(self) -> tuple[Any, ...]:
         """Return the settings on which embeddings and instances depend."""
-        names = "place_weight", "segmenter", "segmenter_model", "backbone", "layers", "input_size"
+        names = "place_weight", "segmenter", "segmenter_model", "stages"
         return tuple(getattr(self.settings, name) for name in names)
 
     def index_key(self, trial: Trial) -> tuple[Any, ...]:
         """Return all on which an index depends."""
-        names = "variant", "dedup_distance", "max_entries"
+        names = "dedup_distance", "max_entries"
         settings = (getattr(self.settings, name) for name in names)
         return (*trial.index, *self.embedding, *settings)
 
@@ -157,19 +157,17 @@ class CachedEmbedder:
     """Embeds and segments each image once.
 
     Attributes:
-        identity, segmenter: of the embedder behind it.
+        stages: of the embedder behind it.
     """
 
     def __init__(self, embedder: RunningEmbedder) -> None:
         self._embedder = embedder
-        # Grid without instances, shape of the instances, and their values that are not zero.
-        self._cache: dict[str, tuple[PatchGrid, tuple[int, ...], np.ndarray, np.ndarray]] = {}
-        self.identity: EmbedderIdentity = embedder.identity
-        self.segmenter: SegmenterIdentity | None = embedder.segmenter
+        self._cache: dict[str, list[tuple[PatchGrid, SparseInstances | None]]] = {}
+        self.stages: tuple[StageIdentity, ...] = embedder.stages
 
-    def grid_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
-        """Return (rows, cols) of the grid of an image of (height, width)."""
-        return self._embedder.grid_hw(image_hw)
+    def grids_hw(self, image_hw: tuple[int, int]) -> list[tuple[int, int]]:
+        """Return (rows, cols) of the grid of each stage, of an image of (height, width)."""
+        return self._embedder.grids_hw(image_hw)
 
     def embed(self, images: Sequence[np.ndarray]) -> list[PatchGrid]:
         """Return the patch embeddings of images, in order, with their instances."""
@@ -179,21 +177,44 @@ class CachedEmbedder:
         key = hashlib.sha1(image.tobytes()).hexdigest()
         if key not in self._cache:
             grid = self._embedder.embed([image])[0]
-            assert grid.instances is not None
-            # Nearly all values are zero: dense instances of a trial would fill the memory.
-            at = np.flatnonzero(grid.instances)
-            bare = dataclasses.replace(grid, instances=None)
-            self._cache[key] = bare, grid.instances.shape, at, grid.instances.flat[at]
-        bare, shape, at, values = self._cache[key]
-        instances = np.zeros(shape, np.float32)
-        instances.flat[at] = values
-        return dataclasses.replace(bare, instances=instances)
+            self._cache[key] = [
+                (
+                    dataclasses.replace(stage, instances=None, further=()),
+                    None if stage.instances is None else SparseInstances.of(stage.instances),
+                )
+                for stage in grid.stages
+            ]
+        first, *further = (
+            bare if sparse is None else dataclasses.replace(bare, instances=sparse.dense())
+            for bare, sparse in self._cache[key]
+        )
+        return dataclasses.replace(first, further=tuple(further))
+
+
+class SparseInstances(NamedTuple):
+    """Shares of instances, nearly all zero: dense ones of a trial would fill the memory."""
+
+    shape: tuple[int, ...]
+    at: np.ndarray
+    values: np.ndarray
+
+    @classmethod
+    def of(cls, shares: np.ndarray) -> SparseInstances:
+        """Return (n, rows, cols) shares without zeros."""
+        at = np.flatnonzero(shares)
+        return cls(shares.shape, at, shares.flat[at])
+
+    def dense(self) -> np.ndarray:
+        """Return (n, rows, cols) float32."""
+        shares = np.zeros(self.shape, np.float32)
+        shares.flat[self.at] = self.values
+        return shares
 
 
 def bare_calibration(
     index: NominalIndex, sources: list[str], *, settings: Settings, embedder: CachedEmbedder
 ) -> Calibration:
-    """Return a calibration of plain distances, without score normalisation."""
+    """Return a calibration whose normalisation is the same for all patches of a stage."""
     detector = AnomalyDetector(index, settings=settings, embedder=embedder)
     scores: dict[str, list[float]] = {}
     for drive, _, _, grid in embedded_frames(open_drives(sources), embedder):
@@ -205,6 +226,7 @@ def bare_calibration(
         settings=detector.settings,
         roi=detector.roi,
         camera="camera",
+        normalisations=detector.normalisations,
     )
 
 
@@ -379,8 +401,8 @@ def main() -> None:
         for name, row in rows.items():
             groups.setdefault(row.embedding, []).append(name)
         for names, trial in itertools.product(groups.values(), trials):
-            segmenting = rows[names[0]].settings.replace(variant="instance")
-            embedder = CachedEmbedder(RunningEmbedder.from_settings(segmenting))
+            settings = rows[names[0]].settings
+            embedder = CachedEmbedder(RunningEmbedder.from_settings(settings))
             for name in tqdm(names, "rows", disable=None):
                 detector: AnomalyDetector | SelfNominal | None = None
                 calibration = None

@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModel
 
 from semantic_anomaly.detection.detector import AnomalyDetector
 from semantic_anomaly.detection.localization import heatmap
-from semantic_anomaly.embedding.identity import Embedder, EmbedderIdentity
+from semantic_anomaly.embedding.identity import Embedder, EmbedderIdentity, StageIdentity
 from semantic_anomaly.embedding.pretrained import SHIPPED
 from semantic_anomaly.evaluation.metrics import PixelScores, frame_auroc
 from semantic_anomaly.index.nominal_index import NominalIndex
@@ -35,6 +35,7 @@ from semantic_anomaly.offline.calibrate import calibrate
 from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.segmentation.embedder import RunningEmbedder
 from semantic_anomaly.settings import Settings
+from semantic_anomaly.stages import StageSpec
 from semantic_anomaly.structures import Frame, PatchGrid
 from semantic_anomaly.synthetic import KINDS, StreetDrive, StreetFrame, family
 
@@ -47,18 +48,17 @@ ORIENTATIONS = 8
 class HandCrafted:
     """Mean and deviation of LAB colours, and a histogram of gradient directions, of each patch."""
 
-    segmenter = None
-
     def __init__(self) -> None:
         digest = hashlib.sha256(b"LAB moments and gradient orientations").hexdigest()
         dim = 6 + ORIENTATIONS
         names = "hand-crafted", "hand-crafted", "", digest, digest
-        self.identity = EmbedderIdentity(*names, (), INPUT_SIZE, PATCH_PX, dim, "float32")
+        identity = EmbedderIdentity(*names, 0, INPUT_SIZE, 1, PATCH_PX, dim, "float32")
+        self.stages = (StageIdentity(StageSpec("hand-crafted", 0, INPUT_SIZE), identity),)
 
-    def grid_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
-        """Return (rows, cols) of the grid that an image of (height, width) gives."""
-        scale = self.identity.input_size / max(image_hw) / PATCH_PX
-        return max(1, round(image_hw[0] * scale)), max(1, round(image_hw[1] * scale))
+    def grids_hw(self, image_hw: tuple[int, int]) -> list[tuple[int, int]]:
+        """Return (rows, cols) of the only grid, of an image of (height, width)."""
+        scale = INPUT_SIZE / max(image_hw) / PATCH_PX
+        return [(max(1, round(image_hw[0] * scale)), max(1, round(image_hw[1] * scale)))]
 
     def embed(self, images: Sequence[np.ndarray]) -> list[PatchGrid]:
         """Return the descriptors of (height, width, 3) uint8 RGB images, in order."""
@@ -66,7 +66,7 @@ class HandCrafted:
 
     def _embed(self, image: np.ndarray) -> PatchGrid:
         hw = (image.shape[0], image.shape[1])
-        rows, cols = self.grid_hw(hw)
+        [(rows, cols)] = self.grids_hw(hw)
 
         def pooled(values: np.ndarray) -> np.ndarray:
             return cv2.resize(values, (cols, rows), interpolation=cv2.INTER_AREA)
@@ -87,8 +87,7 @@ class HandCrafted:
         # Mid grey without texture is the zero vector, which has no direction.
         features[..., 0] += 1e-6
         features /= np.linalg.norm(features, axis=-1, keepdims=True)
-        global_feature = features.mean((0, 1))
-        return PatchGrid(features.astype(np.float32), global_feature.astype(np.float32), hw)
+        return PatchGrid(features.astype(np.float32), hw)
 
 
 @dataclass
@@ -133,7 +132,7 @@ def sampled(
         grid = embedder.embed([frame.image])[0]
         flat = grid.features.reshape(-1, grid.dim)
         rows = np.random.default_rng(number).permutation(len(flat))[:patches]
-        yield frame, PatchGrid(flat[rows][None], grid.global_feature, grid.image_hw)
+        yield frame, PatchGrid(flat[rows][None], grid.image_hw)
 
 
 def measure(
@@ -152,7 +151,7 @@ def measure(
     roi = RegionOfInterest()
     index = NominalIndex.build(
         sampled(nominal, embedder, patches),
-        identity=embedder.identity,
+        stages=embedder.stages,
         roi=roi,
         settings=settings,
     )
@@ -167,9 +166,9 @@ def measure(
         index, {"nominal": grids}, settings=settings, target_false_alarm_rate=0.5
     )
     # Without patch classes, which depend on the backbone's own entries.
-    by_cell = dataclasses.replace(calibrated.normalisations["grid"], classes=None)
+    by_cell = dataclasses.replace(calibrated.normalisations[0], classes=None)
     normalised = AnomalyDetector(
-        index, settings=settings, embedder=embedder, normalisations={"grid": by_cell}
+        index, settings=settings, embedder=embedder, normalisations=[by_cell]
     )
     detectors = {"": normalised, ", plain distances": plain}
     rows = {suffix: Scores(dim=index.dim) for suffix in detectors}
@@ -184,7 +183,7 @@ def measure(
             frame_score = detector.score(grid)
             rows[suffix].embed_ms.append(embed_ms)
             rows[suffix].frame.append(frame_score.score)
-            heat = np.clip(heatmap(frame_score.anomaly_map, roi, grid.image_hw), 0, 2)
+            heat = heatmap(frame_score.anomaly_map, roi, grid.image_hw)
             rows[suffix].pixels[name].add(heat.ravel(), view.anomaly_mask.ravel())
     return rows
 

@@ -82,7 +82,7 @@ def anomaly_dino(
             # The original downloads weights.
             torch.nn.Module.__init__(self)
             self.num_neighbours, self.masking, self.coreset_subsampling = 1, False, False
-            rows, cols = embedder.grid_hw(hw)
+            [(rows, cols)] = embedder.grids_hw(hw)
             self.patch_size = max(1, round(hw[0] / rows))
             self.input_hw = rows * self.patch_size, cols * self.patch_size
             self.feature_encoder = SharedFeatures(embedder, tokens=True)

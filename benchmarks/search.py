@@ -16,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from semantic_anomaly.embedding.identity import EmbedderIdentity
+from semantic_anomaly.embedding.identity import EmbedderIdentity, StageIdentity
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.settings import Settings
+from semantic_anomaly.stages import StageSpec
 from semantic_anomaly.structures import Frame, PatchGrid
 
 SIDE = 50
@@ -48,15 +49,17 @@ class World:
 
 def build(world: World, entries: int, dim: int) -> NominalIndex:
     """Return an index of a number of entries, without near-duplicate removal."""
-    identity = EmbedderIdentity("none", "none", "", "0" * 64, "0" * 64, (), 640, 14, dim, "float32")
+    names = "none", "none", "", "0" * 64, "0" * 64
+    identity = EmbedderIdentity(*names, 0, 640, 1, 14, dim, "float32")
+    stage = StageIdentity(StageSpec("none", 0, 640), identity)
     frames = []
     for start in range(0, entries, SIDE * SIDE):
         rows = min(SIDE, -(-(entries - start) // SIDE))
         grid = world.draw(rows * SIDE).reshape(rows, SIDE, dim)
         image = np.zeros((rows, SIDE, 3), np.uint8)
-        frames.append((Frame(image, name=str(start)), PatchGrid(grid, grid[0, 0], image.shape[:2])))
+        frames.append((Frame(image, name=str(start)), PatchGrid(grid, image.shape[:2])))
     settings = Settings(dedup_distance=0.0, max_entries=entries)
-    return NominalIndex.build(frames, identity=identity, roi=RegionOfInterest(), settings=settings)
+    return NominalIndex.build(frames, stages=[stage], roi=RegionOfInterest(), settings=settings)
 
 
 def largest_exact(index: NominalIndex, queries: np.ndarray, k: int, top: int) -> np.ndarray:

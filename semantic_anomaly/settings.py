@@ -21,18 +21,20 @@ from semantic_anomaly.settings_schema import (
     setting,
     specs_of,
 )
+from semantic_anomaly.stages import GRID, INSTANCES, StageSpec
 
-GRID, INSTANCE, COMBINED = "grid", "instance", "combined"
+INSTANCE, COMBINED = "instance", "combined"
 TOKENS = "tokens"
 SEGMENTER_FAMILIES = ("detector", "promptless", TOKENS, "universal")
 # Values of settings that an index fixes, used when an index is built without them.
 BUILD_DEFAULTS: Mapping[str, Any] = {
-    "backbone": "street_small",
-    "input_size": 960,
-    "variant": GRID,
+    "stages": ("street_small",),
     "segmenter": TOKENS,
     "place_weight": 0.2,
 }
+# Settings that name one backbone's stages instead of `stages`.
+SHORTHAND = ("backbone", "layers", "input_size", "variant")
+_DEFAULT_INPUT_SIZE = 960
 DEFAULT_FALSE_ALARM_RATE = 0.01
 
 
@@ -102,20 +104,25 @@ class Settings:
     """
 
     index: str = setting("", "Folder of the nominal index.", path=True)
+    stages: tuple[str, ...] = setting(
+        (),
+        "Stages of the index, each 'BACKBONE layer=L size=PX average=N kind=KIND weight=W' with "
+        "the kind grid or instances; all but the backbone may be left out. The anomaly map is the "
+        "weighted mean of their maps. Empty: those of the index, or the recommended ones for a new "
+        "index.",
+    )
     backbone: str = setting(
         "",
-        "Vision backbone: a shipped name, a local Hugging Face folder, or a hub id already "
-        "downloaded. Empty: that of the index, or street_small for a new index.",
+        "Shorthand for stages of one backbone: a shipped name, a local Hugging Face folder, or a "
+        "hub id already downloaded. Empty: as 'stages'.",
     )
     layers: tuple[int, ...] = setting(
-        (),
-        "Hidden states used as patch features, concatenated on the finest grid. Empty: those of "
-        "the index, or the default of the backbone for a new index.",
+        (), "Shorthand: one stage for each hidden state of 'backbone'. Empty: its default one."
     )
     input_size: int = setting(
         0,
-        "Long side in pixels to which images are resized; both sides are rounded to a multiple of "
-        "the patch size. 0: that of the index, or 960 for a new index.",
+        "Shorthand: long side in pixels to which images are resized; both sides are rounded to a "
+        "multiple of the patch size. 0: as 'stages', or 960 with 'backbone'.",
         bounds=(0, 8192),
     )
     place_weight: float = setting(
@@ -126,9 +133,8 @@ class Settings:
     )
     variant: str = setting(
         "",
-        "What is compared with the index: grid, the patches; instance, instances pooled over "
-        "masks, and patches where there are none; combined, the mean of both. Empty: that of the "
-        "index, or grid for a new index.",
+        "Shorthand: grid, stages of patches; instance, one stage of instances pooled over masks; "
+        "combined, both. Empty: as 'stages', or grid with 'backbone'.",
         choices=("", GRID, INSTANCE, COMBINED),
     )
     segmenter: str = setting(
@@ -178,6 +184,12 @@ class Settings:
         "Standard deviation in patches of the Gaussian that smooths the anomaly map. 0: none.",
         bounds=(0.0, 10.0),
     )
+    frame_level: float = setting(
+        0.0,
+        "Share of the median of the anomaly map of a frame that is subtracted from it: light and "
+        "weather shift the whole map. 0: none.",
+        bounds=(0.0, 1.0),
+    )
     tail_percent: float = setting(
         0.2,
         "Share of the anomaly map in percent, largest values first, whose mean is the anomaly "
@@ -198,11 +210,10 @@ class Settings:
         live=True,
     )
     episode_s: float = setting(10.0, "Length of an episode in seconds.", bounds=(0.1, 86400.0))
-    threshold: float = setting(
-        0.0,
+    threshold: float | None = setting(
+        None,
         "Anomaly score above which a frame is anomalous, instead of the calibrated threshold. "
-        "0: the calibrated one.",
-        bounds=(0.0, 2.0),
+        "Unset: the calibrated one.",
         live=True,
     )
     confirm_count: int = setting(
@@ -296,6 +307,13 @@ class Settings:
         for camera in (*self.camera_settings, *self.camera_overrides):
             if camera not in self.cameras:
                 raise UnknownNameError("camera", camera, self.cameras)
+        specs = self.stage_specs
+        if self.stages and (set_too := [n for n in SHORTHAND if getattr(self, n) != UNSET[n]]):
+            raise SettingsError(
+                f"setting 'stages': expected either stages or '{set_too[0]}', found both"
+            )
+        if not sum(spec.weight for spec in specs):
+            raise SettingsError("setting 'stages': expected weights above 0, found a sum of 0")
         complete = {name: self.camera_settings.get(name, CameraSettings()) for name in self.cameras}
         object.__setattr__(self, "camera_settings", complete)
         overrides = {name: dict(values) for name, values in self.camera_overrides.items() if values}
@@ -345,10 +363,15 @@ class Settings:
         return dataclasses.replace(self, **changes)
 
     def with_build_defaults(self) -> Settings:
-        """Return a copy in which `BUILD_DEFAULTS` replace the unset settings."""
-        return self.replace(
-            **{k: v for k, v in BUILD_DEFAULTS.items() if getattr(self, k) == UNSET[k]}
-        )
+        """Return a copy with `stages` in place of its shorthand, and the rest of an index set."""
+        stages = tuple(map(str, self.stage_specs))
+        values = {
+            name: value
+            for name, value in BUILD_DEFAULTS.items()
+            if getattr(self, name) == UNSET[name]
+        }
+        shorthand = {name: UNSET[name] for name in SHORTHAND}
+        return self.replace(**{**values, **shorthand, "stages": stages})
 
     def for_camera(self, camera: str) -> Settings:
         """Return a copy in which the overrides of a camera are in force.
@@ -361,14 +384,29 @@ class Settings:
         return self.replace(**self.camera_overrides.get(camera, {}))
 
     @property
+    def stage_specs(self) -> tuple[StageSpec, ...]:
+        """Return the stages: those of `stages`, or of its shorthand and the defaults."""
+        if self.stages:
+            return tuple(map(StageSpec.parse, self.stages))
+        grids = tuple(map(StageSpec.parse, BUILD_DEFAULTS["stages"]))
+        if self.backbone or self.layers:
+            backbone = self.backbone or grids[0].backbone
+            layers: tuple[int | None, ...] = self.layers or (None,)
+            grids = tuple(StageSpec(backbone, layer, _DEFAULT_INPUT_SIZE) for layer in layers)
+        if self.input_size:
+            grids = tuple(dataclasses.replace(grid, size=self.input_size) for grid in grids)
+        instances = (dataclasses.replace(grids[0], kind=INSTANCES),)
+        return {INSTANCE: instances, COMBINED: grids + instances}.get(self.variant, grids)
+
+    @property
     def segments(self) -> bool:
         """Return whether instances are needed."""
-        return self.variant in (INSTANCE, COMBINED)
+        return any(spec.kind == INSTANCES for spec in self.stage_specs)
 
     @property
     def scoring(self) -> dict[str, Any]:
         """Return the settings that shape a score; a calibration holds for equal ones only."""
-        names = ("variant", "neighbours", "smoothing", "tail_percent")
+        names = ("neighbours", "smoothing", "frame_level", "tail_percent")
         return {name: getattr(self, name) for name in names}
 
     def index_of(self, camera: str) -> str:
@@ -407,5 +445,5 @@ _LIVE_SPECS = {name: spec for name, spec in _SPECS.items() if spec.live}
 # "Not given": the value of the index, or of the calibration, is used.
 UNSET: Mapping[str, Any] = {
     name: _SPECS[name].default
-    for name in (*BUILD_DEFAULTS, "layers", "segmenter_model", "target_false_alarm_rate")
+    for name in (*BUILD_DEFAULTS, *SHORTHAND, "segmenter_model", "target_false_alarm_rate")
 }

@@ -42,8 +42,8 @@ class SettingSpec:
 
     Attributes:
         name: as in YAML, without the prefix of a camera.
-        default: its type (bool, int, float, str or tuple) is the type of the setting.
-        element: type of the elements if the default is a tuple, otherwise the type of the default.
+        default: its type (bool, int, float, str or tuple) is the type of the setting; None: unset.
+        element: type of the elements if the default is a tuple, otherwise the type of the setting.
         description: for the parameter file, the node and the README.
         minimum, maximum: inclusive bounds of numbers, None if unbounded.
         choices: allowed strings, empty if any is allowed.
@@ -77,6 +77,8 @@ class SettingSpec:
             SettingsError: wrong type, out of bounds, or not one of the choices.
         """
         name = name or self.name
+        if value is None and self.default is None:
+            return None
         if not self.is_list:
             return self._check_one(value, name)
         if not isinstance(value, (list, tuple, array)):
@@ -185,14 +187,23 @@ def resolve_paths(
     resolved = dict(values)
     for name, value in values.items():
         spec = specs.get(name.rpartition(".")[2])
-        if spec is None or not isinstance(value, str) or not value:
+        if spec is None:
             continue
-        if spec.path or value.startswith(("./", "../")):
+
+        def absolute(text: Any, name: str = name, is_path: bool = spec.path) -> Any:
+            if not isinstance(text, str) or not text:
+                return text
+            if not is_path and not text.startswith(("./", "../")):
+                return text
             try:
-                # Normalised, so that one folder has one name.
-                resolved[name] = os.path.normpath(folder.absolute() / Path(value).expanduser())
+                path = Path(text).expanduser() if is_path else Path(text)
             except RuntimeError as error:
-                raise SettingsError(f"setting '{name}': '{value}': {error}") from error
+                raise SettingsError(f"setting '{name}': '{text}': {error}") from error
+            # Normalised, so that one folder has one name.
+            return os.path.normpath(Path(folder).absolute() / path)
+
+        several = isinstance(value, list | tuple)
+        resolved[name] = [absolute(item) for item in value] if several else absolute(value)
     return resolved
 
 
@@ -233,7 +244,7 @@ def specs_of(owner: type) -> dict[str, SettingSpec]:
         if not row.metadata:
             continue
         element = type(row.default)
-        if element is tuple:
+        if row.default is None or element is tuple:
             element = float if "float" in str(row.type) else int if "int" in str(row.type) else str
         specs[row.name] = SettingSpec(row.name, row.default, element, **row.metadata)
     return specs

@@ -75,22 +75,24 @@ class Frame:
 class PatchGrid:
     """Patch embeddings of one image; the grid covers the whole image, with one scale per axis.
 
+    It is the grid of the first stage, and holds those of the further stages.
+
     Attributes:
         features: (rows, cols, dim) float32, unit norm.
-        global_feature: (dim,) float32, unit norm: class token, or mean of the patch embeddings.
         image_hw: (height, width) in pixels of the image before it was resized.
         instances: (n, rows, cols) float32 in [0, 1], share of each patch covered by each instance;
-            None if the image was not segmented.
+            None for a stage of patches, or if the image was not segmented.
+        further: grids of the further stages of the image.
 
     Raises:
-        ModelOutputError: wrong shape or dtype, not finite, not of unit norm, or an instance
-            without any patch.
+        ModelOutputError: wrong shape or dtype, not finite, not of unit norm, an instance without
+            any patch, or a further grid of another image size.
     """
 
     features: np.ndarray
-    global_feature: np.ndarray
     image_hw: tuple[int, int]
     instances: np.ndarray | None = None
+    further: tuple[PatchGrid, ...] = ()
 
     def __post_init__(self) -> None:
         shape, dtype = self.features.shape, self.features.dtype
@@ -106,12 +108,13 @@ class PatchGrid:
                 "patch features: expected finite unit vectors, found squared norms from "
                 f"{squares.min():.4g} to {squares.max():.4g}"
             )
-        if self.global_feature.ndim != 1 or not np.all(np.isfinite(self.global_feature)):
-            raise ModelOutputError(
-                f"global feature: expected finite (dim,), found shape {self.global_feature.shape}"
-            )
         if min(self.image_hw) < 1:
             raise ModelOutputError(f"image size: expected positive, found {self.image_hw}")
+        if any(grid.image_hw != self.image_hw or grid.further for grid in self.further):
+            raise ModelOutputError(
+                f"further stages: expected grids of an image of {self.image_hw}, found "
+                f"{[grid.image_hw for grid in self.further]}"
+            )
         shares = self.instances
         if shares is not None:
             if shares.ndim != 3 or shares.shape[1:] != shape[:2] or shares.dtype != np.float32:
@@ -128,6 +131,11 @@ class PatchGrid:
         return self.features.shape[0], self.features.shape[1]
 
     @property
+    def stages(self) -> tuple[PatchGrid, ...]:
+        """Return the grids of all stages, in order."""
+        return self, *self.further
+
+    @property
     def dim(self) -> int:
         """Return the dimension of the embeddings."""
         return int(self.features.shape[2])
@@ -142,6 +150,7 @@ class NominalExample:
         row, col: patch in the grid of that frame.
         grid_hw: (rows, cols) of that grid.
         distance: cosine distance in [0, 2].
+        stage: number of the stage that has the entry, from 0.
     """
 
     frame: str
@@ -149,6 +158,7 @@ class NominalExample:
     col: int
     grid_hw: tuple[int, int]
     distance: float
+    stage: int = 0
 
 
 @dataclass(frozen=True)
@@ -160,7 +170,8 @@ class Localization:
         centroid_xy: in pixels.
         area_px: number of pixels above the threshold.
         score: largest value of the anomaly map inside.
-        nearest: nominal example nearest to the patch with that value.
+        nearest: nominal example nearest to the patch with that value, in the stage that adds most
+            to it.
         label: label of the component in `AnomalyResult.label_map`, from 1.
         state: whether its track was seen in enough frames.
         track: track number, constant over frames; 0 without a track.
@@ -224,17 +235,16 @@ class AnomalyResult:
         p_value: share of nominal frames that score at least as high, in (0, 1]; None without a
             calibration.
         threshold: score above which a frame is anomalous, calibrated or set; None without.
-        heatmap: (height, width) float32, anomaly map at every pixel; 0 outside the region of
-            interest.
+        heatmap: (height, width) float32, anomaly map at every pixel; the low end of the scale
+            outside the region of interest.
         scale: scale on which the heatmap is drawn.
         label_map: (height, width) uint16 labels of the localizations, 0 elsewhere.
         localizations: largest score first; empty unless the score exceeds the threshold. A
             confirmed one makes the decision `anomaly`.
         stage_ms: milliseconds by processing stage.
         reason: why the decision is `unknown`, empty otherwise.
-        parts: score of each stage in standard deviations; empty for one stage, or without a score
-            normalisation.
-        note: remark on the frame, such as missing instances; may be empty.
+        stage_scores: score of each stage by its name, in deviations of nominal distances; empty
+            for one stage.
 
     Raises:
         ModelOutputError: a score that is not finite, a decision without a threshold, or `unknown`
@@ -251,8 +261,7 @@ class AnomalyResult:
     localizations: tuple[Localization, ...] = ()
     stage_ms: Mapping[str, float] = field(default_factory=dict)
     reason: str = ""
-    parts: Mapping[str, float] = field(default_factory=dict)
-    note: str = ""
+    stage_scores: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.score):

@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [file.relative_to(PACKAGE).as_posix() for file in FILES]
 
 # A room imports only rooms with a smaller rank, and itself.
-BASE = {"errors": 0, "structures": 1, "storage": 1, "linalg": 1, "settings_schema": 1}
+BASE = {"errors": 0, "structures": 1, "storage": 1, "linalg": 1, "settings_schema": 1, "stages": 1}
 BASE |= {"settings": 2, "roi": 3}
 ROOMS = ("io", "embedding", "segmentation", "index", "scoring", "calibration", "detection")
 ROOMS += ("offline", "synthetic", "evaluation", "fleet", "review", "ros", "demo", "cli")

@@ -65,8 +65,12 @@ def test_the_yaml_holds_every_parameter_and_its_default() -> None:
     assert node == "/**"
     flat = dict(content["ros__parameters"])
     flat |= {f"camera.{name}": value for name, value in flat.pop("camera").items()}
-    assert list(flat) == list(rows())
+    # ROS parameters have no null: what is unset stands in a comment.
+    assert list(flat) == [name for name, (default, _) in rows().items() if default is not None]
     for name, (default, _) in rows().items():
+        if default is None:
+            assert f"    # {name}: unset\n" in CONFIG.read_text(encoding="utf-8")
+            continue
         expected = list(default) if isinstance(default, tuple) else default
         assert flat[name] == expected and type(flat[name]) is type(expected), name
     assert Settings.from_parameters(read_settings_file(CONFIG)) == Settings()
@@ -77,7 +81,7 @@ def test_every_parameter_in_the_yaml_has_its_description_above() -> None:
     above = {}
     for comment, line in itertools.pairwise(lines):
         prefix = "camera." if line.startswith(" " * 6) else ""
-        above[prefix + line.strip().partition(":")[0]] = comment.strip()
+        above[prefix + line.strip("# ").partition(":")[0]] = comment.strip()
     for name, (_, description) in rows().items():
         assert above[name].startswith(f"# {description}"), name
 

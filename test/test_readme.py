@@ -127,9 +127,10 @@ def test_evaluation_commands_run(folder: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_instance_commands_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     run("instances")
-    parts = results_in(folder, "parts_report")
-    assert parts["settings"]["variant"] == "combined"  # type: ignore[index]
-    assert parts["frame_auroc"] is not None
+    combined = results_in(folder, "combined_report")
+    grid, instances = combined["settings"]["stages"]  # type: ignore[index]
+    assert instances == f"{grid} kind=instances"
+    assert combined["frame_auroc"] is not None
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ def bottom_half(dtype: type = np.uint8, value: int = 255) -> np.ndarray:
 
 
 FEATURES = np.ones((2, 4, 1), np.float32)
-GRID = PatchGrid(FEATURES, FEATURES[0, 0], (200, 400))
+GRID = PatchGrid(FEATURES, (200, 400))
 
 
 @pytest.mark.parametrize("width", [640, 639, 7])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import pytest
 
 from semantic_anomaly.errors import SettingsError, UnknownNameError
 from semantic_anomaly.settings import (
+    BUILD_DEFAULTS,
+    SHORTHAND,
+    UNSET,
     CameraSettings,
     Settings,
     camera_setting_specs,
@@ -24,7 +28,7 @@ def test_defaults_satisfy_their_own_table() -> None:
     for name, spec in {**setting_specs(), **camera_setting_specs()}.items():
         assert spec.check(spec.default) == spec.default, name
         assert spec.description.endswith("."), name
-        assert type(spec.default) in (bool, int, float, str, tuple), name
+        assert type(spec.default) in (bool, int, float, str, tuple, type(None)), name
 
 
 def test_defaults_survive_the_way_through_parameters() -> None:
@@ -37,7 +41,11 @@ def test_defaults_survive_the_way_through_parameters() -> None:
     ("name", "value", "expected", "reason"),
     [
         ("tail_percent", 2, 2.0, "an integer where a float is meant"),
-        ("threshold", 0, 0.0, "lower bound"),
+        ("threshold", 0, 0.0, "zero is a score, not unset"),
+        ("threshold", -3, -3.0, "scores may be negative"),
+        ("threshold", None, None, "unset"),
+        ("frame_level", 0, 0.0, "lower bound"),
+        ("stages", ["a layer=3", "b"], ("a layer=3", "b"), "list of texts"),
         ("layers", [3, 6], (3, 6), "list"),
         ("layers", (), (), "empty"),
         ("search", "graph", "graph", "choice"),
@@ -66,6 +74,8 @@ def test_takes(name: str, value: Any, expected: Any, reason: str) -> None:
         ("layers", 3, "expected a list, found 3"),
         ("layers", {3, 6}, "expected a list"),
         ("layers", [3, 6.0], "expected int, found 6.0"),
+        ("threshold", float("inf"), "finite"),
+        ("frame_level", 1.5, "at most 1.0, found 1.5"),
         ("cameras", [], "distinct names"),
         ("cameras", ["front", "front"], "distinct names"),
         ("cameras", ["front left"], "letters, digits and single underscores"),
@@ -118,19 +128,95 @@ def test_live_settings_may_be_overridden_for_one_camera() -> None:
     )
     assert settings.for_camera("front").threshold == 1.0
     assert settings.for_camera("front").confirm_count == 3
-    assert settings.for_camera("rear").threshold == 0.0
+    assert settings.for_camera("rear").threshold is None
     assert settings.for_camera("rear").confirm_count == 2
     assert Settings.from_parameters(settings.to_parameters()) == settings
-    with pytest.raises(SettingsError, match=r"'front\.threshold': expected at most 2"):
-        Settings.from_parameters({"cameras": ["front"], "front.threshold": 3.0})
+    with pytest.raises(SettingsError, match=r"'front\.max_area': expected at most 1"):
+        Settings.from_parameters({"cameras": ["front"], "front.max_area": 3.0})
     with pytest.raises(UnknownNameError, match="unknown camera 'left'"):
         settings.for_camera("left")
 
 
 def test_unset_settings_take_the_defaults_of_a_new_index() -> None:
-    complete = Settings(input_size=320).with_build_defaults()
-    assert (complete.backbone, complete.input_size) == ("street_small", 320)
-    assert (complete.variant, complete.segmenter, complete.place_weight) == ("grid", "tokens", 0.2)
+    complete = Settings().with_build_defaults()
+    assert complete.stages == BUILD_DEFAULTS["stages"]
+    assert (complete.segmenter, complete.place_weight) == ("tokens", 0.2)
+    given = Settings(stages=("a layer=3",), place_weight=0.1, segmenter="universal")
+    assert given.with_build_defaults() == given
+
+
+@pytest.mark.parametrize(
+    ("shorthand", "stages"),
+    [
+        ({"backbone": "a"}, ["a"]),
+        ({"backbone": "a", "layers": (3, -1)}, ["a layer=3", "a layer=-1"]),
+        ({"backbone": "a", "input_size": 320}, ["a size=320"]),
+        ({"backbone": "a", "variant": "grid"}, ["a"]),
+        ({"backbone": "a", "layers": (3, 6), "variant": "instance"}, ["a layer=3 kind=instances"]),
+        (
+            {"backbone": "a", "layers": (3, 6), "variant": "combined"},
+            ["a layer=3", "a layer=6", "a layer=3 kind=instances"],
+        ),
+    ],
+)
+def test_the_shorthand_names_stages_of_one_backbone(
+    shorthand: dict[str, Any], stages: list[str]
+) -> None:
+    complete = Settings(**shorthand).with_build_defaults()
+    assert complete.stages == tuple(stages)
+    assert all(getattr(complete, name) == UNSET[name] for name in SHORTHAND)
+    assert complete.segments == any("instances" in stage for stage in stages)
+
+
+def test_the_shorthand_without_a_backbone_changes_the_default_stages() -> None:
+    defaults = Settings().stage_specs
+    resized = Settings(input_size=320).stage_specs
+    assert resized == tuple(replace(spec, size=320) for spec in defaults)
+    [instances] = Settings(variant="instance").stage_specs
+    assert instances == replace(defaults[0], kind="instances")
+    assert Settings(variant="combined").stage_specs == (*defaults, instances)
+    assert [spec.backbone for spec in Settings(layers=(1, 2)).stage_specs] == (
+        [defaults[0].backbone] * 2
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"stages": ["a depth=3"]}, "stage 'a depth=3': expected .* found 'depth=3'"),
+        ({"stages": ["a layer=x"]}, "stage 'a layer=x': layer: expected int, found 'x'"),
+        ({"stages": ["a layer=1 layer=2"]}, "at most once"),
+        ({"stages": ["a average=2"]}, "average: expected an odd number from 1 to 15, found 2"),
+        ({"stages": ["a kind=patches"]}, "kind: expected grid or instances, found 'patches'"),
+        ({"stages": ["a weight=-1"]}, "weight: expected a number >= 0, found -1"),
+        ({"stages": ["a weight=nan"]}, "weight: expected a number >= 0, found nan"),
+        ({"stages": ["a size=0"]}, "size: expected 1 to 8192 pixels, found 0"),
+        ({"stages": ["layer=3"]}, "backbone: expected a name or folder"),
+        ({"stages": [""]}, "backbone: expected a name or folder"),
+        ({"backbone": "a b=3"}, "backbone: expected a name or folder, found 'a b=3'"),
+        ({"stages": ["a weight=0", "b weight=0"]}, "'stages': expected weights above 0.* sum of 0"),
+        *(
+            ({"stages": ["a"], name: value}, f"either stages or '{name}', found both")
+            for name, value in (
+                *(("backbone", "b"), ("layers", [3])),
+                *(("input_size", 320), ("variant", "combined")),
+            )
+        ),
+    ],
+)
+def test_stages_that_cannot_be(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        Settings.from_parameters(values)
+
+
+def test_one_weight_above_zero_is_enough() -> None:
+    weights = [spec.weight for spec in Settings(stages=("a weight=0", "b weight=0.5")).stage_specs]
+    assert weights == [0.0, 0.5]
+
+
+def test_settings_that_shape_a_score() -> None:
+    names = {"neighbours": 2, "smoothing": 1.5, "frame_level": 0.5, "tail_percent": 3.0}
+    assert Settings(**names, threshold=-1.0).scoring == names
 
 
 def test_cameras_have_their_own_settings_and_the_common_index() -> None:

@@ -27,6 +27,9 @@ class Table:
     topic: str = setting("/image", "Topic.", choices=("/image", "~/image"))
     count: int = setting(1, "Number.", bounds=(1, 9), live=True)
     shares: tuple[float, ...] = setting((), "Shares.", bounds=(0.0, None))
+    limit: float | None = setting(None, "Limit.", bounds=(None, 5.0))
+    size: int | None = setting(None, "Size.")
+    stages: tuple[str, ...] = setting((), "Names or folders.")
     derived: int = 0
 
     def __post_init__(self) -> None:
@@ -43,7 +46,8 @@ def written(folder: Path, text: str) -> Path:
 
 
 def test_rows_are_read_from_the_fields_of_a_dataclass() -> None:
-    assert list(SPECS) == ["index", "backbone", "topic", "count", "shares"]
+    assert [*SPECS][:5] == ["index", "backbone", "topic", "count", "shares"]
+    assert [*SPECS][5:] == ["limit", "size", "stages"]
     assert [name for name, spec in SPECS.items() if spec.path] == ["index"]
     assert [name for name, spec in SPECS.items() if spec.live] == ["count"]
     shares = SPECS["shares"]
@@ -60,6 +64,18 @@ def test_values_are_converted_to_the_types_of_their_rows() -> None:
         Table(count=10)
     with pytest.raises(SettingsError, match=r"setting 'front\.count': expected at least 1"):
         SPECS["count"].check(0, "front.count")
+
+
+def test_a_setting_without_default_may_be_unset() -> None:
+    assert (SPECS["limit"].element, SPECS["size"].element) == (float, int)
+    assert (Table().limit, Table(limit=-3).limit, Table(limit=0).limit) == (None, -3.0, 0.0)
+    assert type(Table(limit=1).limit) is float
+    with pytest.raises(SettingsError, match=r"setting 'limit': expected at most 5\.0"):
+        Table(limit=6)
+    with pytest.raises(SettingsError, match="expected a finite number, found nan"):
+        Table(limit=float("nan"))
+    with pytest.raises(SettingsError, match="'count': expected int, found None"):
+        SPECS["count"].check(None)
 
 
 def test_only_live_settings_may_change() -> None:
@@ -135,12 +151,15 @@ def test_paths_are_resolved_against_a_folder(
         **{"index": "index", "front.index": "../index", "rear.index": "/index", "left.index": ""},
         **{"right.index": "~/index", "back.index": 7, "unknown": "./a", "count": 3},
         **{"backbone": "dinov2_small", "front.backbone": "./models/a", "rear.backbone": "../b"},
-        **{"left.backbone": "org/name", "topic": "~/image", "shares": ["./a"]},
+        **{"left.backbone": "org/name", "topic": "~/image"},
+        **{"stages": ["./models/a layer=3", "org/name"], "front.stages": "./a"},
     }
     folder = tmp_path / "config"
     changed = {
         **{"index": str(folder / "index"), "front.index": str(tmp_path / "index")},
         **{"right.index": "/home/driver/index"},
+        **{"stages": [str(folder / "models" / "a layer=3"), "org/name"]},
+        **{"front.stages": str(folder / "a")},
         **{"front.backbone": str(folder / "models" / "a"), "rear.backbone": str(tmp_path / "b")},
     }
     assert resolve_paths(values, SPECS, folder) == {**values, **changed}

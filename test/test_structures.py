@@ -73,25 +73,34 @@ def features(rng: np.random.Generator) -> np.ndarray:
 )
 def test_grid_refuses(spoil: Any, features: np.ndarray) -> None:
     with pytest.raises(ModelOutputError, match="patch features"):
-        PatchGrid(spoil(features), features[0, 0], (20, 30))
+        PatchGrid(spoil(features), (20, 30))
 
 
 def test_grid_refuses_a_single_bad_patch(features: np.ndarray) -> None:
     features[1, 2, 4] = np.nan
     with pytest.raises(ModelOutputError, match="finite unit vectors"):
-        PatchGrid(features, features[0, 0], (20, 30))
+        PatchGrid(features, (20, 30))
 
 
-def test_grid_refuses_a_bad_global_feature(features: np.ndarray) -> None:
-    with pytest.raises(ModelOutputError, match="global feature"):
-        PatchGrid(features, np.full(5, np.nan, np.float32), (20, 30))
+def test_grid_refuses_an_image_without_pixels(features: np.ndarray) -> None:
     with pytest.raises(ModelOutputError, match="image size"):
-        PatchGrid(features, features[0, 0], (0, 30))
+        PatchGrid(features, (0, 30))
 
 
 def test_grid_has_sizes(features: np.ndarray) -> None:
-    grid = PatchGrid(features, features[0, 0], (20, 30))
+    grid = PatchGrid(features, (20, 30))
     assert (grid.grid_hw, grid.dim) == ((2, 3), 5)
+    assert grid.stages == (grid,)
+
+
+def test_grid_holds_those_of_further_stages(features: np.ndarray) -> None:
+    coarse = PatchGrid(features[:1, :2], (20, 30))
+    grid = PatchGrid(features, (20, 30), further=(coarse,))
+    assert grid.stages == (grid, coarse)
+    other_size = PatchGrid(features, (20, 31))
+    for further in (other_size, grid):
+        with pytest.raises(ModelOutputError, match=r"further stages: expected .*\(20, 30\)"):
+            PatchGrid(features, (20, 30), further=(coarse, further))
 
 
 @pytest.mark.parametrize(
@@ -108,7 +117,7 @@ def test_grid_refuses_invalid_instances(
     shares: np.ndarray, message: str, features: np.ndarray
 ) -> None:
     with pytest.raises(ModelOutputError, match=message):
-        PatchGrid(features, features[0, 0], (20, 30), shares)
+        PatchGrid(features, (20, 30), shares)
 
 
 def test_localization_refuses_empty_boxes_and_nan() -> None:
@@ -146,6 +155,12 @@ def test_result_refuses(changes: dict[str, Any], message: str) -> None:
 
 def test_result_with_a_threshold_may_lack_a_p_value() -> None:
     assert result(p_value=None).decision is Decision.NOMINAL
+
+
+def test_scores_and_thresholds_may_be_negative() -> None:
+    below = result(score=-1.5, threshold=-0.5, scale=HeatmapScale(-3.0, -0.5))
+    assert (below.score, below.threshold) == (-1.5, -0.5)
+    np.testing.assert_allclose(below.scale.normalise(np.float32([-4.0, -1.75])), [0.0, 0.5])
 
 
 def test_values_of_decisions() -> None:

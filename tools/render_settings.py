@@ -24,7 +24,7 @@ PAGE = ROOT / "docs" / "settings.md"
 BEGIN, END = "<!-- settings:begin -->", "<!-- settings:end -->"
 
 _OVERRIDES = (
-    "Settings that may change while running may also be set for one camera, e.g. threshold: 0.4"
+    "Settings that may change while running may also be set for one camera, e.g. threshold: 4.0"
 )
 _HEAD = """\
 # Every parameter of the node with its default, written by tools/render_settings.py.
@@ -36,8 +36,15 @@ _HEAD = """\
 
 
 def value_text(value: object) -> str:
-    """Return a default as YAML: strings quoted, lists in brackets."""
-    return json.dumps(value)
+    """Return a default as YAML: strings quoted, lists in brackets; 'unset' for None."""
+    return "unset" if value is None else json.dumps(value)
+
+
+def parameter_line(name: str, spec: SettingSpec) -> str:
+    """Return the line of one parameter; a comment if it is unset."""
+    # ROS parameters have no null.
+    comment = "# " if spec.default is None else ""
+    return f"{comment}{name}: {value_text(spec.default)}"
 
 
 def bounds_text(spec: SettingSpec) -> str:
@@ -61,11 +68,11 @@ def render_yaml() -> str:
     """Return config/semantic_anomaly.yaml."""
     lines = []
     for name, spec in setting_specs().items():
-        lines += [f"    # {comment_text(spec)}", f"    {name}: {value_text(spec.default)}"]
+        lines += [f"    # {comment_text(spec)}", f"    {parameter_line(name, spec)}"]
     for camera in Settings().cameras:
         lines += ["    # One section for each name in 'cameras'.", f"    {camera}:"]
         for name, spec in camera_setting_specs().items():
-            lines += [f"      # {comment_text(spec)}", f"      {name}: {value_text(spec.default)}"]
+            lines += [f"      # {comment_text(spec)}", f"      {parameter_line(name, spec)}"]
         lines += [f"      # {_OVERRIDES}"]
     return _HEAD + "\n".join(lines) + "\n"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,15 +51,15 @@ class Calibration:
         index_fingerprint: digest of the index.
         scoring: settings that shape a score, as `Settings.scoring`.
         roi: description of the region of interest.
-        normalisations: score normalisation by stage; empty: scores consist of plain distances.
+        normalisations: score normalisation of each stage of the index.
         camera: name of the camera.
         dtype: precision of the backbone, empty if unknown.
         stale_edits: edits of the index since calibration; empty: none.
         episodes: nominal scores of episodes; None: no rate of episodes was set.
 
     Raises:
-        CalibrationError: scores that are not finite, not sorted, not in [0, 2] or not as many as
-            the drives have, or too few for the rate.
+        CalibrationError: scores that are not finite, not sorted or not as many as the drives have,
+            or too few for the rate.
     """
 
     scores: np.ndarray
@@ -69,7 +69,7 @@ class Calibration:
     index_fingerprint: str
     scoring: Mapping[str, Any]
     roi: Mapping[str, Any]
-    normalisations: Mapping[str, ScoreNormalisation] = field(default_factory=dict)
+    normalisations: tuple[ScoreNormalisation, ...]
     camera: str = "camera"
     dtype: str = ""
     stale_edits: tuple[StaleEdit, ...] = ()
@@ -81,30 +81,24 @@ class Calibration:
             raise CalibrationError(
                 f"calibration scores: expected (n,) float64, found {scores.shape} {scores.dtype}"
             )
-        # NaN fails both comparisons.
-        if not np.all((scores >= 0.0) & (scores <= 2.0)):
-            raise CalibrationError("calibration scores: expected finite numbers in [0, 2]")
+        if not np.isfinite(scores).all():
+            raise CalibrationError("calibration scores: expected finite numbers")
         if np.any(np.diff(scores) < 0):
             raise CalibrationError("calibration scores: expected ascending order")
-        if not 0.0 <= self.heatmap_low <= 2.0:
+        if not math.isfinite(self.heatmap_low):
             raise CalibrationError(
-                f"calibration heatmap_low: expected a number in [0, 2], found {self.heatmap_low}"
+                f"calibration heatmap_low: expected a finite number, found {self.heatmap_low}"
             )
+        if not self.normalisations:
+            raise CalibrationError("calibration normalisations: expected one for each stage")
         counts = [count for _, count in self.drives]
         if min(counts, default=0) < 1 or sum(counts) != len(scores):
             raise CalibrationError(
                 f"calibration drives: expected frames of every drive, {len(scores)} in all, "
                 f"found {list(self.drives)}"
             )
-        if self.threshold >= 2.0:
-            raise CalibrationError(
-                "the threshold is 2, the largest possible score, so no anomaly could exceed it: "
-                "calibrate with more frames, or with drives similar to those of the index"
-            )
-        if self.threshold <= 0.0:
-            raise CalibrationError(
-                "the threshold is 0: the index has seen these frames; calibrate with other drives"
-            )
+        # Too few scores for the rate raise here.
+        _ = self.threshold
         self.scores.flags.writeable = False
 
     @classmethod
@@ -118,7 +112,7 @@ class Calibration:
         roi: RegionOfInterest,
         camera: str,
         dtype: str = "",
-        normalisations: Mapping[str, ScoreNormalisation] | None = None,
+        normalisations: Sequence[ScoreNormalisation],
         episodes: Episodes | None = None,
     ) -> Calibration:
         """Make a calibration from the frame scores of nominal drives that the index has not seen.
@@ -139,7 +133,7 @@ class Calibration:
             index_fingerprint=index.fingerprint,
             scoring=settings.scoring,
             roi=roi.describe(),
-            normalisations=dict(normalisations or {}),
+            normalisations=tuple(normalisations),
             camera=camera,
             dtype=dtype,
             episodes=episodes,
@@ -221,7 +215,7 @@ class Calibration:
         if self.heatmap_low < threshold:
             return HeatmapScale(self.heatmap_low, threshold)
         # Only a threshold set by the user can be below the typical value.
-        return HeatmapScale(0.0, max(threshold, 1e-6))
+        return HeatmapScale(threshold - 1.0, threshold)
 
     @property
     def warnings(self) -> tuple[str, ...]:

@@ -71,7 +71,7 @@ class Episodes:
     """The largest confirmed scores of nominal episodes.
 
     Attributes:
-        scores: (n,) float64, ascending, in [0, 2].
+        scores: (n,) float64, ascending, finite.
         episode_s: length of an episode in seconds.
         confirm_count, confirm_s, silence_s: the confirmation that the scores hold for.
         target_episode_rate: share of nominal episodes that may raise an alarm.
@@ -90,10 +90,9 @@ class Episodes:
 
     def __post_init__(self) -> None:
         scores = self.scores
-        # NaN fails the comparisons.
-        in_range = scores.ndim == 1 and np.all((scores >= 0.0) & (scores <= 2.0))
-        if not in_range or np.any(np.diff(scores) < 0):
-            raise CalibrationError("episodes: expected ascending scores in [0, 2]")
+        finite = scores.ndim == 1 and np.isfinite(scores).all()
+        if not finite or np.any(np.diff(scores) < 0):
+            raise CalibrationError("episodes: expected ascending finite scores")
         lengths_s = self.episode_s, self.confirm_s, self.silence_s
         if not all(0 < length_s < np.inf for length_s in lengths_s):
             raise CalibrationError("episodes: expected lengths above 0 s")
@@ -195,8 +194,9 @@ def complete_episodes(stamps_s: np.ndarray, episode_s: float) -> list[np.ndarray
 def _confirmed_scores(
     scores: np.ndarray, stamps_s: np.ndarray, settings: Settings, drive: str
 ) -> np.ndarray:
-    """Return (n,) the score up to which each frame is confirmed, 0 where none is."""
-    count, confirmed = settings.confirm_count, np.zeros(len(scores))
+    """Return (n,) the score up to which each frame is confirmed, the least one where none is."""
+    count, least = settings.confirm_count, float(scores.min())
+    confirmed = np.full(len(scores), least)
     # Confirmed scores in falling order, and when each was last reached.
     lasting: list[tuple[float, float]] = []
     first = full_windows = 0
@@ -212,7 +212,7 @@ def _confirmed_scores(
         lasting = [(s, t) for s, t in lasting if now_s - t <= settings.silence_s + 1e-6]
         confirmed[last] = max([confirmed[last], *(min(level, score) for level, _ in lasting)])
         lasting = [(s, t) for s, t in lasting if s > confirmed[last]]
-        if confirmed[last] > 0.0:
+        if confirmed[last] > least:
             lasting.append((float(confirmed[last]), float(now_s)))
     if 2 * full_windows < len(scores) and len(scores) >= count:
         raise CalibrationError(

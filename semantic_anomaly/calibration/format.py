@@ -33,7 +33,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "index_fingerprint": (str,),
     "scoring": (dict,),
     "roi": (dict,),
-    "normalisations": (dict,),
+    "normalisations": (list,),
     "camera": (str,),
     "dtype": (str,),
     "stale_edits": (list,),
@@ -113,7 +113,7 @@ def _to_body(values: Mapping[str, Any]) -> dict[str, Any]:
         "format": FORMAT_VERSION,
         "scores": values["scores"].tolist(),
         "drives": [{"name": name, "frames": count} for name, count in values["drives"]],
-        "normalisations": {k: v.to_dict() for k, v in values["normalisations"].items()},
+        "normalisations": [values.to_dict() for values in values["normalisations"]],
         "stale_edits": [asdict(edit) for edit in values["stale_edits"]],
         "episodes": None if episodes is None else episodes.to_dict(),
     }
@@ -153,10 +153,7 @@ def _from_body(body: Any) -> dict[str, Any]:
         **body,
         "scores": np.array(body["scores"], np.float64),
         "drives": tuple((drive["name"], drive["frames"]) for drive in body["drives"]),
-        "normalisations": {
-            stage: ScoreNormalisation.from_dict(values)
-            for stage, values in body["normalisations"].items()
-        },
+        "normalisations": tuple(map(ScoreNormalisation.from_dict, body["normalisations"])),
         "stale_edits": tuple(StaleEdit(**edit) for edit in body["stale_edits"]),
         "episodes": None if episodes is None else Episodes.from_dict(episodes),
     }

@@ -11,14 +11,12 @@ class StaleEdit:
     """An edit of the index that was made, or undone, after the calibration.
 
     Attributes:
-        part: part of the index that was edited, empty for the index itself.
         edit: number of the edit.
         summary: the edit in words: 'retract 14 entries'.
         undone: whether the edit was undone rather than made.
         distances_grow: whether distances can only have grown by it, rather than shrunk.
     """
 
-    part: str
     edit: int
     summary: str
     undone: bool
@@ -27,16 +25,14 @@ class StaleEdit:
     @property
     def text(self) -> str:
         """Return the change in words."""
-        where = f" in part '{self.part}'" if self.part else ""
-        return f"{'undo: ' * self.undone}{self.summary}{where}"
+        return f"{'undo: ' * self.undone}{self.summary}"
 
 
 def edits_since(before: Sequence[StaleEdit], changes: Iterable[StaleEdit]) -> tuple[StaleEdit, ...]:
     """Return the edits since calibration after further changes; undoing one removes it."""
     since = list(before)
     for change in changes:
-        key = change.part, change.edit
-        earlier = [n for n, edit in enumerate(since) if (edit.part, edit.edit) == key]
+        earlier = [n for n, edit in enumerate(since) if edit.edit == change.edit]
         if change.undone and earlier and not since[earlier[-1]].undone:
             del since[earlier[-1]]
         else:

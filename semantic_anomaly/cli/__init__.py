@@ -54,6 +54,10 @@ VERBS = {
         "drive_bag --index index --out replayed --topic /camera/image_raw",
     ),
     "inspect-index": _Verb("check an index folder and print what it contains", "index --recall"),
+    "backbone": _Verb(
+        "load a backbone; print its hidden states, speed on this machine and recommended stages",
+        "efficientnet_lite2",
+    ),
     "explain": _Verb(
         "list the nominal entries nearest to a part of an image",
         "index missed.png --box 310 190 370 240 --out why.jpg",

@@ -44,9 +44,7 @@ def run(args: argparse.Namespace) -> int:
     chosen = list(_chosen(args, index))
     embedder = RunningEmbedder.from_settings(settings)
     try:
-        index.check_embedder(embedder.identity)
-        if settings.segments:
-            index.check_segmenter(embedder.segmenter)
+        index.check_embedder(embedder.stages)
         frames = ((frame, embedder.embed([frame.image])[0]) for frame in chosen)
         edited, report = index_edits.add_nominal(
             index, frames, roi=roi, source=args.source, note=args.note
@@ -55,24 +53,14 @@ def run(args: argparse.Namespace) -> int:
         embedder.close()
     calibration = save_edited(args.index, index, edited)
     rows = [
-        *_edits(index, edited),
-        ("patches seen", f"{report.seen}"),
+        ("edit", f"{edited.edits[-1].number}: {edited.edits[-1].what}"),
+        ("embeddings seen", f"{report.seen}"),
         ("added", f"{report.stored}"),
         ("suppressed as near-duplicates", f"{report.suppressed}"),
         ("dropped, index full", f"{report.dropped}"),
     ]
     print(table([*rows, *after_rows(edited, calibration)]))
     return 0
-
-
-def _edits(before: NominalIndex, after: NominalIndex) -> Iterator[tuple[str, str]]:
-    """Yield a row for each edit that is new, of the index and of its parts."""
-    known = {"": before, **before.parts}
-    for name, index in {"": after, **after.parts}.items():
-        for edit in index.edits:
-            if edit not in known[name].edits:
-                label = f"edit of part '{name}'" if name else "edit"
-                yield label, f"{edit.number}: {edit.what}"
 
 
 def _chosen(args: argparse.Namespace, index: NominalIndex) -> Iterator[Frame]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from semantic_anomaly.errors import InputError, UnknownNameError
+from semantic_anomaly.errors import InputError
 
 if TYPE_CHECKING:
     from semantic_anomaly.calibration.calibration import Calibration
@@ -28,27 +28,29 @@ def numbers(option: str, text: str) -> list[int]:
     return listed
 
 
-def part_of(index: NominalIndex, name: str | None) -> NominalIndex:
-    """Return the part of an index that `--part` names, the index itself for None.
+def entry_numbers(option: str, text: str) -> dict[int, list[int]]:
+    """Return the numbers of entries by stage that a text such as '12,15-20,1:33' names.
+
+    Args:
+        option: name of the option, for the message.
+        text: numbers and ranges, both ends included; 'STAGE:' before those of a further stage.
 
     Raises:
-        UnknownNameError: the index has no such part.
+        InputError: something else.
     """
-    if name is None:
-        return index
-    if name not in index.parts:
-        raise UnknownNameError("part", name, index.parts)
-    return index.parts[name]
-
-
-def with_part(index: NominalIndex, name: str | None, edited: NominalIndex) -> NominalIndex:
-    """Return the index with the part that `part_of` gave replaced by an edited one."""
-    return edited if name is None else index.with_parts({**index.parts, name: edited})
+    entries: dict[int, list[int]] = {}
+    for item in text.split(","):
+        stage, colon, listed = item.strip().rpartition(":")
+        if colon and not re.fullmatch(r"\d{1,2}", stage):
+            raise InputError(f"{option}: expected entries as in 12,15-20,1:33, found '{text}'")
+        entries.setdefault(int(stage or 0), []).extend(numbers(option, listed))
+    return entries
 
 
 def after_rows(edited: NominalIndex, calibration: Calibration | None) -> list[tuple[str, str]]:
     """Return the rows printed after every edit: entries, fingerprint, calibration."""
-    rows = [("entries", f"{edited.count}"), ("fingerprint", edited.fingerprint[:16])]
+    counts = " + ".join(f"{stage.count}" for stage in edited.stages)
+    rows = [("entries", counts), ("fingerprint", edited.fingerprint[:16])]
     if calibration is not None and calibration.stale_edits:
         return [*rows, *(("warning", sentence) for sentence in calibration.warnings)]
     return [*rows, ("calibration", "none" if calibration is None else "in force")]

@@ -37,43 +37,34 @@ def run(args: argparse.Namespace) -> int:
     folder = args.index.expanduser()
     index = NominalIndex.load(folder)
     # The graph is read and checked only when it is used.
-    for part in (index, *index.parts.values()):
-        part.configure_search("graph", part.manifest["content"]["search_ef"])
+    index.configure_search("graph", index.content.search_ef)
     calibrations = calibrations_of(folder, index.fingerprint)
     print(table(_index_rows(folder, index)))
-    for name, part in {"": index, **index.parts}.items():
-        if part.edits:
-            print(f"\nedits of part '{name}'" if name else "\nedits")
-            rows = [
-                (
-                    f"{e.number}",
-                    e.kind,
-                    e.when[:19],
-                    f"{e.entries}",
-                    f"{e.frames}",
-                    e.source,
-                    e.note,
-                )
-                for e in part.edits
-            ]
-            print(table(rows, _EDIT_COLUMNS))
+    for number, stage in enumerate(index.stages):
+        print(f"\nstage {number}")
+        print(table(_stage_rows(stage)))
+    if index.edits:
+        rows = [
+            (f"{e.number}", e.kind, e.when[:19], f"{e.entries}", f"{e.frames}", e.source, e.note)
+            for e in index.edits
+        ]
+        print("\nedits")
+        print(table(rows, _EDIT_COLUMNS))
     if not calibrations:
         print("\n" + table([("calibration", "none; decisions will be 'unknown'")]))
     for calibration in calibrations:
         print("\n" + table(_calibration_rows(calibration)))
     if args.recall:
-        recall = index.recall(_RECALL_QUERIES, args.neighbours)
-        print("\ngraph search against the exact one")
-        print(table([(name.replace("_", " "), f"{value:.6g}") for name, value in recall.items()]))
+        for number, stage in enumerate(index.stages):
+            recall = stage.recall(_RECALL_QUERIES, args.neighbours)
+            print(f"\nstage {number}: graph search against the exact one")
+            print(table([(k.replace("_", " "), f"{value:.6g}") for k, value in recall.items()]))
     return 0
 
 
 def _index_rows(folder: Path, index: NominalIndex) -> list[tuple[str, str]]:
-    content, written = index.manifest["content"], index.manifest["written"]
-    identity, report = index.identity, index.report
-    layers = ", ".join(map(str, identity.layers)) or "last"
+    written = index.manifest["written"]
     drives = Counter(name.rpartition("/")[0] for name in index.frame_names)
-    limits = content["limits"]
     polygon = index.roi_description["polygon_xy"]
     mask = index.roi_description["ego_mask_sha256"]
     whole = "whole image" if not polygon and not mask else ""
@@ -82,24 +73,34 @@ def _index_rows(folder: Path, index: NominalIndex) -> list[tuple[str, str]]:
         ("index", f"{folder}"),
         ("fingerprint", index.fingerprint[:16]),
         (change, f"{written['created']} by version {written['package_version']}"),
-        ("entries", f"{index.count} of dimension {index.dim}"),
         ("size on disk", folder_size(folder)),
-        ("backbone", f"{identity.model_id} ({identity.architecture}), hidden states: {layers}"),
-        ("weights", f"sha256 {identity.weights_sha256[:16]}, {identity.dtype}"),
-        ("input", f"long side {identity.input_size} px, grid of {identity.patch_px} px"),
         ("camera", index.camera),
         ("region of interest", whole or ", ".join(
             [*[f"polygon of {len(polygon)} corners"] * bool(polygon), *["ego mask"] * bool(mask)]
         )),
         ("sources", listed(written["source"])),
-        ("frames", f"{report.frames} read, {len(index.frame_names)} contributed: "
+        ("frames", f"{index.report.frames} read, {len(index.frame_names)} contributed: "
          + drives_listed(drives.items())),
-        ("patches", f"{report.seen} seen, {report.suppressed} suppressed as nearer than "
+    ]  # fmt: skip
+
+
+def _stage_rows(index: NominalIndex) -> list[tuple[str, str]]:
+    stage, report, limits = index.stage, index.report, index.content.limits
+    embedder, segmenter = stage.embedder, stage.segmenter
+    rows = [
+        ("stage", f"{stage.spec}"),
+        ("entries", f"{index.count} of dimension {index.dim}"),
+        ("backbone", f"{embedder.model_id} ({embedder.architecture}), hidden state "
+         f"{embedder.layer}"),
+        ("weights", f"sha256 {embedder.weights_sha256[:16]}, {embedder.dtype}"),
+        ("input", f"long side {embedder.input_size} px, grid of {embedder.patch_px} px"),
+        ("embeddings", f"{report.seen} seen, {report.suppressed} suppressed as nearer than "
          f"{limits['dedup_distance']:g}, {report.dropped} dropped at {limits['max_entries']} "
          "entries"),
-        *((f"part '{name}'", f"{part.count} entries of dimension {part.dim}, "
-           f"fingerprint {part.fingerprint[:16]}") for name, part in index.parts.items()),
     ]  # fmt: skip
+    if segmenter is not None:
+        rows.append(("segmenter", f"{segmenter.family} {segmenter.model_id}".strip()))
+    return rows
 
 
 def _calibration_rows(calibration: Calibration) -> list[tuple[str, str]]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from semantic_anomaly.cli.edits import after_rows, numbers, part_of, with_part
-from semantic_anomaly.cli.options import count
+from semantic_anomaly.cli.edits import after_rows, entry_numbers
 from semantic_anomaly.cli.tables import table
 from semantic_anomaly.errors import InputError
 
@@ -16,15 +16,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("index", type=Path, metavar="INDEX", help="folder of the index")
     parser.add_argument(
         "--entries",
-        metavar="12,15-20",
-        help="numbers as 'explain' prints them; they stay until an addition is undone",
+        metavar="12,15-20,1:33",
+        help="numbers as 'explain' prints them, 'STAGE:' before those of a further stage; they "
+        "stay until an addition is undone",
     )
     parser.add_argument("--frame", metavar="NAME", help="all entries of a nominal frame")
     parser.add_argument(
-        "--near", type=count, metavar="ENTRY", help="an entry and those near it; needs --within"
+        "--near",
+        metavar="ENTRY",
+        help="an entry and those of its stage near it; needs --within",
     )
     parser.add_argument("--within", type=float, metavar="DISTANCE", help="cosine distance, 0 to 2")
-    parser.add_argument("--part", metavar="NAME", help="part of the index; default: the index")
     parser.add_argument("--note", default="", metavar="TEXT", help="why, kept with the edit")
 
 
@@ -38,18 +40,30 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--near and --within: expected both or neither")
     if args.entries is None and args.frame is None and args.near is None:
         raise InputError("retract: expected --entries, --frame or --near, found none of them")
-    whole = NominalIndex.load(args.index)
-    index = part_of(whole, args.part)
-    named = numbers("--entries", args.entries) if args.entries is not None else []
+    index = NominalIndex.load(args.index)
+    named: dict[int, list[int]] = {}
+
+    def add(entries: Mapping[int, Sequence[int]]) -> None:
+        for stage, of_stage in entries.items():
+            named.setdefault(stage, []).extend(of_stage)
+
+    if args.entries is not None:
+        add(entry_numbers("--entries", args.entries))
     if args.frame is not None:
-        named += index_edits.of_frame(index, args.frame)
+        add(index_edits.of_frame(index, args.frame))
     if args.near is not None:
-        named += index_edits.near(index, args.near, args.within)
+        for stage, of_stage in entry_numbers("--near", args.near).items():
+            for number in of_stage:
+                add(
+                    {
+                        stage: index_edits.near(
+                            index_edits.stage_of(index, stage), number, args.within
+                        )
+                    }
+                )
     edited = index_edits.retract(index, named, note=args.note)
-    after = with_part(whole, args.part, edited)
-    calibration = save_edited(args.index, whole, after)
+    calibration = save_edited(args.index, index, edited)
     last = edited.edits[-1]
-    print(table([("edit", f"{last.number}: {last.what}"), *after_rows(after, calibration)]))
-    part = f" --part {args.part}" if args.part else ""
-    print(f"undo with: semantic-anomaly undo-edit {args.index} {last.number}{part}")
+    print(table([("edit", f"{last.number}: {last.what}"), *after_rows(edited, calibration)]))
+    print(f"undo with: semantic-anomaly undo-edit {args.index} {last.number}")
     return 0

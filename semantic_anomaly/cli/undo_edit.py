@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from semantic_anomaly.cli.edits import after_rows, part_of, with_part
+from semantic_anomaly.cli.edits import after_rows
 from semantic_anomaly.cli.options import positive
 from semantic_anomaly.cli.tables import table
 
@@ -16,7 +16,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "number", nargs="?", type=positive, metavar="NUMBER", help="of the edit; default: the last"
     )
-    parser.add_argument("--part", metavar="NAME", help="part of the index; default: the index")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -25,9 +24,8 @@ def run(args: argparse.Namespace) -> int:
     from semantic_anomaly.index.nominal_index import NominalIndex
     from semantic_anomaly.offline.edit_index import save_edited
 
-    whole = NominalIndex.load(args.index)
-    edited, edit = index_edits.undo(part_of(whole, args.part), args.number)
-    after = with_part(whole, args.part, edited)
-    calibration = save_edited(args.index, whole, after)
-    print(table([("undone", f"{edit.number}: {edit.what}"), *after_rows(after, calibration)]))
+    index = NominalIndex.load(args.index)
+    undone, edit = index_edits.undo(index, args.number)
+    calibration = save_edited(args.index, index, undone)
+    print(table([("undone", f"{edit.number}: {edit.what}"), *after_rows(undone, calibration)]))
     return 0

@@ -88,7 +88,8 @@ def run_demo(out: Path, plan: DemoPlan, overrides: dict[str, Any]) -> dict[str, 
     document = {"/**": {"ros__parameters": parameters}}
     atomic_write_bytes(out / "settings.yaml", yaml.safe_dump(document).encode())
     settings = Settings.from_parameters(read_settings_file(out / "settings.yaml"))
-    overrides = {"input_size": INPUT_SIZE, **overrides}
+    if "stages" not in overrides:
+        overrides = {"input_size": INPUT_SIZE, **overrides}
     common: dict[str, Any] = {"settings": settings, "out": out / "index", "progress": True}
     index = build_index(index_sources, force=True, **common, **overrides)
     rate = plan.target_false_alarm_rate

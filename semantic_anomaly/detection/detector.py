@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,14 @@ from semantic_anomaly.errors import IndexMismatchError, ModelOutputError, Settin
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.linalg import inner_products
 from semantic_anomaly.roi import RegionOfInterest
-from semantic_anomaly.scoring.distances import FrameScore, FrameScorer
-from semantic_anomaly.scoring.normalisation import ScoreNormalisation
+from semantic_anomaly.scoring.distances import FrameScore, FrameScorer, StageMap
+from semantic_anomaly.scoring.normalisation import ScoreNormalisation, constant_normalisation
 from semantic_anomaly.segmentation.embedder import RunningEmbedder
+from semantic_anomaly.segmentation.masks import StageEmbeddings
 from semantic_anomaly.settings import (
+    COMBINED,
+    INSTANCE,
+    SHORTHAND,
     UNSET,
     CameraSettings,
     Settings,
@@ -33,10 +37,19 @@ from semantic_anomaly.settings import (
     setting_specs,
 )
 from semantic_anomaly.settings_schema import refuse_fixed
-from semantic_anomaly.structures import AnomalyResult, Frame, HeatmapScale, Localization, PatchGrid
+from semantic_anomaly.stages import GRID, INSTANCES, StageSpec
+from semantic_anomaly.structures import (
+    AnomalyResult,
+    Frame,
+    HeatmapScale,
+    Localization,
+    NominalExample,
+    PatchGrid,
+)
 
 _log = logging.getLogger(__name__)
 _UNCALIBRATED = "uncalibrated: no threshold to compare with"
+_LEAVE_UNSET = "leave it unset, or build the index again"
 _FRAME_PERIOD_NS = 100_000_000
 # Entries whose nearest other entries give the scale of the heatmap without a calibration.
 _SCALE_ENTRIES = 512
@@ -92,20 +105,64 @@ def resolve_settings(
 ) -> Settings:
     """Return settings in which the values of index and calibration replace the unset ones.
 
+    `stages` replaces its shorthand. Names of backbones may differ from those of the index: the
+    embedder is checked by its weights.
+
     Raises:
         IndexMismatchError: a value that the index fixes is set and differs.
     """
-    changes: dict[str, Any] = {}
-    for name, expected in index.fixed_settings.items():
+    fixed = index.fixed_settings
+    changes: dict[str, Any] = {name: UNSET[name] for name in SHORTHAND}
+    changes["stages"] = tuple(map(str, _resolved_stages(settings, index)))
+    for name in fixed.keys() - {"stages"}:
         value = getattr(settings, name)
         if value == UNSET[name]:
-            changes[name] = expected
-        elif name in ("input_size", "place_weight", "variant", "segmenter") and value != expected:
-            raise IndexMismatchError(
-                f"setting '{name}'", expected, value, "leave it unset, or build the index again"
-            )
+            changes[name] = fixed[name]
+        elif name != "segmenter_model" and value != fixed[name]:
+            raise IndexMismatchError(f"setting '{name}'", fixed[name], value, _LEAVE_UNSET)
     settings = settings.replace(**changes)
     return settings if calibration is None else calibration.resolve(settings)
+
+
+def _resolved_stages(settings: Settings, index: NominalIndex) -> tuple[StageSpec, ...]:
+    """Return the stages of the index, with the backbones of the settings where they are set."""
+    own = tuple(stage.stage.spec for stage in index.stages)
+    if settings.stages:
+        given = settings.stage_specs
+        same = len(given) == len(own) and all(
+            replace(spec, backbone=stage.backbone, layer=stage.layer) == stage
+            and spec.layer in (None, stage.layer)
+            for spec, stage in zip(given, own, strict=True)
+        )
+        if not same:
+            raise IndexMismatchError(
+                "setting 'stages'", [*map(str, own)], [*settings.stages], _LEAVE_UNSET
+            )
+        return tuple(
+            replace(stage, backbone=spec.backbone) for spec, stage in zip(given, own, strict=True)
+        )
+    kinds = [spec.kind for spec in own]
+    variant = GRID if INSTANCES not in kinds else INSTANCE if GRID not in kinds else COMBINED
+    shared: dict[str, set[Any]] = {
+        "input_size": {spec.size for spec in own},
+        "variant": {variant},
+    }
+    for name, values in shared.items():
+        value = getattr(settings, name)
+        if value != UNSET[name] and values != {value}:
+            expected = ", ".join(map(str, sorted(values)))
+            raise IndexMismatchError(f"setting '{name}'", expected, value, _LEAVE_UNSET)
+    layers = tuple(spec.layer for spec in own if spec.kind == GRID or variant == INSTANCE)
+    if any(layer >= 0 for layer in settings.layers) and settings.layers != layers:
+        raise IndexMismatchError("setting 'layers'", layers, settings.layers, _LEAVE_UNSET)
+    backbones = {spec.backbone for spec in own}
+    if settings.backbone and len(backbones) == 1:
+        return tuple(replace(spec, backbone=settings.backbone) for spec in own)
+    if settings.backbone:
+        raise IndexMismatchError(
+            "setting 'backbone'", ", ".join(sorted(backbones)), settings.backbone, "set 'stages'"
+        )
+    return own
 
 
 def resolve_roi(
@@ -145,7 +202,8 @@ class AnomalyDetector:
         settings: None: all defaults.
         camera: one of the cameras of the settings; None: the first.
         embedder: None: loaded from the backbone of the index.
-        normalisations: score normalisation by stage, if there is no calibration.
+        normalisations: score normalisation of each stage, if there is no calibration; None: by the
+            distances inside the index.
 
     Raises:
         IndexMismatchError: settings, embedder or region of interest do not match the index.
@@ -161,28 +219,27 @@ class AnomalyDetector:
         settings: Settings | None = None,
         camera: str | None = None,
         embedder: Embedder | None = None,
-        normalisations: Mapping[str, ScoreNormalisation] | None = None,
+        normalisations: Sequence[ScoreNormalisation] | None = None,
     ) -> None:
         settings = settings or Settings()
         self.camera = settings.cameras[0] if camera is None else camera
         settings = resolve_settings(settings.for_camera(self.camera), index, calibration)
         roi = resolve_roi(settings.camera_settings[self.camera], index, calibration)
         index.check_roi(roi)
-        if settings.neighbours > index.count:
-            raise IndexMismatchError(
-                "setting 'neighbours'", f"at most the index's {index.count}", settings.neighbours
-            )
+        for number, stage in enumerate(index.stages):
+            if settings.neighbours > stage.count:
+                raise IndexMismatchError(
+                    "setting 'neighbours'",
+                    f"at most the {stage.count} entries of stage {number}",
+                    settings.neighbours,
+                )
         if calibration is not None:
             calibration.check(index.fingerprint, settings, roi)
         if embedder is None:
             embedder = RunningEmbedder.from_settings(settings)
-        index.check_embedder(embedder.identity)
-        if settings.segments:
-            if embedder.segmenter is None:
-                raise SettingsError(f"variant '{settings.variant}': needs a segmenter, found none")
-            index.check_segmenter(embedder.segmenter)
+        index.check_embedder(embedder.stages)
         if calibration is not None:
-            dtypes = calibration.dtype, embedder.identity.dtype
+            dtypes = calibration.dtype, embedder.stages[0].embedder.dtype
             if dtypes[0] and dtypes[0] != dtypes[1]:
                 _log.warning("calibrated in %s, running in %s: scores shift slightly", *dtypes)
             if calibration.stale_edits:
@@ -191,9 +248,14 @@ class AnomalyDetector:
         self.embedder = embedder
         self.index = index
         self.calibration = calibration
-        self.normalisations = dict(
-            normalisations or {} if calibration is None else calibration.normalisations
-        )
+        self._distances_inside: list[DistancesInside] = []
+        if calibration is not None:
+            normalisations = calibration.normalisations
+        else:
+            self._distances_inside = [DistancesInside.of(stage) for stage in index.stages]
+            inside = [distances.normalisation for distances in self._distances_inside]
+            normalisations = inside if normalisations is None else normalisations
+        self.normalisations = tuple(normalisations)
         self.roi = roi
         self._scorer = FrameScorer(index, settings, roi)
         self._next_stamp_ns = 0
@@ -263,17 +325,12 @@ class AnomalyDetector:
                 f"found {grid.image_hw}"
             )
         frame_score = self._scorer.score(grid, self.normalisations, live.threshold)
-        score, anomaly_map = frame_score.score, frame_score.anomaly_map
+        score = frame_score.score
         searched = time.perf_counter()
-        heat = heatmap(anomaly_map, self.roi, frame.image_hw)
-        labels = np.zeros(heat.shape, np.uint16)
-        localizations: tuple[Localization, ...] = ()
-        if live.threshold is not None and score > live.threshold:
-            roi_mask, min_area_px = self.roi.pixel_mask(grid.image_hw), live.settings.min_area_px
-            labels, localizations = localize(
-                anomaly_map, heat, live.threshold, min_area_px, roi_mask, grid, self.index
-            )
-            labels, localizations = reject(live.settings, labels, localizations, roi_mask)
+        heat = heatmap(frame_score.anomaly_map, self.roi, frame.image_hw)
+        labels, localizations = self._localized(frame_score, heat, live)
+        if not self.roi.is_whole_image:
+            heat = np.where(self.roi.pixel_mask(frame.image_hw), heat, np.float32(live.scale.low))
         localizations = follow(live.tracker, frame.stamp_ns, localizations)
         decision = decide(localizations, live.threshold)
         end = time.perf_counter()
@@ -293,8 +350,7 @@ class AnomalyDetector:
             localizations=localizations,
             stage_ms=stages,
             reason=_UNCALIBRATED if live.threshold is None else "",
-            parts=frame_score.parts,
-            note=frame_score.note,
+            stage_scores=frame_score.stage_scores,
         )
 
     def reset(self) -> None:
@@ -324,28 +380,97 @@ class AnomalyDetector:
             self._live = self._prepared(resolved, self._live)
 
     def _prepared(self, settings: Settings, before: _Live | None = None) -> _Live:
-        threshold = settings.threshold or None
-        if self.calibration is not None:
-            threshold = threshold or self.calibration.threshold_of(settings)
+        threshold = settings.threshold
+        if threshold is None and self.calibration is not None:
+            threshold = self.calibration.threshold_of(settings)
+        if self.calibration is not None and threshold is not None:
             scale = self.calibration.scale(threshold)
-        elif threshold is not None:
-            scale = HeatmapScale(0.0, threshold)
         else:
-            scale = before.scale if before else _scale_of_index(self.index)
+            scale = before.scale if before else self._scale_of_index(threshold)
         window = settings.confirm_count, settings.confirm_s, settings.silence_s
         tracker = before.tracker if before else None
         if tracker is None or (tracker.count, tracker.window_s, tracker.silence_s) != window:
             tracker = ComponentTracker(*window)
         return _Live(settings, threshold, scale, tracker)
 
+    def _scale_of_index(self, threshold: float | None) -> HeatmapScale:
+        """Return a heatmap scale from the distances inside the index."""
+        weights = [stage.stage.spec.weight for stage in self.index.stages]
+        highest = [distances.highest for distances in self._distances_inside]
+        high = float(np.average(highest, weights=weights)) if threshold is None else threshold
+        return HeatmapScale(min(0.0, high - 1.0), high, "distances inside the index")
 
-def _scale_of_index(index: NominalIndex) -> HeatmapScale:
-    """Return a heatmap scale from the distances of entries to their nearest other entries."""
-    entries = index.content.embeddings
-    count = min(_SCALE_ENTRIES, len(entries))
-    rows = np.random.default_rng(_SEED).choice(len(entries), count, replace=False)
-    products = inner_products(np.ascontiguousarray(entries[rows]), entries.T)  # (count, n)
-    products[np.arange(count), rows] = -1.0
-    distances = 1.0 - products.max(axis=1)  # (count,)
-    low, high = float(np.median(distances)), float(distances.max())
-    return HeatmapScale(low, max(2.0 * high, low + 1e-6), "distances inside the index")
+    def _localized(
+        self, frame_score: FrameScore, heat: np.ndarray, live: _Live
+    ) -> tuple[np.ndarray, tuple[Localization, ...]]:
+        if live.threshold is None or frame_score.score <= live.threshold:
+            return np.zeros(heat.shape, np.uint16), ()
+        image_hw = (heat.shape[0], heat.shape[1])
+        pixel_mask = self.roi.pixel_mask(image_hw)
+        labels, localizations = localize(
+            frame_score.anomaly_map,
+            heat,
+            live.threshold,
+            live.settings.min_area_px,
+            frame_score.inside,
+            pixel_mask,
+            lambda patches: self._nearest(frame_score.stage_maps, patches),
+        )
+        return reject(live.settings, labels, localizations, pixel_mask)
+
+    def _nearest(
+        self, stage_maps: Sequence[StageMap], patches: Sequence[tuple[int, int]]
+    ) -> list[NominalExample]:
+        """Return for each patch of the map the nearest example in the stage that adds most."""
+        examples: dict[int, NominalExample] = {}
+        values = np.array([[stage_map.values[p] for stage_map in stage_maps] for p in patches])
+        stages = values.argmax(axis=1).tolist()
+        for stage in sorted(set(stages)):
+            numbers = [number for number, other in enumerate(stages) if other == stage]
+            embeddings = stage_maps[stage].embeddings
+            queries = [
+                embeddings.at(*_resized_patch(patches[n], stage_maps[stage].values, embeddings))
+                for n in numbers
+            ]
+            found = self.index.stages[stage].nearest_many(np.stack(queries))
+            examples.update(zip(numbers, (replace(e, stage=stage) for e in found), strict=True))
+        return [examples[number] for number in range(len(patches))]
+
+
+@dataclass(frozen=True)
+class DistancesInside:
+    """Cosine distances of entries to their nearest other entries: the scale without a calibration.
+
+    Attributes:
+        normalisation: by their median, and their largest value above it.
+        highest: value drawn as 1 in a heatmap: twice the largest distance, standardised.
+    """
+
+    normalisation: ScoreNormalisation
+    highest: float
+
+    @classmethod
+    def of(cls, index: NominalIndex) -> DistancesInside:
+        """Return those of one stage of an index, of some entries chosen by a fixed seed."""
+        entries = index.content.embeddings
+        count = min(_SCALE_ENTRIES, len(entries))
+        rows = np.random.default_rng(_SEED).choice(len(entries), count, replace=False)
+        products = inner_products(np.ascontiguousarray(entries[rows]), entries.T)  # (count, n)
+        products[np.arange(count), rows] = -1.0
+        distances = np.clip(1.0 - products.max(axis=1), 0.0, 2.0)  # (count,)
+        median, largest = float(np.median(distances)), float(distances.max())
+        deviation = max(largest - median, 1e-6)
+        return cls(
+            constant_normalisation(median, deviation), (2.0 * largest - median) / deviation + 1e-6
+        )
+
+
+def _resized_patch(
+    patch: tuple[int, int], values: np.ndarray, embeddings: StageEmbeddings
+) -> tuple[int, int]:
+    """Return the patch of a stage's own grid that has the centre of a patch of the finest grid."""
+    row, col = (
+        int((position + 0.5) * own / finest)
+        for position, own, finest in zip(patch, embeddings.inside.shape, values.shape, strict=True)
+    )
+    return row, col

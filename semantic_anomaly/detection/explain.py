@@ -15,7 +15,8 @@ from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.index.search import nearest_rows
 from semantic_anomaly.io.images import decode_compressed
 from semantic_anomaly.roi import RegionOfInterest
-from semantic_anomaly.segmentation.masks import instances_of
+from semantic_anomaly.scoring.normalisation import ScoreNormalisation
+from semantic_anomaly.segmentation.masks import StageEmbeddings, stage_embeddings
 from semantic_anomaly.structures import PatchGrid
 
 _MAX_FRAMES = 5
@@ -26,24 +27,31 @@ _FONT = cv2.FONT_HERSHEY_SIMPLEX
 
 @dataclass(frozen=True)
 class Explanation:
-    """A nominal entry among the nearest of the patches of a box.
+    """A nominal entry among the nearest of the embeddings of a box.
 
     Attributes:
-        number: of the entry.
+        stage: number of the stage.
+        number: of the entry in its stage.
         frame_number: position of its frame among the frames of the index.
         frame: name of that frame.
         row, col: its patch in the grid of the frame.
-        distance: the least to one of the patches, in the unit that `explain` was asked for.
-        patches: number of patches that have it among their nearest.
+        distance: the least to one of the embeddings, in deviations of nominal distances.
+        embeddings: number of embeddings that have it among their nearest.
     """
 
+    stage: int
     number: int
     frame_number: int
     frame: str
     row: int
     col: int
     distance: float
-    patches: int
+    embeddings: int
+
+    @property
+    def entry(self) -> str:
+        """Return 'STAGE:NUMBER', the number alone in the first stage."""
+        return f"{self.stage}:{self.number}" if self.stage else f"{self.number}"
 
 
 def patches_of_box(
@@ -80,53 +88,69 @@ def patches_of_box(
     return mask
 
 
-def instances_of_box(grid: PatchGrid, roi: RegionOfInterest, inside: np.ndarray) -> np.ndarray:
-    """Return (n, dim) float32: the instances of which at least half lies in (rows, cols) patches.
-
-    Raises:
-        InputError: no instance is inside the box.
-        ModelOutputError: the image was not segmented.
-    """
-    instances = instances_of(grid, roi)
-    shares = instances.shares  # (n, rows, cols)
-    selected = shares[:, inside].sum(axis=1) >= 0.5 * shares.sum(axis=(1, 2))
-    if not selected.any():
-        raise InputError("box: expected an instance at least half inside it, found none")
-    return instances.embeddings[selected]
-
-
 def explain(
     index: NominalIndex,
-    embeddings: np.ndarray,
+    grid: PatchGrid,
+    roi: RegionOfInterest,
+    normalisations: Sequence[ScoreNormalisation],
+    box_xyxy: tuple[float, float, float, float],
     nearest: int,
-    *,
-    gain: np.ndarray | float = 1.0,
-    offset: np.ndarray | float = 0.0,
-) -> list[Explanation]:
-    """Return the entries nearest to some patches: by number of patches, then by distance.
+) -> list[list[Explanation]]:
+    """Return by stage the entries nearest to the embeddings of a box.
 
-    Distances are cosine distances in [0, 2] by default. With gain and offset of the score
-    normalisation they have the unit of the threshold: offset + gain * distance.
+    Those that are nearest to most embeddings come first, then those of the least distance.
 
     Args:
         index: has the entries.
-        embeddings: (n, dim) float32, unit norm.
-        nearest: entries searched for every patch, >= 1.
-        gain, offset: (n,) or a number.
+        grid: embeddings of the image.
+        roi: region of interest.
+        normalisations: of each stage.
+        box_xyxy: left, top, right, bottom in pixels.
+        nearest: entries searched for every embedding, >= 1.
+
+    Raises:
+        InputError: a box that is empty, outside the image, or outside the ROI.
     """
+    return [
+        _explained(number, stage, stage_embeddings(stage_grid, roi), normalisation, inside, nearest)
+        for number, (stage, stage_grid, normalisation) in enumerate(
+            zip(index.stages, grid.stages, normalisations, strict=True)
+        )
+        for inside in [patches_of_box(stage_grid, roi, box_xyxy)]
+    ]
+
+
+def _explained(
+    number: int,
+    index: NominalIndex,
+    embeddings: StageEmbeddings,
+    normalisation: ScoreNormalisation,
+    inside: np.ndarray,
+    nearest: int,
+) -> list[Explanation]:
     content = index.content
-    rows, similarities = nearest_rows(embeddings, content.embeddings, min(nearest, index.count))
-    distances = np.clip(1.0 - similarities, 0.0, 2.0)  # (n, k)
-    distances = (np.asarray(offset) + np.asarray(gain) * distances.T).T
+    chosen = embeddings.painting(inside)  # (n,)
+    rows, similarities = nearest_rows(
+        embeddings.embeddings[chosen], content.embeddings, min(nearest, index.count)
+    )
+    parameters = np.zeros((2, *inside.shape), np.float32)
+    parameters[:, embeddings.inside] = normalisation.parameters(
+        embeddings.inside, embeddings.features[embeddings.inside]
+    )
+    row, col = embeddings.cells[chosen].T
+    mean, deviation = parameters[:, row, col]  # (n,) each
+    distances = (np.clip(1.0 - similarities, 0.0, 2.0).T - mean).T / deviation[:, None]  # (n, k)
     unique_rows, positions, counts = np.unique(rows, return_inverse=True, return_counts=True)
     least = np.full(len(unique_rows), np.inf)
     np.minimum.at(least, positions.ravel(), distances.ravel())
     explanations = []
-    for row, distance, patches in zip(unique_rows, least.tolist(), counts.tolist(), strict=True):
+    for row, distance, count in zip(unique_rows, least.tolist(), counts.tolist(), strict=True):
         frame, grid_row, grid_col = content.entries[row].tolist()
-        number, name = int(content.numbers[row]), content.frames[frame].name
-        explanations.append(Explanation(number, frame, name, grid_row, grid_col, distance, patches))
-    return sorted(explanations, key=lambda entry: (-entry.patches, entry.distance))
+        entry, name = int(content.numbers[row]), content.frames[frame].name
+        explanations.append(
+            Explanation(number, entry, frame, name, grid_row, grid_col, distance, count)
+        )
+    return sorted(explanations, key=lambda e: (-e.embeddings, e.distance))
 
 
 def mark_patch(image: np.ndarray, grid_hw: tuple[int, int], row: int, col: int) -> tuple[int, int]:
@@ -144,7 +168,6 @@ def draw_explanations(
     box_xyxy: tuple[float, float, float, float],
     index: NominalIndex,
     explanations: Sequence[Explanation],
-    threshold: float | None = None,
 ) -> np.ndarray:
     """Return (h, w, 3) uint8 RGB: the image with the box, and the frames of the nearest entries.
 
@@ -152,28 +175,29 @@ def draw_explanations(
         image: (height, width, 3) uint8 RGB.
         box_xyxy: left, top, right, bottom in its pixels.
         index: has the thumbnails.
-        explanations: entries of the index; their first 5 frames are drawn.
-        threshold: written beside the distances; has their unit.
+        explanations: entries of the index; the first 5 frames of each stage are drawn.
     """
     tile_height = round(_TILE_WIDTH * image.shape[0] / image.shape[1])
     query = cv2.resize(image, (_TILE_WIDTH, tile_height), interpolation=cv2.INTER_AREA)
     scale = _TILE_WIDTH / image.shape[1]
     left, top, right, bottom = (round(v * scale) for v in box_xyxy)
     cv2.rectangle(query, (left, top), (right, bottom), _BOX_COLOUR, 2)
-    limit = "" if threshold is None else f", threshold {threshold:.4f}"
-    tiles = [_titled(query, f"image and box{limit}")]
-    by_frame: dict[int, list[Explanation]] = defaultdict(list)
+    tiles = [_titled(query, "image and box")]
+    by_frame: dict[tuple[int, int], list[Explanation]] = defaultdict(list)
     for explanation in explanations:
-        by_frame[explanation.frame_number].append(explanation)
-    for number, entries in list(by_frame.items())[:_MAX_FRAMES]:
-        record = index.content.frames[number]
+        key = explanation.stage, explanation.frame_number
+        if key in by_frame or sum(stage == key[0] for stage, _ in by_frame) < _MAX_FRAMES:
+            by_frame[key].append(explanation)
+    for (stage, number), entries in by_frame.items():
+        record = index.stages[stage].content.frames[number]
         thumbnail = decode_compressed(record.thumbnail, "jpeg")
         tile = cv2.resize(thumbnail, (_TILE_WIDTH, tile_height), interpolation=cv2.INTER_LINEAR)
         for entry in entries:
             corner = mark_patch(tile, (record.rows, record.cols), entry.row, entry.col)
-            cv2.putText(tile, str(entry.number), corner, _FONT, 0.4, _PATCH_COLOUR, 1, cv2.LINE_AA)
+            cv2.putText(tile, entry.entry, corner, _FONT, 0.4, _PATCH_COLOUR, 1, cv2.LINE_AA)
         least = min(entry.distance for entry in entries)
-        tiles.append(_titled(tile, f"{least:.4f} {record.name}: {len(entries)} entries"))
+        title = f"{least:.2f} {record.name}: {len(entries)} entries of stage {stage}"
+        tiles.append(_titled(tile, title))
     return contact_sheet(tiles, columns=min(3, len(tiles)))
 
 

@@ -10,17 +10,14 @@ patch above it, and therefore a component unless the minimum area removes it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 
 from semantic_anomaly.roi import RegionOfInterest
-from semantic_anomaly.structures import Localization, PatchGrid
-
-if TYPE_CHECKING:
-    from semantic_anomaly.index.nominal_index import NominalIndex
+from semantic_anomaly.structures import Localization, NominalExample
 
 # An image that is unknown throughout has hundreds of components; only the worst are kept, because
 # each needs a search for its nearest nominal example.
@@ -85,9 +82,9 @@ def localize(
     heatmap: np.ndarray,
     threshold: float,
     min_area_px: int,
+    inside: np.ndarray,
     roi_mask: np.ndarray,
-    grid: PatchGrid,
-    index: NominalIndex,
+    nearest: Callable[[Sequence[tuple[int, int]]], list[NominalExample]],
 ) -> tuple[np.ndarray, tuple[Localization, ...]]:
     """Return the connected components above the threshold, largest score first.
 
@@ -100,9 +97,10 @@ def localize(
         heatmap: (height, width) float32, its upsampling.
         threshold: of the frame score.
         min_area_px: components with fewer pixels are left out.
+        inside: (rows, cols) bool, patches inside the ROI.
         roi_mask: (height, width) bool, pixels inside the ROI.
-        grid: embeddings of the patches.
-        index: finds the nominal example nearest to the worst patch of each component.
+        nearest: returns the nominal example nearest to each patch (row, col), called with the worst
+            patch of each component.
 
     Returns:
         Label map (height, width) uint16 with 0 for none, and at most `MAX_LOCALIZATIONS`
@@ -110,6 +108,8 @@ def localize(
     """
     limit = _float32_at_most(threshold)
     above = ((heatmap > limit) & roi_mask).view(np.uint8)
+    # Values outside are no values: a threshold may be below 0.
+    anomaly_map = np.where(inside, anomaly_map, -np.inf)
     patch_pixels = _mark_patches(anomaly_map, limit, above, roi_mask)
     labels = np.zeros(above.shape, np.uint16)
     x0, y0, width, height = cv2.boundingRect(above)
@@ -138,8 +138,7 @@ def localize(
     del kept[MAX_LOCALIZATIONS:]
     if not kept:
         return labels, ()
-    rows, cols = zip(*((row, col) for _, row, col, _, _ in kept), strict=True)
-    examples = index.nearest_many(grid.features[rows, cols])
+    examples = nearest([(row, col) for _, row, col, _, _ in kept])
     label_of = np.zeros(count, np.uint16)
     localizations = []
     for label, (score, _, _, area, number) in enumerate(kept, start=1):
@@ -156,7 +155,7 @@ def localize(
 def _float32_at_most(threshold: float) -> np.float32:
     # Rounding the threshold up could hide the one patch that lifted the frame above it.
     rounded = np.float32(threshold)
-    return np.nextafter(rounded, np.float32(-1)) if float(rounded) > threshold else rounded
+    return np.nextafter(rounded, np.float32(-np.inf)) if float(rounded) > threshold else rounded
 
 
 def _mark_patches(
@@ -200,7 +199,7 @@ def _worst_at_peak(
     left, top, width, height = (int(v) for v in stats[number, :4])
     mask = components[top : top + height, left : left + width] == number
     x, y = origin_xy[0] + left, origin_xy[1] + top
-    peak = np.where(mask, heatmap[y : y + height, x : x + width], -1.0)
+    peak = np.where(mask, heatmap[y : y + height, x : x + width], -np.inf)
     offset_y, offset_x = np.unravel_index(int(peak.argmax()), peak.shape)
     grid_hw = (anomaly_map.shape[0], anomaly_map.shape[1])
     row, col = patch_of_pixel(x + int(offset_x), y + int(offset_y), grid_hw, heatmap.shape)

@@ -11,6 +11,7 @@ import numpy as np
 
 from semantic_anomaly.errors import IndexFormatError
 from semantic_anomaly.settings import SEGMENTER_FAMILIES
+from semantic_anomaly.stages import INSTANCES, StageSpec
 from semantic_anomaly.structures import PatchGrid
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -26,10 +27,7 @@ _DIGEST: _Rule = (
     "64 hexadecimal digits",
     lambda value: isinstance(value, str) and _SHA256.fullmatch(value) is not None,
 )
-_LAYERS: _Rule = (
-    "integers",
-    lambda value: isinstance(value, tuple) and all(type(layer) is int for layer in value),
-)
+_LAYER: _Rule = ("an integer from 0", lambda value: type(value) is int and value >= 0)
 _WEIGHT: _Rule = (
     "a number in [0, 1)",
     lambda value: type(value) is float and 0.0 <= value < 1.0,
@@ -64,8 +62,7 @@ class _Identity:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
-        values = asdict(self).items()
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values}
+        return asdict(self)
 
     @classmethod
     def from_dict(cls: type[_IdentityT], values: Mapping[str, Any]) -> _IdentityT:
@@ -80,21 +77,21 @@ class _Identity:
                 f"{cls._what} identity: expected exactly the fields {', '.join(sorted(names))}, "
                 f"found {sorted(map(str, values)) if isinstance(values, Mapping) else values!r}"
             )
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        return cls(**values)
 
 
 @dataclass(frozen=True)
 class EmbedderIdentity(_Identity):
-    """A backbone and how it is used: embeddings of equal identities lie in one space.
+    """A backbone and how a stage uses it: embeddings of equal identities lie in one space.
 
     Attributes:
         model_id: shipped name, folder name or hub id; never an absolute path.
         architecture: `model_type` of the configuration of the backbone.
         revision: commit of the hub snapshot, empty for a local folder.
         weights_sha256, config_sha256: 64 hexadecimal digits.
-        layers: hidden states used, counted from the front; empty: the last output of the network,
-            where that is none of the hidden states.
+        layer: hidden state, counted from the front.
         input_size: long side in pixels to which images are resized.
+        average: side of the square of patches over which embeddings are averaged; 1: none.
         patch_px: side of a patch in pixels of the resized image.
         dim: dimension of an embedding.
         dtype: precision of the computation.
@@ -105,8 +102,8 @@ class EmbedderIdentity(_Identity):
     _rules: ClassVar[Mapping[str, _Rule]] = {
         **dict.fromkeys(("model_id", "architecture", "dtype"), _NAME),
         **dict.fromkeys(("weights_sha256", "config_sha256"), _DIGEST),
-        **dict.fromkeys(("input_size", "patch_px", "dim"), _COUNT),
-        **{"revision": _STRING, "layers": _LAYERS, "place_weight": _WEIGHT},
+        **dict.fromkeys(("input_size", "average", "patch_px", "dim"), _COUNT),
+        **{"revision": _STRING, "layer": _LAYER, "place_weight": _WEIGHT},
     }
 
     model_id: str
@@ -114,8 +111,9 @@ class EmbedderIdentity(_Identity):
     revision: str
     weights_sha256: str
     config_sha256: str
-    layers: tuple[int, ...]
+    layer: int
     input_size: int
+    average: int
     patch_px: int
     dim: int
     dtype: str
@@ -155,19 +153,45 @@ class SegmenterIdentity(_Identity):
         return (self.family, self.digest) == (other.family, other.digest)
 
 
+@dataclass(frozen=True)
+class StageIdentity:
+    """A stage of an index, or of a running embedder.
+
+    Attributes:
+        spec: as in the settings.
+        embedder: the backbone and how it is used.
+        segmenter: of the instances; None for a stage of patches.
+
+    Raises:
+        IndexFormatError: a stage of instances without a segmenter, or of patches with one.
+    """
+
+    spec: StageSpec
+    embedder: EmbedderIdentity
+    segmenter: SegmenterIdentity | None = None
+
+    def __post_init__(self) -> None:
+        if (self.segmenter is not None) != (self.spec.kind == INSTANCES):
+            raise IndexFormatError(f"stage '{self.name}': expected a segmenter for instances only")
+
+    @property
+    def name(self) -> str:
+        """Return a short name, such as 'mobilenet_v1:21@800' or 'mobilenet_v1:21@800 instances'."""
+        embedder = self.embedder
+        average = f" average={embedder.average}" if embedder.average > 1 else ""
+        suffix = f" {INSTANCES}" if self.spec.kind == INSTANCES else ""
+        return f"{embedder.model_id}:{embedder.layer}@{embedder.input_size}{average}{suffix}"
+
+
 class Embedder(Protocol):
     """Interface of an embedder; implemented by `segmentation.embedder.RunningEmbedder`."""
 
     @property
-    def identity(self) -> EmbedderIdentity:
-        """Return the identity of the backbone."""
+    def stages(self) -> tuple[StageIdentity, ...]:
+        """Return the stages whose grids it makes, at least one."""
 
-    @property
-    def segmenter(self) -> SegmenterIdentity | None:
-        """Return the identity of the segmenter, None without one."""
-
-    def grid_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
-        """Return (rows, cols) of the patch grid of an image of (height, width) pixels."""
+    def grids_hw(self, image_hw: tuple[int, int]) -> list[tuple[int, int]]:
+        """Return (rows, cols) of the patch grid of each stage, of an image of (height, width)."""
 
     def embed(self, images: Sequence[np.ndarray]) -> list[PatchGrid]:
         """Return the patch grids of (height, width, 3) uint8 RGB images, in order."""

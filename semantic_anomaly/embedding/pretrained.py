@@ -27,6 +27,14 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SAFETENSORS = re.compile(r"[\w.-]+\.safetensors")
 # Keys of config.json that would load other weights than those of the folder.
 _UNSUPPORTED_KEYS = ("transformers_weights", "quantization_config", "use_pretrained_backbone")
+# Names of a convolution and of the batch norm after it in ResNet, RegNet, MobileNet, EfficientNet.
+_CONVOLUTION_AND_NORM = (
+    ("convolution", "normalization"),
+    ("convolution", "batchnorm"),
+    ("expand_conv", "expand_bn"),
+    ("depthwise_conv", "depthwise_norm"),
+    ("project_conv", "project_bn"),
+)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -205,13 +213,12 @@ def quiet_transformers() -> Iterator[None]:
 
 def fold_batch_norms(model: nn.Module) -> None:
     """Fold each batch norm into the convolution before it, in place."""
-    # Layers of ResNet, RegNet and MobileNet in transformers name both alike.
     for layer in model.modules():
-        convolution = getattr(layer, "convolution", None)
-        norm = getattr(layer, "normalization", None)
-        if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-            layer.convolution = nn.utils.fuse_conv_bn_eval(convolution, norm)
-            layer.normalization = nn.Identity()
+        for names in _CONVOLUTION_AND_NORM:
+            convolution, norm = (getattr(layer, name, None) for name in names)
+            if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(layer, names[0], nn.utils.fuse_conv_bn_eval(convolution, norm))
+                setattr(layer, names[1], nn.Identity())
 
 
 def choose_device(name: str) -> torch.device:

@@ -269,7 +269,7 @@ def _results(
     alarm_threshold = None if detector.threshold is None else 0.5
     alarm_tpr, alarm_fpr = frame_rates(alarms, anomalous, alarm_threshold)
     calibration = detector.calibration
-    by_hand = detector.settings.threshold > 0.0
+    by_hand = detector.settings.threshold is not None
     measures = dataset_measures(rows, pixels, detector.threshold)
     measures["pixels"] |= {
         "roi": "whole image" if detector.roi.is_whole_image else "region of interest",

@@ -51,17 +51,12 @@ class MapFolder:
             named = ", ".join(missing[:5]) or "every frame"
             raise InputError(f"maps '{path}': expected <stem>.npy for each frame, none for {named}")
         digest = hashlib.sha256()
-        low, high = math.inf, -math.inf
         hide = None if progress else True
         for truth in tqdm(self.truths, "read maps", unit="map", disable=hide):
             values = self.raw(truth)
-            low, high = min(low, float(values.min())), max(high, float(values.max()))
             digest.update(truth.file.encode())
             digest.update(values.tobytes())
         self.sha256 = digest.hexdigest()
-        self._identity = low >= 0.0 and high <= 2.0
-        ends = _ordered(np.array([low, high], np.float32))
-        self._low, self._span = int(ends[0]), max(int(ends[1] - ends[0]), 1)
 
     def _file(self, truth: FrameTruth) -> Path:
         return self._path / f"{truth.stem}.npy"
@@ -86,26 +81,6 @@ class MapFolder:
         for truth in self.truths:
             values = self.raw(truth)
             yield truth, values, self._dataset.labels(truth, values.shape)
-
-    def scaled(self, values: np.ndarray) -> np.ndarray:
-        """Return scores in [0, 2] in the same order, so that they can be counted in histograms.
-
-        Values in [0, 2] are returned unchanged. Other scales are mapped by the binary
-        representation of float32, which keeps small numbers apart. Pixel measures depend only on
-        the order of scores.
-        """
-        if self._identity:
-            return values
-        spread = (_ordered(values) - self._low) * (2.0 / self._span)
-        return np.clip(spread, 0.0, 2.0).astype(np.float32)
-
-    def original(self, score: float | None) -> float | None:
-        """Return the map value of a score in [0, 2]: the inverse of `scaled`."""
-        if score is None or self._identity:
-            return score
-        key = round(score * self._span / 2.0) + self._low
-        bits = np.array([key if key >= 0 else -key + 2**31], np.int64)
-        return float(bits.astype(np.uint32).view(np.float32)[0])
 
 
 def score_maps(
@@ -141,10 +116,10 @@ def score_maps(
     bar = tqdm(maps.labelled(), "measure", len(maps.truths), unit="map", disable=disable)
     with report_folder(out, RESULTS, WRITTEN) as folder:
         for truth, values, labels in bar:
-            pixels.add(truth, maps.scaled(values), labels)
+            pixels.add(truth, values, labels)
             counted = values[labels != IGNORE]
             if scores is None:
-                score = float(tail_mean(counted, tail_percent)) if counted.size else 0.0
+                score = float(tail_mean(counted if counted.size else values.ravel(), tail_percent))
             elif truth.file in scores:
                 score = scores[truth.file]
             else:
@@ -153,20 +128,14 @@ def score_maps(
                 )
             rows.append({**truth_row(truth), "score": score})
         oracle = pixels.all().oracle_threshold()
-        scaled_threshold = None
-        if pixel_threshold is not None:
-            scaled_threshold = float(maps.scaled(np.array([pixel_threshold], np.float32))[0])
-        pairs = (
-            (maps.scaled(v), labels) for truth, v, labels in maps.labelled() if truth.has_pixels
-        )
+        pairs = ((values, labels) for truth, values, labels in maps.labelled() if truth.has_pixels)
+        thresholds = {"oracle": oracle, "calibrated": pixel_threshold}
         results = {
             "dataset": dataset.name,
             "protocol": protocol or None,
             **dataset_measures(rows, pixels, threshold),
             "frame_score": "given" if scores else f"mean of the largest {tail_percent:g} % pixels",
-            **component_measures(pairs, limits, {"oracle": oracle, "calibrated": scaled_threshold}),
-            "pixel_threshold_oracle": maps.original(oracle),
-            "pixel_threshold_calibrated": pixel_threshold,
+            **component_measures(pairs, limits, thresholds),
             "maps_sha256": maps.sha256,
             "versions": provenance.versions(),
             "git_commit": provenance.git_commit(),
@@ -193,9 +162,3 @@ def read_scores(path: Path) -> dict[str, float]:
     if not numbers or not content:
         raise InputError(f"scores '{path}': expected finite scores by file name, or a results.json")
     return {str(name): float(value) for name, value in content.items()}
-
-
-def _ordered(values: np.ndarray) -> np.ndarray:
-    """Return (...) int64 in the order of float32 values, from sign and magnitude of their bits."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.int32).astype(np.int64)
-    return np.where(bits >= 0, bits, -(bits & 0x7FFFFFFF))

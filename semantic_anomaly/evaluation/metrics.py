@@ -19,9 +19,17 @@ from semantic_anomaly.evaluation.components import ComponentScores, SizeLimits
 from semantic_anomaly.evaluation.datasets import ANOMALY, IGNORE, FrameTruth
 from semantic_anomaly.evaluation.measures import COMPONENT_MEASURES
 
-# Distances lie in [0, 2]; two that differ by less than 2e-6 count as equal.
-SCORE_RESOLUTION = 2.0**-19
-_BINS = int(2.0 / SCORE_RESOLUTION) + 1
+# Pixel scores are counted by sign, exponent and the first 12 of the 23 mantissa bits of float32.
+_DROPPED_BITS = 23 - 12
+# Two scores whose relative difference is smaller may count as equal.
+SCORE_RESOLUTION = 2.0**-12
+# Magnitudes below 2**-60 count as 0, those of 2**40 and above as the largest below it.
+_SMALLEST, _LARGEST = (
+    int(np.float32(2.0**exponent).view(np.int32)) >> _DROPPED_BITS for exponent in (-60, 40)
+)
+# Bins of positive scores; as many of negative ones lie below them, and one of 0 between.
+_POSITIVE_BINS = _LARGEST - _SMALLEST
+_BINS = 2 * _POSITIVE_BINS + 1
 _RECALL = 0.95
 # Probability beyond either end of a 95 % interval.
 _TAIL = (1 - 0.95) / 2
@@ -133,10 +141,31 @@ class PixelMetrics:
     normal: int
 
 
-class PixelScores:
-    """Histograms of the scores of labelled pixels: 16 MB for any number of pixels.
+def _bins(scores: np.ndarray) -> np.ndarray:
+    """Return the bins, (n,) int32 in [0, _BINS), of (n,) float32 scores, in the same order."""
+    magnitude = np.abs(scores).view(np.int32) >> _DROPPED_BITS
+    bins = np.clip(magnitude - (_SMALLEST - 1), 0, _POSITIVE_BINS)
+    return _POSITIVE_BINS + np.where(scores < 0, -bins, bins)
 
-    Every pixel is counted; scores are rounded to `SCORE_RESOLUTION`.
+
+def _threshold_below(bin_number: int) -> float:
+    """Return the largest float32 below every score of a bin, and not below the bins before it.
+
+    No finite number is below the most negative float32: it is its own threshold.
+    """
+    signed = bin_number - _POSITIVE_BINS
+    if signed == -_POSITIVE_BINS:
+        return float(np.finfo(np.float32).min)
+    # A bin holds its end nearer to 0; the other end belongs to the next one.
+    end = _SMALLEST + (signed - 1 if signed > 0 else -signed)
+    magnitude = np.int32(end << _DROPPED_BITS).view(np.float32)
+    return float(np.nextafter(magnitude, np.float32(0)) if signed > 0 else -magnitude)
+
+
+class PixelScores:
+    """Histograms of the scores of labelled pixels: 14 MB for any number of pixels.
+
+    Every pixel is counted; scores are rounded by at most `SCORE_RESOLUTION` of their magnitude.
     """
 
     def __init__(self) -> None:
@@ -146,16 +175,16 @@ class PixelScores:
         """Count pixels.
 
         Args:
-            scores: (n,) float32 in [0, 2].
+            scores: (n,) finite float32.
             anomalous: (n,) bool.
 
         Raises:
-            ModelOutputError: a score is not finite or not in [0, 2].
+            ModelOutputError: a score is not finite.
         """
-        # NaN fails both comparisons.
-        if not np.all((scores >= 0.0) & (scores <= 2.0)):
-            raise ModelOutputError("pixel scores: expected finite numbers in [0, 2]")
-        bins = np.rint(scores * np.float32(1.0 / SCORE_RESOLUTION)).astype(np.int32)
+        scores = np.ascontiguousarray(scores, np.float32)
+        if not np.isfinite(scores).all():
+            raise ModelOutputError("pixel scores: expected finite numbers")
+        bins = _bins(scores)
         counts = np.bincount(bins + _BINS * anomalous, minlength=2 * _BINS)
         self._counts += counts.reshape(2, _BINS)
 
@@ -190,11 +219,13 @@ class PixelScores:
         """
         if not self._counts[1].any():
             return None
-        # A threshold half a bin below b keeps the pixels of bins >= b.
-        normal, anomalous = self._counts[:, ::-1].cumsum(axis=1)[:, ::-1]
-        missed = self._counts[1].sum() - anomalous
+        # A threshold below bin b keeps the pixels of bins >= b.
+        occupied = np.flatnonzero(self._counts.any(axis=0))
+        counts = self._counts[:, occupied]
+        normal, anomalous = counts[:, ::-1].cumsum(axis=1)[:, ::-1]
+        missed = counts[1].sum() - anomalous
         best = int(np.argmax(2 * anomalous / (2 * anomalous + normal + missed)))
-        return (best - 0.5) * SCORE_RESOLUTION
+        return _threshold_below(int(occupied[best]))
 
     def metrics(self) -> PixelMetrics:
         """Return the measures over all pixels counted so far."""
@@ -202,8 +233,9 @@ class PixelScores:
         if not normal or not anomalous:
             return PixelMetrics(None, None, None, anomalous, normal)
         sklearn = extras.load("sklearn.metrics")
-        label, bins = np.nonzero(self._counts)
-        score, weight = bins * SCORE_RESOLUTION, self._counts[label, bins]
+        # The measures depend only on the order of the scores, which is that of their bins.
+        label, score = np.nonzero(self._counts)
+        weight = self._counts[label, score]
         fpr, tpr, _ = sklearn.roc_curve(label, score, sample_weight=weight, drop_intermediate=False)
         return PixelMetrics(
             float(sklearn.average_precision_score(label, score, sample_weight=weight)),
@@ -225,11 +257,11 @@ class PixelGroups:
 
         Args:
             truth: ground truth of the frame.
-            scores: (height, width) float32 in [0, 2].
+            scores: (height, width) float32.
             labels: (height, width) uint8, 0 normal, 1 anomaly, 255 not counted.
 
         Raises:
-            ModelOutputError: a counted score is not in [0, 2].
+            ModelOutputError: a counted score is not finite.
         """
         if not truth.has_pixels:
             return

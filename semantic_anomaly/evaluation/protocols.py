@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import cv2
 import numpy as np
 
 from semantic_anomaly.calibration.leakage import refuse_seen
@@ -120,12 +119,11 @@ class SelfNominal:
         if self._current is None or self._current[0] != fold:
             index = NominalIndex.build(
                 self._others(fold),
-                identity=self._embedder.identity,
+                stages=self._embedder.stages,
                 roi=camera_roi(self._settings, self._camera),
                 settings=self._settings.with_build_defaults(),
                 source=[self._dataset.name],
                 camera=self._camera,
-                segmenter=self._embedder.segmenter,
             )
             detector = AnomalyDetector(
                 index, settings=self._settings, camera=self._camera, embedder=self._embedder
@@ -137,19 +135,7 @@ class SelfNominal:
         for frame, truth, labels in self._dataset:
             if self._fold[truth.file] != fold:
                 grid = self._embedder.embed([frame.image])[0]
-                yield frame, grid, normal_patches(labels, grid.grid_hw)
-
-
-def normal_patches(labels: np.ndarray, grid_hw: tuple[int, int]) -> np.ndarray:
-    """Return (rows, cols) bool: patches whose every pixel is normal.
-
-    Args:
-        labels: (height, width) uint8, 0 normal, 1 anomaly, 255 ignore.
-        grid_hw: rows and columns of patches.
-    """
-    normal = (labels == NORMAL).astype(np.float32)
-    share = cv2.resize(normal, grid_hw[::-1], interpolation=cv2.INTER_AREA)
-    return share > 1.0 - 1e-4
+                yield frame, grid, labels == NORMAL
 
 
 def open_protocol(

@@ -26,7 +26,10 @@ def describe(detector: AnomalyDetector) -> dict[str, Any]:
         "roi": detector.roi.describe(),
         "index": {"fingerprint": detector.index.fingerprint, "entries": detector.index.count},
         "calibration_sha256": detector.calibration.sha256 if detector.calibration else None,
-        "backbone": detector.embedder.identity.to_dict(),
+        "stages": [
+            {"stage": stage.name, "weight": stage.spec.weight, **stage.embedder.to_dict()}
+            for stage in detector.embedder.stages
+        ],
         "device": str(getattr(detector.embedder, "device", "")) or None,
         "versions": versions(),
         "git_commit": git_commit(),

@@ -39,7 +39,7 @@ _GROUPS = (
     ("highest_nominal", "Nominal frames with the highest scores"),
 )
 _PROVENANCE = (
-    *("protocol", "protocol_detail", "settings", "roi", "index", "backbone", "device"),
+    *("protocol", "protocol_detail", "settings", "roi", "index", "stages", "device"),
     *("versions", "git_commit", "threshold", "threshold_from", "calibration", "pixels"),
     *("data_sha256", "calibration_sha256"),
 )
@@ -89,12 +89,12 @@ def write_drive_html(folder: Path, summary: Mapping[str, Any], begin_ns: int, en
     _write(
         folder,
         "drive.html.j2",
-        r={"backbone": None, **summary},
+        r={"stages": [], **summary},
         title=summary["source"],
         duration_s=(end_ns - begin_ns) / 1e9,
         begin_ns=begin_ns,
         cards=_drive_cards(summary),
-        warnings=[] if summary["threshold"] else ["No threshold: decisions are unknown."],
+        warnings=(["No threshold: decisions are unknown."] if summary["threshold"] is None else []),
         frames=[_pictures("First frames of alarms", [f for f in panels if f.is_file()])],
     )
 

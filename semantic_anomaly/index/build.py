@@ -1,29 +1,29 @@
 """Choosing, in one pass and with bounded memory, which nominal embeddings an index stores.
 
-A stage is one path from a patch grid to embeddings: the patches themselves, or instances pooled
-over masks. Each stage has its own entries.
+Each stage has its own entries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import cv2
 import numpy as np
 
+from semantic_anomaly.embedding.identity import StageIdentity
 from semantic_anomaly.errors import ArtefactError, IndexMismatchError
 from semantic_anomaly.index.hnsw import HnswGraph
 from semantic_anomaly.index.search import nearest_similarities
 from semantic_anomaly.io.images import encode_jpeg
 from semantic_anomaly.linalg import inner_products
-from semantic_anomaly.roi import RegionOfInterest, patches_inside
-from semantic_anomaly.segmentation.masks import instances_of
+from semantic_anomaly.roi import RegionOfInterest
+from semantic_anomaly.segmentation.masks import stage_embeddings
+from semantic_anomaly.stages import INSTANCES
 from semantic_anomaly.structures import Frame, PatchGrid
 
-INSTANCES = "instances"
-# Frame and grid, and (rows, cols) bool where not all of the frame is nominal.
+# Frame and grid, and (height, width) bool where not all of the image is nominal.
 NominalFrame = tuple[Frame, PatchGrid] | tuple[Frame, PatchGrid, np.ndarray]
 
 _THUMBNAIL_PX = 320
@@ -33,11 +33,16 @@ _BLOCK = 2048
 # A dedup_distance of -1 is measured on so many frames, with at most so many queries per frame.
 _MEASURED_FRAMES = 8
 _MEASURED_QUERIES = 512
+# Patches near a patch resemble it because they see the same.
+_NEIGHBOURHOOD = 4
+# `dedup_distance` as a share of the median distance inside frames. Half of the share of patches
+# stores four times as much.
+_PATCH_SHARE, _INSTANCE_SHARE = 1.0, 0.5
 
 
 @dataclass(frozen=True, eq=False)
 class FrameEmbeddings:
-    """The embeddings that a nominal frame gives to a stage.
+    """The nominal embeddings of a frame in a stage.
 
     Attributes:
         frame, grid_hw: the frame, and (rows, cols) of its patch grid.
@@ -50,105 +55,47 @@ class FrameEmbeddings:
     cells: np.ndarray
     embeddings: np.ndarray
 
-
-def patch_embeddings(nominal_frame: NominalFrame, roi: RegionOfInterest) -> FrameEmbeddings:
-    """Return the nominal patches of a frame inside the region of interest.
-
-    Raises:
-        SettingsError: no patch lies in the region of interest.
-    """
-    frame, grid, *nominal = nominal_frame
-    inside = patches_inside(grid, roi)
-    for mask in nominal:
-        inside = inside & mask
-    return FrameEmbeddings(frame, grid.grid_hw, np.argwhere(inside), grid.features[inside])
-
-
-def instance_embeddings(nominal_frame: NominalFrame, roi: RegionOfInterest) -> FrameEmbeddings:
-    """Return the instances of a frame that are nominal on all patches that they cover.
-
-    Raises:
-        ModelOutputError: the frame was not segmented.
-    """
-    frame, grid, *nominal = nominal_frame
-    instances = instances_of(grid, roi)
-    cells, embeddings = instances.cells, instances.embeddings
-    for mask in nominal:
-        kept = ~(instances.shares[:, ~mask] > 0).any(axis=1)
-        cells, embeddings = cells[kept], embeddings[kept]
-    return FrameEmbeddings(frame, grid.grid_hw, cells, embeddings)
-
-
-def nearest_in_frame(frame_embeddings: FrameEmbeddings, min_cells_apart: int) -> np.ndarray:
-    """Return (n,) cosine distances from embeddings to the nearest other one of the same frame.
-
-    Embeddings fewer than `min_cells_apart` rows and columns apart are not compared.
-    """
-    cells, embeddings = frame_embeddings.cells, frame_embeddings.embeddings
-    # Some queries are enough, spread over the image.
-    queries = np.linspace(0, len(cells) - 1, min(len(cells), _MEASURED_QUERIES)).astype(int)
-    apart = np.abs(cells[queries, None] - cells[None]).max(axis=2)  # (queries, n)
-    compared = (apart >= min_cells_apart) & (queries[:, None] != np.arange(len(cells)))
-    products = inner_products(embeddings[queries], embeddings.T)
-    products = np.where(compared, products, -1.0)[compared.any(axis=1)]
-    return np.asarray(1.0 - products.max(axis=1, initial=-1.0))
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One path from a patch grid to embeddings.
-
-    Attributes:
-        embeddings_of: what a nominal frame gives to the stage.
-        distances_of: distances between the embeddings of one frame.
-        dedup_share: `dedup_distance` as a share of the median of these distances.
-        needs_distances: whether it is an error if there are none; otherwise all is stored.
-    """
-
-    embeddings_of: Callable[[NominalFrame, RegionOfInterest], FrameEmbeddings]
-    distances_of: Callable[[NominalFrame, RegionOfInterest], np.ndarray]
-    dedup_share: float
-    needs_distances: bool
-
-    def suitable_distance(self, distances: Sequence[np.ndarray]) -> float:
-        """Return a `dedup_distance` that suits the backbone that made some frames.
-
-        Distances of one backbone are ten times those of another. The median distance from an
-        embedding to the nearest other one of its own image tells how far apart things that are
-        alike lie; it does not depend on how fast the frames of a drive change.
+    @classmethod
+    def of(cls, nominal_frame: NominalFrame, stage: int, roi: RegionOfInterest) -> FrameEmbeddings:
+        """Return the embeddings of a stage; all patches of each must be nominal.
 
         Raises:
-            ArtefactError: there are no distances, and the stage needs them.
+            SettingsError: no patch lies in the region of interest.
         """
-        joined = np.concatenate(distances) if distances else np.empty(0)
-        if len(joined):
-            return float(np.clip(self.dedup_share * np.median(joined), 0.0, 2.0))
-        if self.needs_distances:
-            raise ArtefactError(
-                f"index: dedup_distance -1: expected grids of more than {_NEIGHBOURHOOD} patches a "
-                "side; set the distance"
-            )
-        return 0.0
+        frame, grid, *masks = nominal_frame
+        grid = grid.stages[stage]
+        of_stage = stage_embeddings(grid, roi)
+        cells, embeddings = of_stage.cells, of_stage.embeddings
+        for mask in masks:
+            kept = ~of_stage.painting(~nominal_patches(mask, grid.grid_hw))
+            cells, embeddings = cells[kept], embeddings[kept]
+        return cls(frame, grid.grid_hw, cells, embeddings)
+
+    def nearest_distances(self, min_cells_apart: int) -> np.ndarray:
+        """Return (n,) cosine distances to the nearest other embedding of the frame.
+
+        Args:
+            min_cells_apart: embeddings fewer rows and columns apart are not compared.
+        """
+        # Some queries are enough, spread over the image.
+        count = len(self.cells)
+        queries = np.linspace(0, count - 1, min(count, _MEASURED_QUERIES)).astype(int)
+        apart = np.abs(self.cells[queries, None] - self.cells[None]).max(axis=2)  # (queries, n)
+        compared = (apart >= min_cells_apart) & (queries[:, None] != np.arange(count))
+        products = inner_products(self.embeddings[queries], self.embeddings.T)
+        products = np.where(compared, products, -1.0)[compared.any(axis=1)]
+        return np.asarray(1.0 - products.max(axis=1, initial=-1.0))
 
 
-# Patches near a patch resemble it because they see the same.
-_NEIGHBOURHOOD = 4
-PATCH_STAGE = Stage(
-    patch_embeddings,
-    # On the whole image, so that the distance does not depend on the region of interest.
-    lambda f, roi: nearest_in_frame(
-        patch_embeddings(f[:2], RegionOfInterest()), _NEIGHBOURHOOD + 1
-    ),
-    # Half of it stores four times as much.
-    dedup_share=1.0,
-    needs_distances=True,
-)
-INSTANCE_STAGE = Stage(
-    instance_embeddings,
-    lambda f, roi: nearest_in_frame(instance_embeddings(f, roi), 0),
-    dedup_share=0.5,
-    needs_distances=False,
-)
+def nominal_patches(mask: np.ndarray, grid_hw: tuple[int, int]) -> np.ndarray:
+    """Return (rows, cols) bool: patches whose every pixel is nominal.
+
+    Args:
+        mask: (height, width) bool, nominal pixels.
+        grid_hw: rows and columns of patches.
+    """
+    share = cv2.resize(mask.astype(np.float32), grid_hw[::-1], interpolation=cv2.INTER_AREA)
+    return share > 1.0 - 1e-4
 
 
 @dataclass(frozen=True)
@@ -187,32 +134,40 @@ class BuildReport:
 
 
 class Selection:
-    """The entries of a stage: each embedding at least `dedup_distance` from those before it.
+    """The entries of one stage: each embedding at least `dedup_distance` from those before it.
 
     The greedy cover of one pass: everything seen lies within `dedup_distance` of something
     stored, unless `max_entries` is reached. Memory grows with what is stored, not with what is
     seen.
 
     Args:
-        stage: gives the embeddings of frames.
-        dim: length of an embedding.
+        number: of the stage among the grids of a frame.
+        stage: the stage.
         roi: what lies outside takes no part.
         dedup_distance: cosine distance; 0 stores everything; -1: measured on the first frames.
         max_entries: most that are stored.
 
     Attributes:
         dedup_distance: as measured, if it was -1.
+        stage: as given.
         frames: frames that entries point to.
         graph: of the entries, complete after `finish`.
     """
 
     def __init__(
-        self, stage: Stage, dim: int, roi: RegionOfInterest, dedup_distance: float, max_entries: int
+        self,
+        number: int,
+        stage: StageIdentity,
+        roi: RegionOfInterest,
+        dedup_distance: float,
+        max_entries: int,
     ) -> None:
+        dim = stage.embedder.dim
         self.dedup_distance = dedup_distance
+        self.stage = stage
         self.graph = HnswGraph.empty(dim)
         self.frames: list[FrameRecord] = []
-        self._stage, self._roi = stage, roi
+        self._number, self._roi = number, roi
         self._in_graph = 0
         self._max_entries = max_entries
         self._embeddings = np.empty((min(max_entries, 4096), dim), np.float32)
@@ -249,26 +204,25 @@ class Selection:
         self.frames = list(frames)
 
     def add(self, nominal_frame: NominalFrame) -> None:
-        """Take in what a frame gives to the stage.
+        """Take in the embeddings of a frame.
 
         Raises:
             IndexMismatchError: embeddings of another dimension.
         """
-        frame_embeddings = self._stage.embeddings_of(nominal_frame, self._roi)
-        found, dim = frame_embeddings.embeddings.shape[1], self._embeddings.shape[1]
+        frame = nominal_frame[0]
+        embeddings = FrameEmbeddings.of(nominal_frame, self._number, self._roi)
+        found, dim = embeddings.embeddings.shape[1], self._embeddings.shape[1]
         if found != dim:
-            raise IndexMismatchError(
-                f"frame '{frame_embeddings.frame.name}': embedding dimension", dim, found
-            )
+            raise IndexMismatchError(f"frame '{frame.name}': embedding dimension", dim, found)
         self._counts["frames"] += 1
-        self._counts["seen"] += len(frame_embeddings.embeddings)
-        if not len(frame_embeddings.embeddings):
+        self._counts["seen"] += len(embeddings.embeddings)
+        if not len(embeddings.embeddings):
             return
         if self.dedup_distance >= 0.0:
-            self._take(frame_embeddings)
+            self._take(embeddings)
             return
-        self._waiting.append(frame_embeddings)
-        self._distances.append(self._stage.distances_of(nominal_frame, self._roi))
+        self._waiting.append(embeddings)
+        self._distances.append(self._distances_inside(nominal_frame))
         if len(self._waiting) == _MEASURED_FRAMES:
             self._take_waiting()
 
@@ -276,7 +230,7 @@ class Selection:
         """Take in what is waiting, and complete the graph.
 
         Raises:
-            ArtefactError: as `Stage.suitable_distance`.
+            ArtefactError: `dedup_distance` is to be measured, and grids are too small.
         """
         if self._waiting:
             self._take_waiting()
@@ -284,8 +238,35 @@ class Selection:
             self._complete_graph()
             self.graph.trim()
 
+    def _distances_inside(self, nominal_frame: NominalFrame) -> np.ndarray:
+        if self.stage.spec.kind == INSTANCES:
+            embeddings = FrameEmbeddings.of(nominal_frame, self._number, self._roi)
+            return embeddings.nearest_distances(0)
+        # On the whole image, so that the distance does not depend on the region of interest.
+        embeddings = FrameEmbeddings.of(nominal_frame[:2], self._number, RegionOfInterest())
+        return embeddings.nearest_distances(_NEIGHBOURHOOD + 1)
+
+    def _suitable_distance(self) -> float:
+        """Return a `dedup_distance` that suits the stage.
+
+        Distances of one backbone are ten times those of another. The median distance from an
+        embedding to the nearest other one of its own image tells how far apart things that are
+        alike lie; it does not depend on how fast the frames of a drive change.
+        """
+        distances = np.concatenate(self._distances)
+        instances = self.stage.spec.kind == INSTANCES
+        if len(distances):
+            share = _INSTANCE_SHARE if instances else _PATCH_SHARE
+            return float(np.clip(share * np.median(distances), 0.0, 2.0))
+        if instances:
+            return 0.0
+        raise ArtefactError(
+            f"index: dedup_distance -1: expected grids of more than {_NEIGHBOURHOOD} patches a "
+            "side; set the distance"
+        )
+
     def _take_waiting(self) -> None:
-        self.dedup_distance = self._stage.suitable_distance(self._distances)
+        self.dedup_distance = self._suitable_distance()
         for frame_embeddings in self._waiting:
             self._take(frame_embeddings)
         self._waiting.clear()
@@ -349,11 +330,15 @@ def select(frames: Iterable[NominalFrame], selections: Sequence[Selection]) -> N
     """Add nominal frames to all selections, and finish them.
 
     Raises:
-        IndexMismatchError: embeddings of another dimension.
-        ModelOutputError: a selection of instances, and a frame that was not segmented.
-        ArtefactError: as `Stage.suitable_distance`.
+        IndexMismatchError: a grid of another number of stages, or embeddings of another dimension.
+        ArtefactError: as `Selection.finish`.
     """
     for nominal_frame in frames:
+        frame, grid = nominal_frame[:2]
+        if len(grid.stages) != len(selections):
+            raise IndexMismatchError(
+                f"frame '{frame.name}': stages", len(selections), len(grid.stages)
+            )
         for selection in selections:
             selection.add(nominal_frame)
     for selection in selections:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from typing import Any
 
 import numpy as np
 
 from semantic_anomaly import __version__
-from semantic_anomaly.embedding.identity import EmbedderIdentity, SegmenterIdentity
+from semantic_anomaly.embedding.identity import StageIdentity
 from semantic_anomaly.index.build import BuildReport, FrameRecord
 from semantic_anomaly.index.hnsw import graph_parameters
 from semantic_anomaly.storage import canonical_json, sha256_bytes
 
 FORMAT = "semantic_anomaly.index"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ADD, RETRACT = "add", "retract"
 
 
@@ -28,7 +28,7 @@ class Edit:
     Attributes:
         number: names the edit, from 1.
         kind: 'add' or 'retract'.
-        entries: how many were added or taken out.
+        entries: how many were added or taken out, may be 0 in one of several stages.
         frames: how many frames an addition brought, 0 for others.
         when: UTC, ISO 8601.
         note: why, in the user's words; may be empty.
@@ -67,32 +67,31 @@ class Retracted:
 
 @dataclass(frozen=True, eq=False)
 class IndexContent:
-    """Everything that an index holds, besides the graph made of it.
+    """Everything that one stage of an index holds, besides the graph made of it.
 
     Attributes:
-        identity: the embedder.
+        stage: how its embeddings are made; the fingerprint depends neither on the backbone's name
+            in the settings nor on that of the segmenter's model.
         roi: `RegionOfInterest.describe()` of the camera.
         camera: its name.
         source: names of the sources it was built from.
-        settings: settings of the build by name, as the user gave them: 'backbone', 'variant' and
-            'segmenter_model'. The fingerprint does not depend on them.
+        segmenter_model: of the settings of the build; empty without.
         embeddings: (count, dim) float32, unit norm.
         entries: (count, 3) int32: frame, row, col.
         frames: the frames that entries point to.
         report: what became of the embeddings.
         search_ef: breadth of the graph search.
         limits: 'dedup_distance' and 'max_entries' of the build.
-        edits: made since the build and not undone, by number.
+        edits: made since the build and not undone, by number; all stages have the same.
         retracted: entries that edits took out; None: no entries.
-        segmenter: of the entries, if they are instances.
-        parts: fingerprints of the parts by name.
+        further: of the first stage, fingerprints of the further ones.
     """
 
-    identity: EmbedderIdentity
+    stage: StageIdentity
     roi: Mapping[str, Any]
     camera: str
     source: tuple[str, ...]
-    settings: Mapping[str, str]
+    segmenter_model: str
     embeddings: np.ndarray
     entries: np.ndarray
     frames: tuple[FrameRecord, ...]
@@ -101,8 +100,7 @@ class IndexContent:
     limits: Mapping[str, float]
     edits: tuple[Edit, ...] = ()
     retracted: Retracted | None = None
-    segmenter: SegmenterIdentity | None = None
-    parts: Mapping[str, str] = field(default_factory=dict)
+    further: tuple[str, ...] = ()
 
     @property
     def numbers(self) -> np.ndarray:
@@ -124,13 +122,14 @@ class IndexContent:
                 "embeddings_sha256": _array_sha256(self.retracted.embeddings),
                 "entries_sha256": _array_sha256(self.retracted.entries),
             }
-        if self.segmenter is not None:
-            optional["segmenter"] = self.segmenter.to_dict()
-        if self.parts:
-            optional["parts"] = dict(self.parts)
+        if self.stage.segmenter is not None:
+            optional["segmenter"] = self.stage.segmenter.to_dict()
+        if self.further:
+            optional["further"] = list(self.further)
         return {
             **optional,
-            "identity": self.identity.to_dict(),
+            "identity": self.stage.embedder.to_dict(),
+            "weight": self.stage.spec.weight,
             "roi": dict(self.roi),
             "camera": self.camera,
             "space": "ip",
@@ -157,7 +156,8 @@ class IndexContent:
                 "package_version": __version__,
                 "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 "source": list(self.source),
-                "settings": dict(self.settings),
+                "backbone": self.stage.spec.backbone,
+                "segmenter_model": self.segmenter_model,
                 "edits": [{"when": e.when, "note": e.note, "source": e.source} for e in self.edits],
             },
         }
@@ -170,12 +170,15 @@ class IndexContent:
         total = len(self.embeddings) + len(retracted)
         edits_valid = (
             numbers == sorted(set(numbers))
-            and all(edit.number > 0 and edit.entries > 0 for edit in self.edits)
-            and all(edit.kind == (ADD if edit.frames > 0 else RETRACT) for edit in self.edits)
+            and all(edit.number > 0 and edit.entries >= 0 for edit in self.edits)
+            and all(edit.kind in (ADD, RETRACT) for edit in self.edits)
+            and all((edit.frames > 0) == (edit.entries > 0) for edit in added)
+            and not any(edit.frames for edit in self.edits if edit.kind == RETRACT)
             and sum(edit.entries for edit in added) <= total
             and sum(edit.frames for edit in added) <= len(self.frames)
         )
-        expected = {edit.number: edit.entries for edit in self.edits if edit.kind == RETRACT}
+        retracting = (edit for edit in self.edits if edit.kind == RETRACT and edit.entries)
+        expected = {edit.number: edit.entries for edit in retracting}
         counts_agree = Counter(retracted[:, 4].tolist()) == expected
         entry_numbers = retracted[:, 3]
         ordered = (np.diff(entry_numbers) > 0).all()

@@ -1,27 +1,24 @@
 """Edits of an index: nominal frames added, entries retracted, and either undone exactly.
 
-Entries have numbers. An edit leaves the numbers of the other entries as they are; only undoing an
-addition moves the numbers of what was added after it.
+Entries have numbers in their stage. An edit leaves the numbers of the other entries as they are;
+only undoing an addition moves the numbers of what was added after it. An edit has the same number
+in all stages, and may change no entry of some.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from datetime import datetime, timezone
 
 import numpy as np
 
 from semantic_anomaly.errors import InputError, UnknownNameError
 from semantic_anomaly.index.build import (
-    INSTANCE_STAGE,
-    INSTANCES,
-    PATCH_STAGE,
     BuildReport,
     FrameRecord,
     NominalFrame,
     Selection,
-    Stage,
     select,
 )
 from semantic_anomaly.index.content import ADD, RETRACT, Edit, IndexContent, Retracted
@@ -45,24 +42,45 @@ def rows_of(content: IndexContent, numbers: Sequence[int]) -> np.ndarray:
     return np.searchsorted(content.numbers, requested)
 
 
-def of_frame(index: NominalIndex, name: str) -> list[int]:
-    """Return the numbers of the entries of a frame.
+def stage_of(index: NominalIndex, stage: int) -> NominalIndex:
+    """Return the index of a stage.
+
+    Raises:
+        InputError: there is no such stage.
+    """
+    if not 0 <= stage < len(index.stages):
+        raise InputError(f"stage {stage}: expected 0 to {len(index.stages) - 1}")
+    return index.stages[stage]
+
+
+def of_frame(index: NominalIndex, name: str) -> dict[int, list[int]]:
+    """Return the numbers of the entries of a frame by stage.
 
     Raises:
         UnknownNameError: the index has no such frame.
         InputError: several frames have the name.
     """
-    frames = [number for number, known in enumerate(index.frame_names) if known == name]
-    if not frames:
+    if name not in index.frame_names:
         raise UnknownNameError("frame of the index", name, index.frame_names[:20])
-    if len(frames) > 1:
-        raise InputError(f"frame '{name}': {len(frames)} frames have this name; name entries")
-    content = index.content
-    return [int(n) for n in content.numbers[content.entries[:, 0] == frames[0]]]
+    numbers = {}
+    for stage, of_stage in enumerate(index.stages):
+        content = of_stage.content
+        frames = [n for n, frame in enumerate(content.frames) if frame.name == name]
+        if len(frames) > 1:
+            raise InputError(f"frame '{name}': {len(frames)} frames have this name; name entries")
+        if frames:
+            entries = content.numbers[content.entries[:, 0] == frames[0]]
+            numbers[stage] = [int(number) for number in entries]
+    return numbers
 
 
 def near(index: NominalIndex, number: int, within: float) -> list[int]:
-    """Return the numbers of an entry and of those within a cosine distance in [0, 2] of it.
+    """Return the numbers of an entry and of those within a cosine distance of it in its stage.
+
+    Args:
+        index: one of the stages of an index.
+        number: of the entry.
+        within: in [0, 2].
 
     Raises:
         InputError: no such entry, or a distance out of range.
@@ -85,11 +103,9 @@ def add_nominal(
     source: str,
     note: str = "",
 ) -> tuple[NominalIndex, BuildReport]:
-    """Return the index with nominal frames added as one edit, and what became of their patches.
+    """Return the index with nominal frames added as one edit, and what became of their embeddings.
 
-    The part of instances gets the instances of the frames, by an edit of its own that is undone
-    with it; if no patch is new, it alone has an edit. Near-duplicates of entries are left out, as
-    when the index was built.
+    Near-duplicates of entries are left out, as when the index was built.
 
     Args:
         index: stays as it is.
@@ -99,55 +115,83 @@ def add_nominal(
         note: why.
 
     Raises:
-        IndexMismatchError: an ROI outside that of the index, or a grid of another dimension.
+        IndexMismatchError: an ROI outside that of the index, or grids of other stages.
         InputError: the index is full, or has everything already.
-        ModelOutputError: the index has instances, and the frames were not segmented.
     """
     index.check_roi(roi)
-    patches = _resumed("index", index, PATCH_STAGE, roi)
-    part, selections = index.parts.get(INSTANCES), [patches]
-    if part is not None:
-        name = f"part '{INSTANCES}' of the index"
-        selections.append(_resumed(name, part, INSTANCE_STAGE, roi))
+    selections = [_resumed(number, stage, roi) for number, stage in enumerate(index.stages)]
     select(frames, selections)
-    report = replace(patches.report, stored=patches.count - index.count)
-    edit = _new_edit(index.content, ADD, note=note, source=source)
-    edited = _with_addition(index, patches, edit)
-    if part is not None:
-        number = _new_edit(part.content, ADD).number
-        edited_part = _with_addition(part, selections[1], replace(edit, number=number))
-        if edited_part is not part:
-            return edited.with_parts({INSTANCES: edited_part}), report
-    if edited is index:
+    reports = [
+        replace(selection.report, stored=selection.count - stage.count)
+        for selection, stage in zip(selections, index.stages, strict=True)
+    ]
+    counts = {f.name: sum(getattr(r, f.name) for r in reports) for f in fields(BuildReport)}
+    report = BuildReport(**{**counts, "frames": reports[0].frames})
+    if not report.stored:
         raise InputError(
-            f"index: expected new patches, found all {report.seen} of {report.frames} frames "
-            f"nearer than {index.content.limits['dedup_distance']:g} to entries of the index"
+            f"index: expected new embeddings, found all {report.seen} of {report.frames} frames "
+            "nearer than dedup_distance to entries of the index"
         )
-    return edited, report
+    edit = _new_edit(index, ADD, note=note, source=source)
+    contents = [
+        replace(
+            stage.content,
+            embeddings=selection.embeddings.copy(),
+            entries=selection.entries.copy(),
+            frames=tuple(selection.frames),
+            edits=(
+                *stage.content.edits,
+                replace(
+                    edit,
+                    entries=selection.count - stage.count,
+                    frames=len(selection.frames) - len(stage.content.frames),
+                ),
+            ),
+        )
+        for selection, stage in zip(selections, index.stages, strict=True)
+    ]
+    return NominalIndex.of_stages(contents, [s.graph for s in selections]), report
 
 
-def retract(index: NominalIndex, numbers: Sequence[int], *, note: str = "") -> NominalIndex:
-    """Return the index without the entries of these numbers, as one edit.
+def retract(
+    index: NominalIndex, numbers: Mapping[int, Sequence[int]], *, note: str = ""
+) -> NominalIndex:
+    """Return the index without some entries, as one edit.
+
+    Args:
+        index: to be edited; stays as it is.
+        numbers: of the entries by stage.
+        note: why.
 
     Raises:
-        InputError: no numbers, no such entry, one that is retracted already, or all of them.
+        InputError: no numbers, no such stage or entry, one that is retracted already, or all of a
+            stage.
     """
-    content = index.content
-    rows = np.unique(rows_of(content, numbers))
-    if not len(rows):
+    if not any(len(of_stage) for of_stage in numbers.values()):
         raise InputError("retract: expected at least one entry, found none")
-    if len(rows) == index.count:
-        raise InputError(f"retract: expected some entries to stay, found all {index.count} named")
-    edit = _new_edit(content, RETRACT, entries=len(rows), note=note)
-    ledger = _Ledger.of(content)
-    ledger.edits[content.numbers[rows]] = edit.number
-    return index.with_content(ledger.to_content(content, (*content.edits, edit)))
+    for stage in numbers:
+        stage_of(index, stage)
+    edit = _new_edit(index, RETRACT, note=note)
+    contents = []
+    for stage, of_stage in enumerate(index.stages):
+        content = of_stage.content
+        rows = np.unique(rows_of(content, numbers.get(stage, ())))
+        if len(rows) == of_stage.count:
+            raise InputError(
+                f"retract: expected some entries of stage {stage} to stay, found all "
+                f"{of_stage.count} named"
+            )
+        ledger = _Ledger.of(content)
+        ledger.edits[content.numbers[rows]] = edit.number
+        edits = (*content.edits, replace(edit, entries=len(rows)))
+        contents.append(ledger.to_content(content, edits))
+    return NominalIndex.of_stages(contents, [None] * len(contents))
 
 
 def undo(index: NominalIndex, number: int | None = None) -> tuple[NominalIndex, Edit]:
     """Return the index without an edit, and the edit.
 
-    What the edit retracted is back and what it added is gone, from the part of instances too.
+    What the edit retracted is back, and what it added is gone.
 
     Args:
         index: stays as it is.
@@ -157,70 +201,51 @@ def undo(index: NominalIndex, number: int | None = None) -> tuple[NominalIndex, 
         InputError: no such edit, a later one retracted entries that it added, or what returns
             does not fit into the index.
     """
-    content = index.content
-    if not content.edits:
+    by_number = {edit.number: edit for edit in index.edits}
+    if not by_number:
         raise InputError("undo: expected an edit of the index, found none")
-    by_number = {edit.number: edit for edit in content.edits}
-    if number is not None and number not in by_number:
+    if number is None:
+        number = max(by_number)
+    if number not in by_number:
         raise InputError(f"undo: expected one of the edits {sorted(by_number)}, found {number}")
-    edit = content.edits[-1] if number is None else by_number[number]
-    others = tuple(other for other in content.edits if other is not edit)
+    contents = [_undone(stage.content, number) for stage in index.stages]
+    return NominalIndex.of_stages(contents, [None] * len(contents)), by_number[number]
+
+
+def _undone(content: IndexContent, number: int) -> IndexContent:
+    """Return what a stage holds without an edit."""
+    [edit] = (edit for edit in content.edits if edit.number == number)
     ledger = _Ledger.of(content)
     if edit.kind == ADD:
         ledger = ledger.without_addition(content.edits, edit)
     else:
-        room = max(int(content.limits["max_entries"]) - index.count, 0)
+        room = max(int(content.limits["max_entries"]) - len(content.embeddings), 0)
         if edit.entries > room:
             raise InputError(
                 f"undo: expected room for the {edit.entries} entries of edit {edit.number}, found "
                 f"{room}; undo an addition first"
             )
         ledger.edits[ledger.edits == edit.number] = 0
-    undone = index.with_content(ledger.to_content(content, others))
-    for name, part in index.parts.items():
-        for own in part.edits:
-            if edit.kind == own.kind == ADD and (own.when, own.source) == (edit.when, edit.source):
-                try:
-                    undone_part = undo(part, own.number)[0]
-                    undone = undone.with_parts({**undone.parts, name: undone_part})
-                except InputError as error:
-                    raise InputError(f"part '{name}': {error}") from error
-    return undone, edit
+    return ledger.to_content(content, tuple(e for e in content.edits if e is not edit))
 
 
-def _resumed(name: str, index: NominalIndex, stage: Stage, roi: RegionOfInterest) -> Selection:
-    """Return a selection that begins with the entries of an index or a part."""
+def _resumed(number: int, index: NominalIndex, roi: RegionOfInterest) -> Selection:
+    """Return a selection that begins with the entries of a stage."""
     content, limits = index.content, index.content.limits
     max_entries = int(limits["max_entries"])
     if index.count >= max_entries:
-        raise InputError(f"{name}: expected room for more than {max_entries} entries, found none")
-    selection = Selection(stage, index.dim, roi, limits["dedup_distance"], max_entries)
+        raise InputError(
+            f"index: stage {number}: expected room for more than {max_entries} entries, found none"
+        )
+    selection = Selection(number, index.stage, roi, limits["dedup_distance"], max_entries)
     selection.resume(content.embeddings, content.entries, content.frames)
     return selection
 
 
-def _with_addition(index: NominalIndex, selection: Selection, edit: Edit) -> NominalIndex:
-    """Return an index with a resumed selection as one edit, itself if nothing was new."""
-    content, added = index.content, selection.count - index.count
-    if not added:
-        return index
-    frames = len(selection.frames) - len(content.frames)
-    changed = replace(
-        content,
-        embeddings=selection.embeddings.copy(),
-        entries=selection.entries.copy(),
-        frames=tuple(selection.frames),
-        edits=(*content.edits, replace(edit, entries=added, frames=frames)),
-    )
-    return index.with_content(changed, selection.graph)
-
-
-def _new_edit(
-    content: IndexContent, kind: str, entries: int = 0, note: str = "", source: str = ""
-) -> Edit:
-    number = 1 + max((edit.number for edit in content.edits), default=0)
+def _new_edit(index: NominalIndex, kind: str, *, note: str = "", source: str = "") -> Edit:
+    number = 1 + max((edit.number for edit in index.edits), default=0)
     when = datetime.now(timezone.utc).isoformat(timespec="microseconds")
-    return Edit(number, kind, entries, 0, when, note, source)
+    return Edit(number, kind, 0, 0, when, note, source)
 
 
 def _retracting_edits(content: IndexContent) -> np.ndarray:

@@ -12,13 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from semantic_anomaly.embedding.identity import EmbedderIdentity, SegmenterIdentity
+from semantic_anomaly.embedding.identity import (
+    EmbedderIdentity,
+    SegmenterIdentity,
+    StageIdentity,
+)
 from semantic_anomaly.errors import ArtefactError, IndexFormatError, SettingsError
-from semantic_anomaly.index.build import INSTANCES, BuildReport, FrameRecord
+from semantic_anomaly.index.build import BuildReport, FrameRecord
 from semantic_anomaly.index.content import FORMAT, FORMAT_VERSION, Edit, IndexContent, Retracted
 from semantic_anomaly.index.hnsw import HnswGraph, graph_parameters
 from semantic_anomaly.index.search import are_unit_vectors
 from semantic_anomaly.roi import RegionOfInterest
+from semantic_anomaly.stages import GRID, INSTANCES, StageSpec
 from semantic_anomaly.storage import canonical_json, sha256_bytes, sha256_file
 
 MANIFEST = "manifest.json"
@@ -27,11 +32,12 @@ EMBEDDINGS = "embeddings.npy"
 ENTRIES = "entries.npy"
 FRAMES = "frames"
 RETRACTED = ("retracted_embeddings.npy", "retracted_entries.npy")
-_OWN_NAMES = frozenset({MANIFEST, GRAPH, EMBEDDINGS, ENTRIES, FRAMES, *RETRACTED, INSTANCES})
+_OWN_NAMES = frozenset({MANIFEST, GRAPH, EMBEDDINGS, ENTRIES, FRAMES, *RETRACTED})
+_STAGE_FOLDER = re.compile(r"stage_[1-9]\d?")
 _FRAME_FILE = re.compile(rf"{FRAMES}/\d{{6,}}\.jpg")
 _CALIBRATION_FILE = re.compile(r"calibration(\.[A-Za-z_][A-Za-z0-9_]*)?\.json")
+_BAD_MANIFEST = AttributeError, KeyError, OverflowError, SettingsError, TypeError, ValueError
 _KEYS = {"format", "format_version", "fingerprint", "content", "written", "files", "sha256"}
-_SETTINGS = {"backbone", "variant", "segmenter_model"}
 
 
 def is_calibration_file(name: str) -> bool:
@@ -39,8 +45,13 @@ def is_calibration_file(name: str) -> bool:
     return _CALIBRATION_FILE.fullmatch(name) is not None
 
 
+def stage_folder(number: int) -> str:
+    """Return the folder of a further stage inside that of the index."""
+    return f"stage_{number}"
+
+
 def write_content(folder: Path, content: IndexContent, graph: HnswGraph) -> None:
-    """Write an index, without its parts, into an empty folder.
+    """Write one stage of an index into an empty folder.
 
     Raises:
         OSError: it cannot be written.
@@ -76,7 +87,7 @@ def read_content(folder: Path) -> tuple[IndexContent, dict[str, Any]]:
             _check_files(folder, manifest["files"], manifest["content"])
             return _read_content(folder, manifest), manifest
         # A manifest of other types and numbers may raise any of these.
-        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        except _BAD_MANIFEST as error:
             found = f"{type(error).__name__}: {error}"
             raise _wrong(folder, "a complete manifest", found) from error
 
@@ -110,7 +121,9 @@ def refuse_existing(folder: Path, force: bool) -> None:
         )
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
     foreign = sorted(
-        n for n in names - _OWN_NAMES if not n.startswith(".") and not is_calibration_file(n)
+        name
+        for name in names - _OWN_NAMES
+        if not (name.startswith(".") or is_calibration_file(name) or _STAGE_FOLDER.fullmatch(name))
     )
     if foreign or (names and MANIFEST not in names):
         found = ", ".join(foreign[:3]) or "no manifest.json"
@@ -154,9 +167,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise _wrong(folder, f"manifest.json of format {FORMAT}", "another")
     version = manifest.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
-        raise _wrong(
-            folder, f"format version {FORMAT_VERSION}", f"{version!r}; build the index again"
-        )
+        raise _wrong(folder, f"format version {FORMAT_VERSION}", f"{version!r}; build it again")
     if set(manifest) != _KEYS:
         raise _wrong(folder, f"manifest.json with {sorted(_KEYS)}", sorted(manifest))
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
@@ -171,14 +182,12 @@ def _check_files(folder: Path, files: Any, described: Mapping[str, Any]) -> None
     foreign = [n for n in files if n not in needed and not _FRAME_FILE.fullmatch(n)]
     if foreign or not needed <= set(files):
         raise _wrong(folder, f"a manifest that lists {sorted(needed)}", sorted(files)[:5])
-    parts = set(described.get("parts", {}))
-    if not parts <= {INSTANCES}:
-        raise _wrong(folder, f"at most the part '{INSTANCES}'", sorted(parts)[:5])
-    if any((folder / name).is_symlink() for name in parts):
-        raise _wrong(folder, f"a folder '{INSTANCES}'", "a link")
-    # The files of the parts are checked against manifests of their own.
+    folders = {stage_folder(n + 1) for n in range(len(described.get("further", ())))}
+    if any((folder / name).is_symlink() for name in folders):
+        raise _wrong(folder, "folders of further stages", "a link")
+    # The files of further stages are checked against manifests of their own.
     relative = (path.relative_to(folder) for path in folder.rglob("*"))
-    present = {path.as_posix() for path in relative if path.parts[0] not in parts}
+    present = {path.as_posix() for path in relative if path.parts[0] not in folders}
     # An interrupted write of a calibration may leave hidden files.
     extra = sorted(
         n
@@ -205,19 +214,28 @@ def _check_file(folder: Path, name: str, facts: Mapping[str, Any]) -> None:
 def _read_content(folder: Path, manifest: Mapping[str, Any]) -> IndexContent:
     described, written = manifest["content"], manifest["written"]
     dim, count = described["dim"], described["count"]
-    segmenter = described.get("segmenter")
-    if set(written["settings"]) != _SETTINGS:
-        raise _wrong(folder, f"settings {sorted(_SETTINGS)}", sorted(written["settings"]))
+    identity = EmbedderIdentity.from_dict(described["identity"])
+    segmenter = None
+    if "segmenter" in described:
+        segmenter = SegmenterIdentity.from_dict(described["segmenter"])
+    spec = StageSpec(
+        backbone=str(written["backbone"]),
+        layer=identity.layer,
+        size=identity.input_size,
+        average=identity.average,
+        kind=GRID if segmenter is None else INSTANCES,
+        weight=float(described["weight"]),
+    )
     if described["graph"] != graph_parameters():
         raise _wrong(
             folder, f"a graph of {graph_parameters()}", f"{described['graph']}; build it again"
         )
     content = IndexContent(
-        identity=EmbedderIdentity.from_dict(described["identity"]),
+        stage=StageIdentity(spec, identity, segmenter),
         roi=_read_roi(folder, described["roi"]),
         camera=str(described["camera"]),
         source=tuple(map(str, written["source"])),
-        settings={name: str(value) for name, value in written["settings"].items()},
+        segmenter_model=str(written["segmenter_model"]),
         embeddings=_read_array(folder, EMBEDDINGS, (count, dim), np.float32),
         entries=_read_array(folder, ENTRIES, (count, 3), np.int32),
         frames=tuple(
@@ -229,13 +247,12 @@ def _read_content(folder: Path, manifest: Mapping[str, Any]) -> IndexContent:
         limits=described["limits"],
         edits=_read_edits(folder, manifest),
         retracted=_read_retracted(folder, described, dim),
-        segmenter=None if segmenter is None else SegmenterIdentity.from_dict(segmenter),
-        parts={str(name): str(value) for name, value in described.get("parts", {}).items()},
+        further=tuple(map(str, described.get("further", ()))),
     )
     if content.search_ef < 1:
         raise _wrong(folder, "search_ef of at least 1", content.search_ef)
     frame_files = sum(_FRAME_FILE.fullmatch(name) is not None for name in manifest["files"])
-    if content.identity.dim != dim or len(content.frames) != frame_files:
+    if identity.dim != dim or len(content.frames) != frame_files:
         raise _wrong(folder, "a manifest that agrees with itself", f"dim {dim}")
     _check_arrays(folder, content)
     if not content.edits_agree():

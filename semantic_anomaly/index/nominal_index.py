@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from semantic_anomaly.embedding.identity import EmbedderIdentity, SegmenterIdentity
+from semantic_anomaly.embedding.identity import StageIdentity
 from semantic_anomaly.errors import (
     ArtefactError,
     IndexFormatError,
     IndexMismatchError,
     ModelOutputError,
 )
-from semantic_anomaly.index.build import (
-    INSTANCE_STAGE,
-    INSTANCES,
-    PATCH_STAGE,
-    BuildReport,
-    NominalFrame,
-    Selection,
-    select,
-)
+from semantic_anomaly.index.build import BuildReport, NominalFrame, Selection, select
 from semantic_anomaly.index.content import Edit, IndexContent
 from semantic_anomaly.index.format import (
     read_content,
     read_graph,
     refuse_existing,
+    stage_folder,
     write_content,
 )
 from semantic_anomaly.index.hnsw import HnswGraph, predicted_graph_bytes
@@ -41,7 +34,7 @@ from semantic_anomaly.index.search import (
 )
 from semantic_anomaly.io.images import decode_compressed
 from semantic_anomaly.roi import RegionOfInterest
-from semantic_anomaly.settings import GRID, Settings
+from semantic_anomaly.settings import Settings
 from semantic_anomaly.storage import atomic_folder
 from semantic_anomaly.structures import NominalExample
 
@@ -55,21 +48,23 @@ class NominalIndex:
     """Nominal embeddings, the frames that they come from, and the search for the nearest of them.
 
     k-nearest-neighbour distances as in AnomalyDINO (Damm et al. 2024), with a graph (HNSW,
-    Malkov and Yashunin 2018) where there are many entries. Made by `build` or `load`.
+    Malkov and Yashunin 2018) where there are many entries. An index has one or more stages, each
+    with its own entries: it is the index of its first stage, and holds those of the further ones.
+    Made by `build` or `load`.
 
     Example:
         >>> index = NominalIndex.load("index")
         >>> distances = index.distances(grid.features.reshape(-1, grid.dim), k=1)
 
     Args:
-        content: what the index holds.
+        content: what the first stage holds.
         manifest: as read from a folder; None: made of the content.
         graph: of the content's embeddings in their order; None: read or built when it is needed.
         folder: that the index was loaded from.
-        parts: indexes of other embeddings of the frames, by name; see `parts`.
+        further: indexes of the further stages.
 
     Attributes:
-        search_is_exact: whether `distances` are exact rather than upper bounds.
+        search_is_exact: whether `distances` of the first stage are exact rather than upper bounds.
     """
 
     def __init__(
@@ -79,60 +74,85 @@ class NominalIndex:
         manifest: dict[str, Any] | None = None,
         graph: HnswGraph | None = None,
         folder: Path | None = None,
-        parts: Mapping[str, NominalIndex] | None = None,
+        further: Sequence[NominalIndex] = (),
     ) -> None:
         self._content = content
         self._manifest = content.manifest() if manifest is None else manifest
         self._graph = graph
         self._folder = folder
-        self._parts = dict(parts or {})
+        self._further = tuple(further)
         self._ef = content.search_ef
         self.search_is_exact = content.embeddings.size <= _AUTO_EXACT_UP_TO
+
+    @classmethod
+    def of_stages(
+        cls, contents: Sequence[IndexContent], graphs: Sequence[HnswGraph | None]
+    ) -> NominalIndex:
+        """Return the index of the contents of its stages.
+
+        Args:
+            contents: of each stage, first to last.
+            graphs: of the contents' embeddings in their order; None: built when it is needed.
+
+        Raises:
+            IndexMismatchError: stages of another region of interest, or with other edits.
+        """
+        further = [
+            cls(replace(content, further=()), graph=graph)
+            for content, graph in zip(contents[1:], graphs[1:], strict=True)
+        ]
+        first = replace(contents[0], further=tuple(index.fingerprint for index in further))
+        for number, content in enumerate(contents[1:], start=1):
+            _check_stage(first, number, content)
+        return cls(first, graph=graphs[0], further=further)
 
     @classmethod
     def build(
         cls,
         frames: Iterable[NominalFrame],
         *,
-        identity: EmbedderIdentity,
+        stages: Sequence[StageIdentity],
         roi: RegionOfInterest,
         settings: Settings,
         source: Sequence[str] = (),
         camera: str = "camera",
-        segmenter: SegmenterIdentity | None = None,
-        backbone: str = "",
     ) -> NominalIndex:
         """Build an index in one pass; memory grows with what is stored, not with what is seen.
 
         Args:
-            frames: nominal frames and grids, and (rows, cols) bool where not all is nominal.
-            identity: of the embedder that made the grids.
+            frames: nominal frames and grids, and (height, width) bool where not all is nominal.
+            stages: of the embedder that made the grids, at least one.
             roi: patches outside take no part.
-            settings: `dedup_distance`, `max_entries`, `search_ef`, and for `fixed_settings`:
-                `backbone`, `variant` and `segmenter_model`.
+            settings: `dedup_distance`, `max_entries`, `search_ef` and `segmenter_model`.
             source, camera: names of the sources and the camera, for the manifest.
-            segmenter: that made the instances of the grids; None: no part of instances is built.
-            backbone: from which the embedder can be loaded; default: that of the settings, or
-                else the identity's `model_id`.
 
         Raises:
-            IndexMismatchError: a grid of another dimension than the identity's.
+            IndexMismatchError: a grid of other stages or of another dimension.
             ArtefactError: there is no nominal patch, or grids are too small to measure
                 `dedup_distance`.
-            ModelOutputError: there is a segmenter, and a grid without instances.
         """
-
-        def index_of(selection: Selection, segmenter: SegmenterIdentity | None) -> NominalIndex:
-            content = IndexContent(
-                identity=identity,
+        selections = [
+            Selection(number, stage, roi, settings.dedup_distance, settings.max_entries)
+            for number, stage in enumerate(stages)
+        ]
+        select(frames, selections)
+        for selection in selections:
+            if not selection.count:
+                raise ArtefactError(
+                    f"index: stage '{selection.stage.name}': expected nominal patches, found none "
+                    f"in {selection.report.frames} frames"
+                )
+        contents = [
+            IndexContent(
+                # The hidden state is known only now.
+                stage=replace(
+                    selection.stage,
+                    spec=replace(selection.stage.spec, layer=selection.stage.embedder.layer),
+                ),
                 roi=roi.describe(),
                 camera=camera,
                 source=tuple(source),
-                settings={
-                    "backbone": backbone or settings.backbone or identity.model_id,
-                    "variant": settings.variant or GRID,
-                    "segmenter_model": settings.segmenter_model,
-                },
+                segmenter_model=settings.segmenter_model,
                 embeddings=selection.embeddings.copy(),
                 entries=selection.entries.copy(),
                 frames=tuple(selection.frames),
@@ -142,23 +162,10 @@ class NominalIndex:
                     "dedup_distance": selection.dedup_distance,
                     "max_entries": settings.max_entries,
                 },
-                segmenter=segmenter,
             )
-            return cls(content, graph=selection.graph)
-
-        patches, instances = (
-            Selection(stage, identity.dim, roi, settings.dedup_distance, settings.max_entries)
-            for stage in (PATCH_STAGE, INSTANCE_STAGE)
-        )
-        select(frames, [patches] if segmenter is None else [patches, instances])
-        if not patches.count:
-            raise ArtefactError(
-                f"index: expected nominal patches, found none in {patches.report.frames} frames"
-            )
-        index = index_of(patches, None)
-        if instances.count:
-            index = index.with_parts({INSTANCES: index_of(instances, segmenter)})
-        return index
+            for selection in selections
+        ]
+        return cls.of_stages(contents, [selection.graph for selection in selections])
 
     @classmethod
     def load(cls, folder: str | Path) -> NominalIndex:
@@ -166,19 +173,23 @@ class NominalIndex:
 
         Raises:
             IndexFormatError: missing, incomplete, damaged, tampered with, or of another version.
-            IndexMismatchError: a part that belongs to another index.
+            IndexMismatchError: a stage that belongs to another index.
         """
         folder = Path(folder).expanduser()
         content, manifest = read_content(folder)
-        parts = {name: cls.load(folder / name) for name in content.parts}
-        for name, part in parts.items():
-            if part.fingerprint != content.parts[name]:
+        further = [
+            cls.load(folder / stage_folder(number + 1)) for number in range(len(content.further))
+        ]
+        for number, (fingerprint, stage) in enumerate(
+            zip(content.further, further, strict=True), start=1
+        ):
+            if stage.fingerprint != fingerprint:
                 raise IndexFormatError(
-                    f"index '{folder}': part '{name}': expected fingerprint "
-                    f"{content.parts[name]}, found {part.fingerprint}"
+                    f"index '{folder}': stage {number}: expected fingerprint {fingerprint}, found "
+                    f"{stage.fingerprint}"
                 )
-            _check_part(content, name, part.content)
-        return cls(content, manifest=manifest, folder=folder, parts=parts)
+            _check_stage(content, number, stage.content)
+        return cls(content, manifest=manifest, folder=folder, further=further)
 
     def save(
         self,
@@ -204,53 +215,47 @@ class NominalIndex:
         refuse_existing(folder, force or self._folder == folder)
         with atomic_folder(folder) as temporary:
             write_content(temporary, self._content, self._ready_graph())
-            for name, part in self._parts.items():
-                (temporary / name).mkdir()
-                write_content(temporary / name, part.content, part._ready_graph())
+            for number, stage in enumerate(self._further, start=1):
+                (temporary / stage_folder(number)).mkdir()
+                write_content(temporary / stage_folder(number), stage.content, stage._ready_graph())
             try:
                 written = NominalIndex.load(temporary)
-                for index in (written, *written.parts.values()):
-                    index._ready_graph()
+                for stage in written.stages:
+                    stage._ready_graph()
             except IndexFormatError as error:
                 raise ArtefactError(f"cannot write index '{folder}': {error}") from error
             if beside is not None:
                 beside(temporary)
-        self._manifest, self._folder = written.manifest, folder
-        for name, part in self._parts.items():
-            part._manifest, part._folder = written.parts[name].manifest, folder / name
+        for number, stage in enumerate(self.stages):
+            stage._manifest = written.stages[number].manifest
+            stage._folder = folder / stage_folder(number) if number else folder
+
+    @property
+    def stages(self) -> tuple[NominalIndex, ...]:
+        """Return the indexes of all stages, this one first."""
+        return self, *self._further
 
     @property
     def content(self) -> IndexContent:
-        """Return all that the index holds, besides the graph; not to be changed."""
+        """Return all that the first stage holds, besides the graph; not to be changed."""
         return self._content
 
     @property
-    def identity(self) -> EmbedderIdentity:
-        """Return the embedder that made the entries."""
-        return self._content.identity
-
-    @property
-    def segmenter(self) -> SegmenterIdentity | None:
-        """Return the segmenter of the part of instances, None without such a part."""
-        return self._parts[INSTANCES].content.segmenter if INSTANCES in self._parts else None
+    def stage(self) -> StageIdentity:
+        """Return how the embeddings of the first stage are made."""
+        return self._content.stage
 
     @property
     def fixed_settings(self) -> dict[str, Any]:
-        """Return the settings that the index fixes, by name; of a segmenter, if it needs one.
-
-        The backbone is named as it was given: shipped name, hub id or folder.
-        """
-        settings = self._content.settings
-        fixed = {
-            "backbone": settings["backbone"],
-            "layers": self.identity.layers,
-            "input_size": self.identity.input_size,
-            "place_weight": self.identity.place_weight,
-            "variant": settings["variant"],
+        """Return the settings that the index fixes, by name; of a segmenter, if it needs one."""
+        fixed: dict[str, Any] = {
+            "stages": tuple(str(index.stage.spec) for index in self.stages),
+            "place_weight": self.stage.embedder.place_weight,
         }
-        if self.segmenter is not None:
-            fixed["segmenter"] = self.segmenter.family
-            fixed["segmenter_model"] = settings["segmenter_model"]
+        for index in self.stages:
+            if index.stage.segmenter is not None:
+                fixed["segmenter"] = index.stage.segmenter.family
+                fixed["segmenter_model"] = index.content.segmenter_model
         return fixed
 
     @property
@@ -275,34 +280,44 @@ class NominalIndex:
 
     @property
     def report(self) -> BuildReport:
-        """Return what became of the patches that it was built from."""
+        """Return what became of the patches that the first stage was built from."""
         return self._content.report
 
     @property
     def edits(self) -> tuple[Edit, ...]:
-        """Return the edits since the build that are not undone."""
-        return self._content.edits
+        """Return the edits since the build that are not undone, with the entries of all stages."""
+        edits_of_stages = [index.content.edits for index in self.stages]
+        return tuple(
+            replace(
+                same[0],
+                entries=sum(edit.entries for edit in same),
+                frames=max(edit.frames for edit in same),
+            )
+            for same in zip(*edits_of_stages, strict=True)
+        )
 
     @property
     def count(self) -> int:
-        """Return the number of entries."""
+        """Return the number of entries of the first stage."""
         return len(self._content.embeddings)
 
     @property
     def dim(self) -> int:
-        """Return the length of an embedding."""
+        """Return the length of an embedding of the first stage."""
         return int(self._content.embeddings.shape[1])
 
     @property
     def frame_names(self) -> tuple[str, ...]:
-        """Return the names of the frames that contributed entries."""
-        return tuple(frame.name for frame in self._content.frames)
+        """Return the names of the frames that contributed entries to any stage."""
+        names = (frame.name for index in self.stages for frame in index.content.frames)
+        return tuple(dict.fromkeys(names))
 
     def thumbnail(self, frame_name: str) -> np.ndarray | None:
         """Return (height, width, 3) uint8 RGB of a contributing frame, or None."""
-        for frame in self._content.frames:
-            if frame.name == frame_name:
-                return decode_compressed(frame.thumbnail, "jpeg")
+        for index in self.stages:
+            for frame in index.content.frames:
+                if frame.name == frame_name:
+                    return decode_compressed(frame.thumbnail, "jpeg")
         return None
 
     @staticmethod
@@ -310,51 +325,30 @@ class NominalIndex:
         """Return about how many bytes an index takes on disk, thumbnails and manifest aside."""
         return predicted_graph_bytes(count, dim) + count * (4 * dim + 12)
 
-    @property
-    def parts(self) -> Mapping[str, NominalIndex]:
-        """Return the parts by name: indexes of other embeddings of the frames, `INSTANCES`."""
-        return dict(self._parts)
+    def check_embedder(self, stages: Sequence[StageIdentity]) -> None:
+        """Raise IndexMismatchError if the stages of the running embedder are others.
 
-    def with_parts(self, parts: Mapping[str, NominalIndex]) -> NominalIndex:
-        """Return this index with these parts and no others; their fingerprints enter its own.
-
-        Raises:
-            ArtefactError: a part of another name than `INSTANCES`, or not one of instances.
-            IndexMismatchError: a part of another embedder or region of interest.
+        Names of backbones and segmenters may differ, and weights of the maps come from the index.
         """
-        for name, part in parts.items():
-            _check_part(self._content, name, part.content)
-        fingerprints = {name: part.fingerprint for name, part in parts.items()}
-        content = replace(self._content, parts=fingerprints)
-        return NominalIndex(content, graph=self._ready_graph(), parts=parts)
-
-    def with_content(self, content: IndexContent, graph: HnswGraph | None = None) -> NominalIndex:
-        """Return an index of other content, and its graph if there is one, with the same parts."""
-        return NominalIndex(content, graph=graph, parts=self._parts)
-
-    def check_embedder(self, identity: EmbedderIdentity) -> None:
-        """Raise IndexMismatchError if the running embedder's space is another one."""
-        if difference := self.identity.difference(identity):
-            name, expected, found = difference
-            hint = "use the settings it was built with, or build it again"
-            raise IndexMismatchError(f"{self._name}: {name} of the embedder", expected, found, hint)
-
-    def check_segmenter(self, running: SegmenterIdentity | None) -> None:
-        """Raise IndexMismatchError if instances of the running segmenter cannot be compared."""
-        if running is None:
-            return
-        expected = self.segmenter
-        if expected is None:
+        hint = "use the settings it was built with, or build it again"
+        if len(stages) != len(self.stages):
             raise IndexMismatchError(
-                f"{self._name}: instances", "a part of them", "none", "build the index again"
+                f"{self._name}: stages of the embedder", len(self.stages), len(stages), hint
             )
-        if not expected.matches(running):
-            raise IndexMismatchError(
-                f"{self._name}: segmenter",
-                f"{expected.family} {expected.digest[:12]}",
-                f"{running.family} {running.digest[:12]}",
-                "use the settings it was built with, or build it again",
-            )
+        for number, (index, running) in enumerate(zip(self.stages, stages, strict=True)):
+            what = self._name
+            if len(stages) > 1:
+                what += f", stage {number} ({index.stage.name})"
+            difference = index.stage.embedder.difference(running.embedder)
+            if difference is not None:
+                name, expected, found = difference
+                raise IndexMismatchError(f"{what}: {name} of the embedder", expected, found, hint)
+            own, other = index.stage.segmenter, running.segmenter
+            if (own is None) != (other is None) or (own and other and not own.matches(other)):
+                expected, found = (
+                    "none" if s is None else f"{s.family} {s.digest[:12]}" for s in (own, other)
+                )
+                raise IndexMismatchError(f"{what}: segmenter", expected, found, hint)
 
     def check_roi(self, roi: RegionOfInterest) -> None:
         """Check that a region of interest is a part of the index's own.
@@ -376,7 +370,7 @@ class NominalIndex:
             )
 
     def configure_search(self, search: str, ef: int) -> None:
-        """Choose how `distances` searches, reading the graph if it is to be used.
+        """Choose how `distances` of all stages searches, reading graphs that are to be used.
 
         Args:
             search: 'exact', 'graph', or 'auto': exact for small indexes.
@@ -385,11 +379,12 @@ class NominalIndex:
         Raises:
             IndexFormatError: the graph is not that of the index.
         """
-        small = self._content.embeddings.size <= _AUTO_EXACT_UP_TO
-        self.search_is_exact = search == "exact" or (search == "auto" and small)
-        self._ef = ef
-        if not self.search_is_exact:
-            self._ready_graph()
+        for index in self.stages:
+            small = index.content.embeddings.size <= _AUTO_EXACT_UP_TO
+            index.search_is_exact = search == "exact" or (search == "auto" and small)
+            index._ef = ef
+            if not index.search_is_exact:
+                index._ready_graph()
 
     def distances(self, embeddings: np.ndarray, k: int) -> np.ndarray:
         """Return (n,) float32 mean cosine distances in [0, 2] to the k nearest entries.
@@ -501,15 +496,18 @@ class NominalIndex:
         return self._graph
 
 
-def _check_part(content: IndexContent, name: str, part: IndexContent) -> None:
-    """Refuse an index that cannot be a part of another one; raises as `with_parts`."""
-    if name != INSTANCES or part.segmenter is None or part.parts:
-        raise ArtefactError(f"part '{name}' of an index: expected '{INSTANCES}', found another one")
-    expected = replace(content.identity, dim=part.identity.dim)
-    if difference := expected.difference(part.identity):
-        field, *values = difference
-        raise IndexMismatchError(f"part '{name}' of an index: {field}", *values)
-    if dict(part.roi) != dict(content.roi):
-        raise IndexMismatchError(
-            f"part '{name}' of an index: region of interest", dict(content.roi), dict(part.roi)
-        )
+def _check_stage(first: IndexContent, number: int, stage: IndexContent) -> None:
+    """Refuse a further stage that belongs to another index.
+
+    Raises:
+        IndexMismatchError: stages of its own, another region of interest, or other edits.
+    """
+    edits, own_edits = ([(e.number, e.kind) for e in c.edits] for c in (first, stage))
+    pairs = {
+        "further stages": (0, len(stage.further)),
+        "region of interest": (dict(first.roi), dict(stage.roi)),
+        "edits": (edits, own_edits),
+    }
+    for name, (expected, found) in pairs.items():
+        if expected != found:
+            raise IndexMismatchError(f"stage {number} of an index: {name}", expected, found)

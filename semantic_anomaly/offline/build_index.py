@@ -81,12 +81,11 @@ def build_index(
         )
         index = NominalIndex.build(
             ((frame, grid) for _, _, frame, grid in frames),
-            identity=embedder.identity,
+            stages=embedder.stages,
             roi=roi,
             settings=settings,
             source=list(drives),
             camera=camera,
-            segmenter=embedder.segmenter if settings.segments else None,
         )
     if out is not None:
         index.save(Path(out), force=force)
@@ -102,15 +101,23 @@ def _log_predicted_size(
 ) -> None:
     """Log how large the index may become."""
     image_hw = next(iter(next(iter(drives.values())))).image_hw
-    patches = int(roi.patch_mask(embedder.grid_hw(image_hw), image_hw).sum())
-    dim = embedder.identity.dim
-    largest = NominalIndex.predicted_bytes(settings.max_entries, dim)
-    text = f"predicted size: at most {largest / 1e6:.0f} MB ({settings.max_entries} entries)"
+    patches = [
+        int(roi.patch_mask(grid_hw, image_hw).sum()) for grid_hw in embedder.grids_hw(image_hw)
+    ]
+    dims = [stage.embedder.dim for stage in embedder.stages]
+    largest = sum(NominalIndex.predicted_bytes(settings.max_entries, dim) for dim in dims)
+    text = (
+        f"predicted size: at most {largest / 1e6:.0f} MB ({settings.max_entries} entries"
+        f"{' of each stage' * (len(dims) > 1)})"
+    )
     frames = frame_total(drives, stride)
     if frames is not None:
-        every = NominalIndex.predicted_bytes(frames * patches, dim)
+        every = sum(
+            NominalIndex.predicted_bytes(frames * count, dim)
+            for count, dim in zip(patches, dims, strict=True)
+        )
         text += (
             f"; {every / 1e6:.0f} MB if all patches of the {frames} frames were stored "
-            f"({patches} per frame)"
+            f"({sum(patches)} per frame)"
         )
     _log.info("%s", text)

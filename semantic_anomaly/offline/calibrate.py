@@ -40,6 +40,8 @@ from semantic_anomaly.structures import PatchGrid
 
 FOLDS, FOLD_FRAMES = 5, 10
 _FRAME_PERIOD_NS = 100_000_000
+# Rounding leaves distances of this size between equal embeddings.
+_SEEN_DISTANCE = 1e-5
 _log = logging.getLogger(__name__)
 
 
@@ -94,7 +96,7 @@ def calibrate(
     names: list[str]
     with ExitStack() as stack:
         if isinstance(sources, Mapping):
-            names, dtype = list(sources), index.identity.dtype
+            names, dtype = list(sources), index.stage.embedder.dtype
             frames = partial(_grid_frames, sources)
         else:
             drives = open_drives(sources, topic)
@@ -107,19 +109,25 @@ def calibrate(
             check_sources(index, drives)
             if embedder is None:
                 embedder = stack.enter_context(closing(RunningEmbedder.from_settings(settings)))
-            index.check_embedder(embedder.identity)
-            if settings.segments:
-                index.check_segmenter(embedder.segmenter)
-            names, dtype = drive_names(drives), embedder.identity.dtype
+            index.check_embedder(embedder.stages)
+            names, dtype = drive_names(drives), embedder.stages[0].embedder.dtype
             frames = partial(_source_frames, index, drives, embedder, progress)
         scorer = FrameScorer(index, settings, roi)
-        sums: dict[int, dict[str, NormalisationSums]] = defaultdict(dict)
-        anchors = class_anchors(index.content.embeddings)
+        anchors = [class_anchors(stage.content.embeddings) for stage in index.stages]
+        sums: dict[int, list[NormalisationSums]] = defaultdict(
+            lambda: [NormalisationSums(of_stage) for of_stage in anchors]
+        )
+        largest = 0.0
         for number, (drive, _, grid) in enumerate(frames("score normalisation")):
-            fold = _fold(names, drive, number)
-            for stage, distance_map in scorer.distance_maps(grid).items():
-                stage_sums = sums[fold].setdefault(stage, NormalisationSums(anchors))
-                stage_sums.add(distance_map.values, distance_map.inside, distance_map.embeddings)
+            of_fold = sums[_fold(names, drive, number)]
+            for stage_sums, distances in zip(of_fold, scorer.distance_maps(grid), strict=True):
+                stage_sums.add(distances.values, distances.inside, distances.embeddings)
+                largest = max(largest, float(distances.values.max()))
+        if sums and largest < _SEEN_DISTANCE:
+            raise CalibrationError(
+                "calibration: all distances are 0: the index has seen these frames; calibrate with "
+                "other drives"
+            )
         by_fold = {fold: normalisations_without(sums, fold) for fold in sums}
         scores: dict[str, list[float]] = {}
         stamps_ns: dict[str, list[int]] = {}
@@ -128,8 +136,7 @@ def calibrate(
             frame_score = scorer.score(grid, by_fold[_fold(names, drive, number)], None)
             scores.setdefault(drive, []).append(frame_score.score)
             stamps_ns.setdefault(drive, []).append(stamp_ns)
-            inside = roi.patch_mask(grid.grid_hw, grid.image_hw)
-            medians.append(float(np.median(frame_score.anomaly_map[inside])))
+            medians.append(float(np.median(frame_score.anomaly_map[frame_score.inside])))
     calibration = Calibration.fit(
         scores,
         heatmap_low=float(np.median(medians)) if medians else 0.0,
@@ -138,7 +145,7 @@ def calibrate(
         roi=roi,
         camera=camera,
         dtype=dtype,
-        normalisations=normalisations_without(sums, None),
+        normalisations=normalisations_without(sums, None) if sums else (),
         episodes=Episodes.of_drives(scores, stamps_ns, settings)
         if settings.target_episode_rate
         else None,

@@ -67,12 +67,9 @@ def calibrations_of(folder: Path, fingerprint: str) -> list[Calibration]:
 
 
 def _changes(before: NominalIndex, edited: NominalIndex) -> Iterator[StaleEdit]:
-    indexes_before = {"": before, **before.parts}
-    for name, index in {"": edited, **edited.parts}.items():
-        old, new = indexes_before[name].edits, index.edits
-        for edit in old:
-            if edit not in new:
-                yield StaleEdit(name, edit.number, edit.what, True, edit.kind == ADD)
-        for edit in new:
-            if edit not in old:
-                yield StaleEdit(name, edit.number, edit.what, False, edit.kind == RETRACT)
+    for edit in before.edits:
+        if edit not in edited.edits:
+            yield StaleEdit(edit.number, edit.what, True, edit.kind == ADD)
+    for edit in edited.edits:
+        if edit not in before.edits:
+            yield StaleEdit(edit.number, edit.what, False, edit.kind == RETRACT)

@@ -233,6 +233,7 @@ class AnomalyNode(LifecycleNode):
                 "state": "active" if camera.inputs is not None else "inactive",
                 "device": models.embedder.device,
                 "index_fingerprint": detector.index.fingerprint,
+                "stages": ", ".join(stage.stage.name for stage in detector.index.stages),
                 "threshold": detector.threshold,
                 "stale_calibration": stale_calibration(detector),
             }

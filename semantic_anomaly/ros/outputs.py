@@ -84,14 +84,15 @@ class CameraOutputs:
             "p_value": result.p_value,
             "threshold": result.threshold,
             "reason": result.reason,
-            "note": result.note or None,
-            **{f"{stage}_deviation": value for stage, value in result.parts.items()},
+            **{
+                f"stage_{number}_deviation": value
+                for number, value in enumerate(result.stage_scores.values())
+            },
             **values,
             **{f"{stage}_ms": ms for stage, ms in result.stage_ms.items()},
             "localizations": messages.localizations_json(result.localizations),
         }
         text = result.reason or f"{result.decision.value}, score {result.score:.4f}"
-        text += f"; {result.note}" if result.note else ""
         self._publish_status(header, _LEVELS[result.decision], text, status)
         if self._detections is not None:
             self._detections.publish(messages.detections_message(header, result.localizations))

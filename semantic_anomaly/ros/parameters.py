@@ -50,7 +50,7 @@ class NodeParameters:
     """The parameters of the node. All may change until `frozen` is set, then the live ones only.
 
     Live settings are also declared for each camera ('front.threshold'), without a value: the common
-    setting is in force until the parameter is set.
+    setting is in force until the parameter is set. A setting without a default has no value either.
 
     Args:
         node: declares the parameters.
@@ -64,10 +64,9 @@ class NodeParameters:
         self._declaring = False
         # Values from YAML and command line; rclpy has no public access to them.
         self._initial: Mapping[str, Parameter] = node._parameter_overrides
+        self._declared: set[str] = set()
         self._errors: dict[str, SemanticAnomalyError] = {}
-        for name, spec in setting_specs().items():
-            self._declare(name, spec)
-        self._declare_cameras(self._value("cameras"))
+        self._declare_all()
         node.add_on_set_parameters_callback(self._on_set)
         if hasattr(node, "add_post_set_parameters_callback"):  # not in Humble
             node.add_post_set_parameters_callback(self._after_set)
@@ -79,8 +78,8 @@ class NodeParameters:
             UnknownNameError: a parameter is not a setting.
             SettingsError: a value of the wrong type or out of bounds.
         """
-        # A camera may have been named, or an override deleted, since the declaration.
-        self._declare_cameras(self._value("cameras"))
+        # A camera may have been named, or a parameter deleted, since the declaration.
+        self._declare_all()
         known = self._specs()
         for name in self._initial:
             foreign = name in _FOREIGN or name.startswith(_FOREIGN_PREFIXES)
@@ -109,7 +108,8 @@ class NodeParameters:
     def _declare(self, name: str, spec: SettingSpec) -> None:
         value = None if _is_override(name) else spec.default
         initial = self._initial.get(name)
-        if initial is not None:
+        # A deleted parameter is declared again without its initial value.
+        if initial is not None and name not in self._declared:
             # An empty list in YAML has no type and arrives as None.
             initial_value = () if initial.value is None and spec.is_list else initial.value
             try:
@@ -117,6 +117,7 @@ class NodeParameters:
             except SemanticAnomalyError as error:
                 # Raised at configure, where it reaches the user.
                 self._errors[name] = error
+        self._declared.add(name)
         self._declaring = True
         try:
             plain = list(value) if isinstance(value, tuple) else value
@@ -126,6 +127,13 @@ class NodeParameters:
                 self._node.set_parameters([Parameter(name, _ARRAYS[spec.element], [])])
         finally:
             self._declaring = False
+
+    def _declare_all(self) -> None:
+        """Declare the parameters that are not declared yet, those of the cameras last."""
+        for name, spec in setting_specs().items():
+            if not self._node.has_parameter(name):
+                self._declare(name, spec)
+        self._declare_cameras(self._value("cameras"))
 
     def _declare_cameras(self, cameras: Iterable[str]) -> None:
         """Declare the parameters of cameras that are not declared yet."""
@@ -152,9 +160,9 @@ class NodeParameters:
         return SetParametersResult(successful=True)
 
     def _after_set(self, _: list[Parameter]) -> None:
-        # Deleting an override removes its declaration; it may be set again.
+        # Deleting a value removes the declaration; the parameter may be set again.
         if not self._declaring:
-            self._declare_cameras(self._value("cameras"))
+            self._declare_all()
 
     def _change(self, changes: dict[str, Any]) -> None:
         specs = self._specs()

@@ -1,31 +1,33 @@
 """From the embeddings of a frame to its anomaly map and score.
 
-A stage is one path from a patch grid to a map of standardised distances z (`normalisation.py`): the
-patches themselves (grid), or instances pooled over masks, whose distance holds on all patches that
-they cover. The anomaly map is the mean of the stages' maps where instances are, and the map of the
-grid elsewhere, in units of a typical nominal distance, and smoothed:
+Each stage gives a map of standardised distances z (`normalisation.py`); an instance has one
+distance on all patches that it covers. The anomaly map is the mean of the stages' maps by weight,
+on the finest grid, smoothed, minus the level of the frame:
 
-    anomaly_map = smoothed(clip(mean_unit + deviation_unit * mean over stages of z, 0, 2))
+    anomaly_map = smoothed(sum_s weight_s * resized(z_s) / sum_s weight_s) - frame_level * median
+
+Light and weather shift the whole map, an anomaly is local: the median over the frame is its level.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import cv2
 import numpy as np
 
-from semantic_anomaly.index.build import INSTANCES
+from semantic_anomaly.errors import ModelOutputError
 from semantic_anomaly.index.nominal_index import NominalIndex
-from semantic_anomaly.roi import RegionOfInterest, patches_inside
+from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.scoring.anomaly_map import smoothed, smoothing_support, tail_count, tail_mean
 from semantic_anomaly.scoring.normalisation import ScoreNormalisation
-from semantic_anomaly.segmentation.masks import instances_of
-from semantic_anomaly.settings import GRID, INSTANCE, Settings
+from semantic_anomaly.segmentation.masks import StageEmbeddings, stage_embeddings
+from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import PatchGrid
 
-NO_INSTANCES = "no instances: scored by patches alone"
-NOT_CALIBRATED = "calibration frames had no instances: scored by patches alone"
+# A patch of the finest grid has a value of a stage where so much of the interpolation is inside.
+_LEAST_WEIGHT = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,8 +35,8 @@ class DistanceMap:
     """The distances of one stage.
 
     Attributes:
-        values: (rows, cols) float32 in [0, 2], 0 where there is no distance.
-        inside: (rows, cols) bool, the n patches that have a distance.
+        values: (rows, cols) float32 in [0, 2], 0 outside the region of interest.
+        inside: (rows, cols) bool, the n patches of the region of interest.
         embeddings: (n, dim) float32, of those patches.
     """
 
@@ -42,12 +44,18 @@ class DistanceMap:
     inside: np.ndarray
     embeddings: np.ndarray
 
-    def standardised(self, normalisation: ScoreNormalisation | None) -> np.ndarray:
-        """Return (rows, cols) float32 z values, the plain distances for None."""
-        if normalisation is None:
-            return self.values
-        mean, deviation = normalisation.parameters(self.inside, self.embeddings)  # (n,)
-        return _painted((self.values[self.inside] - mean) / deviation, self.inside)
+
+@dataclass(frozen=True, eq=False)
+class StageMap:
+    """The map of one stage on the finest grid.
+
+    Attributes:
+        values: (rows, cols) float32, standardised distances times weight.
+        embeddings: of the stage, on its own grid.
+    """
+
+    values: np.ndarray
+    embeddings: StageEmbeddings
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,163 +63,294 @@ class FrameScore:
     """The score of a frame.
 
     Attributes:
-        score: in [0, 2].
-        anomaly_map: (rows, cols) float32 in [0, 2], 0 outside the region of interest.
-        parts: score of each stage in deviations, where there are several and a calibration.
-        note: a remark for people, may be empty.
+        score: in deviations of nominal distances; any finite number.
+        anomaly_map: (rows, cols) float32 on the finest grid, 0 outside the region of interest.
+        inside: (rows, cols) bool, the patches of the region of interest.
+        stage_maps: what the map is the sum of.
+        stage_scores: score of each stage alone by its name, an upper bound where the search is not
+            exact; empty for one stage.
     """
 
     score: float
     anomaly_map: np.ndarray
-    parts: Mapping[str, float] = field(default_factory=dict)
-    note: str = ""
+    inside: np.ndarray
+    stage_maps: tuple[StageMap, ...]
+    stage_scores: Mapping[str, float] = field(default_factory=dict)
 
 
 class FrameScorer:
     """Scores frames against an index.
 
     Args:
-        index: has the part that the variant needs.
-        settings: `variant`, `neighbours`, `smoothing`, `tail_percent`; none of them is live.
+        index: has the stages of the grids.
+        settings: `neighbours`, `smoothing`, `frame_level`, `tail_percent`; none of them is live.
         roi: patches outside are ignored.
     """
 
     def __init__(self, index: NominalIndex, settings: Settings, roi: RegionOfInterest) -> None:
         self._index, self._settings, self._roi = index, settings, roi
+        names = [stage.stage.name for stage in index.stages]
+        # Stages may differ in what the name does not tell.
+        self._stage_names = [
+            name if names.count(name) == 1 else f"{name} ({number})"
+            for number, name in enumerate(names)
+        ]
 
-    def distance_maps(self, grid: PatchGrid) -> dict[str, DistanceMap]:
+    def distance_maps(self, grid: PatchGrid) -> list[DistanceMap]:
         """Return the distances of each stage, for calibration.
 
         Raises:
-            ModelOutputError: instances are needed and the grid has none computed.
+            ModelOutputError: the image has grids of another number of stages.
             SettingsError: no patch lies inside the region of interest.
         """
-        inside = patches_inside(grid, self._roi)
-        embeddings = grid.features[inside]
-        distances = self._distances(embeddings, inside, lambda d: _painted(d, inside), 0.0, None)
-        patches = DistanceMap(_painted(distances, inside), inside, embeddings)
-        return {GRID: patches, **self._instance_maps(grid)}
+        self._check_stages(grid)
+        maps = []
+        for index, stage_grid in zip(self._index.stages, grid.stages, strict=True):
+            stage = stage_embeddings(stage_grid, self._roi)
+            frame = _Frame([_Stage.of(index, stage, 1.0, None)], self._settings)
+            frame.search()
+            values = stage.paint(frame.stages[0].distances)
+            maps.append(DistanceMap(values, stage.inside, stage.features[stage.inside]))
+        return maps
 
     def score(
         self,
         grid: PatchGrid,
-        normalisations: Mapping[str, ScoreNormalisation],
+        normalisations: Sequence[ScoreNormalisation],
         threshold: float | None,
     ) -> FrameScore:
         """Return score and anomaly map of a frame.
 
-        The score, and every value of the map above the threshold, is that of an exact search.
+        The score, and every value of the map above the threshold, is that of an exact search; the
+        level of the frame is that of the configured one.
 
         Args:
             grid: embeddings of the frame.
-            normalisations: by stage; empty: the map consists of plain distances.
+            normalisations: of each stage.
             threshold: of the score; None: there is none.
 
         Raises:
-            ModelOutputError: a distance is not finite, or the grid has no instances computed.
+            ModelOutputError: a distance is not finite, or the image has grids of another number of
+                stages.
             SettingsError: no patch lies inside the region of interest.
         """
+        self._check_stages(grid)
         settings = self._settings
-        inside = patches_inside(grid, self._roi)
-        embeddings = grid.features[inside]
-        maps, note = self._instance_maps(grid), ""
-        if settings.segments and not maps:
-            note = NO_INSTANCES
-        elif normalisations and not maps.keys() <= normalisations.keys():
-            maps, note = {}, NOT_CALIBRATED
-        z_maps = {name: m.standardised(normalisations.get(name)) for name, m in maps.items()}
-        mean, deviation = np.float32(0.0), np.float32(1.0)
-        unit_mean, unit_deviation = 0.0, 1.0
-        if normalisations:
-            mean, deviation = normalisations[GRID].parameters(inside, embeddings)  # (n,)
-            unit_mean, unit_deviation = normalisations[GRID].unit
-
-        def grid_z(distances: np.ndarray) -> np.ndarray:
-            return _painted((distances - mean) / deviation, inside)
-
-        def to_map(distances: np.ndarray) -> np.ndarray:
-            z = grid_z(distances)
-            if maps:
-                stages = list(z_maps.values())
-                if settings.variant != INSTANCE:
-                    stages.insert(0, z)
-                covered = next(iter(maps.values())).inside & inside
-                z = np.where(covered, np.mean(stages, axis=0, dtype=np.float32), z)
-            values = np.clip(z * np.float32(unit_deviation) + np.float32(unit_mean), 0.0, 2.0)
-            return smoothed(np.where(inside, values, np.float32(0)), inside, settings.smoothing)
-
-        distances = self._distances(embeddings, inside, to_map, settings.smoothing, threshold)
-        anomaly_map = to_map(distances)
-        parts = {}
-        if settings.segments and normalisations:
-            parts = {
+        stages = [
+            _Stage.of(
+                index,
+                stage_embeddings(stage_grid, self._roi),
+                index.stage.spec.weight,
+                normalisation,
+            )
+            for index, stage_grid, normalisation in zip(
+                self._index.stages, grid.stages, normalisations, strict=True
+            )
+        ]
+        frame = _Frame(stages, settings)
+        frame.search(threshold)
+        anomaly_map = frame.anomaly_map()
+        stage_maps = frame.stage_maps()
+        stage_scores = {}
+        if len(stages) > 1:
+            stage_scores = {
                 name: tail_mean(
-                    smoothed(z, inside, settings.smoothing)[inside], settings.tail_percent
+                    smoothed(values, frame.inside, settings.smoothing)[frame.inside],
+                    settings.tail_percent,
                 )
-                for name, z in {GRID: grid_z(distances), **z_maps}.items()
+                for name, values in zip(self._stage_names, frame.z_maps(), strict=True)
             }
-        score = tail_mean(anomaly_map[inside], settings.tail_percent)
-        return FrameScore(score, anomaly_map, parts, note)
+        return FrameScore(
+            tail_mean(anomaly_map[frame.inside], settings.tail_percent),
+            anomaly_map,
+            frame.inside,
+            stage_maps,
+            stage_scores,
+        )
 
-    def _distances(
-        self,
-        embeddings: np.ndarray,
-        inside: np.ndarray,
-        to_map: Callable[[np.ndarray], np.ndarray],
-        smoothing: float,
-        threshold: float | None,
-    ) -> np.ndarray:
-        """Return (n,) distances, exact wherever score or decision depend on them.
+    def _check_stages(self, grid: PatchGrid) -> None:
+        expected, found = len(self._index.stages), len(grid.stages)
+        if found != expected:
+            raise ModelOutputError(
+                f"patch grids: expected those of {expected} stages, found {found}"
+            )
 
-        A graph search can only overestimate a distance, and the map grows with every distance.
-        Once the K values of the map that were largest are exact, their minimum is a lower bound of
-        the K-th largest exact value, so any value that is not above it need not be exact. Two exact
-        searches are enough: the K largest, then everything above that bound or the threshold.
 
-        Args:
-            embeddings: (n, dim) float32, of the patches inside.
-            inside: (rows, cols) bool.
-            to_map: makes the (rows, cols) map, of this smoothing, of (n,) distances.
-            smoothing, threshold: as for the map and the score.
+@dataclass(eq=False)
+class _Stage:
+    """A stage of a frame: its embeddings, and their distances as far as they are known.
+
+    Attributes:
+        index: the index of the stage.
+        embeddings: n embeddings.
+        weight: of its map.
+        mean, deviation: (rows, cols) float32, of nominal distances.
+        distances: (n,) float32, upper bounds.
+        exact: (n,) bool, distances that are exact.
+    """
+
+    index: NominalIndex
+    embeddings: StageEmbeddings
+    weight: float
+    mean: np.ndarray
+    deviation: np.ndarray
+    distances: np.ndarray
+    exact: np.ndarray
+
+    @classmethod
+    def of(
+        cls,
+        index: NominalIndex,
+        embeddings: StageEmbeddings,
+        weight: float,
+        normalisation: ScoreNormalisation | None,
+    ) -> _Stage:
+        inside = embeddings.inside
+        mean, deviation = np.zeros(inside.shape, np.float32), np.ones(inside.shape, np.float32)
+        if normalisation is not None:
+            mean[inside], deviation[inside] = normalisation.parameters(
+                inside, embeddings.features[inside]
+            )
+        count = len(embeddings.embeddings)
+        return cls(
+            index,
+            embeddings,
+            weight,
+            mean,
+            deviation,
+            np.zeros(count, np.float32),
+            np.zeros(count, bool),
+        )
+
+    def z(self) -> np.ndarray:
+        """Return (rows, cols) float32: standardised distances, 0 outside the region of interest."""
+        z = (self.embeddings.paint(self.distances) - self.mean) / self.deviation
+        return np.where(self.embeddings.inside, z, np.float32(0))
+
+
+class _Frame:
+    """The stages of a frame and their common map.
+
+    Args:
+        stages: at least one.
+        settings: of the scorer.
+    """
+
+    def __init__(self, stages: Sequence[_Stage], settings: Settings) -> None:
+        self.stages = stages
+        self._settings = settings
+        # The finest grid; of equally fine ones the first.
+        finest = max(stages, key=lambda stage: stage.embeddings.inside.size)
+        self.inside = finest.embeddings.inside
+        self._level = 0.0
+        # (rows, cols) each: how much of the interpolated value of every stage is inside.
+        self._shares = [self._resized(stage.embeddings.inside) for stage in stages]
+        # The weight of every stage at every patch; they add up to 1 where any stage has a weight.
+        weights = [
+            stage.weight * (share > _LEAST_WEIGHT)
+            for stage, share in zip(stages, self._shares, strict=True)
+        ]
+        total = np.sum(weights, axis=0)
+        total[total == 0.0] = 1.0
+        self._weights = [np.asarray(weight / total, np.float32) for weight in weights]
+
+    def search(self, threshold: float | None = None) -> None:
+        """Search all distances, exactly wherever score or decision depend on them.
+
+        A graph search can only overestimate a distance, and the map grows with every distance once
+        the level of the frame is fixed. When the K values of the map that were largest are exact,
+        their minimum is a lower bound of the K-th largest exact value, so any value that is not
+        above it need not be exact. Two exact searches are enough: the K largest, then everything
+        above that bound or the threshold.
         """
-        neighbours = self._settings.neighbours
-        distances = self._index.distances(embeddings, neighbours)  # (n,) upper bounds
-        if self._index.search_is_exact:
-            return distances
-        exact = np.zeros(len(distances), bool)
-
-        def search_exactly(chosen: np.ndarray) -> None:
-            """Make exact what the chosen (n,) values of the map depend on."""
-            rows = smoothing_support(_painted(chosen, inside), smoothing)[inside] & ~exact
-            distances[rows] = self._index.exact_distances(embeddings[rows], neighbours)
-            exact[rows] = True
-
-        count = tail_count(len(distances), self._settings.tail_percent)
-        largest = np.zeros(len(distances), bool)
-        largest[np.argpartition(to_map(distances)[inside], len(distances) - count)[-count:]] = True
-        search_exactly(largest)
-        values = to_map(distances)[inside]
+        for stage in self.stages:
+            neighbours = min(self._settings.neighbours, stage.index.count)
+            stage.distances = stage.index.distances(stage.embeddings.embeddings, neighbours)
+            stage.exact[:] = stage.index.search_is_exact
+        values = self.anomaly_map()[self.inside]
+        if self._settings.frame_level:
+            self._level = self._settings.frame_level * float(np.median(values))
+        if all(stage.exact.all() for stage in self.stages):
+            return
+        values = self.anomaly_map()[self.inside]
+        count = tail_count(len(values), self._settings.tail_percent)
+        largest = np.zeros(len(values), bool)
+        largest[np.argpartition(values, len(values) - count)[-count:]] = True
+        self._search_exactly(largest)
+        values = self.anomaly_map()[self.inside]
         bound = float(values[largest].min())
-        search_exactly(values > (bound if threshold is None else min(bound, threshold)))
-        return distances
+        self._search_exactly(values > (bound if threshold is None else min(bound, threshold)))
 
-    def _instance_maps(self, grid: PatchGrid) -> dict[str, DistanceMap]:
-        """Return the distances of instances on the patches that they cover; empty without any."""
-        if not self._settings.segments:
-            return {}
-        instances = instances_of(grid, self._roi)
-        if not len(instances.embeddings):
-            return {}
-        part = self._index.parts[INSTANCES]
-        neighbours = min(self._settings.neighbours, part.count)
-        distances = part.exact_distances(instances.embeddings, neighbours)  # (instances,)
-        covered = instances.covered
-        values = instances.paint(distances) * covered
-        return {INSTANCES: DistanceMap(values, covered, grid.features[covered])}
+    def z_maps(self) -> list[np.ndarray]:
+        """Return (rows, cols) float32 by stage: standardised distances on the finest grid."""
+        maps = []
+        for stage, share in zip(self.stages, self._shares, strict=True):
+            z = stage.z()
+            if z.shape != self.inside.shape:
+                z = self._resized(z) / np.maximum(share, np.float32(_LEAST_WEIGHT))
+            maps.append(np.where(self.inside, z, np.float32(0)))
+        return maps
+
+    def stage_maps(self) -> tuple[StageMap, ...]:
+        """Return the map of each stage times its weight."""
+        return tuple(
+            StageMap(weight * z, stage.embeddings)
+            for weight, z, stage in zip(self._weights, self.z_maps(), self.stages, strict=True)
+        )
+
+    def anomaly_map(self) -> np.ndarray:
+        """Return (rows, cols) float32, 0 outside the region of interest."""
+        total = np.sum([stage_map.values for stage_map in self.stage_maps()], axis=0)
+        level = np.where(self.inside, np.float32(self._level), np.float32(0))
+        return smoothed(total, self.inside, self._settings.smoothing) - level
+
+    def _resized(self, values: np.ndarray) -> np.ndarray:
+        """Return float32 values of a coarser grid, interpolated on the finest."""
+        values = values.astype(np.float32)
+        if values.shape == self.inside.shape:
+            return values
+        return cv2.resize(values, self.inside.shape[::-1], interpolation=cv2.INTER_LINEAR)
+
+    def _search_exactly(self, chosen: np.ndarray) -> None:
+        """Make exact what the chosen values of the map inside the region of interest depend on."""
+        chosen_map = np.zeros(self.inside.shape, bool)
+        chosen_map[self.inside] = chosen
+        support = smoothing_support(chosen_map, self._settings.smoothing)
+        for stage in self.stages:
+            if not stage.weight:
+                continue
+            cells = support
+            if support.shape != stage.embeddings.inside.shape:
+                cells = _coarse_support(support, stage.embeddings.inside.shape)
+            rows = stage.embeddings.painting(cells) & ~stage.exact
+            if rows.any():
+                neighbours = min(self._settings.neighbours, stage.index.count)
+                queries = stage.embeddings.embeddings[rows]
+                stage.distances[rows] = stage.index.exact_distances(queries, neighbours)
+                stage.exact[rows] = True
 
 
-def _painted(values: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    """Return (rows, cols) with the (n,) values inside, 0 elsewhere."""
-    painted = np.zeros(inside.shape, values.dtype)
-    painted[inside] = values
-    return painted
+def _coarse_support(chosen: np.ndarray, grid_hw: tuple[int, int]) -> np.ndarray:
+    """Return (rows, cols) bool: patches of another grid that interpolated ones depend on.
+
+    Args:
+        chosen: bool, patches of the grid on which the other is interpolated.
+        grid_hw: (rows, cols) of the other grid.
+    """
+    support = np.zeros(grid_hw, bool)
+    sources = [
+        _interpolated_from(index, fine, coarse)
+        for index, fine, coarse in zip(np.nonzero(chosen), chosen.shape, grid_hw, strict=True)
+    ]
+    for row in sources[0]:
+        for col in sources[1]:
+            support[row, col] = True
+    return support
+
+
+def _interpolated_from(
+    index: np.ndarray, count: int, source_count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the two samples of `source_count` that linear interpolation to `count` mixes."""
+    before = np.floor((index + 0.5) * source_count / count - 0.5).astype(int)
+    return before.clip(0, source_count - 1), (before + 1).clip(0, source_count - 1)

@@ -12,7 +12,7 @@ the patches of a class: those whose embeddings have the same anchor entry as the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -263,11 +263,6 @@ class ScoreNormalisation:
         mean = mean + deviation * self.classes.mean[patch_class]
         return mean, deviation * self.classes.deviation[patch_class]
 
-    @property
-    def unit(self) -> tuple[float, float]:
-        """Return mean and deviation over all cells: z * deviation + mean is a distance again."""
-        return float(self.mean.mean()), float(self.deviation.mean())
-
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         classes = None
@@ -294,9 +289,16 @@ class ScoreNormalisation:
         return cls(_float32(values["mean"]), _float32(values["deviation"]), classes)
 
 
+def constant_normalisation(mean: float, deviation: float) -> ScoreNormalisation:
+    """Return a normalisation with the same mean and deviation everywhere."""
+    return ScoreNormalisation(
+        np.full(CELLS_HW, mean, np.float32), np.full(CELLS_HW, deviation, np.float32)
+    )
+
+
 def normalisations_without(
-    folds: Mapping[int, Mapping[str, NormalisationSums]], left_out: int | None
-) -> dict[str, ScoreNormalisation]:
+    folds: Mapping[int, Sequence[NormalisationSums]], left_out: int | None
+) -> list[ScoreNormalisation]:
     """Return the normalisation of each stage from all folds but one.
 
     So no frame is standardised by itself. If only one fold has frames, it is used nevertheless.
@@ -304,19 +306,12 @@ def normalisations_without(
     Args:
         folds: sums of each stage by fold.
         left_out: fold to leave out; None: none.
+
+    Raises:
+        CalibrationError: no frame was added.
     """
-    normalisations = {}
-    for stage in sorted({name for sums in folds.values() for name in sums}):
-        filled = {
-            fold: sums[stage]
-            for fold, sums in folds.items()
-            if stage in sums and not sums[stage].empty
-        }
-        if not filled:
-            continue
-        others = [sums for fold, sums in filled.items() if fold != left_out]
-        normalisations[stage] = reduce(add, others or filled.values()).normalisation()
-    return normalisations
+    others = [sums for fold, sums in folds.items() if fold != left_out] or [*folds.values()]
+    return [reduce(add, of_stage).normalisation() for of_stage in zip(*others, strict=True)]
 
 
 def _plain(values: np.ndarray) -> list[Any]:

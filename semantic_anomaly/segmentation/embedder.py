@@ -1,4 +1,4 @@
-"""The embedder of commands and node: a backbone, and a segmenter if the variant needs one."""
+"""The embedder of commands and node: backbones, and a segmenter if a stage needs one."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from semantic_anomaly.embedding.identity import SegmenterIdentity
+from semantic_anomaly.embedding.identity import StageIdentity
 from semantic_anomaly.errors import SettingsError, UnknownNameError
 from semantic_anomaly.segmentation.masks import InstanceSegmenter, patch_shares
 from semantic_anomaly.settings import SEGMENTER_FAMILIES, TOKENS
+from semantic_anomaly.stages import INSTANCES
 from semantic_anomaly.structures import PatchGrid
 
 if TYPE_CHECKING:
     from semantic_anomaly.embedding.backbone import PatchEmbedder
-    from semantic_anomaly.embedding.identity import EmbedderIdentity
     from semantic_anomaly.settings import Settings
 
 
@@ -52,11 +52,11 @@ def load_segmenter(
 
 
 class RunningEmbedder:
-    """A backbone and, unless the variant is grid, a segmenter; for one thread at a time.
+    """The backbones and, for stages of instances, a segmenter; for one thread at a time.
 
     Args:
-        backbone: computes the patch embeddings.
-        segmenter: computes the instances; None: images are not segmented.
+        backbone: computes the patch embeddings of all stages.
+        segmenter: computes the instances; None if no stage needs them.
     """
 
     def __init__(self, backbone: PatchEmbedder, segmenter: InstanceSegmenter | None = None) -> None:
@@ -65,14 +65,14 @@ class RunningEmbedder:
 
     @classmethod
     def from_settings(cls, settings: Settings) -> RunningEmbedder:
-        """Load the backbone and the segmenter of the settings.
+        """Load the backbones and the segmenter of the settings.
 
         Args:
             settings: unset ones have the defaults of a new index.
 
         Raises:
             SettingsError: a segmenter without its model, or a model for `tokens`.
-            BackboneError: backbone or segmenter cannot be loaded.
+            BackboneError: a backbone or the segmenter cannot be loaded.
         """
         from semantic_anomaly.embedding.backbone import PatchEmbedder
 
@@ -85,23 +85,22 @@ class RunningEmbedder:
         return cls(PatchEmbedder.from_settings(settings), segmenter)
 
     @property
-    def identity(self) -> EmbedderIdentity:
-        """Return the identity of the backbone."""
-        return self._backbone.identity
-
-    @property
-    def segmenter(self) -> SegmenterIdentity | None:
-        """Return the identity of the segmenter, None without one."""
-        return None if self._segmenter is None else self._segmenter.identity
+    def stages(self) -> tuple[StageIdentity, ...]:
+        """Return the stages whose grids it makes."""
+        segmenter = None if self._segmenter is None else self._segmenter.identity
+        return tuple(
+            StageIdentity(spec, identity, segmenter if spec.kind == INSTANCES else None)
+            for spec, identity in zip(self._backbone.stages, self._backbone.identities, strict=True)
+        )
 
     @property
     def device(self) -> str:
-        """Return the device of the backbone, for reports."""
+        """Return the device of the backbones, for reports."""
         return self._backbone.device
 
-    def grid_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
-        """Return (rows, cols) of the patch grid of an image of (height, width) pixels."""
-        return self._backbone.grid_hw(image_hw)
+    def grids_hw(self, image_hw: tuple[int, int]) -> list[tuple[int, int]]:
+        """Return (rows, cols) of the patch grid of each stage, of an image of (height, width)."""
+        return self._backbone.grids_hw(image_hw)
 
     def embed(self, images: Sequence[np.ndarray]) -> list[PatchGrid]:
         """Return the patch grids of (height, width, 3) uint8 RGB images, with their instances.
@@ -111,13 +110,21 @@ class RunningEmbedder:
             ModelOutputError: a network failed, or its output is not finite.
         """
         grids = self._backbone.embed(images)
+        segmented = []
+        for image, grid in zip(images, grids, strict=True):
+            first, *further = (
+                self._segmented(image, stage_grid) if stage.kind == INSTANCES else stage_grid
+                for stage, stage_grid in zip(self._backbone.stages, grid.stages, strict=True)
+            )
+            segmented.append(replace(first, further=tuple(further)) if further else first)
+        return segmented
+
+    def _segmented(self, image: np.ndarray, grid: PatchGrid) -> PatchGrid:
+        """Return the grid of a stage with the instances of the image."""
         if self._segmenter is None:
-            return grids
-        segment = self._segmenter.segment
-        return [
-            replace(grid, instances=patch_shares(segment(image, grid), grid.grid_hw))
-            for image, grid in zip(images, grids, strict=True)
-        ]
+            raise SettingsError("stages of instances: expected a segmenter, found none")
+        shares = patch_shares(self._segmenter.segment(image, grid), grid.grid_hw)
+        return replace(grid, instances=shares, further=())
 
     def warm_up(self, image_hw: tuple[int, int]) -> None:
         """Run once on an image of (height, width) pixels, as the first run is slow."""

@@ -1,7 +1,8 @@
 """Instance masks, and the pooling of patch embeddings over them.
 
 The embedding of an instance is the mean of the patch embeddings under its mask, weighted by the
-covered area of each patch (masked average pooling; variant `instance` of arXiv 2505.07998).
+covered area of each patch (masked average pooling; instances of arXiv 2505.07998). A patch that no
+instance covers to one half is compared by itself.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import cv2
 import numpy as np
 
 from semantic_anomaly.embedding.identity import SegmenterIdentity
-from semantic_anomaly.errors import ModelOutputError
 from semantic_anomaly.linalg import inner_products
-from semantic_anomaly.roi import RegionOfInterest
+from semantic_anomaly.roi import RegionOfInterest, patches_inside
 from semantic_anomaly.structures import PatchGrid
 
 _EPSILON = 1e-6
+# Share of a patch from which on its value is that of the instances on it.
+_COVERED = 0.5
 
 
 class InstanceSegmenter(Protocol):
@@ -49,29 +51,30 @@ class InstanceSegmenter(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Instances:
-    """The instances of an image inside the region of interest.
+class StageEmbeddings:
+    """What a stage compares with its entries: instances, and the patches that none of them covers.
 
     Attributes:
-        embeddings: (n, dim) float32, unit norm.
-        shares: (n, rows, cols) float32 in [0, 1], share of each patch covered by each instance; 0
+        embeddings: (n, dim) float32, unit norm: m instances, then n - m patches.
+        shares: (m, rows, cols) float32 in [0, 1], share of each patch covered by each instance; 0
             outside the region of interest. Each instance covers some patch.
+        patches: (n - m, 2) int64, row and col of the patches.
+        features: (rows, cols, dim) float32, patch embeddings.
+        inside: (rows, cols) bool, the patches of the region of interest.
     """
 
     embeddings: np.ndarray
     shares: np.ndarray
-
-    @property
-    def covered(self) -> np.ndarray:
-        """Return (rows, cols) bool, the patches covered by instances to at least one half."""
-        return np.asarray(self.shares.sum(axis=0) >= 0.5)
+    patches: np.ndarray
+    features: np.ndarray
+    inside: np.ndarray
 
     @property
     def cells(self) -> np.ndarray:
-        """Return (n, 2) int64, row and col of the patch that represents each instance.
+        """Return (n, 2) int64, row and col of the patch that represents each embedding.
 
-        It is the most covered patch nearest to the centroid; the centroid itself may lie outside
-        of the instance.
+        Of an instance it is the most covered patch nearest to the centroid; the centroid itself
+        may lie outside of the instance.
         """
         count, rows, cols = self.shares.shape
         cells = np.zeros((count, 2), np.int64)
@@ -82,17 +85,57 @@ class Instances:
             squared_distances = (row_of - row) ** 2 + (col_of - col) ** 2
             nearest = np.where(share >= share.max() - _EPSILON, squared_distances, np.inf).argmin()
             cells[number] = np.divmod(nearest, cols)
-        return cells
+        return np.concatenate([cells, self.patches])
 
     def paint(self, values: np.ndarray) -> np.ndarray:
-        """Return (rows, cols) float32, on each patch the mean over instances by covered share.
+        """Return (rows, cols) float32: values of instances, averaged by share, and of patches.
 
         Args:
-            values: (n,) one value per instance.
+            values: (n,) one value per embedding.
         """
-        weights = self.shares.sum(axis=0)  # (rows, cols)
-        sums = np.tensordot(values.astype(np.float32), self.shares, axes=1)  # (rows, cols)
-        return np.asarray(sums / np.maximum(weights, _EPSILON), np.float32)
+        count = len(self.shares)
+        painted = np.zeros(self.inside.shape, np.float32)
+        if count:
+            weights = self.shares.sum(axis=0)  # (rows, cols)
+            sums = np.tensordot(values[:count].astype(np.float32), self.shares, axes=1)
+            painted = np.where(self.inside, sums / np.maximum(weights, _EPSILON), 0)
+            painted = painted.astype(np.float32)
+        painted[tuple(self.patches.T)] = values[count:]
+        return painted
+
+    def painting(self, chosen: np.ndarray) -> np.ndarray:
+        """Return (n,) bool: the embeddings on which painted values of (rows, cols) bool depend."""
+        return np.concatenate([self.shares[:, chosen].any(axis=1), chosen[tuple(self.patches.T)]])
+
+    def at(self, row: int, col: int) -> np.ndarray:
+        """Return (dim,) float32, the embedding that counts most on a patch."""
+        shares = self.shares[:, row, col]
+        if shares.sum() >= _COVERED:
+            return np.asarray(self.embeddings[int(shares.argmax())])
+        return np.asarray(self.features[row, col])
+
+
+def stage_embeddings(grid: PatchGrid, roi: RegionOfInterest) -> StageEmbeddings:
+    """Return the embeddings of a stage inside the region of interest.
+
+    Args:
+        grid: patch embeddings of the stage; without instances all patches are compared.
+        roi: region of interest; instances without a patch inside are left out.
+
+    Raises:
+        SettingsError: no patch lies in the region of interest.
+    """
+    inside = patches_inside(grid, roi)
+    if grid.instances is None:
+        shares = np.zeros((0, *grid.grid_hw), np.float32)
+        return StageEmbeddings(
+            grid.features[inside], shares, np.argwhere(inside), grid.features, inside
+        )
+    shares = grid.instances * inside
+    shares = shares[shares.any(axis=(1, 2))]
+    alone = inside & (shares.sum(axis=0) < _COVERED)
+    embeddings = np.concatenate([_pooled(grid.features, shares), grid.features[alone]])
+    return StageEmbeddings(embeddings, shares, np.argwhere(alone), grid.features, inside)
 
 
 def patch_shares(masks: np.ndarray, grid_hw: tuple[int, int]) -> np.ndarray:
@@ -115,28 +158,6 @@ def patch_shares(masks: np.ndarray, grid_hw: tuple[int, int]) -> np.ndarray:
         cv2.resize(mask.astype(np.float32), (cols, rows), dst=share, interpolation=cv2.INTER_AREA)
     # Rounding may exceed 1 slightly.
     return np.clip(shares, 0.0, 1.0)
-
-
-def instances_of(grid: PatchGrid, roi: RegionOfInterest) -> Instances:
-    """Return the instances of an image, cut to the region of interest.
-
-    Args:
-        grid: patch embeddings and instances.
-        roi: region of interest; instances without a patch inside are left out.
-
-    Raises:
-        ModelOutputError: the image was not segmented.
-    """
-    if grid.instances is None:
-        raise ModelOutputError(
-            "instances: expected a segmented image, found only patches; set 'variant' and "
-            "'segmenter' as for the index"
-        )
-    shares = grid.instances
-    if not roi.is_whole_image:
-        shares = shares * roi.patch_mask(grid.grid_hw, grid.image_hw)
-        shares = shares[shares.any(axis=(1, 2))]
-    return Instances(_pooled(grid.features, shares), shares)
 
 
 def _pooled(features: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -40,23 +40,22 @@ def test_edits_are_listed_and_undone(
     assert (index / "calibration.json").read_bytes() == calibration
 
 
-def test_edits_of_parts(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    index, part = world.copy("index_with_instances", tmp_path / "index"), "instances"
+def test_edits_of_several_stages(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index = world.copy("index_with_instances", tmp_path / "index")
     before = NominalIndex.load(index)
-    assert main(["retract", str(index), "--entries", "0-2", "--part", part]) == 0
-    assert f"--part {part}" in capsys.readouterr().out
+    counts = [stage.count for stage in before.stages]
+    assert main(["retract", str(index), "--entries", "7,1:0-2"]) == 0
     edited = NominalIndex.load(index)
-    assert edited.parts[part].count == before.parts[part].count - 3
-    assert edited.count == before.count
-    assert main(["undo-edit", str(index), "--part", part]) == 0
+    assert [stage.count for stage in edited.stages] == [counts[0] - 1, counts[1] - 3]
+    assert row(capsys.readouterr().out, "entries") == f"{counts[0] - 1} + {counts[1] - 3}"
+    assert main(["undo-edit", str(index)]) == 0
     assert NominalIndex.load(index).fingerprint == before.fingerprint
-    capsys.readouterr()
     add = ["add-nominal", str(index), world.at("calibration_12"), "--frames", "2,5"]
     assert main(add) == 0
-    assert row(capsys.readouterr().out, "edit of part 'instances'") == "1: add 2 frames"
     grown = NominalIndex.load(index)
-    assert grown.count > before.count
-    assert grown.parts[part].count > before.parts[part].count
+    assert all(stage.count > count for stage, count in zip(grown.stages, counts, strict=True))
     assert main(["undo-edit", str(index)]) == 0
     assert NominalIndex.load(index).fingerprint == before.fingerprint
 
@@ -68,9 +67,13 @@ def test_edits_of_parts(world: World, tmp_path: Path, capsys: pytest.CaptureFixt
         (["retract", "INDEX", "--entries", "9999999"], "entry 9999999: expected a number"),
         (["retract", "INDEX", "--entries", "3-1"], "--entries: expected numbers as in"),
         (["retract", "INDEX", "--entries", "x"], "--entries: expected numbers as in"),
-        (["retract", "INDEX", "--entries", "1", "--part", "p"], "unknown part 'p'"),
+        (["retract", "INDEX", "--entries", "1:0"], "stage 1"),
+        (["retract", "INDEX", "--entries", "p:0"], "expected entries as in 12,15-20,1:33"),
         (["retract", "INDEX", "--near", "1"], "expected both or neither"),
-        (["retract", "INDEX", "--near", "1", "--within", "2"], "expected some entries to stay"),
+        (
+            ["retract", "INDEX", "--near", "1", "--within", "2"],
+            "expected some entries of stage 0 to stay",
+        ),
         (["retract", "INDEX", "--frame", "none"], "unknown frame of the index 'none'"),
         (["undo-edit", "INDEX"], "expected an edit of the index, found none"),
     ],

@@ -38,10 +38,12 @@ def test_evaluate(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_an_index_with_instances_at_another_rate(world: World, tmp_path: Path) -> None:
     out, index = tmp_path / "report", world.at("index_with_instances")
     argv = ["evaluate", f"{world.at('labelled')}[3:6]", "--index", index, "--out", str(out)]
-    # Backbone, input size and variant come from the index.
+    # Stages come from the index.
     assert main([*argv, "--set", "target_false_alarm_rate=0.3"]) == 0
     results = json.loads((out / "results.json").read_text())
-    assert results["settings"]["variant"] == "combined" and results["frame_auroc"] is not None
+    stages = results["settings"]["stages"]
+    assert [("kind=instances" in stage) for stage in stages] == [False, True]
+    assert results["frame_auroc"] is not None
     assert results["target_false_alarm_rate"] == 0.3
     assert results["threshold"] == Calibration.load(Path(index)).threshold_for(0.3)
 
@@ -69,7 +71,7 @@ def test_seen_frames_need_permission_and_missing_measures_have_a_reason(
     ("options", "pattern"),
     [
         (["--set", "input_size=126"], r"setting 'input_size': expected 140, found 126"),
-        (["--set", "layers=[1]"], r"layers of the embedder"),
+        (["--set", "layers=[1]"], r"setting 'layers': expected \(\d,\), found \(1,\)"),
         (
             ["--set", "camera.region_of_interest=[0.0, 0.5, 1.0, 0.5, 1.0, 1.0]"],
             r"region of interest: expected .*calibrate again",

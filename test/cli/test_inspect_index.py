@@ -22,10 +22,12 @@ def test_inspect_index(world: World, capsys: pytest.CaptureFixture[str]) -> None
     assert row(text, "backbone").startswith("tiny_dinov2 (dinov2)")
     assert row(text, "sources") == "index_1, index_2"
     assert row(text, "region of interest") == "whole image"
-    assert row(text, "part 'instances'").startswith(f"{index.parts['instances'].count} entries")
+    for number, stage in enumerate(index.stages):
+        section = text.split(f"\nstage {number}\n")[1]
+        assert row(section, "stage") == str(stage.stage.spec)
+        assert row(section, "entries") == f"{stage.count} of dimension {stage.dim}"
     assert row(text, "threshold") == f"{Calibration.load(folder).threshold:.4f}"
     assert row(text, "drives") == "calibration_11 (10), calibration_12 (10)"
-    assert row(text, "variant") == "combined"
     assert "only 2 drives" in row(text, "warning")
     assert 0.5 < float(row(text, "recall")) <= 1.0
 

@@ -136,7 +136,7 @@ def test_threshold_set_by_hand_decides_with_and_without_calibration() -> None:
     bare = make_detector(calibrated=False, threshold=0.05)
     result = bare.detect(street(2000, odd=True))
     assert (result.decision, result.threshold, result.p_value) == (Decision.ANOMALY, 0.05, None)
-    assert (result.scale.low, result.scale.high) == (0.0, 0.05) and result.localizations
+    assert (result.scale.low, result.scale.high) == (-0.95, 0.05) and result.localizations
     calibrated = make_detector(threshold=1.9).detect(street(2000, odd=True))
     assert calibrated.decision is Decision.NOMINAL and calibrated.threshold == 1.9
     assert calibrated.p_value == pytest.approx(1 / 41)
@@ -146,7 +146,7 @@ def test_patches_outside_the_region_of_interest_are_ignored() -> None:
     detector = make_detector(roi=LEFT_HALF)
     result = detector.detect(street(2000, odd=True))
     assert result.decision is Decision.NOMINAL
-    assert not result.heatmap[:, 65:].any()
+    assert (result.heatmap[:, 65:] == np.float32(result.scale.low)).all()
     distances = detector.score(detector.embedder.embed([street(1).image])[0]).anomaly_map
     assert distances.shape == (9, 16) and not distances[:, 8:].any() and distances[:, :8].any()
 
@@ -183,7 +183,7 @@ def test_not_a_number_anywhere_is_an_error_not_a_nominal_frame(
     with pytest.raises(ModelOutputError, match="patch features"):
         features = grid.features.copy()
         features[4, 7] = np.nan
-        detector.assess(frame, PatchGrid(features, grid.global_feature, IMAGE_HW))
+        detector.assess(frame, PatchGrid(features, IMAGE_HW))
     monkeypatch.setattr(
         detector.index, "distances", lambda e, k, **_: np.full(len(e), np.nan, np.float32)
     )
@@ -217,7 +217,7 @@ def test_live_settings_take_effect_at_once() -> None:
     assert detector.threshold < before
     detector.update(detector.settings.replace(threshold=1.5))
     assert detector.detect(street(1, odd=True)).decision is Decision.NOMINAL
-    detector.update(detector.settings.replace(threshold=0.0, target_false_alarm_rate=0.05))
+    detector.update(detector.settings.replace(threshold=None, target_false_alarm_rate=0.05))
     assert detector.threshold == before
     assert detector.detect(street(1, odd=True)).decision is Decision.ANOMALY
 
@@ -281,9 +281,10 @@ def test_the_region_of_interest_may_shrink_after_the_index_was_built(
         for x in (0.5, 1.0)
     )
     with pytest.raises(MismatchError, match=r"region of interest.*calibrate again"):
-        variant(detector, settings=left.replace(smoothing=0.0))
+        variant(detector, settings=left.replace(smoothing=0.0, frame_level=0.0))
     shrunk = variant(detector, calibration=None, settings=left)
-    assert not shrunk.detect(street(1, odd=True)).heatmap[:, 65:].any()
+    result = shrunk.detect(street(1, odd=True))
+    assert (result.heatmap[:, 65:] == np.float32(result.scale.low)).all()
     # An index of the left half has no entries of the right half.
     half = make_detector(roi=LEFT_HALF, calibrated=False)
     with pytest.raises(IndexMismatchError, match="region of interest"):
@@ -295,7 +296,7 @@ def test_the_region_of_interest_may_shrink_after_the_index_was_built(
 def test_settings_of_one_camera_override_the_common_ones(detector: AnomalyDetector) -> None:
     settings = Settings.from_parameters(
         {
-            **{"cameras": ["front", "rear"], "smoothing": 0.0},
+            **{"cameras": ["front", "rear"], "smoothing": 0.0, "frame_level": 0.0},
             **{"front.threshold": 0.7, "rear.confirm_count": 3},
         }
     )
@@ -338,7 +339,12 @@ def test_load_takes_a_loaded_index_and_each_camera_its_own(
     detector: AnomalyDetector, folder: Path
 ) -> None:
     settings = Settings.from_parameters(
-        {"cameras": ["front", "rear"], "front.index": str(folder), "smoothing": 0.0}
+        {
+            "cameras": ["front", "rear"],
+            "front.index": str(folder),
+            "smoothing": 0.0,
+            "frame_level": 0.0,
+        }
     )
     loaded = load_detector(settings, "front", embedder=ColourEmbedder(), index=detector.index)
     assert loaded.index is detector.index and loaded.threshold == detector.threshold
@@ -368,7 +374,12 @@ def test_cameras_of_one_index_have_calibrations_of_their_own_or_share_the_first(
         scores = np.linspace(0.001, highest, 40)
         replace(detector.calibration, camera=camera, scores=scores).save(folder)
     settings = Settings.from_parameters(
-        {"cameras": ["front", "rear", "left"], "index": str(folder), "smoothing": 0.0}
+        {
+            "cameras": ["front", "rear", "left"],
+            "index": str(folder),
+            "smoothing": 0.0,
+            "frame_level": 0.0,
+        }
     )
     with caplog.at_level(logging.WARNING):
         decisions = [

@@ -5,16 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from worlds.colours import ColourEmbedder, make_detector, street
+from worlds.nominal_world import STAGES, make_frames
 
 from semantic_anomaly.detection.explain import (
+    Explanation,
     draw_explanations,
     explain,
-    instances_of_box,
     patches_of_box,
 )
 from semantic_anomaly.errors import InputError
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.roi import RegionOfInterest
+from semantic_anomaly.scoring.normalisation import constant_normalisation
+from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import PatchGrid
 
 WHOLE = RegionOfInterest()
@@ -43,39 +46,39 @@ def test_patches_of_a_box(grid: PatchGrid) -> None:
         patches_of_box(grid, left_half, (100, 10, 120, 30))
 
 
-def test_instances_at_least_half_inside_a_box(grid: PatchGrid) -> None:
-    inside = patches_of_box(grid, WHOLE, BOX)
-    shares = np.zeros((2, *grid.grid_hw), np.float32)
-    shares[0, 1:3, 3:7] = 1.0  # 4 of 8 patches inside
-    shares[1, 1:3, 4:7] = 1.0  # 2 of 6
-    segmented = PatchGrid(grid.features, grid.global_feature, grid.image_hw, shares)
-    embeddings = instances_of_box(segmented, WHOLE, inside)
-    mean = grid.features[1:3, 3:7].mean(axis=(0, 1))
-    np.testing.assert_allclose(embeddings, [mean / np.linalg.norm(mean)], atol=1e-5)
-    with pytest.raises(InputError, match="at least half inside it"):
-        instances_of_box(segmented, WHOLE, patches_of_box(grid, WHOLE, (100, 40, 120, 60)))
+def explained(index: NominalIndex, grid: PatchGrid, mean: float = 0.0) -> list[Explanation]:
+    (explanations,) = explain(index, grid, WHOLE, [constant_normalisation(mean, 0.5)], BOX, 3)
+    return explanations
 
 
 def test_the_nearest_entries_are_listed(index: NominalIndex, grid: PatchGrid) -> None:
-    embeddings = grid.features[patches_of_box(grid, WHOLE, BOX)]
-    explanations = explain(index, embeddings, 3)
-    counts = [e.patches for e in explanations]
+    explanations = explained(index, grid, 0.25)
+    counts = [e.embeddings for e in explanations]
     assert counts == sorted(counts, reverse=True) and sum(counts) == 3 * 6
-    products = embeddings @ index.content.embeddings.T
-    least = 1 - products.max()
-    assert min(e.distance for e in explanations) == pytest.approx(least, abs=1e-5)
+    embeddings = grid.features[patches_of_box(grid, WHOLE, BOX)]
+    least = 1 - (embeddings @ index.content.embeddings.T).max()
+    expected = (least - 0.25) / 0.5
+    assert min(e.distance for e in explanations) == pytest.approx(expected, abs=1e-5)
 
-    gain = np.linspace(1.0, 2.0, 6)
-    scaled = explain(index, embeddings, 3, gain=gain, offset=0.5)
-    expected = (0.5 + gain * (1 - products.max(axis=1))).min()
-    assert min(e.distance for e in scaled) == pytest.approx(expected, abs=1e-5)
+
+def test_every_stage_has_entries_of_its_own() -> None:
+    frames = list(make_frames(3, stages=STAGES))
+    index = NominalIndex.build(
+        frames, stages=STAGES, roi=WHOLE, settings=Settings(dedup_distance=0.0)
+    )
+    normalisations = [constant_normalisation(0.0, 1.0)] * 3
+    grid = frames[1][1]
+    by_stage = explain(index, grid, WHOLE, normalisations, (40, 0, 80, 30), 1)
+    assert [{e.stage for e in stage} for stage in by_stage] == [{0}, {1}, {2}]
+    # The frame is in the index: of each embedding the nearest entry is itself.
+    for stage, explanations in zip(index.stages, by_stage, strict=True):
+        assert max(e.distance for e in explanations) == pytest.approx(0.0, abs=1e-5)
+        numbers = {e.number for e in explanations}
+        assert numbers <= set(stage.content.numbers.tolist())
+    assert by_stage[0][0].entry == f"{by_stage[0][0].number}"
+    assert by_stage[1][0].entry == f"1:{by_stage[1][0].number}"
 
 
 def test_the_nearest_entries_are_drawn(index: NominalIndex, grid: PatchGrid) -> None:
-    explanations = explain(index, grid.features[patches_of_box(grid, WHOLE, BOX)], 3)
-    image = street(3).image
-    drawn = draw_explanations(image, BOX, index, explanations)
+    drawn = draw_explanations(street(3).image, BOX, index, explained(index, grid))
     assert drawn.ndim == 3 and drawn.shape[1] >= 2 * 480
-    with_threshold = draw_explanations(image, BOX, index, explanations, 0.25)
-    changed = np.argwhere((drawn != with_threshold).any(axis=2))
-    assert len(changed) and changed.max(axis=0)[0] < 26, "in the title of the image only"

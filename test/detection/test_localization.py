@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -46,15 +45,13 @@ def localized(
     inside = roi.patch_mask((rows, cols), image_hw)
     anomaly_map = np.where(inside, anomaly_map, 0).astype(np.float32)
     heat = heatmap(anomaly_map, roi, image_hw)
-    grid: Any = SimpleNamespace(features=np.moveaxis(np.mgrid[:rows, :cols], 0, -1))
     return localize(
-        anomaly_map, heat, threshold, min_area_px, roi.pixel_mask(image_hw), grid, Examples()
+        anomaly_map, heat, threshold, min_area_px, inside, roi.pixel_mask(image_hw), examples_of
     )
 
 
-class Examples:
-    def nearest_many(self, embeddings: np.ndarray) -> list[NominalExample]:
-        return [NominalExample("nominal/1.png", *rc, (1, 1), 0.1) for rc in embeddings.tolist()]
+def examples_of(patches: Sequence[tuple[int, int]]) -> list[NominalExample]:
+    return [NominalExample("nominal/1.png", *patch, (1, 1), 0.1) for patch in patches]
 
 
 @pytest.mark.parametrize(("grid_hw", "image_hw"), SIZES)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -37,11 +36,11 @@ def result_of(
     inside = roi.patch_mask(anomaly_map.shape, image_hw)  # type: ignore[arg-type]
     anomaly_map = np.where(inside, anomaly_map, 0).astype(np.float32)
     heat = heatmap(anomaly_map, roi, image_hw)
-    grid: Any = SimpleNamespace(features=anomaly_map[..., None])
     example = NominalExample("a/1.png", 0, 0, (1, 1), 0.1)
-    index: Any = SimpleNamespace(nearest_many=lambda embeddings: [example] * len(embeddings))
     mask = roi.pixel_mask(image_hw)
-    labels, localizations = localize(anomaly_map, heat, THRESHOLD, 0, mask, grid, index)
+    labels, localizations = localize(
+        anomaly_map, heat, THRESHOLD, 0, inside, mask, lambda patches: [example] * len(patches)
+    )
     values: dict[str, Any] = {
         "score": float(anomaly_map.max()),
         "decision": Decision.ANOMALY if localizations else Decision.NOMINAL,

@@ -1,4 +1,4 @@
-"""Identities of embedders and segmenters: JSON, validation, and which fields are compared."""
+"""Identities of embedders, segmenters and stages: JSON, validation, what is compared."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from semantic_anomaly.embedding.identity import EmbedderIdentity, SegmenterIdentity
+from semantic_anomaly.embedding.identity import EmbedderIdentity, SegmenterIdentity, StageIdentity
 from semantic_anomaly.errors import IndexFormatError
+from semantic_anomaly.stages import StageSpec
 
 IDENTITY = EmbedderIdentity(
     model_id="tiny",
@@ -17,8 +18,9 @@ IDENTITY = EmbedderIdentity(
     revision="",
     weights_sha256="0" * 64,
     config_sha256="a" * 64,
-    layers=(2, 3),
+    layer=2,
     input_size=640,
+    average=1,
     patch_px=14,
     dim=64,
     dtype="float32",
@@ -29,8 +31,9 @@ OTHER: dict[str, Any] = {
     "revision": "0123abc",
     "weights_sha256": "1" * 64,
     "config_sha256": "b" * 64,
-    "layers": (3,),
+    "layer": 3,
     "input_size": 644,
+    "average": 3,
     "patch_px": 16,
     "dim": 32,
     "dtype": "bfloat16",
@@ -62,9 +65,11 @@ def test_every_field_is_covered_above() -> None:
         ("revision", None),
         ("weights_sha256", "0" * 63),
         ("config_sha256", "G" * 64),
-        ("layers", "12"),
-        ("layers", [True]),
+        ("layer", "12"),
+        ("layer", True),
+        ("layer", -1),
         ("input_size", 0),
+        ("average", 0),
         ("patch_px", "14"),
         ("dim", True),
         ("dtype", ""),
@@ -104,3 +109,12 @@ def test_segmenters_are_compared_by_family_and_digest() -> None:
 def test_invalid_segmenter_identities_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(IndexFormatError, match=f"segmenter identity.*{next(iter(change))}"):
         SegmenterIdentity.from_dict(SEGMENTER.to_dict() | change)
+
+
+def test_stages_have_a_segmenter_for_instances_only() -> None:
+    patches, pooled = StageSpec("tiny"), StageSpec("tiny", kind="instances")
+    assert StageIdentity(patches, IDENTITY).name == "tiny:2@640"
+    assert StageIdentity(pooled, IDENTITY, SEGMENTER).name == "tiny:2@640 instances"
+    for spec, segmenter in ((patches, SEGMENTER), (pooled, None)):
+        with pytest.raises(IndexFormatError, match=r"stage 'tiny:2@640.*segmenter for instances"):
+            StageIdentity(spec, IDENTITY, segmenter)

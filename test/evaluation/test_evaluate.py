@@ -118,7 +118,7 @@ def test_rows_hold_the_results_of_their_frames(report: Report) -> None:
 def test_the_results_hold_their_provenance(report: Report) -> None:
     _, results = report
     assert len(results["index"]["fingerprint"]) == 64
-    assert results["backbone"]["architecture"] == "colours"
+    assert results["stages"][0]["architecture"] == "colours"
     assert results["settings"]["tail_percent"] == 0.2
     assert "numpy" in results["versions"]
     warnings = results["calibration"]["warnings"]

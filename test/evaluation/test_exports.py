@@ -67,7 +67,7 @@ def test_own_maps_get_the_same_measures(own: Own, tmp_path: Path) -> None:
     "change",
     [
         lambda v: v * 1000 - 300,
-        lambda v: np.float32(1e-4) * v + 3,
+        lambda v: 1e-4 * v,
     ],
 )
 def test_only_the_order_of_the_scores_counts(own: Own, tmp_path: Path, change: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from worlds.colours import ColourEmbedder, street
 from worlds.labelled_drive import make_dataset
@@ -15,7 +14,7 @@ from semantic_anomaly.errors import CalibrationError, InputError
 from semantic_anomaly.evaluation import protocols
 from semantic_anomaly.evaluation.datasets import LabelledFolder
 from semantic_anomaly.evaluation.evaluate import evaluate
-from semantic_anomaly.evaluation.protocols import Reference, SelfNominal, normal_patches
+from semantic_anomaly.evaluation.protocols import Reference, SelfNominal
 from semantic_anomaly.io.images import write_image
 from semantic_anomaly.settings import Settings
 
@@ -75,15 +74,6 @@ def test_a_set_of_one_image_has_no_others(tmp_path: Path) -> None:
         SelfNominal(SETTINGS, "camera", dataset, ColourEmbedder())
     two = LabelledFolder(make_dataset(tmp_path / "two", "oo"))
     assert SelfNominal(SETTINGS, "camera", two, ColourEmbedder()).detail == {"folds": 2}
-
-
-def test_a_patch_with_any_other_pixel_is_not_normal() -> None:
-    labels = np.zeros((40, 60), np.uint8)
-    labels[10, 10] = 1
-    labels[39, 59] = 255
-    expected = np.ones((4, 6), bool)
-    expected[1, 1] = expected[3, 5] = False
-    np.testing.assert_array_equal(normal_patches(labels, (4, 6)), expected)
 
 
 @pytest.mark.usefixtures("no_figures")

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from worlds.nominal_world import SEGMENTER, build, make_frames
+from worlds.nominal_world import COARSE, PATCHES, POOLED, build, make_frames, weighted
 
 from semantic_anomaly.index.content import ADD, RETRACT, Edit, IndexContent
 from semantic_anomaly.index.edits import add_nominal, retract
@@ -23,7 +23,7 @@ def index() -> NominalIndex:
 @pytest.fixture(scope="module")
 def edited(index: NominalIndex) -> IndexContent:
     """Two entries retracted by edit 1, two frames added by edit 2."""
-    retracted = retract(index, [1, 5])
+    retracted = retract(index, {0: [1, 5]})
     added, _ = add_nominal(retracted, make_frames(2, 7), roi=RegionOfInterest(), source="new")
     return added.content
 
@@ -48,7 +48,8 @@ def test_the_fingerprint_is_that_of_the_content(index: NominalIndex) -> None:
         return str(replace(content, **changes).manifest()["fingerprint"])
 
     assert index.fingerprint == fingerprint()
-    assert fingerprint(settings={}, source=("other",)) == index.fingerprint
+    named = replace(PATCHES, spec=replace(PATCHES.spec, backbone="/models/tiny"))
+    assert fingerprint(stage=named, segmenter_model="m", source=("other",)) == index.fingerprint
     changes = [
         {"camera": "front"},
         {"embeddings": -content.embeddings},
@@ -57,10 +58,30 @@ def test_the_fingerprint_is_that_of_the_content(index: NominalIndex) -> None:
         {"search_ef": 78},
         {"limits": {}},
         {"edits": (Edit(1, RETRACT, 1),)},
-        {"segmenter": SEGMENTER},
-        {"parts": {"instances": "0" * 64}},
+        {"stage": replace(PATCHES, embedder=replace(PATCHES.embedder, average=3))},
+        {"stage": replace(PATCHES, embedder=replace(PATCHES.embedder, weights_sha256="3" * 64))},
+        {"stage": weighted(PATCHES, 0.5)},
+        {"stage": POOLED},
+        {"further": ("0" * 64,)},
+        {"further": ("1" * 64,)},
     ]
     assert len({index.fingerprint, *(fingerprint(**c) for c in changes)}) == 1 + len(changes)
+
+
+def test_the_fingerprint_depends_on_all_stages(index: NominalIndex) -> None:
+    stages = [
+        (PATCHES, COARSE),
+        (COARSE, PATCHES),
+        (weighted(PATCHES, 0.5), COARSE),
+        (PATCHES, weighted(COARSE, 0.5)),
+        (PATCHES, COARSE, POOLED),
+        (PATCHES, COARSE, weighted(POOLED, 0.25)),
+    ]
+    fingerprints = {build(3, stages=each).fingerprint for each in stages}
+    assert len({index.fingerprint, *fingerprints}) == 1 + len(stages)
+    two = build(3, stages=stages[0])
+    assert two.content.further == (two.stages[1].fingerprint,)
+    assert not two.stages[1].content.further
 
 
 def test_retracted_entries_are_kept_as_they_were(index: NominalIndex, edited: IndexContent) -> None:
@@ -93,6 +114,7 @@ def changed(content: IndexContent, position: int, **changes: object) -> IndexCon
         lambda c: changed(c, 0, kind="other"),
         lambda c: changed(c, 0, entries=3),
         lambda c: changed(c, 0, frames=1),
+        lambda c: changed(c, 0, entries=-2),
         lambda c: changed(c, 1, entries=0),
         lambda c: changed(c, 1, entries=100_000),
         lambda c: changed(c, 1, frames=0),
@@ -112,3 +134,8 @@ def test_edits_that_do_not_agree(
 ) -> None:
     assert edited.edits_agree()
     assert not forge(edited).edits_agree()
+
+
+def test_edits_may_change_no_entry_of_a_stage(index: NominalIndex) -> None:
+    edits = (Edit(1, RETRACT, 0), Edit(2, ADD, 0))
+    assert replace(index.content, edits=edits).edits_agree()

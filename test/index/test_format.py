@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from worlds.nominal_world import DIM, GRID, SEGMENTER, build, make_frames, patches, sign_again
+from worlds.nominal_world import DIM, GRID, STAGES, build, make_frames, patches, sign_again
 
-from semantic_anomaly.errors import ArtefactError, IndexFormatError
+from semantic_anomaly.errors import ArtefactError, IndexFormatError, IndexMismatchError
 from semantic_anomaly.index.edits import add_nominal, retract
 from semantic_anomaly.index.format import fingerprint_of, is_calibration_file, refuse_existing
 from semantic_anomaly.index.hnsw import check_graph_file
@@ -24,7 +24,7 @@ from semantic_anomaly.roi import RegionOfInterest
 @pytest.fixture(scope="module")
 def index() -> NominalIndex:
     """Two entries retracted by edit 1, two frames added by edit 2."""
-    edited = retract(build(), [1, 5])
+    edited = retract(build(), {0: [1, 5]})
     return add_nominal(edited, make_frames(2, 7), roi=RegionOfInterest(), source="s")[0]
 
 
@@ -127,9 +127,16 @@ CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "region of another type": lambda m: m["content"].update(roi=[1]),
     "region of no area": lambda m: m["content"]["roi"].update(polygon_xy=[[0, 0], [1, 1], [0, 0]]),
     "other graph": lambda m: m["content"]["graph"].update(m=8),
-    "other part": lambda m: m["content"].update(parts={"../x": "0" * 64}),
+    "a further stage that is not there": lambda m: m["content"].update(further=["0" * 64]),
+    "further stages of another type": lambda m: m["content"].update(further=1),
+    "no weight": lambda m: m["content"].pop("weight"),
+    "negative weight": lambda m: m["content"].update(weight=-1.0),
+    "weight of another type": lambda m: m["content"].update(weight="much"),
+    "average of another type": lambda m: m["content"]["identity"].update(average="3"),
+    "even average": lambda m: m["content"]["identity"].update(average=2),
+    "no backbone": lambda m: m["written"].update(backbone=""),
     "segmenter of another type": lambda m: m["content"].update(segmenter="tokens"),
-    "no settings": lambda m: m["written"].update(settings={}),
+    "nothing written": lambda m: m.update(written={}),
     "other space": lambda m: m["content"].update(space="l2"),
     "surplus content": lambda m: m["content"].update(surplus=1),
 }
@@ -208,9 +215,10 @@ def test_every_single_byte_of_the_manifest_counts(copy: Path) -> None:
             NominalIndex.load(copy)
 
 
-def test_another_version_is_to_be_built_again(copy: Path) -> None:
-    sign_again(copy, lambda m: m.update(format_version=2))
-    with pytest.raises(IndexFormatError, match="format version 1, found 2; build the index again"):
+@pytest.mark.parametrize("version", [1, 3, "2", None])
+def test_another_version_is_to_be_built_again(copy: Path, version: object) -> None:
+    sign_again(copy, lambda m: m.update(format_version=version))
+    with pytest.raises(IndexFormatError, match=f"version 2, found {version!r}; build it again"):
         NominalIndex.load(copy)
 
 
@@ -261,11 +269,85 @@ def test_forged_edits_are_refused(copy: Path, forge: Callable[[dict[str, Any]], 
         NominalIndex.load(copy)
 
 
-def test_a_part_of_patches_is_refused(tmp_path: Path) -> None:
-    folder = tmp_path / "index"
-    build(segmenter=SEGMENTER).save(folder)
-    sign_again(folder / "instances", lambda m: m["content"].pop("segmenter"))
-    fingerprint = json.loads((folder / "instances" / "manifest.json").read_text())["fingerprint"]
-    sign_again(folder, lambda m: m["content"]["parts"].update(instances=fingerprint))
-    with pytest.raises(ArtefactError, match="part 'instances' of an index"):
-        NominalIndex.load(folder)
+@pytest.fixture(scope="module")
+def saved_stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three stages; an entry of the third is retracted."""
+    folder = tmp_path_factory.mktemp("stages") / "index"
+    retract(build(stages=STAGES), {2: [1]}).save(folder)
+    return folder
+
+
+@pytest.fixture
+def stages_copy(saved_stages: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved_stages, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *(("manifest.json", damage) for damage in DAMAGES if damage != "link"),
+        *((f"{name}.npy", "flipped") for name in ("embeddings", "entries")),
+        ("graph.hnsw", "truncated"),
+        ("frames/000000.jpg", "missing"),
+        ("retracted_embeddings.npy", "missing"),
+        ("retracted_entries.npy", "flipped at the end"),
+    ],
+)
+def test_damage_of_a_further_stage_is_noticed(stages_copy: Path, name: str, damage: str) -> None:
+    DAMAGES[damage](stages_copy / "stage_2" / name)
+    with pytest.raises(IndexFormatError, match=rf"{stages_copy}/stage_2.*{name}"):
+        NominalIndex.load(stages_copy)
+
+
+def test_a_further_stage_that_is_missing_or_in_excess_is_noticed(stages_copy: Path) -> None:
+    kept = Path(shutil.copytree(stages_copy, stages_copy.parent / "kept"))
+    for name in ("stage_3", "stage_0", "stage_1/stage_1"):
+        shutil.copytree(kept / "stage_1", stages_copy / name)
+        with pytest.raises(IndexFormatError, match="only files of the manifest, found stage_"):
+            NominalIndex.load(stages_copy)
+        shutil.rmtree(stages_copy / name)
+    NominalIndex.load(stages_copy)
+    (stages_copy / "stage_2" / "other.txt").write_bytes(b"1")
+    with pytest.raises(IndexFormatError, match=r"stage_2.*only files of the manifest, found other"):
+        NominalIndex.load(stages_copy)
+    shutil.rmtree(stages_copy / "stage_2")
+    with pytest.raises(IndexFormatError, match=r"stage_2': expected an index folder"):
+        NominalIndex.load(stages_copy)
+    (stages_copy / "stage_2").symlink_to(kept / "stage_2")
+    with pytest.raises(IndexFormatError, match="a link"):
+        NominalIndex.load(stages_copy)
+
+
+def test_stages_that_were_swapped_are_noticed(stages_copy: Path) -> None:
+    first, second = stages_copy / "stage_1", stages_copy / "stage_2"
+    first.rename(stages_copy.parent / "moved")
+    second.rename(first)
+    (stages_copy.parent / "moved").rename(second)
+    with pytest.raises(IndexFormatError, match="stage 1: expected fingerprint"):
+        NominalIndex.load(stages_copy)
+
+
+def forge_stage(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the manifest of stage 2, and make that of the index fit again."""
+    sign_again(folder / "stage_2", change)
+    fingerprint = json.loads((folder / "stage_2" / "manifest.json").read_text())["fingerprint"]
+    sign_again(folder, lambda m: m["content"]["further"].__setitem__(1, fingerprint))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["content"]["roi"].update(ego_mask_sha256="1"), "stage 2 .*region of interest"),
+        (lambda m: m["content"]["edits"][0].__setitem__(0, 7), "edits"),
+        (lambda m: m["content"].update(weight=-0.5), "weight: expected"),
+        (lambda m: m.update(format_version=1), "stage_2.*build it again"),
+    ],
+)
+def test_forged_stages_are_refused(
+    stages_copy: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    forge_stage(stages_copy, lambda m: None)
+    NominalIndex.load(stages_copy)
+    forge_stage(stages_copy, change)
+    with pytest.raises((IndexFormatError, IndexMismatchError), match=message):
+        NominalIndex.load(stages_copy)

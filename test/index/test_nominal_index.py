@@ -5,36 +5,44 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from worlds.files import file_size_limit
 from worlds.nominal_world import (
+    COARSE,
+    COARSE_DIM,
     DIM,
-    IDENTITY,
+    GRID,
     LEFT_HALF,
+    PATCHES,
+    POOLED,
     SEGMENTER,
+    STAGES,
     build,
     make_frames,
     patches,
+    weighted,
 )
 
+from semantic_anomaly.embedding.identity import StageIdentity
 from semantic_anomaly.errors import (
     ArtefactError,
-    IndexFormatError,
     IndexMismatchError,
     ModelOutputError,
 )
 from semantic_anomaly.index import hnsw, nominal_index
-from semantic_anomaly.index.build import INSTANCES
 from semantic_anomaly.index.edits import add_nominal, retract
 from semantic_anomaly.index.hnsw import HnswGraph
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.io.images import encode_png
 from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.settings import Settings
+from semantic_anomaly.stages import StageSpec
 from semantic_anomaly.structures import Frame
 
 
@@ -44,8 +52,8 @@ def index() -> NominalIndex:
 
 
 @pytest.fixture(scope="module")
-def segmented() -> NominalIndex:
-    return build(segmenter=SEGMENTER, variant="combined")
+def staged() -> NominalIndex:
+    return build(stages=STAGES)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +79,7 @@ def test_thumbnails_show_the_frames_and_are_small(saved: Path) -> None:
     large = Frame(np.zeros((900, 1600, 3), np.uint8), name="large")
     index = NominalIndex.build(
         [(large, dataclasses.replace(grid, image_hw=(900, 1600)))],
-        identity=IDENTITY,
+        stages=(PATCHES,),
         roi=RegionOfInterest(),
         settings=Settings(dedup_distance=0.0),
     )
@@ -79,21 +87,43 @@ def test_thumbnails_show_the_frames_and_are_small(saved: Path) -> None:
     assert thumbnail is not None and thumbnail.shape == (180, 320, 3)
 
 
-def test_another_embedder_is_refused(index: NominalIndex) -> None:
-    index.check_embedder(dataclasses.replace(IDENTITY, model_id="moved", dtype="bfloat16"))
-    with pytest.raises(IndexMismatchError, match=r"layers.*expected \(3,\), found \(2,\); use the"):
-        index.check_embedder(dataclasses.replace(IDENTITY, layers=(2,)))
+def changed(stage: StageIdentity, **changes: Any) -> StageIdentity:
+    return dataclasses.replace(stage, embedder=dataclasses.replace(stage.embedder, **changes))
 
 
-def test_another_segmenter_is_refused(index: NominalIndex, segmented: NominalIndex) -> None:
-    assert (index.segmenter, segmented.segmenter) == (None, SEGMENTER)
-    for built in (index, segmented):
-        built.check_segmenter(None)
-    segmented.check_segmenter(dataclasses.replace(SEGMENTER, model_id="moved"))
-    with pytest.raises(IndexMismatchError, match="instances: expected a part of them, found none"):
-        index.check_segmenter(SEGMENTER)
-    with pytest.raises(IndexMismatchError, match=r"segmenter: expected tokens a+, found tokens b+"):
-        segmented.check_segmenter(dataclasses.replace(SEGMENTER, digest="b" * 64))
+def test_another_embedder_is_refused(index: NominalIndex, staged: NominalIndex) -> None:
+    index.check_embedder([changed(PATCHES, model_id="moved", dtype="bfloat16")])
+    with pytest.raises(
+        IndexMismatchError, match=r"layer of the embedder: expected 3, found 2; use"
+    ):
+        index.check_embedder([changed(PATCHES, layer=2)])
+    staged.check_embedder([weighted(stage, 7.0) for stage in STAGES])
+    for number, stage in enumerate(STAGES):
+        stages = [*STAGES[:number], changed(stage, weights_sha256="3" * 64), *STAGES[number + 1 :]]
+        what = re.escape(f", stage {number} ({stage.name}): weights_sha256 of the embedder")
+        with pytest.raises(IndexMismatchError, match=f"{what}: expected 0+"):
+            staged.check_embedder(stages)
+    with pytest.raises(IndexMismatchError, match="average of the embedder: expected 3, found 1"):
+        staged.check_embedder([PATCHES, changed(COARSE, average=1), POOLED])
+    for own, stages in ((index, [*STAGES]), (staged, [*STAGES[:2]])):
+        message = f"stages of the embedder: expected {len(own.stages)}, found {len(stages)}"
+        with pytest.raises(IndexMismatchError, match=message):
+            own.check_embedder(stages)
+
+
+def test_another_segmenter_is_refused(index: NominalIndex, staged: NominalIndex) -> None:
+    def segmented(**changes: str) -> StageIdentity:
+        segmenter = dataclasses.replace(SEGMENTER, **changes)
+        return dataclasses.replace(POOLED, segmenter=segmenter)
+
+    staged.check_embedder([*STAGES[:2], segmented(model_id="moved")])
+    message = r"stage 2 .*segmenter: expected tokens a+, found tokens b+"
+    with pytest.raises(IndexMismatchError, match=message):
+        staged.check_embedder([*STAGES[:2], segmented(digest="b" * 64)])
+    with pytest.raises(IndexMismatchError, match=r"segmenter: expected tokens a+, found none"):
+        staged.check_embedder([*STAGES[:2], PATCHES])
+    with pytest.raises(IndexMismatchError, match=r"segmenter: expected none, found tokens a+"):
+        index.check_embedder([POOLED])
 
 
 def test_the_region_of_interest_may_be_a_part_of_the_index_s_own(index: NominalIndex) -> None:
@@ -118,27 +148,31 @@ def test_the_region_of_interest_may_be_a_part_of_the_index_s_own(index: NominalI
             half.check_roi(roi)
 
 
-def test_the_settings_that_an_index_fixes(segmented: NominalIndex, tmp_path: Path) -> None:
-    expected = {
-        "backbone": "tiny",
-        "layers": (3,),
-        "input_size": 112,
-        "place_weight": 0.0,
-        "variant": "combined",
-    }
-    assert segmented.fixed_settings == {**expected, "segmenter": "tokens", "segmenter_model": ""}
-    chosen = build(backbone="~/models/tiny")
-    assert chosen.fingerprint == build().fingerprint
-    edited = retract(chosen, [0])
-    edited.save(tmp_path / "index")
+def test_the_settings_that_an_index_fixes(staged: NominalIndex, tmp_path: Path) -> None:
+    texts = (
+        "tiny layer=3 size=112",
+        "tiny layer=2 size=56 average=3 weight=2",
+        "tiny layer=3 size=112 kind=instances weight=0.5",
+    )
+    expected = {"stages": texts, "place_weight": 0.0, "segmenter": "tokens", "segmenter_model": ""}
+    assert staged.fixed_settings == expected
+    staged.save(tmp_path / "stages")
+    assert NominalIndex.load(tmp_path / "stages").fixed_settings == expected
+    assert Settings(**expected).stage_specs == tuple(stage.spec for stage in STAGES)
+    # The hidden state is that of the embedder where the settings leave it open.
+    chosen = dataclasses.replace(PATCHES, spec=StageSpec("~/my models/tiny", None, 112))
+    built = build(stages=(chosen,), segmenter_model="unused")
+    assert built.fingerprint == build().fingerprint
+    retract(built, {0: [0]}).save(tmp_path / "index")
     fixed = NominalIndex.load(tmp_path / "index").fixed_settings
-    assert fixed == {**expected, "backbone": "~/models/tiny", "variant": "grid"}
+    assert fixed == {"stages": ("~/my models/tiny layer=3 size=112",), "place_weight": 0.0}
 
 
 def test_what_was_saved_is_what_is_loaded(index: NominalIndex, saved: Path, tmp_path: Path) -> None:
     loaded = NominalIndex.load(saved)
     assert loaded.fingerprint == index.fingerprint
-    assert (loaded.identity, loaded.report) == (index.identity, index.report)
+    assert (loaded.stage, loaded.report) == (index.stage, index.report)
+    assert loaded.stages == (loaded,)
     assert (loaded.count, loaded.dim, loaded.camera) == (index.count, DIM, "camera")
     assert loaded.frame_names == index.frame_names
     assert loaded.roi_description == RegionOfInterest().describe()
@@ -253,7 +287,7 @@ def test_size_is_predicted(tmp_path: Path) -> None:
 def test_an_index_is_replaced_only_by_force(copy: Path) -> None:
     loaded = NominalIndex.load(copy)
     edited, _ = add_nominal(
-        retract(loaded, [0]), make_frames(1, 7), roi=RegionOfInterest(), source=""
+        retract(loaded, {0: [0]}), make_frames(1, 7), roi=RegionOfInterest(), source=""
     )
     edited.save(copy, force=True)
     for name in ("calibration.json", "calibration.front.json"):
@@ -322,52 +356,86 @@ def test_a_graph_cut_short_is_noticed_even_if_everything_else_fits(
     assert not list(tmp_path.iterdir())
 
 
-def test_parts_are_saved_checked_and_edited(segmented: NominalIndex, tmp_path: Path) -> None:
-    folder, bare = tmp_path / "index", build()
-    assert segmented.fingerprint != bare.fingerprint and segmented.count == bare.count
-    segmented.save(folder)
-    loaded = NominalIndex.load(folder)
-    assert loaded.fingerprint == segmented.fingerprint and list(loaded.parts) == [INSTANCES]
-    part = loaded.parts[INSTANCES]
-    assert part.fingerprint == segmented.parts[INSTANCES].fingerprint
-    part.configure_search("graph", 50)
-    assert part.distances(part.content.embeddings, 1).max() < 1e-5
-    smaller = retract(loaded, [0]).with_parts({INSTANCES: retract(part, [0, 1])})
-    smaller.save(folder, force=True)
-    assert NominalIndex.load(folder).parts[INSTANCES].count == part.count - 2
-    bare.save(folder, force=True)
-    assert not NominalIndex.load(folder).parts and not (folder / INSTANCES).exists()
-
-
-def test_parts_in_the_folder_that_do_not_belong_are_refused(
-    segmented: NominalIndex, tmp_path: Path
-) -> None:
+def test_all_stages_are_saved_loaded_and_replaced(staged: NominalIndex, tmp_path: Path) -> None:
     folder = tmp_path / "index"
-    segmented.save(folder)
-    kept = shutil.copytree(folder, tmp_path / "kept")
-    build(5, segmenter=SEGMENTER).parts[INSTANCES].save(folder / INSTANCES, force=True)
-    with pytest.raises(IndexFormatError, match="part 'instances': expected fingerprint"):
-        NominalIndex.load(folder)
-    shutil.rmtree(folder / INSTANCES)
-    with pytest.raises(IndexFormatError, match="expected an index folder"):
-        NominalIndex.load(folder)
-    (folder / INSTANCES).symlink_to(kept / INSTANCES)
-    with pytest.raises(IndexFormatError, match="a link"):
-        NominalIndex.load(folder)
-    build().save(kept / "other")
-    with pytest.raises(IndexFormatError, match="only files of the manifest, found other"):
-        NominalIndex.load(kept)
+    staged.save(folder)
+    assert sorted(p.name for p in folder.glob("stage_*")) == ["stage_1", "stage_2"]
+    loaded = NominalIndex.load(folder)
+    assert loaded.fingerprint == staged.fingerprint
+    assert [stage.stage for stage in loaded.stages] == [*STAGES]
+    assert [stage.dim for stage in loaded.stages] == [DIM, COARSE_DIM, DIM]
+    assert loaded.frame_names == staged.frame_names
+    for found, expected in zip(loaded.stages, staged.stages, strict=True):
+        assert found.fingerprint == expected.fingerprint and found.manifest == expected.manifest
+        np.testing.assert_array_equal(found.content.embeddings, expected.content.embeddings)
+        np.testing.assert_array_equal(found.content.entries, expected.content.entries)
+    # Saved over itself, with a stage less, and as one stage: nothing of the others is left.
+    smaller = retract(loaded, {1: [0, 1]})
+    smaller.save(folder, force=True)
+    counts = [stage.count for stage in NominalIndex.load(folder).stages]
+    assert counts == [staged.count, staged.stages[1].count - 2, staged.stages[2].count]
+    build(stages=STAGES[:2]).save(folder, force=True)
+    assert len(NominalIndex.load(folder).stages) == 2 and not (folder / "stage_2").exists()
+    build().save(folder, force=True)
+    assert len(NominalIndex.load(folder).stages) == 1 and not (folder / "stage_1").exists()
 
 
-def test_parts_that_do_not_belong_are_refused(index: NominalIndex, segmented: NominalIndex) -> None:
-    part = segmented.parts[INSTANCES]
-    for name, other in (("frames", part), (INSTANCES, index), (INSTANCES, segmented)):
-        with pytest.raises(ArtefactError, match=f"part '{name}' of an index: expected 'instances'"):
-            index.with_parts({name: other})
-    content = dataclasses.replace(
-        part.content, identity=dataclasses.replace(IDENTITY, weights_sha256="3" * 64)
+def test_the_search_is_chosen_for_each_stage_by_its_size(
+    staged: NominalIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    staged.save(tmp_path / "index")
+    loaded = NominalIndex.load(tmp_path / "index")
+    sizes = [stage.content.embeddings.size for stage in loaded.stages]
+    monkeypatch.setattr(nominal_index, "_AUTO_EXACT_UP_TO", sizes[1])
+    assert sizes[1] < min(sizes[0], sizes[2])
+    loaded.configure_search("auto", 50)
+    assert [stage.search_is_exact for stage in loaded.stages] == [False, True, False]
+    assert [stage._graph is None for stage in loaded.stages] == [False, True, False]
+    loaded.configure_search("graph", 50)
+    assert not any(stage.search_is_exact for stage in loaded.stages)
+    for stage in loaded.stages:
+        queries = stage.content.embeddings[:30]
+        assert stage.distances(queries, 1).max() < 1e-5
+        assert stage.recall(20, 1)["ef"] == 50
+
+
+def test_thumbnails_and_names_of_all_stages(staged: NominalIndex) -> None:
+    # Only the last stage brings a frame that the others have already.
+    frame, grid = next(make_frames(1, stages=(PATCHES, POOLED)))
+    order = np.random.default_rng(0).permutation(GRID[0] * GRID[1])
+    mixed = grid.features.reshape(-1, DIM)[order].reshape(grid.features.shape)
+    first, pooled = (dataclasses.replace(g, features=mixed, further=()) for g in grid.stages)
+    added = dataclasses.replace(frame, name="mixed"), dataclasses.replace(first, further=(pooled,))
+    grown, _ = add_nominal(
+        build(stages=(PATCHES, POOLED)), [added], roi=RegionOfInterest(), source=""
     )
-    with pytest.raises(IndexMismatchError, match="part 'instances' of an index: weights_sha256"):
-        index.with_parts({INSTANCES: part.with_content(content)})
-    with pytest.raises(IndexMismatchError, match="region of interest"):
-        build(roi=LEFT_HALF).with_parts({INSTANCES: part})
+    assert "mixed" not in [f.name for f in grown.content.frames]
+    assert grown.frame_names[-1] == "mixed"
+    thumbnail = grown.thumbnail("mixed")
+    assert thumbnail is not None and thumbnail.shape == (60, 80, 3)
+
+
+def test_stages_that_do_not_belong_together_are_refused(staged: NominalIndex) -> None:
+    contents = [stage.content for stage in staged.stages]
+    again = NominalIndex.of_stages(contents, [None] * 3)
+    assert again.fingerprint == staged.fingerprint
+    others = {
+        "region of interest": build(roi=LEFT_HALF).content,
+        "edits": retract(build(), {0: [1]}).content,
+    }
+    for name, other in others.items():
+        with pytest.raises(IndexMismatchError, match=f"stage 1 of an index: {name}"):
+            NominalIndex.of_stages([contents[0], other], [None] * 2)
+
+
+def test_a_disk_that_fills_up_at_a_further_stage_is_noticed(tmp_path: Path) -> None:
+    index = build(20, stages=(COARSE, PATCHES), dedup_distance=0.0)
+    index.save(tmp_path / "whole")
+    sizes = [
+        max(path.stat().st_size for path in folder.iterdir())
+        for folder in (tmp_path / "whole", tmp_path / "whole" / "stage_1")
+    ]
+    assert 2 * sizes[0] < sizes[1]
+    with file_size_limit(2 * sizes[0]), pytest.raises(ArtefactError, match="cannot write"):
+        index.save(tmp_path / "index")
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]

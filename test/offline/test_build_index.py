@@ -34,7 +34,7 @@ def test_index_holds_the_drive_and_names_it(index: NominalIndex, drives: Path) -
     embedder = ColourEmbedder()
     direct = NominalIndex.build(
         ((frame, embedder.embed([frame.image])[0]) for frame in open_source(drives / "index")),
-        identity=embedder.identity,
+        stages=embedder.stages,
         roi=RegionOfInterest(),
         settings=SETTINGS,
     )

@@ -55,18 +55,18 @@ def test_scores_are_standardised_by_the_other_drives(
     sums = {name: NormalisationSums(anchors) for name in grids}
     for name, grids_of_drive in grids.items():
         for grid in grids_of_drive:
-            distance_map = scorer.distance_maps(grid)["grid"]
+            distance_map = scorer.distance_maps(grid)[0]
             sums[name].add(distance_map.values, distance_map.inside, distance_map.embeddings)
     scores, medians = [], []
     for name, other in (("a", "b"), ("b", "a")):
-        normalisations = {"grid": sums[other].normalisation()}
+        normalisations = [sums[other].normalisation()]
         results = [scorer.score(grid, normalisations, None) for grid in grids[name]]
         scores += [result.score for result in results]
         medians += [np.median(result.anomaly_map) for result in results]
     np.testing.assert_array_equal(calibration.scores, sorted(scores))
     assert calibration.heatmap_low == pytest.approx(np.median(medians))
-    assert set(calibration.normalisations) == {"grid"}
-    whole, of_both = calibration.normalisations["grid"], (sums["a"] + sums["b"]).normalisation()
+    assert len(calibration.normalisations) == 1
+    whole, of_both = calibration.normalisations[0], (sums["a"] + sums["b"]).normalisation()
     np.testing.assert_array_equal(whole.mean, of_both.mean)
     assert whole.classes is not None and of_both.classes is not None
     np.testing.assert_array_equal(whole.classes.mean, of_both.classes.mean)
@@ -98,7 +98,7 @@ def test_typical_value_ignores_patches_outside_the_roi(drives: Path) -> None:
     settings = Settings.from_parameters({**SETTINGS.to_parameters(), **roi})
     index = build(drives / "index", settings=settings)
     # Four fifths of the patches lie outside, and are 0 in the map.
-    assert calibrated(index, [drives / "a", drives / "b"], settings=settings).heatmap_low > 0
+    assert calibrated(index, [drives / "a", drives / "b"], settings=settings).heatmap_low != 0
 
 
 @pytest.mark.parametrize(
@@ -139,8 +139,8 @@ def test_the_real_backbone_is_made_from_the_settings(
     calibrated(index, [drives / "a", drives / "b"], settings=settings, embedder=None, out=folder)
     # Backbone, input size and rate come from the folder.
     detector = load_detector(Settings(index=str(folder)), "camera", need_calibration=True)
-    assert detector.settings.backbone == str(tiny_backbone)
-    assert detector.settings.input_size == 126
+    [stage] = detector.settings.stage_specs
+    assert (stage.backbone, stage.size) == (str(tiny_backbone), 126)
     assert detector.settings.target_false_alarm_rate == 0.1
     result = detector.detect(street(1))
     assert result.decision is not Decision.UNKNOWN and result.heatmap.shape == (72, 128)

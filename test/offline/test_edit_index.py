@@ -32,7 +32,7 @@ def calibrated(tmp_path: Path) -> tuple[Path, AnomalyDetector]:
 
 def edit(folder: Path, *numbers: int) -> tuple[NominalIndex, Calibration]:
     before = NominalIndex.load(folder)
-    edited = index_edits.retract(before, numbers) if numbers else index_edits.undo(before)[0]
+    edited = index_edits.retract(before, {0: numbers}) if numbers else index_edits.undo(before)[0]
     calibration = save_edited(folder, before, edited)
     assert calibration is not None
     return edited, calibration
@@ -93,7 +93,7 @@ def test_nothing_is_saved_over_another_state(calibrated: tuple[Path, AnomalyDete
     before = NominalIndex.load(folder)
     edit(folder, 3)
     with pytest.raises(MismatchError, match="edited meanwhile"):
-        save_edited(folder, before, index_edits.retract(before, [4]))
+        save_edited(folder, before, index_edits.retract(before, {0: [4]}))
     dataclasses.replace(Calibration.load(folder), index_fingerprint="0" * 64).save(folder)
     with pytest.raises(MismatchError, match="calibrate again"):
         edit(folder, 5)

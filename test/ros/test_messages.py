@@ -184,9 +184,9 @@ def test_a_status_holds_text_in_full_precision_and_no_empty_values() -> None:
 
 
 def test_localizations_are_json_of_plain_numbers() -> None:
-    nearest = NominalExample("drive/3.png", np.int64(2), 5, (6, 10), np.float32(0.25))  # type: ignore[arg-type]
+    nearest = NominalExample("drive/3.png", np.int64(2), 5, (6, 10), np.float32(0.25), stage=1)  # type: ignore[arg-type]
     localization = Localization((1.0, 2.0, 5.5, 7.0), (3.0, 4.0), np.int64(12), 0.75, nearest, 1)  # type: ignore[arg-type]
     [row] = json.loads(messages.localizations_json([localization]))
     assert row["box_xyxy"] == [1.0, 2.0, 5.5, 7.0] and row["area_px"] == 12
     expected = {"frame": "drive/3.png", "row": 2, "col": 5, "grid_hw": [6, 10], "distance": 0.25}
-    assert row["nearest"] == expected
+    assert row["nearest"] == {**expected, "stage": 1}

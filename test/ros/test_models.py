@@ -1,7 +1,8 @@
-"""Models of the node: unset settings, cameras with several indexes, instances."""
+"""Models of the node: unset settings, cameras with several indexes, several stages."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,22 @@ pytest.importorskip("rclpy")
 from worlds.backbones import save_backbone
 from worlds.ros import (
     FAILURE,
+    SUCCESS,
     bench,
     build_monitor,
     frame,
     nominal_image,
     odd_image,
     offline_detector,
-    parameters,
+    values_of,
 )
 
 from semantic_anomaly.errors import IndexMismatchError, SettingsError
+from semantic_anomaly.index import edits
 from semantic_anomaly.index.nominal_index import NominalIndex
+from semantic_anomaly.offline.edit_index import save_edited
 from semantic_anomaly.ros.models import load_detectors
+from semantic_anomaly.scoring import distances
 from semantic_anomaly.segmentation.embedder import RunningEmbedder
 from semantic_anomaly.settings import Settings
 
@@ -38,9 +43,9 @@ def test_the_parameter_file_of_the_package_needs_only_the_index(
         b.start("status")
         settings = b.node.models.detectors["camera"].settings
         status = b.answer(b.send(odd_image()))
-    assert settings.input_size == 140 and settings.target_false_alarm_rate == 0.1
-    assert settings.backbone == str(tiny_backbone)
-    assert float(status["score"]) > float(status["threshold"]) > 0
+    assert settings.stages == (f"{tiny_backbone} layer=3 size=140",)
+    assert settings.target_false_alarm_rate == 0.1 and settings.threshold is None
+    assert float(status["score"]) > float(status["threshold"])
     assert status["decision"] == "anomaly"
 
 
@@ -67,36 +72,54 @@ def test_cameras_with_different_backbones_are_refused(
         load_detectors(Settings.from_parameters(parameters))
 
 
-@pytest.fixture(scope="module")
-def combined_index(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Path:
-    return build_monitor(tmp_path_factory.mktemp("combined"), tiny_backbone, variant="combined")
+def test_a_score_that_is_not_finite_fails_the_self_test(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(distances, "tail_mean", lambda *_: float("nan"))
+    with bench(values) as b:
+        assert b.node.trigger_configure() == FAILURE
+        text = "self-test of camera 'camera': score: expected a finite number, found nan"
+        assert text in capfd.readouterr().err
+        monkeypatch.undo()
+        assert b.node.trigger_configure() == SUCCESS
 
 
-@pytest.fixture
-def combined(combined_index: Path, tiny_backbone: Path) -> dict[str, Any]:
-    return parameters(combined_index, tiny_backbone, variant="combined")
-
-
-def test_the_status_has_the_stages_of_the_detector(combined: dict[str, Any]) -> None:
+def test_the_status_has_the_score_of_each_stage(staged: dict[str, Any]) -> None:
     image = odd_image()
-    with bench(combined) as b:
+    with bench(staged) as b:
+        b.listen_diagnostics()
         b.start("status", "score")
         sent = b.send(image)
         status = b.answer(sent)
         nominal = b.answer(b.send(nominal_image(41)))
-    expected = offline_detector(combined).detect(frame(image, sent))
-    assert abs(float(status["score"]) - expected.score) < 1e-6
-    assert set(expected.parts) == {"grid", "instances"}
-    for stage, value in expected.parts.items():
-        assert float(status[f"{stage}_deviation"]) == pytest.approx(value, abs=1e-3)
-    assert float(status["grid_deviation"]) > float(nominal["grid_deviation"])
-    assert "note" not in status
+        b.spin_until(lambda: b.diagnostics)
+        diagnostics = values_of(b.diagnostics[-1].status[0])
+    detector = offline_detector(staged)
+    expected = detector.detect(frame(image, sent))
+    assert abs(float(status["score"]) - expected.score) < 1e-4
+    names = [index.stage.name for index in detector.index.stages]
+    backbone = "tiny_dinov2"
+    assert names == [
+        f"{backbone}:3@140",
+        f"{backbone}:2@112 average=3",
+        f"{backbone}:3@140 instances",
+    ]
+    assert list(expected.stage_scores) == names
+    for number, value in enumerate(expected.stage_scores.values()):
+        key = f"stage_{number}_deviation"
+        assert float(status[key]) == pytest.approx(value, abs=1e-3)
+        assert float(status[key]) > float(nominal[key])
+    assert "stage_3_deviation" not in status
+    assert diagnostics["stages"] == ", ".join(names)
 
 
 def test_configure_names_a_setting_that_differs_and_may_be_tried_again(
-    combined: dict[str, Any], capfd: pytest.CaptureFixture[str]
+    staged: dict[str, Any], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with bench({**combined, "segmenter": "universal"}) as b:
+    with bench({**staged, "segmenter": "universal", "stages": staged["stages"][:2]}) as b:
+        assert b.node.trigger_configure() == FAILURE
+        assert "'stages': expected [" in capfd.readouterr().err
+        assert b.set(stages=staged["stages"]).successful
         assert b.node.trigger_configure() == FAILURE
         assert "'segmenter': expected tokens, found universal" in capfd.readouterr().err
         assert b.set(segmenter="tokens").successful
@@ -104,16 +127,23 @@ def test_configure_names_a_setting_that_differs_and_may_be_tried_again(
         assert b.answer(b.send(odd_image(3)))["decision"] in ("anomaly", "nominal")
 
 
-def test_the_service_adds_a_frame_to_the_parts_of_the_index(
-    combined: dict[str, Any], combined_index: Path
+def test_the_service_adds_a_frame_to_all_stages_of_the_index(
+    staged: dict[str, Any], staged_index: Path, tmp_path: Path
 ) -> None:
-    before = NominalIndex.load(combined_index)
-    with bench({**combined, "allow_add_nominal": True, "threshold": 0.0001}) as b:
+    index = shutil.copytree(staged_index, tmp_path / "index")
+    before = NominalIndex.load(index)
+    changes = {"index": str(index), "allow_add_nominal": True, "threshold": -1e4}
+    with bench({**staged, **changes}) as b:
         b.start("status")
         b.answer(b.send(odd_image(3)))
         response = b.call("add_nominal")
         assert response.success, response.message
-    after = NominalIndex.load(combined_index)
-    assert after.count > before.count
-    for name, part in after.parts.items():
-        assert part.count > before.parts[name].count, name
+        assert float(b.answer(b.send(odd_image(3)))["score"]) < 1
+    after = NominalIndex.load(index)
+    assert len(after.stages) == 3
+    for old, new in zip(before.stages, after.stages, strict=True):
+        assert new.count > old.count, new.stage.name
+    added = sum(index.count for index in after.stages) - sum(i.count for i in before.stages)
+    assert f"added {added} entries of 'camera/" in response.message
+    save_edited(index, after, edits.undo(after)[0])
+    assert NominalIndex.load(index).fingerprint == before.fingerprint

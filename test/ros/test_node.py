@@ -233,7 +233,7 @@ def test_a_self_test_that_fails_fails_to_configure(
         def refuse(self: Any) -> None:
             embedder = self.embedder
             monkeypatch.setattr(embedder, "close", lambda: closed.append(embedder))
-            raise models.ModelOutputError("self-test: expected a score in [0, 2], found nan")
+            raise models.ModelOutputError("self-test: expected a finite number, found nan")
 
         monkeypatch.setattr(models.Models, "self_test", refuse)
         assert b.node.trigger_configure() == FAILURE

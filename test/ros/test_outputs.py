@@ -116,9 +116,8 @@ def test_an_uncalibrated_index_gives_scores_but_no_decision(
     reported = values_of(status.status[0])
     assert reported["decision"] == "unknown" and "uncalibrated" in reported["reason"]
     assert status.status[0].level == DiagnosticStatus.ERROR
-    assert (
-        float(reported["score"]) > 0 and "threshold" not in reported and "p_value" not in reported
-    )
+    assert float(reported["score"]) > 0
+    assert "threshold" not in reported and "p_value" not in reported
     assert "not calibrated" in capfd.readouterr().err
 
 

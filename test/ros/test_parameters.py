@@ -69,7 +69,8 @@ def test_a_parameter_file_with_empty_lists_and_whole_numbers(tmp_path: Path) -> 
         ({"camera.image_topics": "/x"}, "did you mean 'camera.image_topic'"),
         ({"front.image_topic": "/x"}, "unknown parameter 'front.image_topic'"),
         ({"input_size": -1}, "'input_size': expected at least 0, found -1"),
-        ({"camera.threshold": 3}, "'camera.threshold': expected at most 2.0, found 3"),
+        ({"camera.threshold": "high"}, "'camera.threshold': expected float, found 'high'"),
+        ({"threshold": float("nan")}, "'threshold': expected a finite number"),
         ({"camera.neighbours": 1}, "unknown parameter 'camera.neighbours'"),
         ({"cameras": ["a b"]}, "a b"),
         ({"camera.image_topic": ""}, "'camera.image_topic'"),
@@ -135,10 +136,15 @@ def test_live_parameters_take_effect_at_once(values: dict[str, Any]) -> None:
         b.start("status")
         first = b.answer(b.send(nominal_image(10)))
         assert first["decision"] == "nominal"
-        assert b.set(threshold=0.001).successful
-        status = b.answer(b.send(nominal_image(10)))
-        assert status["decision"] == "anomaly" and status["threshold"] == "0.001"
-        assert b.set(threshold=0).successful
+        # Scores are deviations: zero and negative numbers are thresholds too.
+        for threshold in (0, -50.0):
+            assert b.set(threshold=threshold).successful
+            status = b.answer(b.send(nominal_image(10)))
+            above = float(status["score"]) > threshold
+            assert status["threshold"] == str(float(threshold))
+            assert (status["decision"] == "anomaly") == above
+        assert above
+        assert b.set(threshold=None).successful
         assert b.answer(b.send(nominal_image(10)))["threshold"] == first["threshold"]
         assert b.set(target_false_alarm_rate=0.5).successful
         assert float(b.answer(b.send(nominal_image(10)))["threshold"]) < float(first["threshold"])
@@ -150,7 +156,7 @@ def test_live_parameters_take_effect_at_once(values: dict[str, Any]) -> None:
 
 
 def test_live_parameters_of_one_camera(values: dict[str, Any]) -> None:
-    both = {**two_cameras(values, "front", "rear"), "front.threshold": 1.5}
+    both = {**two_cameras(values, "front", "rear"), "front.threshold": 1e4}
     with bench(both, ("front", "rear")) as b:
         b.start("status")
 
@@ -161,26 +167,49 @@ def test_live_parameters_of_one_camera(values: dict[str, Any]) -> None:
             return {c: b.answer(message, c) for c, message in sent.items()}
 
         first = statuses()
-        assert first["front"]["threshold"] == "1.5" and first["front"]["decision"] == "nominal"
+        assert first["front"]["threshold"] == "10000.0" and first["front"]["decision"] == "nominal"
         assert first["rear"]["decision"] == "anomaly"
-        assert b.set(front__threshold=0.001, rear__threshold=1).successful
+        assert b.set(front__threshold=-50.0, rear__threshold=1).successful
         second = statuses()
         assert second["front"]["decision"] == "anomaly" and second["rear"]["threshold"] == "1.0"
         # The common value is for cameras without a value of their own.
         assert b.set(threshold=0.7).successful
-        assert b.node.models.detectors["front"].threshold == 0.001
+        assert b.node.models.detectors["front"].threshold == -50.0
         # Deleting the parameter restores the common value; afterwards it may be set again.
         assert b.set(front__threshold=None).successful
         assert b.node.models.detectors["front"].threshold == 0.7
         if hasattr(b.node, "add_post_set_parameters_callback"):
+            # Not the value that the node started with.
+            assert b.node.get_parameter("front.threshold").value is None
             assert b.set(front__threshold=0.4).successful
             assert b.node.models.detectors["front"].threshold == 0.4
-        for name, value in {"rear__threshold": 5, "rear__confirm_count": "often"}.items():
+        for name, value in {"rear__threshold": "high", "rear__confirm_count": "often"}.items():
             refused = b.set(**{name: value})
             assert not refused.successful and name.replace("__", ".") in refused.reason
-        refused = b.set(rear__target_false_alarm_rate=0.0001, rear__threshold=0)
+        unset = {"threshold": None, "rear__threshold": None}
+        refused = b.set(rear__target_false_alarm_rate=0.0001, **unset)
         assert not refused.successful and "9999" in refused.reason
         assert b.node.models.detectors["rear"].threshold == 1.0
+
+
+def test_the_threshold_has_no_value_until_it_is_set(values: dict[str, Any]) -> None:
+    with bench({**values, "threshold": 0.0}) as b:
+        assert b.node.trigger_configure() == SUCCESS
+        assert b.node.models is not None
+        detector = b.node.models.detectors["camera"]
+        assert detector.threshold == 0.0 and detector.calibration is not None
+        assert b.set(threshold=None).successful
+        assert detector.threshold == detector.calibration.threshold
+        if hasattr(b.node, "add_post_set_parameters_callback"):
+            # Declared again, without the value that the node started with.
+            assert b.node.get_parameter("threshold").value is None
+            assert b.set(threshold=2).successful and detector.threshold == 2.0
+            assert b.set(threshold=None).successful
+        assert b.node.trigger_cleanup() == SUCCESS
+        assert b.node.trigger_configure() == SUCCESS
+        assert b.node.settings.threshold is None
+        assert b.set(threshold=-1.5).successful
+        assert b.node.models.detectors["camera"].threshold == -1.5
 
 
 def test_refused_live_parameters_change_nothing(values: dict[str, Any]) -> None:
@@ -192,7 +221,7 @@ def test_refused_live_parameters_change_nothing(values: dict[str, Any]) -> None:
         # Twelve calibration frames cannot promise a rate of one in a thousand.
         refused = b.set(overlay_alpha=0.1, target_false_alarm_rate=0.001)
         assert not refused.successful and "999" in refused.reason
-        assert not b.set(threshold=3.0).successful
+        assert not b.set(threshold=float("inf")).successful
         assert not b.set(confirm_count=0).successful
         assert b.node.settings.overlay_alpha == 0.5
         assert {n: d.threshold for n, d in b.node.models.detectors.items()} == before
@@ -214,7 +243,7 @@ def test_a_refusal_by_one_camera_is_undone_for_the_others(
 
         monkeypatch.setattr(right, "update", refuse)
         assert b.set(threshold=0.7).reason == "too few frames"
-        assert left.settings.threshold == 0.0
+        assert left.settings.threshold is None
 
 
 def test_an_unexpected_exception_refuses_the_change(
@@ -242,11 +271,15 @@ def test_relative_paths_of_a_parameter_file_are_relative_to_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "node.yaml"
-    file.write_text("/**:\n  ros__parameters:\n    index: data/index\n    backbone: ./dino\n")
+    file.write_text(
+        "/**:\n  ros__parameters:\n    index: data/index\n    stages: [./dino layer=2, other]\n"
+        "    segmenter_model: ./model\n"
+    )
     arguments = ["--params-file", str(file), "-p", "camera.index:=own"]
     monkeypatch.setattr("sys.argv", ["anomaly_node", "--ros-args", *arguments])
     with bench({}, args=arguments) as b:
         settings = b.node._node_parameters.settings()
     assert settings.index == str(tmp_path / "data" / "index")
-    assert settings.backbone == str(tmp_path / "dino")
+    assert settings.stages == (f"{tmp_path / 'dino'} layer=2", "other")
+    assert settings.segmenter_model == str(tmp_path / "model")
     assert settings.index_of("camera") == "own", "of the command line, not of the file"

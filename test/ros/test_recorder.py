@@ -25,14 +25,14 @@ from semantic_anomaly.ros.recorder import ResultRecorder, main, write_recording
 KIND = "block"
 
 
-def test_live_and_offline_agree_frame_by_frame(tmp_path: Path, values: dict[str, Any]) -> None:
+def test_live_and_offline_agree_frame_by_frame(tmp_path: Path, staged: dict[str, Any]) -> None:
     (tmp_path / "drive").mkdir()
     for number in range(12):
         image = odd_image(40) if 5 <= number < 8 else nominal_image(50 + number)
         write_image(tmp_path / "drive" / f"{number:02d}.png", image)
     source, events = open_source(tmp_path / "drive"), [Event(0.45, 0.75, KIND)]
-    expected = replay(offline_detector(values), source, tmp_path / "offline", events=events)
-    with bench(values) as b:
+    expected = replay(offline_detector(staged), source, tmp_path / "offline", events=events)
+    with bench(staged) as b:
         recorder = ResultRecorder("/semantic_anomaly", "camera")
         b.executor.add_node(recorder)
         b.start("status")
@@ -61,6 +61,7 @@ def test_live_and_offline_agree_frame_by_frame(tmp_path: Path, values: dict[str,
     assert summary["against_events"]["missed"] == 0
     assert summary["threshold"] == pytest.approx(expected["threshold"])
     assert {"p50", "p95", "p99"} <= set(summary["latency_ms"]["latency"])
+    assert set(summary["latency_ms"]) == {"latency", "embed", "search", "localize", "total"}
     assert json.loads((tmp_path / "live" / "summary.json").read_text()) == summary
     assert (tmp_path / "live" / "score_curve.png").is_file()
 

@@ -152,7 +152,7 @@ def load(folder: Path, device: str = "cpu") -> Any:
 def scene(image_hw: tuple[int, int] = (90, 150)) -> tuple[np.ndarray, PatchGrid]:
     image = np.random.default_rng(0).integers(0, 256, (*image_hw, 3), dtype=np.uint8)
     features = np.ones((2, 3, 1), np.float32)
-    return image, PatchGrid(features, features[0, 0], image_hw)
+    return image, PatchGrid(features, image_hw)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

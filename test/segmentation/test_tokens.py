@@ -26,7 +26,7 @@ def scene(noise: float = 0.02, spread: float = 1.0) -> tuple[np.ndarray, PatchGr
     features = directions[things] + noise * spread * generator.standard_normal((*GRID, 24))
     features /= np.linalg.norm(features, axis=2, keepdims=True)
     features = features.astype(np.float32)
-    return image, PatchGrid(features, features[0, 0], (180, 320)), things
+    return image, PatchGrid(features, (180, 320)), things
 
 
 def overlap(one: np.ndarray, other: np.ndarray) -> float:
@@ -82,5 +82,5 @@ def test_uniform_images_are_one_region(grid_hw: tuple[int, int]) -> None:
     features = np.zeros((*grid_hw, 4), np.float32)
     features[..., 0] = 1.0
     image = np.full((33, 47, 3), 120, np.uint8)
-    masks = TokenSegmenter().segment(image, PatchGrid(features, features[0, 0], (33, 47)))
+    masks = TokenSegmenter().segment(image, PatchGrid(features, (33, 47)))
     assert len(masks) == 1 and masks.all()

@@ -28,7 +28,7 @@ def fitted(
     parts = np.array_split(np.asarray(scores, np.float64), drives)
     values = {
         **{"heatmap_low": 0.05, "roi": RIGHT_HALF, "camera": "camera", "dtype": "float32"},
-        **{"normalisations": {"grid": normalisation()}, **more},
+        **{"normalisations": (normalisation(),), **more},
     }
     return Calibration.fit(
         {f"drive_{number}": part.tolist() for number, part in enumerate(parts)},

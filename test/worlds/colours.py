@@ -10,10 +10,12 @@ import numpy as np
 
 from semantic_anomaly.calibration.calibration import Calibration
 from semantic_anomaly.detection.detector import AnomalyDetector
-from semantic_anomaly.embedding.identity import EmbedderIdentity
+from semantic_anomaly.embedding.identity import EmbedderIdentity, StageIdentity
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.roi import RegionOfInterest
+from semantic_anomaly.scoring.normalisation import constant_normalisation
 from semantic_anomaly.settings import Settings
+from semantic_anomaly.stages import StageSpec
 from semantic_anomaly.structures import AnomalyResult, Frame, PatchGrid
 
 PATCH = 8
@@ -25,25 +27,33 @@ LEFT_HALF = RegionOfInterest(((0.0, 0.0), (0.5, 0.0), (0.5, 1.0), (0.0, 1.0)))
 class ColourEmbedder:
     """Embeds each patch of 8 pixels by its mean colour, as a unit vector of four numbers."""
 
-    segmenter = None
-
     def __init__(self, *, dtype: str = "float32", weights: str = "0" * 64) -> None:
-        self.identity = EmbedderIdentity(
+        self._identity = EmbedderIdentity(
             model_id="colours",
             architecture="colours",
             revision="",
             weights_sha256=weights,
             config_sha256="0" * 64,
-            layers=(),
+            layer=0,
             input_size=128,
+            average=1,
             patch_px=PATCH,
             dim=4,
             dtype=dtype,
         )
 
+    @property
+    def stages(self) -> tuple[StageIdentity, ...]:
+        """Return its only stage."""
+        return (StageIdentity(StageSpec("colours", 0, 128), self._identity),)
+
     def grid_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
         """Return (rows, cols) of whole patches."""
         return image_hw[0] // PATCH, image_hw[1] // PATCH
+
+    def grids_hw(self, image_hw: tuple[int, int]) -> list[tuple[int, int]]:
+        """Return the grid of its only stage."""
+        return [self.grid_hw(image_hw)]
 
     def embed(self, images: Sequence[np.ndarray]) -> list[PatchGrid]:
         grids = []
@@ -54,7 +64,7 @@ class ColourEmbedder:
             vectors = np.concatenate([colours, np.ones((rows, cols, 1))], axis=2)
             unit = vectors / np.linalg.norm(vectors, axis=2, keepdims=True)
             features = unit.astype(np.float32)
-            grids.append(PatchGrid(features, features[0, 0], (image.shape[0], image.shape[1])))
+            grids.append(PatchGrid(features, (image.shape[0], image.shape[1])))
         return grids
 
 
@@ -87,27 +97,31 @@ def make_detector(
     frames: int = 30,
     **changes: Any,
 ) -> AnomalyDetector:
-    """Return a detector of plain distances: no score normalisation, no smoothing."""
+    """Return a detector of plain distances: no smoothing, no level of the frame.
+
+    With a calibration, distances are not standardised.
+    """
     roi = roi or RegionOfInterest()
     embedder = ColourEmbedder()
     parameters = {
         **{"target_false_alarm_rate": 0.05, "dedup_distance": 0.001, "smoothing": 0.0},
-        **{"variant": "grid", **changes},
+        **{"frame_level": 0.0, **changes},
     }
     if roi.polygon_xy:
         parameters["camera.region_of_interest"] = [v for xy in roi.polygon_xy for v in xy]
     settings = Settings.from_parameters(parameters)
-    base = settings.replace(threshold=0.0, target_false_alarm_rate=0.05)
+    base = settings.replace(threshold=None, target_false_alarm_rate=0.05)
     index = NominalIndex.build(
         (embedded_street(seed) for seed in range(frames)),
-        identity=embedder.identity,
+        stages=embedder.stages,
         roi=roi,
         settings=base,
         source=["drive"],
     )
     if not calibrated:
         return AnomalyDetector(index, settings=settings, embedder=embedder)
-    scorer = AnomalyDetector(index, settings=base, embedder=embedder)
+    plain = (constant_normalisation(0.0, 1.0),)
+    scorer = AnomalyDetector(index, settings=base, embedder=embedder, normalisations=plain)
     scores = [scorer.score(embedded_street(seed)[1]).score for seed in range(1000, 1040)]
     calibration = Calibration.fit(
         {"a": scores[:20], "b": scores[20:]},
@@ -116,7 +130,8 @@ def make_detector(
         settings=scorer.settings,
         roi=roi,
         camera="camera",
-        dtype=embedder.identity.dtype,
+        dtype=embedder.stages[0].embedder.dtype,
+        normalisations=plain,
     )
     return AnomalyDetector(index, calibration, settings=settings, embedder=embedder)
 

@@ -81,11 +81,14 @@ def build_monitor(folder: Path, backbone: Path, *, calibrated: bool = True, **ch
 
 
 def parameters(index: Path, backbone: Path, **changes: Any) -> dict[str, Any]:
-    """Return flat parameters of a node with an index of `build_monitor`."""
+    """Return flat parameters of a node with an index of `build_monitor`.
+
+    `stages` among the changes replaces the shorthand for one stage of the backbone.
+    """
+    shorthand = {} if "stages" in changes else {"backbone": str(backbone), "input_size": 140}
     return {
-        "backbone": str(backbone),
+        **shorthand,
         "index": str(index),
-        "input_size": 140,
         "dedup_distance": 0.0,
         "device": "cpu",
         "dtype": "float32",
