@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE := 1
 # Hides a notice: Material for MkDocs is maintained until May 2027; its successor reads the same mkdocs.yml.
 export NO_MKDOCS_2_WARNING := true
 
-.PHONY: demo test test-slow lint format docs bench ablation clean
+.PHONY: demo test test-slow lint format docs bench clean
 
 demo: $(STAMP)  ## Drive through a synthetic street with the real node; images in demo_output/.
 	$(BIN)/semantic-anomaly demo --out demo_output
@@ -39,9 +39,6 @@ docs: $(STAMP)  ## The documentation as a web site in site/.
 bench: $(STAMP)  ## Stage times and search times.
 	$(BIN)/python benchmarks/stages.py
 	$(BIN)/python benchmarks/search.py
-
-ablation: $(STAMP)  ## The value of each part of the method on held-out streets; two hours.
-	$(BIN)/python benchmarks/ablation.py --times
 
 $(STAMP): setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -9,7 +9,7 @@ vehicle by a seeded rule, with blended edges. Index, calibration and test are of
 the nominal test frames are those of the test town, unchanged.
 
 Needs a folder with carla_drives/spawn_props/ and carla_frames/ (images/ and boxes_xyxy.json). On
-two CPU cores, for each backbone: `drive` 10 minutes, 2 minutes with --no-towns; `composites` 10
+two CPU cores, for each row: `drive` 10 minutes, 2 minutes with --no-towns; `composites` 10
 minutes.
 """
 
@@ -23,7 +23,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-from backbones import backbone_parameters
 from tqdm import tqdm
 
 from semantic_anomaly import AnomalyDetector, Settings, build_index, calibrate, evaluate
@@ -136,6 +135,13 @@ def _boxes(frames: Path, kind: str, least_wh: tuple[int, int]) -> list[tuple[str
     ]
 
 
+def ego_mask() -> bytes:
+    """Return a PNG that masks the car's bonnet in the drive."""
+    bonnet = np.zeros((720, 1280), np.uint8)
+    cv2.ellipse(bonnet, (640, 730), (380, 145), 0, 0, 360, 255, -1)
+    return encode_png(bonnet)
+
+
 def make_detector(
     settings: Settings, index_sources: list[str], calibration_sources: list[str]
 ) -> AnomalyDetector:
@@ -148,32 +154,33 @@ def make_detector(
     return AnomalyDetector(index, calibration, settings=settings, embedder=embedder)
 
 
+def stages_title(stages: list[str]) -> str:
+    """Return the name of a row."""
+    return " + ".join(stages) or "defaults"
+
+
 def measure_drive(args: argparse.Namespace, scratch: Path) -> None:
     """Print the table of `drive`."""
     drive, frames = str(args.data / DRIVE), args.data / FRAMES
-    bonnet = np.zeros((720, 1280), np.uint8)
-    cv2.ellipse(bonnet, (640, 730), (380, 145), 0, 0, 360, 255, -1)
-    (scratch / "bonnet.png").write_bytes(encode_png(bonnet))
+    (scratch / "bonnet.png").write_bytes(ego_mask())
     road = {"camera.region_of_interest": ROAD, "camera.ego_mask": str(scratch / "bonnet.png")}
     rows = []
-    for backbone in args.backbone:
+    for stages in args.stages:
         for towns in (False,) if args.no_towns else (False, True):
             index, calibration = [drive + INDEX_FRAMES], [drive + CALIBRATION_FRAMES]
             if towns:
                 index.append(town_slice(frames, "Town01", "Town02"))
                 calibration.append(town_slice(frames, "Town03", "Town04"))
             for roi, camera in (("whole image", {}), ("road", road)):
-                parameters = {**backbone_parameters(backbone), **camera}
-                settings = Settings.from_parameters(
-                    {"target_false_alarm_rate": DRIVE_RATE, **parameters}
-                )
+                parameters = {"stages": stages, "target_false_alarm_rate": DRIVE_RATE, **camera}
+                settings = Settings.from_parameters(parameters)
                 detector = make_detector(settings, index, calibration)
-                label = [Path(backbone).name, "drive + towns" if towns else "drive", roi]
+                label = [stages_title(stages), "drive + towns" if towns else "drive", roi]
                 out = args.out / ", ".join(label) if args.out else None
                 evaluation = evaluate(detector, drive + TEST_FRAMES, out=out, progress=True)
                 keys = "frame_auroc", "tpr", "fpr", "pixel_ap", "pixel_fpr95"
                 rows.append([*label, *(figure(evaluation[key]) for key in keys)])
-    print("| backbone | index and calibration | ROI | frame AUROC | TPR | FPR | pixel AP | FPR95 |")
+    print("| stages | index and calibration | ROI | frame AUROC | TPR | FPR | pixel AP | FPR95 |")
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:
         print(f"| {' | '.join(row)} |")
@@ -185,14 +192,14 @@ def measure_composites(args: argparse.Namespace, scratch: Path) -> None:
     count = write_composites(args.data / FRAMES, test, args.seed)
     print(f"{count} composites")
     rows = []
-    for backbone in tqdm(args.backbone, "backbones", disable=None):
+    for stages in tqdm(args.stages, "stages", disable=None):
         settings = Settings.from_parameters(
-            {"target_false_alarm_rate": COMPOSITE_RATES[0], **backbone_parameters(backbone)}
+            {"target_false_alarm_rate": COMPOSITE_RATES[0], "stages": stages}
         )
         detector = make_detector(settings, *composite_sources(args.data / FRAMES))
-        out = args.out / Path(backbone).name if args.out else None
+        out = args.out / stages_title(stages) if args.out else None
         evaluation = evaluate(detector, test, out=out, progress=True)
-        cells = [Path(backbone).name, figure(evaluation["frame_auroc"])]
+        cells = [stages_title(stages), figure(evaluation["frame_auroc"])]
         calibration = detector.calibration
         assert calibration is not None
         for rate in COMPOSITE_RATES:
@@ -200,7 +207,7 @@ def measure_composites(args: argparse.Namespace, scratch: Path) -> None:
             cells.append(f"{figure(measures['tpr'])} ({figure(measures['fpr'])})")
         rows.append([*cells, figure(evaluation["pixel_ap"]), figure(evaluation["pixel_fpr95"])])
     rates = (f"TPR at {100 * rate:g} % (realised FPR)" for rate in COMPOSITE_RATES)
-    print(f"| backbone | frame AUROC | {' | '.join(rates)} | pixel AP | FPR95 |")
+    print(f"| stages | frame AUROC | {' | '.join(rates)} | pixel AP | FPR95 |")
     print("|---|---|---|---|---|---|")
     for row in rows:
         print(f"| {' | '.join(row)} |")
@@ -214,16 +221,17 @@ def main() -> None:
     parser.add_argument("benchmark", choices=("drive", "composites"))
     parser.add_argument("data", type=Path, help="folder with carla_drives/ and carla_frames/")
     parser.add_argument(
-        "--backbone",
+        "--stages",
         action="append",
-        metavar="NAME-OR-FOLDER[:LAYER,LAYER]",
-        help="may be repeated (default: street_small)",
+        type=lambda text: text.split(" + "),
+        metavar="'STAGE + STAGE'",
+        help="may be repeated (default: those of the package)",
     )
     parser.add_argument("--out", type=Path, help="new folder for reports and composites")
     parser.add_argument("--no-towns", action="store_true", help="drive: no rows with towns")
     parser.add_argument("--seed", type=int, default=0, help="composites: of the random numbers")
     args = parser.parse_args()
-    args.backbone = args.backbone or ["street_small"]
+    args.stages = args.stages or [[]]
     with tempfile.TemporaryDirectory() as scratch:
         measure = measure_drive if args.benchmark == "drive" else measure_composites
         measure(args, Path(scratch))

@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--nominal", action="append", required=True, help="source; may be repeated")
     parser.add_argument("--calibration", action="append", required=True, help="only for ours")
     parser.add_argument("--out", type=Path, required=True, help="new folder")
-    parser.add_argument("--backbone", default="street_small", help="NAME-OR-FOLDER[:LAYER,LAYER]")
+    parser.add_argument("--backbone", default="mobilenet_v1", help="NAME-OR-FOLDER[:LAYER]")
     parser.add_argument("--ratio", type=float, action="append", help="PatchCore's coreset")
     parser.add_argument("--rate", type=float, default=0.05, help="target false-alarm rate")
     parser.add_argument("--components", default="obstacle-track")

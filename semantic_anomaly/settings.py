@@ -28,7 +28,11 @@ TOKENS = "tokens"
 SEGMENTER_FAMILIES = ("detector", "promptless", TOKENS, "universal")
 # Values of settings that an index fixes, used when an index is built without them.
 BUILD_DEFAULTS: Mapping[str, Any] = {
-    "stages": ("street_small",),
+    "stages": (
+        "mobilenet_v1 layer=21 size=800 weight=2",
+        "efficientnet_lite2 layer=15 size=640",
+        "efficientnet_lite2 layer=20 size=640",
+    ),
     "segmenter": TOKENS,
     "place_weight": 0.2,
 }
@@ -180,18 +184,12 @@ class Settings:
         bounds=(1, 100),
     )
     smoothing: float = setting(
-        0.8,
+        0.5,
         "Standard deviation in patches of the Gaussian that smooths the anomaly map. 0: none.",
         bounds=(0.0, 10.0),
     )
-    frame_level: float = setting(
-        0.0,
-        "Share of the median of the anomaly map of a frame that is subtracted from it: light and "
-        "weather shift the whole map. 0: none.",
-        bounds=(0.0, 1.0),
-    )
     tail_percent: float = setting(
-        0.2,
+        2.0,
         "Share of the anomaly map in percent, largest values first, whose mean is the anomaly "
         "score.",
         bounds=(0.001, 100.0),
@@ -406,7 +404,7 @@ class Settings:
     @property
     def scoring(self) -> dict[str, Any]:
         """Return the settings that shape a score; a calibration holds for equal ones only."""
-        names = ("neighbours", "smoothing", "frame_level", "tail_percent")
+        names = ("neighbours", "smoothing", "tail_percent")
         return {name: getattr(self, name) for name in names}
 
     def index_of(self, camera: str) -> str:

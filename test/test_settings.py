@@ -44,7 +44,7 @@ def test_defaults_survive_the_way_through_parameters() -> None:
         ("threshold", 0, 0.0, "zero is a score, not unset"),
         ("threshold", -3, -3.0, "scores may be negative"),
         ("threshold", None, None, "unset"),
-        ("frame_level", 0, 0.0, "lower bound"),
+        ("smoothing", 0, 0.0, "lower bound"),
         ("stages", ["a layer=3", "b"], ("a layer=3", "b"), "list of texts"),
         ("layers", [3, 6], (3, 6), "list"),
         ("layers", (), (), "empty"),
@@ -75,7 +75,7 @@ def test_takes(name: str, value: Any, expected: Any, reason: str) -> None:
         ("layers", {3, 6}, "expected a list"),
         ("layers", [3, 6.0], "expected int, found 6.0"),
         ("threshold", float("inf"), "finite"),
-        ("frame_level", 1.5, "at most 1.0, found 1.5"),
+        ("overlay_alpha", 1.5, "at most 1.0, found 1.5"),
         ("cameras", [], "distinct names"),
         ("cameras", ["front", "front"], "distinct names"),
         ("cameras", ["front left"], "letters, digits and single underscores"),
@@ -215,7 +215,7 @@ def test_one_weight_above_zero_is_enough() -> None:
 
 
 def test_settings_that_shape_a_score() -> None:
-    names = {"neighbours": 2, "smoothing": 1.5, "frame_level": 0.5, "tail_percent": 3.0}
+    names = {"neighbours": 2, "smoothing": 1.5, "tail_percent": 3.0}
     assert Settings(**names, threshold=-1.0).scoring == names
 
 

@@ -34,8 +34,8 @@ from semantic_anomaly.synthetic.export import write_folder
 NODE_STOP_S = 30.0
 # Polygon of the lane ahead: houses and adverts are new on every street, and not relevant.
 ROAD = (0.0, 1.0, 0.0, 0.9, 0.45, 0.46, 0.54, 0.46, 0.56, 0.5, 0.87, 1.0)
-# Half of the default computation: two cores without a GPU keep up with the camera.
-INPUT_SIZE = 640
+# A preset for small machines: two cores without a GPU keep up with the camera.
+BACKBONE, INPUT_SIZE = "mobilenet_v1", 640
 
 
 class DemoError(SemanticAnomalyError):
@@ -89,7 +89,7 @@ def run_demo(out: Path, plan: DemoPlan, overrides: dict[str, Any]) -> dict[str, 
     atomic_write_bytes(out / "settings.yaml", yaml.safe_dump(document).encode())
     settings = Settings.from_parameters(read_settings_file(out / "settings.yaml"))
     if "stages" not in overrides:
-        overrides = {"input_size": INPUT_SIZE, **overrides}
+        overrides = {"backbone": BACKBONE, "input_size": INPUT_SIZE, **overrides}
     common: dict[str, Any] = {"settings": settings, "out": out / "index", "progress": True}
     index = build_index(index_sources, force=True, **common, **overrides)
     rate = plan.target_false_alarm_rate

@@ -23,9 +23,9 @@ _LAST_TOKENS = Recommendation(("size=960",))
 _STAGE_3 = Recommendation(("layer=-2 size=960",))
 RECOMMENDED: dict[str, Recommendation] = {
     "efficientnet": Recommendation(
-        ("size=960",), "EfficientNet-Lite2 of ImageNet, hidden state 20"
+        ("layer=15 size=640", "layer=20 size=640"), "EfficientNet-Lite2 of ImageNet"
     ),
-    "mobilenet_v1": Recommendation(("layer=21 size=800 average=3",), "MobileNetV1 1.0 of ImageNet"),
+    "mobilenet_v1": Recommendation(("layer=21 size=800",), "MobileNetV1 1.0 of ImageNet"),
     **dict.fromkeys(("dinov2", "dinov2_with_registers", "dinov3_vit"), _LAST_TOKENS),
     **dict.fromkeys(("deit", "ijepa", "vit", "vit_mae", "vit_msn"), _LAST_TOKENS),
     **dict.fromkeys(("clip", "clip_vision_model"), _LAST_TOKENS),
@@ -33,5 +33,5 @@ RECOMMENDED: dict[str, Recommendation] = {
     **dict.fromkeys(("siglip2", "siglip2_vision_model"), _LAST_TOKENS),
     **dict.fromkeys(("bit", "convnext", "convnextv2", "dinov3_convnext", "focalnet"), _STAGE_3),
     **dict.fromkeys(("poolformer", "regnet", "resnet", "swin", "swinv2"), _STAGE_3),
-    "mobilenet_v2": Recommendation(("layer=-3 size=800 average=3",)),
+    "mobilenet_v2": Recommendation(("layer=-3 size=800",)),
 }

@@ -2,11 +2,9 @@
 
 Each stage gives a map of standardised distances z (`normalisation.py`); an instance has one
 distance on all patches that it covers. The anomaly map is the mean of the stages' maps by weight,
-on the finest grid, smoothed, minus the level of the frame:
+on the finest grid, smoothed:
 
-    anomaly_map = smoothed(sum_s weight_s * resized(z_s) / sum_s weight_s) - frame_level * median
-
-Light and weather shift the whole map, an anomaly is local: the median over the frame is its level.
+    anomaly_map = smoothed(sum_s weight_s * resized(z_s) / sum_s weight_s)
 """
 
 from __future__ import annotations
@@ -83,7 +81,7 @@ class FrameScorer:
 
     Args:
         index: has the stages of the grids.
-        settings: `neighbours`, `smoothing`, `frame_level`, `tail_percent`; none of them is live.
+        settings: `neighbours`, `smoothing`, `tail_percent`; none of them is live.
         roi: patches outside are ignored.
     """
 
@@ -121,8 +119,7 @@ class FrameScorer:
     ) -> FrameScore:
         """Return score and anomaly map of a frame.
 
-        The score, and every value of the map above the threshold, is that of an exact search; the
-        level of the frame is that of the configured one.
+        The score, and every value of the map above the threshold, is that of an exact search.
 
         Args:
             grid: embeddings of the frame.
@@ -242,7 +239,6 @@ class _Frame:
         # The finest grid; of equally fine ones the first.
         finest = max(stages, key=lambda stage: stage.embeddings.inside.size)
         self.inside = finest.embeddings.inside
-        self._level = 0.0
         # (rows, cols) each: how much of the interpolated value of every stage is inside.
         self._shares = [self._resized(stage.embeddings.inside) for stage in stages]
         # The weight of every stage at every patch; they add up to 1 where any stage has a weight.
@@ -257,19 +253,15 @@ class _Frame:
     def search(self, threshold: float | None = None) -> None:
         """Search all distances, exactly wherever score or decision depend on them.
 
-        A graph search can only overestimate a distance, and the map grows with every distance once
-        the level of the frame is fixed. When the K values of the map that were largest are exact,
-        their minimum is a lower bound of the K-th largest exact value, so any value that is not
-        above it need not be exact. Two exact searches are enough: the K largest, then everything
-        above that bound or the threshold.
+        A graph search can only overestimate a distance, and the map grows with every distance.
+        When the K values of the map that were largest are exact, their minimum is a lower bound of
+        the K-th largest exact value, so any value that is not above it need not be exact. Two exact
+        searches are enough: the K largest, then everything above that bound or the threshold.
         """
         for stage in self.stages:
             neighbours = min(self._settings.neighbours, stage.index.count)
             stage.distances = stage.index.distances(stage.embeddings.embeddings, neighbours)
             stage.exact[:] = stage.index.search_is_exact
-        values = self.anomaly_map()[self.inside]
-        if self._settings.frame_level:
-            self._level = self._settings.frame_level * float(np.median(values))
         if all(stage.exact.all() for stage in self.stages):
             return
         values = self.anomaly_map()[self.inside]
@@ -301,8 +293,7 @@ class _Frame:
     def anomaly_map(self) -> np.ndarray:
         """Return (rows, cols) float32, 0 outside the region of interest."""
         total = np.sum([stage_map.values for stage_map in self.stage_maps()], axis=0)
-        level = np.where(self.inside, np.float32(self._level), np.float32(0))
-        return smoothed(total, self.inside, self._settings.smoothing) - level
+        return smoothed(total, self.inside, self._settings.smoothing)
 
     def _resized(self, values: np.ndarray) -> np.ndarray:
         """Return float32 values of a coarser grid, interpolated on the finest."""

@@ -54,7 +54,7 @@ def test_hidden_states_may_be_chosen_and_those_of_feature_maps_differ(
     text = capsys.readouterr().out
     assert numbered(text, 21).split()[:2] == ["16", "128"]
     assert "\nhidden state 21, images" in text and numbered(text, 128).startswith("5 x 8 ")
-    assert f"  {folder} layer=21 size=800 average=3\n" in text
+    assert f"  {folder} layer=21 size=800\n" in text
     assert "\nmeasured with MobileNetV1" in text
     assert main(["backbone", folder, *QUICK, "128", "--layer", "-17"]) == 0
     text = capsys.readouterr().out

@@ -281,7 +281,7 @@ def test_the_region_of_interest_may_shrink_after_the_index_was_built(
         for x in (0.5, 1.0)
     )
     with pytest.raises(MismatchError, match=r"region of interest.*calibrate again"):
-        variant(detector, settings=left.replace(smoothing=0.0, frame_level=0.0))
+        variant(detector, settings=left.replace(smoothing=0.0))
     shrunk = variant(detector, calibration=None, settings=left)
     result = shrunk.detect(street(1, odd=True))
     assert (result.heatmap[:, 65:] == np.float32(result.scale.low)).all()
@@ -296,7 +296,7 @@ def test_the_region_of_interest_may_shrink_after_the_index_was_built(
 def test_settings_of_one_camera_override_the_common_ones(detector: AnomalyDetector) -> None:
     settings = Settings.from_parameters(
         {
-            **{"cameras": ["front", "rear"], "smoothing": 0.0, "frame_level": 0.0},
+            **{"cameras": ["front", "rear"], "smoothing": 0.0},
             **{"front.threshold": 0.7, "rear.confirm_count": 3},
         }
     )
@@ -343,7 +343,6 @@ def test_load_takes_a_loaded_index_and_each_camera_its_own(
             "cameras": ["front", "rear"],
             "front.index": str(folder),
             "smoothing": 0.0,
-            "frame_level": 0.0,
         }
     )
     loaded = load_detector(settings, "front", embedder=ColourEmbedder(), index=detector.index)
@@ -378,7 +377,6 @@ def test_cameras_of_one_index_have_calibrations_of_their_own_or_share_the_first(
             "cameras": ["front", "rear", "left"],
             "index": str(folder),
             "smoothing": 0.0,
-            "frame_level": 0.0,
         }
     )
     with caplog.at_level(logging.WARNING):

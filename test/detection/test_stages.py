@@ -35,9 +35,7 @@ def make_index(stages: Sequence[StageIdentity] = TWO, **more: Any) -> NominalInd
 
 def make_detector(index: NominalIndex, **settings: Any) -> AnomalyDetector:
     embedder: Any = GivenEmbedder([stage.stage for stage in index.stages])
-    return AnomalyDetector(
-        index, settings=Settings(smoothing=0.0, frame_level=0.0, **settings), embedder=embedder
-    )
+    return AnomalyDetector(index, settings=Settings(smoothing=0.0, **settings), embedder=embedder)
 
 
 def odd_in(number: int, row: int, col: int) -> tuple[Frame, PatchGrid]:

@@ -119,7 +119,7 @@ def test_the_results_hold_their_provenance(report: Report) -> None:
     _, results = report
     assert len(results["index"]["fingerprint"]) == 64
     assert results["stages"][0]["architecture"] == "colours"
-    assert results["settings"]["tail_percent"] == 0.2
+    assert results["settings"]["tail_percent"] == 2.0
     assert "numpy" in results["versions"]
     warnings = results["calibration"]["warnings"]
     assert results["calibration"] == {"frames": 40, "warnings": warnings}

@@ -109,7 +109,7 @@ def test_protocols_that_do_not_fit_are_refused(
     root = make_dataset(tmp_path / "set", ".o")
     references(tmp_path / "refs", 1)
     options = [str(tmp_path / "refs") if option == "refs" else option for option in options]
-    argv = ["evaluate", str(root), "--out", str(tmp_path / "out"), "--set", "input_size=128"]
+    argv = ["evaluate", str(root), "--out", str(tmp_path / "out"), "--set", "input_size=320"]
     assert main([*argv, *options]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

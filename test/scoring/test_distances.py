@@ -201,25 +201,6 @@ def test_stages_of_one_name_keep_their_scores() -> None:
     assert len(found.stage_scores) == 2 == len({*found.stage_scores.values()})
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.8])
-def test_the_level_of_the_frame_is_a_share_of_the_median(smoothing: float) -> None:
-    stages, of_stages = (PATCHES, COARSE), normalisations(2)
-    plain, levelled = (
-        scorer(stages, LEFT_HALF, frame_level=level, smoothing=smoothing).score(
-            query(stages), of_stages, None
-        )
-        for level in (0.0, 0.5)
-    )
-    inside = plain.inside
-    level = 0.5 * np.median(plain.anomaly_map[inside])
-    assert abs(level) > 0.01
-    np.testing.assert_allclose(
-        levelled.anomaly_map[inside], plain.anomaly_map[inside] - level, atol=1e-5
-    )
-    assert levelled.score == pytest.approx(plain.score - level, abs=1e-5)
-    assert not levelled.anomaly_map[~inside].any()
-
-
 def test_instances_of_one_patch_each_are_the_grid() -> None:
     count = GRID[0] * GRID[1]
     one_each = np.eye(count, dtype=np.float32).reshape(count, *GRID)

@@ -97,7 +97,7 @@ def make_detector(
     frames: int = 30,
     **changes: Any,
 ) -> AnomalyDetector:
-    """Return a detector of plain distances: no smoothing, no level of the frame.
+    """Return a detector of plain distances: no smoothing.
 
     With a calibration, distances are not standardised.
     """
@@ -105,7 +105,7 @@ def make_detector(
     embedder = ColourEmbedder()
     parameters = {
         **{"target_false_alarm_rate": 0.05, "dedup_distance": 0.001, "smoothing": 0.0},
-        **{"frame_level": 0.0, **changes},
+        **changes,
     }
     if roi.polygon_xy:
         parameters["camera.region_of_interest"] = [v for xy in roi.polygon_xy for v in xy]
