@@ -386,7 +386,7 @@ class AnomalyDetector:
         if self.calibration is not None and threshold is not None:
             scale = self.calibration.scale(threshold)
         else:
-            scale = before.scale if before else self._scale_of_index(threshold)
+            scale = self._scale_of_index(threshold)
         window = settings.confirm_count, settings.confirm_s, settings.silence_s
         tracker = before.tracker if before else None
         if tracker is None or (tracker.count, tracker.window_s, tracker.silence_s) != window:
@@ -394,11 +394,11 @@ class AnomalyDetector:
         return _Live(settings, threshold, scale, tracker)
 
     def _scale_of_index(self, threshold: float | None) -> HeatmapScale:
-        """Return a heatmap scale from the distances inside the index."""
+        """Return a heatmap scale from the distances inside the index: 0 is their median."""
         weights = [stage.stage.spec.weight for stage in self.index.stages]
         highest = [distances.highest for distances in self._distances_inside]
         high = float(np.average(highest, weights=weights)) if threshold is None else threshold
-        return HeatmapScale(min(0.0, high - 1.0), high, "distances inside the index")
+        return HeatmapScale.from_typical(0.0, high, "distances inside the index")
 
     def _localized(
         self, frame_score: FrameScore, heat: np.ndarray, live: _Live
