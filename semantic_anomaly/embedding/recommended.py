@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from semantic_anomaly.stages import StageSpec
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,20 @@ class Recommendation:
 
     stages: tuple[str, ...]
     measured: str = ""
+
+    def specs(self, backbone: str, *, is_complete: bool = True) -> list[StageSpec]:
+        """Return the stages of a backbone.
+
+        Args:
+            backbone: as in the settings.
+            is_complete: whether the network has all of its hidden states. Those of a shipped one
+                may end with the one to use: numbers from the end are left out.
+        """
+        specs = [StageSpec.parse(f"{backbone} {end}") for end in self.stages]
+        return [
+            spec if is_complete or (spec.layer or 0) >= 0 else replace(spec, layer=None)
+            for spec in specs
+        ]
 
 
 _LAST_TOKENS = Recommendation(("size=960",))
