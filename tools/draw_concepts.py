@@ -39,7 +39,7 @@ matplotlib.use("agg")
 PICTURE = ROOT / "docs" / "images" / "concepts.png"
 # One stage, so that the figure shows the whole way. Nominal drives: seed and number of frames.
 STAGES = ("mobilenet_v1 layer=21 size=800",)
-INDEX_SEEDS, CALIBRATION_SEEDS, FRAMES = range(4100, 4114), range(4200, 4210), 6
+INDEX_SEEDS, CALIBRATION_SEEDS, FRAMES = range(4100, 4112), range(4200, 4208), 6
 ODD_SEED, KIND, ODD_DISTANCE = 4300, "cow", 0.35
 RATE = 0.05
 _RED, _BLUE, _GREY = "#c0392b", "#7f9fbf", "#b8c2d0"
@@ -135,6 +135,7 @@ def draw(steps: Steps, path: Path) -> None:
     values = np.sort(steps.score.anomaly_map[steps.score.inside])[::-1]
     tail = tail_count(len(values), 0.2)
     result, calibration = steps.result, steps.calibration
+    threshold = calibration.threshold
     height, width = steps.frame.image_hw
     boxes = len(result.localizations)
     titles = [
@@ -182,13 +183,13 @@ def draw(steps: Steps, path: Path) -> None:
     panels[5].set_ylim(0, 1.2 * most[0])
     panels[5].set_xlabel("patches, largest value first", fontsize=7.5)
     panels[6].hist(calibration.scores, bins=14, color=_BLUE)
-    panels[6].axvline(result.threshold, color="black", linestyle="--", linewidth=1)
+    panels[6].axvline(threshold, color="black", linestyle="--", linewidth=1)
     panels[6].axvline(result.score, color=_RED, linewidth=1)
     low, high = calibration.scores[0], max(calibration.scores[-1], result.score)
     panels[6].set_xlim(low - 0.03 * (high - low), high + 0.03 * (high - low))
     panels[6].set_ylim(0, 1.35 * panels[6].get_ylim()[1])
     for x, y, text, colour in (
-        (result.threshold, 0.9, f"threshold {result.threshold:.2f} ", "black"),
+        (threshold, 0.9, f"threshold {threshold:.2f} ", "black"),
         (result.score, 0.78, f"this frame, p = {result.p_value:.2g} ", _RED),
     ):
         panels[6].text(x, y, text, color=colour, fontsize=7.5, ha="right",
@@ -226,7 +227,8 @@ def report(steps: Steps) -> None:
         beside = np.where(near, -np.inf, values)
         row, col = np.unravel_index(int(beside.argmax()), beside.shape)
         largest, at = values[share > 0].max(), f"row {row} of {rows}, column {col} of {cols}"
-        print(f"{name}: on the anomaly {largest:.3f}, beside it {beside.max():.3f} in {at}")
+        print(f"{name}: on the anomaly {largest:.3f}, beside it {beside.max():.3f} in {at}, "
+              f"where z is {steps.z[row, col]:.3f}")  # fmt: skip
     result = steps.result
     boxes = [item.box_xyxy for item in result.localizations]
     print(f"score {result.score:.3f}, threshold {result.threshold:.3f}, p {result.p_value:.3f}")
