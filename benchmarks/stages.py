@@ -83,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--backbone", default="street_small", help="shipped name or folder")
+    parser.add_argument("--backbone", default="mobilenet_v1", help="shipped name or folder")
     parser.add_argument("--drives", type=int, default=6, help="drives of the index")
     parser.add_argument("--frames", type=int, default=30, help="frames of each drive")
     parser.add_argument("--measured", type=int, default=60, help="frames measured")

@@ -310,6 +310,13 @@ class Settings:
             raise SettingsError(
                 f"setting 'stages': expected either stages or '{set_too[0]}', found both"
             )
+        paths = [dataclasses.replace(spec, weight=1.0) for spec in specs]
+        for spec, path in zip(specs, paths, strict=True):
+            if paths.count(path) > 1:
+                raise SettingsError(
+                    "setting 'stages': expected stages that differ in more than the weight, found "
+                    f"'{spec}' and another like it; one stage with the sum of the weights is equal"
+                )
         if not sum(spec.weight for spec in specs):
             raise SettingsError("setting 'stages': expected weights above 0, found a sum of 0")
         complete = {name: self.camera_settings.get(name, CameraSettings()) for name in self.cameras}

@@ -1,7 +1,8 @@
 """Data types shared by all sub-packages: frozen, validated on construction.
 
-A *distance* is the cosine distance of an embedding to the nearest nominal entries, a *score*
-aggregates distances, and a *decision* compares a score with a threshold.
+A *distance* is the cosine distance of an embedding to the nearest nominal entries. A *score*
+aggregates standardised distances: it counts deviations of nominal distances. A *decision* compares
+a score with a threshold.
 """
 
 from __future__ import annotations
@@ -200,11 +201,11 @@ class Localization:
 
 @dataclass(frozen=True)
 class HeatmapScale:
-    """Scale of drawn heatmaps, fixed by the nominal calibration frames.
+    """Scale of drawn heatmaps, the same for all frames.
 
     Attributes:
-        low: value drawn as 0, the median of nominal patches.
-        high: value drawn as 1, the threshold.
+        low: value drawn as 0, typical of nominal patches.
+        high: value drawn as 1, the threshold if there is one.
         source: origin of the scale, shown in titles.
 
     Raises:
@@ -218,6 +219,15 @@ class HeatmapScale:
     def __post_init__(self) -> None:
         if not -math.inf < self.low < self.high < math.inf:
             raise ModelOutputError(f"heatmap scale: expected low < high, found {self}")
+
+    @classmethod
+    def from_typical(cls, typical: float, high: float, source: str = "calibration") -> HeatmapScale:
+        """Return the scale from a typical value to `high`, a threshold or the like.
+
+        A threshold set by hand may be at the typical value or below it: the scale then begins one
+        deviation below the threshold.
+        """
+        return cls(typical if typical < high else high - 1.0, high, source)
 
     def normalise(self, values: np.ndarray) -> np.ndarray:
         """Return max(0, (values - low) / (high - low)), float32 of the same shape."""

@@ -194,6 +194,9 @@ def test_the_shorthand_without_a_backbone_changes_the_default_stages() -> None:
         ({"stages": ["layer=3"]}, "backbone: expected a name or folder"),
         ({"stages": [""]}, "backbone: expected a name or folder"),
         ({"backbone": "a b=3"}, "backbone: expected a name or folder, found 'a b=3'"),
+        ({"stages": ["a", "b", "a weight=0.5"]}, "more than the weight, found 'a' and another"),
+        ({"stages": ["a size=800", "a size=800 layer=-1", "a size=800"]}, "'a size=800' and"),
+        ({"backbone": "a", "layers": [3, 6, 3]}, "more than the weight, found 'a layer=3' and"),
         ({"stages": ["a weight=0", "b weight=0"]}, "'stages': expected weights above 0.* sum of 0"),
         *(
             ({"stages": ["a"], name: value}, f"either stages or '{name}', found both")

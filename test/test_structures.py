@@ -141,6 +141,15 @@ def test_scale_is_0_at_low_1_at_high_and_has_no_upper_limit() -> None:
 
 
 @pytest.mark.parametrize(
+    ("typical", "high", "low"), [(0.5, 3.0, 0.5), (-0.2, 0.1, -0.2), (0.5, 0.5, -0.5), (0, -2, -3)]
+)
+def test_scale_begins_at_the_typical_value_or_below_the_threshold(
+    typical: float, high: float, low: float
+) -> None:
+    assert HeatmapScale.from_typical(typical, high, "x") == HeatmapScale(low, high, "x")
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"score": float("nan")}, "finite number"),

@@ -211,11 +211,8 @@ class Calibration:
         return (1 + as_high) / (self.count + 1)
 
     def scale(self, threshold: float) -> HeatmapScale:
-        """Return the fixed scale of heatmaps: 0 typical nominal, 1 the threshold."""
-        if self.heatmap_low < threshold:
-            return HeatmapScale(self.heatmap_low, threshold)
-        # Only a threshold set by the user can be below the typical value.
-        return HeatmapScale(threshold - 1.0, threshold)
+        """Return the scale of heatmaps: 0 typical nominal, 1 the threshold."""
+        return HeatmapScale.from_typical(self.heatmap_low, threshold)
 
     @property
     def warnings(self) -> tuple[str, ...]:

@@ -41,13 +41,15 @@ def run(args: argparse.Namespace) -> int:
     import numpy as np
 
     from semantic_anomaly.embedding.backbone import Backbone, PatchEmbedder
+    from semantic_anomaly.embedding.pretrained import shipped_backbones
     from semantic_anomaly.embedding.recommended import RECOMMENDED
     from semantic_anomaly.index.nominal_index import NominalIndex
     from semantic_anomaly.stages import StageSpec
 
     backbone = Backbone(args.backbone, args.device, args.dtype)
     recommendation = RECOMMENDED[backbone.folder.architecture]
-    recommended = [StageSpec.parse(f"{args.backbone} {end}") for end in recommendation.stages]
+    is_complete = args.backbone not in shipped_backbones()
+    recommended = recommendation.specs(args.backbone, is_complete=is_complete)
     layer = recommended[0].layer if args.layer is None else args.layer
     states = backbone.probe(range(backbone.layers))
     [(chosen, _, dim)] = backbone.probe([layer])

@@ -46,14 +46,18 @@ def run(args: argparse.Namespace) -> int:
         stride=args.stride,
         progress=True,
     )
-    report = index.report
+    names = {
+        "patches seen": "seen",
+        "stored": "stored",
+        "suppressed as near-duplicates": "suppressed",
+        "dropped, index full": "dropped",
+    }
+    # Of every stage, as the commands that edit an index print entries.
     rows = [
-        ("patches seen", f"{report.seen}"),
-        ("stored", f"{report.stored}"),
-        ("suppressed as near-duplicates", f"{report.suppressed}"),
-        ("dropped, index full", f"{report.dropped}"),
-        ("size on disk", folder_size(args.out)),
+        (title, " + ".join(f"{getattr(stage.report, name)}" for stage in index.stages))
+        for title, name in names.items()
     ]
+    rows.append(("size on disk", folder_size(args.out)))
     print(table(rows))
     print(f"wrote {args.out}; next: semantic-anomaly calibrate {args.out} OTHER_DRIVES...")
     return 0

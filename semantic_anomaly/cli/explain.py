@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         (e.entry, e.frame, f"{e.row}", f"{e.col}", f"{e.distance:.3f}", f"{e.embeddings}")
         for e in explanations
     ]
-    print(table(rows, ("entry", "frame", "row", "col", "distance", "embeddings")))
+    print(table(rows, ("entry", "frame", "row", "col", "deviations", "embeddings")))
     versions = [("with all entries", index)]
     numbers: dict[int, list[int]] = {}
     for entry in explanations:

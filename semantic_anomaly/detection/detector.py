@@ -22,7 +22,7 @@ from semantic_anomaly.errors import IndexMismatchError, ModelOutputError, Settin
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.linalg import inner_products
 from semantic_anomaly.roi import RegionOfInterest
-from semantic_anomaly.scoring.distances import FrameScore, FrameScorer, StageMap
+from semantic_anomaly.scoring.distances import FrameScore, FrameScorer
 from semantic_anomaly.scoring.normalisation import ScoreNormalisation, constant_normalisation
 from semantic_anomaly.segmentation.embedder import RunningEmbedder
 from semantic_anomaly.segmentation.masks import StageEmbeddings
@@ -300,6 +300,25 @@ class AnomalyDetector:
         """
         return self._scorer.score(grid, self.normalisations, self._live.threshold)
 
+    def nearest(
+        self, score: FrameScore, patches: Sequence[tuple[int, int]]
+    ) -> list[NominalExample]:
+        """Return for each patch (row, col) the nearest example in the stage that adds most."""
+        stage_maps = score.stage_maps
+        examples: dict[int, NominalExample] = {}
+        values = np.array([[stage_map.values[p] for stage_map in stage_maps] for p in patches])
+        stages = values.argmax(axis=1).tolist()
+        for stage in sorted(set(stages)):
+            numbers = [number for number, other in enumerate(stages) if other == stage]
+            embeddings = stage_maps[stage].embeddings
+            queries = [
+                embeddings.at(*_resized_patch(patches[n], stage_maps[stage].values, embeddings))
+                for n in numbers
+            ]
+            found = self.index.stages[stage].nearest_many(np.stack(queries))
+            examples.update(zip(numbers, (replace(e, stage=stage) for e in found), strict=True))
+        return [examples[number] for number in range(len(patches))]
+
     def assess(
         self, frame: Frame, grid: PatchGrid, stage_ms: Mapping[str, float] | None = None
     ) -> AnomalyResult:
@@ -386,7 +405,7 @@ class AnomalyDetector:
         if self.calibration is not None and threshold is not None:
             scale = self.calibration.scale(threshold)
         else:
-            scale = before.scale if before else self._scale_of_index(threshold)
+            scale = self._scale_of_index(threshold)
         window = settings.confirm_count, settings.confirm_s, settings.silence_s
         tracker = before.tracker if before else None
         if tracker is None or (tracker.count, tracker.window_s, tracker.silence_s) != window:
@@ -394,11 +413,11 @@ class AnomalyDetector:
         return _Live(settings, threshold, scale, tracker)
 
     def _scale_of_index(self, threshold: float | None) -> HeatmapScale:
-        """Return a heatmap scale from the distances inside the index."""
+        """Return a heatmap scale from the distances inside the index: 0 is their median."""
         weights = [stage.stage.spec.weight for stage in self.index.stages]
         highest = [distances.highest for distances in self._distances_inside]
         high = float(np.average(highest, weights=weights)) if threshold is None else threshold
-        return HeatmapScale(min(0.0, high - 1.0), high, "distances inside the index")
+        return HeatmapScale.from_typical(0.0, high, "distances inside the index")
 
     def _localized(
         self, frame_score: FrameScore, heat: np.ndarray, live: _Live
@@ -414,27 +433,9 @@ class AnomalyDetector:
             live.settings.min_area_px,
             frame_score.inside,
             pixel_mask,
-            lambda patches: self._nearest(frame_score.stage_maps, patches),
+            lambda patches: self.nearest(frame_score, patches),
         )
         return reject(live.settings, labels, localizations, pixel_mask)
-
-    def _nearest(
-        self, stage_maps: Sequence[StageMap], patches: Sequence[tuple[int, int]]
-    ) -> list[NominalExample]:
-        """Return for each patch of the map the nearest example in the stage that adds most."""
-        examples: dict[int, NominalExample] = {}
-        values = np.array([[stage_map.values[p] for stage_map in stage_maps] for p in patches])
-        stages = values.argmax(axis=1).tolist()
-        for stage in sorted(set(stages)):
-            numbers = [number for number, other in enumerate(stages) if other == stage]
-            embeddings = stage_maps[stage].embeddings
-            queries = [
-                embeddings.at(*_resized_patch(patches[n], stage_maps[stage].values, embeddings))
-                for n in numbers
-            ]
-            found = self.index.stages[stage].nearest_many(np.stack(queries))
-            examples.update(zip(numbers, (replace(e, stage=stage) for e in found), strict=True))
-        return [examples[number] for number in range(len(patches))]
 
 
 @dataclass(frozen=True)

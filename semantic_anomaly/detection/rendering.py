@@ -21,7 +21,6 @@ from semantic_anomaly.structures import (
     ComponentState,
     Decision,
     Frame,
-    HeatmapScale,
     Localization,
 )
 
@@ -51,7 +50,7 @@ def draw_heatmap(result: AnomalyResult, roi: RegionOfInterest | None = None) -> 
     Pixels outside the ROI are black; None: the whole image.
     """
     steps = _steps(result, roi or RegionOfInterest(), slice(None))
-    return cv2.applyColorMap(steps, _tables(result.scale, 1.0).colours)
+    return cv2.applyColorMap(steps, _tables(1.0).colours)
 
 
 def draw_overlay(
@@ -86,7 +85,7 @@ def draw_overlay(
             f"found {canvas.shape[:2]}"
         )
     roi = roi or RegionOfInterest()
-    _blend_heatmap(canvas, result, roi, _tables(result.scale, float(alpha)))
+    _blend_heatmap(canvas, result, roi, _tables(float(alpha)))
     if not roi.is_whole_image:
         cv2.drawContours(canvas, _outline(roi, result.heatmap.shape), -1, _GREEN, 2)
     _draw_localizations(canvas, result)
@@ -117,15 +116,15 @@ def contact_sheet(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
 
 def _steps(result: AnomalyResult, roi: RegionOfInterest, rows: slice) -> np.ndarray:
     """Return (rows, width) uint8 indices into the colour tables."""
-    steps = cv2.convertScaleAbs(result.heatmap[rows], alpha=_steps_per_distance(result.scale))
+    low, high = result.scale.low, result.scale.high
+    gain = _STEPS / (SATURATION * (high - low))
+    # OpenCV takes the absolute value: values below the scale would be drawn as ones above.
+    above_low = cv2.max(result.heatmap[rows], low)
+    steps = cv2.convertScaleAbs(above_low, alpha=gain, beta=-gain * low)
     cv2.min(steps, _STEPS, dst=steps)
     if not roi.is_whole_image:
         cv2.bitwise_or(steps, _outside(roi, result.heatmap.shape)[rows], dst=steps)
     return steps
-
-
-def _steps_per_distance(scale: HeatmapScale) -> float:
-    return _STEPS / (scale.low + SATURATION * (scale.high - scale.low))
 
 
 def _blend_heatmap(
@@ -151,9 +150,8 @@ class _Tables(NamedTuple):
 
 
 @lru_cache(maxsize=32)
-def _tables(scale: HeatmapScale, alpha: float) -> _Tables:
-    distances = np.arange(256, dtype=np.float32) / np.float32(_steps_per_distance(scale))
-    heat = scale.normalise(distances)
+def _tables(alpha: float) -> _Tables:
+    heat = np.arange(256, dtype=np.float32) * np.float32(SATURATION / _STEPS)
     ramp = np.round(np.minimum(heat / SATURATION, 1.0) * 255.0).astype(np.uint8).reshape(256, 1)
     colours = cv2.cvtColor(cv2.applyColorMap(ramp, cv2.COLORMAP_INFERNO), cv2.COLOR_BGR2RGB)
     colours[_OUTSIDE] = 0

@@ -30,7 +30,7 @@ from semantic_anomaly.embedding.pretrained import (
     load_network,
     open_folder,
 )
-from semantic_anomaly.errors import BackboneError, ModelOutputError, first_line
+from semantic_anomaly.errors import BackboneError, ModelOutputError, SettingsError, first_line
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.stages import StageSpec
 from semantic_anomaly.structures import PatchGrid, check_rgb
@@ -330,6 +330,7 @@ class PatchEmbedder:
     Raises:
         BackboneError: a backbone cannot be loaded, there is no such device or hidden state, or the
             self-test fails; names the stage.
+        SettingsError: two stages that differ in name and weight only.
     """
 
     def __init__(
@@ -379,6 +380,7 @@ class PatchEmbedder:
                     place_weight=float(place_weight),
                 )
         self.identities = tuple(identities[number] for number in range(len(self.stages)))
+        self._check_distinct()
         self._self_test()
 
     @classmethod
@@ -478,6 +480,17 @@ class PatchEmbedder:
         if len(self.stages) == 1:
             return BackboneError(str(error))
         return BackboneError(f"stage {number} ({self.stages[number]}): {error}")
+
+    def _check_distinct(self) -> None:
+        """Refuse equal stages under two names, such as a default and its number."""
+        for number, (spec, identity) in enumerate(zip(self.stages, self.identities, strict=True)):
+            for earlier in range(number):
+                is_same = identity.difference(self.identities[earlier]) is None
+                if is_same and spec.kind == self.stages[earlier].kind:
+                    raise SettingsError(
+                        f"stage {number} ({spec}): expected one that differs in more than name and "
+                        f"weight from stage {earlier} ({self.stages[earlier]})"
+                    )
 
     def _self_test(self) -> None:
         """Check that embeddings depend on the image and on the position in it."""

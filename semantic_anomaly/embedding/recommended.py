@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from semantic_anomaly.stages import StageSpec
 
 
 @dataclass(frozen=True)
@@ -18,12 +20,26 @@ class Recommendation:
     stages: tuple[str, ...]
     measured: str = ""
 
+    def specs(self, backbone: str, *, is_complete: bool = True) -> list[StageSpec]:
+        """Return the stages of a backbone.
+
+        Args:
+            backbone: as in the settings.
+            is_complete: whether the network has all of its hidden states. Those of a shipped one
+                may end with the one to use: numbers from the end are left out.
+        """
+        specs = [StageSpec.parse(f"{backbone} {end}") for end in self.stages]
+        return [
+            spec if is_complete or (spec.layer or 0) >= 0 else replace(spec, layer=None)
+            for spec in specs
+        ]
+
 
 _LAST_TOKENS = Recommendation(("size=960",))
 _STAGE_3 = Recommendation(("layer=-2 size=960",))
 RECOMMENDED: dict[str, Recommendation] = {
     "efficientnet": Recommendation(
-        ("layer=15 size=640", "layer=20 size=640"), "EfficientNet-Lite2 of ImageNet"
+        ("size=640",), "EfficientNet-Lite2 of ImageNet, hidden state 20"
     ),
     "mobilenet_v1": Recommendation(("layer=21 size=800",), "MobileNetV1 1.0 of ImageNet"),
     **dict.fromkeys(("dinov2", "dinov2_with_registers", "dinov3_vit"), _LAST_TOKENS),

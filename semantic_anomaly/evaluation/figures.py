@@ -32,6 +32,8 @@ _TRUTH = (
 )
 # A legend outside the axes never covers data.
 _BESIDE: Mapping[str, Any] = {"loc": "outside right upper", "fontsize": 9, "frameon": False}
+# Scores count deviations of nominal distances.
+_SCORE_LABEL = "frame score [deviations]"
 _DPI = 120
 _GIF_FRAMES = 100
 FIGURES = ("score_curve.png", "score_histogram.png", "curves.png", "calibration.png")
@@ -94,7 +96,7 @@ def score_curve(
                       label="false alarm")  # fmt: skip
         if threshold is not None:
             axes.axhline(threshold, label=f"threshold {threshold:.3f}", **_THRESHOLD)
-        axes.set(xlabel=label, ylabel="frame score")
+        axes.set(xlabel=label, ylabel=_SCORE_LABEL)
         axes.margins(x=0.01)
         axes.grid(alpha=0.25)
         axes.set_title(title, loc="left", fontsize=11)
@@ -125,7 +127,7 @@ def score_histogram(
                 axes.axvline(threshold, label=label, **_THRESHOLD)
             axes.set_ylabel("frames")
             axes.yaxis.get_major_locator().set_params(integer=True)
-        rows[-1].set_xlabel("frame score")
+        rows[-1].set_xlabel(_SCORE_LABEL)
         rows[0].set_title(title, loc="left", fontsize=11)
         figure.legend(**_BESIDE)
 

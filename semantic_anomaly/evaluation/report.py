@@ -29,9 +29,12 @@ NAME = "report.html"
 ALARM_PICTURES = 12
 _CURVES = (
     ("curves.png", "ROC of the frames; precision and recall of the pixels"),
-    ("score_histogram.png", "Frame scores, nominal against anomalous, with the threshold"),
+    ("score_histogram.png", "Frame scores in deviations of nominal distances, with the threshold"),
     ("calibration.png", "Target against realised false-alarm rate of the nominal frames"),
-    ("score_curve.png", "Scores in the order of the frames, with the ground truth"),
+    (
+        "score_curve.png",
+        "Scores in deviations of nominal distances, by frame, with the ground truth",
+    ),
 )
 _GROUPS = (
     ("lowest_anomaly", "Anomalous frames with the lowest scores"),
@@ -192,13 +195,16 @@ def side_by_side(
 def nearest_nominal(detector: AnomalyDetector, frame: Frame) -> np.ndarray | None:
     """Return the nominal frame nearest to the most anomalous patch, with the patch marked.
 
+    It is of the stage that adds most to the patch.
+
     Returns:
         (h, w, 3) uint8 RGB, at most 320 px wide; None when the index has no picture of it.
     """
-    grid = detector.embedder.embed([frame.image])[0]
-    anomaly_map = detector.score(grid).anomaly_map
-    row, col = np.unravel_index(int(np.argmax(anomaly_map)), anomaly_map.shape)
-    example = detector.index.nearest(grid.features[row, col])
+    score = detector.score(detector.embedder.embed([frame.image])[0])
+    # Patches outside the region of interest are 0, and those inside may be below.
+    values = np.where(score.inside, score.anomaly_map, -np.inf)
+    row, col = divmod(int(values.argmax()), values.shape[1])
+    [example] = detector.nearest(score, [(row, col)])
     picture = detector.index.thumbnail(example.frame)
     if picture is None:
         return None

@@ -88,7 +88,7 @@ class FrameScorer:
     def __init__(self, index: NominalIndex, settings: Settings, roi: RegionOfInterest) -> None:
         self._index, self._settings, self._roi = index, settings, roi
         names = [stage.stage.name for stage in index.stages]
-        # Stages may differ in what the name does not tell.
+        # Different backbones in two folders may have one name.
         self._stage_names = [
             name if names.count(name) == 1 else f"{name} ({number})"
             for number, name in enumerate(names)

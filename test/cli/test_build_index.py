@@ -32,6 +32,20 @@ def test_build_index(world: World, tmp_path: Path, capsys: pytest.CaptureFixture
     assert row(printed.out, "size on disk").endswith("B")
 
 
+def test_the_summary_counts_every_stage(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, drive = tmp_path / "index", f"{world.at('index_1')}[0:2]"
+    stages = f"stages=['{world.backbone} size=56', '{world.backbone} size=112']"
+    options = ["--set", stages, "--set", "device=cpu", "--set", "dedup_distance=0.001"]
+    assert main(["build-index", drive, "--out", str(out), *options]) == 0
+    printed = capsys.readouterr().out
+    reports = [stage.report for stage in NominalIndex.load(out).stages]
+    assert reports[0].seen < reports[1].seen
+    assert row(printed, "patches seen") == f"{reports[0].seen} + {reports[1].seen}"
+    assert row(printed, "stored") == f"{reports[0].stored} + {reports[1].stored}"
+
+
 def test_an_existing_index_is_replaced_only_with_force(
     world: World, index: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -136,7 +136,7 @@ def test_threshold_set_by_hand_decides_with_and_without_calibration() -> None:
     bare = make_detector(calibrated=False, threshold=0.05)
     result = bare.detect(street(2000, odd=True))
     assert (result.decision, result.threshold, result.p_value) == (Decision.ANOMALY, 0.05, None)
-    assert (result.scale.low, result.scale.high) == (-0.95, 0.05) and result.localizations
+    assert (result.scale.low, result.scale.high) == (0.0, 0.05) and result.localizations
     calibrated = make_detector(threshold=1.9).detect(street(2000, odd=True))
     assert calibrated.decision is Decision.NOMINAL and calibrated.threshold == 1.9
     assert calibrated.p_value == pytest.approx(1 / 41)
@@ -220,6 +220,22 @@ def test_live_settings_take_effect_at_once() -> None:
     detector.update(detector.settings.replace(threshold=None, target_false_alarm_rate=0.05))
     assert detector.threshold == before
     assert detector.detect(street(1, odd=True)).decision is Decision.ANOMALY
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_the_heatmap_has_the_value_1_at_a_threshold_that_changes(calibrated: bool) -> None:
+    detector = make_detector(calibrated=calibrated)
+    frame = street(1, odd=True)
+    before = detector.detect(frame).scale
+    typical = before.low
+    for threshold, low in ((1.5, typical), (0.5, typical), (0.0, -1.0), (-2.0, -3.0)):
+        detector.update(detector.settings.replace(threshold=threshold))
+        scale = detector.detect(frame).scale
+        assert (scale.low, scale.high, scale.source) == (low, threshold, before.source)
+        at_threshold, at_low = scale.normalise(np.float32([threshold, low]))
+        assert (at_threshold, at_low) == pytest.approx((1.0, 0.0))
+    detector.update(detector.settings.replace(threshold=None))
+    assert detector.detect(frame).scale == before
 
 
 def test_update_keeps_the_tracks_unless_the_confirmation_changes() -> None:

@@ -100,6 +100,25 @@ def test_heatmap_grows_brighter_with_distance_and_never_darker() -> None:
     assert (np.diff(row) >= -1.0).all() and row[-1] - row[0] > 200
 
 
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.1, 2.5), (-0.4, 2.5), (-3.0, 1.0), (-3.5, -2.5), (-0.95, 0.05)]
+)
+def test_scales_of_any_sign_are_drawn_alike(low: float, high: float) -> None:
+    # From far below the scale to three times the threshold.
+    shares = np.array([[-9.0, -2.0, 0.0, 0.5, 1.0, 1.5, 3.0]], np.float32)
+    labels = np.zeros(shares.shape, np.uint16)
+    drawn = [
+        draw_heatmap(result_of(shares, shares.shape, heatmap=heat, label_map=labels, scale=scale))
+        for heat, scale in (
+            (shares, HeatmapScale(0.0, 1.0)),
+            (low + shares * (high - low), HeatmapScale(low, high)),
+        )
+    ]
+    np.testing.assert_allclose(lightness(drawn[1]), lightness(drawn[0]), atol=2.0)
+    row = lightness(drawn[1])[0]
+    assert (row[:3] < 4).all() and (np.diff(row[2:]) > 20).all()
+
+
 def test_heatmap_is_black_outside_the_roi() -> None:
     picture = draw_heatmap(result_of(np.full((9, 16), 0.9), (90, 160), WEDGE), WEDGE)
     mask = WEDGE.pixel_mask((90, 160))

@@ -14,6 +14,7 @@ from semantic_anomaly.detection.detector import AnomalyDetector, resolve_setting
 from semantic_anomaly.embedding.identity import StageIdentity
 from semantic_anomaly.errors import IndexMismatchError
 from semantic_anomaly.index.nominal_index import NominalIndex
+from semantic_anomaly.offline.calibrate import calibrate
 from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import Decision, Frame, PatchGrid
@@ -94,6 +95,29 @@ def test_a_threshold_may_be_zero_or_below_and_be_unset_again(threshold: float) -
     detector.update(detector.settings.replace(threshold=None))
     assert detector.threshold is None
     assert detector.assess(frame, grid).decision is Decision.UNKNOWN
+
+
+def test_a_live_threshold_gives_way_to_the_calibrated_one_again() -> None:
+    index, settings = make_index(), Settings(target_false_alarm_rate=0.1, smoothing=0.0)
+    grids = {
+        name: [grid for _, grid in make_frames(6, seed, TWO)] for seed, name in enumerate("abc", 1)
+    }
+    embedder: Any = GivenEmbedder(TWO)
+    calibration = calibrate(index, grids, settings=settings)
+    detector = AnomalyDetector(index, calibration, settings=settings, embedder=embedder)
+    frame, grid = odd_in(1, 1, 2)
+    before = detector.assess(frame, grid)
+    assert before.threshold == calibration.threshold > 0.0
+    for threshold in (before.score + 1.0, before.score - 0.1, 0.0, -2.5):
+        detector.update(detector.settings.replace(threshold=threshold))
+        result = detector.assess(frame, grid)
+        assert (result.decision is Decision.ANOMALY) == (before.score > threshold)
+        assert result.threshold == result.scale.high == threshold
+        assert (result.score, result.p_value) == (before.score, before.p_value)
+    detector.update(detector.settings.replace(threshold=None))
+    after = detector.assess(frame, grid)
+    assert (after.threshold, after.scale) == (before.threshold, before.scale)
+    assert after.decision is before.decision
 
 
 def test_settings_that_agree_with_the_stages_resolve_to_them() -> None:

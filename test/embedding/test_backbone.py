@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from semantic_anomaly.embedding.backbone import (
     with_positions,
 )
 from semantic_anomaly.embedding.recommended import RECOMMENDED
-from semantic_anomaly.errors import BackboneError, ImageError, ModelOutputError
+from semantic_anomaly.errors import BackboneError, ImageError, ModelOutputError, SettingsError
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.stages import StageSpec
 
@@ -494,6 +495,16 @@ def test_stages_that_cannot_be_loaded_are_named(tiny_backbone: Path) -> None:
 def test_missing_hidden_states_are_named(tiny_backbone: Path, layer: int) -> None:
     with pytest.raises(BackboneError, match=rf"layer {layer}: expected .* 0 to 3"):
         make(tiny_backbone, layer)
+
+
+@pytest.mark.parametrize("other", ["", " layer=3", " layer=-1 weight=0.5"])
+def test_equal_stages_are_refused(tiny_backbone: Path, tmp_path: Path, other: str) -> None:
+    copy = shutil.copytree(tiny_backbone, tmp_path / "copy")
+    stages = [f"{tiny_backbone} layer=2", f"{tiny_backbone}", f"{copy}{other}"]
+    with pytest.raises(SettingsError, match=r"stage 2 .* differs in more than name and weight"):
+        PatchEmbedder(list(map(StageSpec.parse, stages)), device="cpu")
+    stages[2] += " kind=instances"
+    assert len(PatchEmbedder(list(map(StageSpec.parse, stages)), device="cpu").identities) == 3
 
 
 def test_settings_make_the_same_embedder(tiny_backbone: Path) -> None:

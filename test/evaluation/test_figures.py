@@ -53,6 +53,7 @@ def axes(monkeypatch: pytest.MonkeyPatch) -> MagicMock:
 def test_ground_truth_is_shaded_where_it_was(axes: MagicMock) -> None:
     figures.score_curve(Path("curve.png"), drive(".cc.S.c"), None, "a drive")
     assert axes.set.call_args.kwargs["xlabel"].endswith("[s]")
+    assert axes.set.call_args.kwargs["ylabel"] == "frame score [deviations]"
     spans = [(*call.args, call.kwargs["label"]) for call in axes.axvspan.call_args_list]
     expected = [(0.05, 0.25, "c"), (0.35, 0.45, "s"), (0.55, 0.65, None)]
     assert spans == [pytest.approx(span) for span in expected]

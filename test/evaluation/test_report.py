@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import pytest
 from worlds.colours import make_detector
+from worlds.nominal_world import COARSE, PATCHES, make_frames
 
+from semantic_anomaly.detection.detector import AnomalyDetector
+from semantic_anomaly.evaluation import report
 from semantic_anomaly.evaluation.report import Album, outline_truth, side_by_side
+from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.io.images import read_image
+from semantic_anomaly.roi import RegionOfInterest
+from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import AnomalyResult, Decision, Frame, HeatmapScale
 
 
@@ -57,6 +67,39 @@ def test_the_album_may_be_asked_for_nothing(tmp_path: Path) -> None:
     assert contents(tmp_path) == []
     album.add(1, frame, result_of(0.9), detector, stem="1", caption="", always=True)
     assert contents(tmp_path) == ["overlays", "overlays/1.jpg", "panels", "panels/1.jpg"]
+
+
+def test_the_nearest_nominal_frame_is_of_the_stage_and_patch_that_are_most_anomalous(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stages = (COARSE, PATCHES)
+    frames = list(make_frames(5, stages=stages))
+    roi = {"camera.region_of_interest": [0.0, 0.5, 1.0, 0.5, 1.0, 1.0, 0.0, 1.0]}
+    settings = Settings.from_parameters({"dedup_distance": 0.0, "smoothing": 0.0, **roi})
+    index = NominalIndex.build(
+        frames,
+        stages=stages,
+        roi=RegionOfInterest.from_settings(settings.camera_settings["camera"]),
+        settings=settings,
+    )
+    frame, grid = frames[0]
+    odd = grid.further[0].features.copy()
+    # The only anomalies: one outside the region of interest, one that the coarse grid lacks.
+    odd[0, 0] *= -1.0
+    odd[5, 7] *= -1.0
+    odd_grid = replace(grid, further=(replace(grid.further[0], features=odd),))
+    embedder: Any = SimpleNamespace(stages=stages, embed=lambda images: [odd_grid])
+    detector = AnomalyDetector(index, settings=settings, embedder=embedder)
+    marked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(report, "mark_patch", lambda _, *where: marked.append(where))
+    assert report.nearest_nominal(detector, frame) is not None
+    expected = index.stages[1].nearest(odd[5, 7])
+    assert marked == [(expected.grid_hw, expected.row, expected.col)]
+    # All of the map is below 0, that is below the value outside the region of interest.
+    monkeypatch.setattr(embedder, "embed", lambda images: [grid])
+    assert detector.score(grid).anomaly_map.max() == 0.0
+    assert report.nearest_nominal(detector, frame) is not None
+    assert marked[1][1] >= marked[1][0][0] // 2, "inside the region of interest"
 
 
 def test_ground_truth_is_outlined() -> None:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+from worlds import nominal_world
 from worlds.colours import ColourEmbedder, street
 from worlds.nominal_drives import SETTINGS, CountingEmbedder, build, calibrated, write_drives
+from worlds.nominal_world import COARSE, PATCHES
 
+from semantic_anomaly.calibration.calibration import Calibration
 from semantic_anomaly.detection.detector import AnomalyDetector, load_detector
+from semantic_anomaly.embedding.identity import StageIdentity
 from semantic_anomaly.errors import CalibrationError, IndexMismatchError
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.io.open import open_source
@@ -99,6 +105,37 @@ def test_typical_value_ignores_patches_outside_the_roi(drives: Path) -> None:
     index = build(drives / "index", settings=settings)
     # Four fifths of the patches lie outside, and are 0 in the map.
     assert calibrated(index, [drives / "a", drives / "b"], settings=settings).heatmap_low != 0
+
+
+@pytest.mark.parametrize("stages", [(PATCHES,), (PATCHES, COARSE)])
+def test_episodes_of_scores_below_zero(stages: tuple[StageIdentity, ...], tmp_path: Path) -> None:
+    index = nominal_world.build(6, stages=stages)
+    index.save(tmp_path)
+    grids = {
+        name: [grid for _, grid in nominal_world.make_frames(12, seed, stages)]
+        for seed, name in enumerate("abcde", start=1)
+    }
+    # Means over the whole map: about half of them are below 0.
+    scoring = Settings(tail_percent=100.0)
+    settings = scoring.replace(
+        **dict.fromkeys(("target_false_alarm_rate", "target_episode_rate"), 0.5),
+        **dict.fromkeys(("episode_s", "confirm_s", "silence_s"), 0.1),
+    )
+    frames = calibrate(index, grids, settings=settings, out=tmp_path)
+    assert frames.episodes is not None and frames.threshold < 0.0 < frames.scores[-1]
+    # Every frame is an episode, and every score is confirmed.
+    np.testing.assert_array_equal(frames.episodes.scores, frames.scores)
+    assert Calibration.load(tmp_path).sha256 == frames.sha256
+    embedder: Any = SimpleNamespace(stages=stages)
+    loaded = load_detector(scoring.replace(index=str(tmp_path)), "camera", embedder=embedder)
+    assert loaded.threshold == frames.threshold
+    # A frame that is not confirmed counts as the least of its drive, not as 0.
+    settings = settings.replace(confirm_count=2)
+    pairs = calibrate(index, grids, settings=settings)
+    assert pairs.episodes is not None
+    assert (pairs.episodes.scores <= frames.scores).all()
+    assert pairs.episodes.scores[0] == frames.scores[0]
+    assert pairs.episodes.threshold(settings) < frames.threshold == pairs.threshold_of(settings)
 
 
 @pytest.mark.parametrize(

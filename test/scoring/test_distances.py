@@ -196,7 +196,8 @@ def test_only_the_ratio_of_weights_matters(factor: float) -> None:
 
 
 def test_stages_of_one_name_keep_their_scores() -> None:
-    stages = (PATCHES, weighted(PATCHES, 2.0))
+    embedder = replace(PATCHES.embedder, weights_sha256="a" * 64)
+    stages = (PATCHES, replace(PATCHES, spec=replace(PATCHES.spec, weight=2.0), embedder=embedder))
     found = scorer(stages).score(query(stages), normalisations(2), None)
     assert len(found.stage_scores) == 2 == len({*found.stage_scores.values()})
 
