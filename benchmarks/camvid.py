@@ -36,6 +36,8 @@ ODD_ARRANGEMENTS = (
     "sign on a car",
 )
 KINDS = (ODD_OBJECT, *ODD_ARRANGEMENTS)
+# Left, top, width and height in pixels.
+Box = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,7 +237,7 @@ class CompositeMaker:
                 return self._marked(mask, self._paste(canvas, taken, car, (left, top), size, CAR))
         return False
 
-    def _car_box(self, canvas: np.ndarray, taken: np.ndarray) -> tuple[int, int, int, int] | None:
+    def _car_box(self, canvas: np.ndarray, taken: np.ndarray) -> Box | None:
         """Return left, top, width and height of a car that is there, or of one pasted now."""
         _, _, stats, _ = cv2.connectedComponentsWithStats((taken == CAR).astype(np.uint8))
         boxes = [
@@ -252,33 +254,43 @@ class CompositeMaker:
         return int(cols.min()), int(rows.min()), int(np.ptp(cols)), int(np.ptp(rows))
 
     def _place_on_roof(self, canvas: np.ndarray, taken: np.ndarray, mask: np.ndarray) -> bool:
-        box = self._car_box(canvas, taken)
-        person = self._pick(PERSON)
-        if box is None:
-            return False
-        x, y, w, h = box
-        height = round(h * float(self._rng.uniform(0.9, 1.2)))
-        width = round(person.image.shape[1] * height / person.image.shape[0])
-        left = x + round(w * float(self._rng.uniform(0.35, 0.65))) - width // 2
-        top = y + round(0.08 * h) - height
-        if top < 2 or left < 2 or left + width > 478 or height / person.image.shape[0] > 1.6:
-            return False
-        found = self._paste(canvas, taken, person, (left, top), (width, height), PERSON)
-        return self._marked(mask, found)
+        def place(car_box: Box, width: int, height: int) -> tuple[int, int]:
+            x, y, w, h = car_box
+            left = x + round(w * float(self._rng.uniform(0.35, 0.65))) - width // 2
+            return left, y + round(0.08 * h) - height
+
+        return self._place_on_car(canvas, taken, mask, PERSON, (0.9, 1.2), place, 1.6, 0)
 
     def _place_sign_on_car(self, canvas: np.ndarray, taken: np.ndarray, mask: np.ndarray) -> bool:
-        box = self._car_box(canvas, taken)
-        sign = self._pick(SIGN)
-        if box is None:
+        def place(car_box: Box, width: int, height: int) -> tuple[int, int]:
+            x, y, w, h = car_box
+            left = x + round((w - width) * float(self._rng.uniform(0.2, 0.8)))
+            return left, y + round((h - height) * float(self._rng.uniform(0.1, 0.5)))
+
+        return self._place_on_car(canvas, taken, mask, SIGN, (0.4, 0.65), place, 2.0, 6)
+
+    def _place_on_car(
+        self,
+        canvas: np.ndarray,
+        taken: np.ndarray,
+        mask: np.ndarray,
+        value: int,
+        heights: tuple[float, float],
+        place: Callable[[Box, int, int], tuple[int, int]],
+        most_scale: float,
+        least_width_px: int,
+    ) -> bool:
+        """Paste a thing on a car; its height is a share of the car's, `place` its left and top."""
+        car_box, thing = self._car_box(canvas, taken), self._pick(value)
+        if car_box is None:
             return False
-        x, y, w, h = box
-        height = round(h * float(self._rng.uniform(0.4, 0.65)))
-        width = round(sign.image.shape[1] * height / sign.image.shape[0])
-        left = x + round((w - width) * float(self._rng.uniform(0.2, 0.8)))
-        top = y + round((h - height) * float(self._rng.uniform(0.1, 0.5)))
-        if left < 2 or left + width > 478 or width < 6 or height / sign.image.shape[0] > 2.0:
+        height = round(car_box[3] * float(self._rng.uniform(*heights)))
+        width = round(thing.image.shape[1] * height / thing.image.shape[0])
+        left, top = place(car_box, width, height)
+        is_inside = top >= 2 and left >= 2 and left + width <= 478 and width >= least_width_px
+        if not is_inside or height / thing.image.shape[0] > most_scale:
             return False
-        found = self._paste(canvas, taken, sign, (left, top), (width, height), SIGN)
+        found = self._paste(canvas, taken, thing, (left, top), (width, height), value)
         return self._marked(mask, found)
 
     @staticmethod

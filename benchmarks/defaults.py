@@ -35,7 +35,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ import torch
 from tqdm import tqdm
 
 from semantic_anomaly.embedding.backbone import PatchEmbedder, averaged, with_positions
-from semantic_anomaly.evaluation.metrics import frame_auroc
+from semantic_anomaly.evaluation.metrics import PixelScores, frame_auroc
 from semantic_anomaly.index.build import FrameEmbeddings, nominal_patches
 from semantic_anomaly.io.images import encode_png, read_image
 from semantic_anomaly.roi import RegionOfInterest
@@ -200,19 +201,19 @@ def camvid_composites(data: Path, cache: Path, half: int, size: float) -> DataSe
         mask = folder / "masks" / name if label["anomaly"] else None
         kind = label.get("kind", NOMINAL)
         samples.append(Sample(group, folder / "images" / name, kind, mask))
+    # Two recordings are of one drive.
     parts = {
-        "0001TP": ("0001TP early", "0001TP late"),
-        "0006R0": ("0006R0 early", "0006R0 late"),
-        "0016E5": tuple(f"0016E5_{p}" for p in ("train early", "train late", "val early")),
+        "0001TP": _parts("0001TP"),
+        "0006R0": _parts("0006R0"),
+        "0016E5": (*_parts("0016E5_train"), *_parts("0016E5_val")),
     }
-    parts["0016E5"] += ("0016E5_val late",)
     other, same = [], []
     for test in tests:
         drive = test[:6]
         index = {name: groups for name, groups in parts.items() if name != drive}
         other.append(_left_out(index, tuple(f"test {part}" for part in _parts(test))))
         # The first half of the drive, or its other recording, is in the index as well.
-        seen = parts["0016E5"][:2] if drive == "0016E5" else (f"{test} early",)
+        seen = _parts("0016E5_train") if drive == "0016E5" else (f"{test} early",)
         same.append(_left_out({**index, drive: seen}, (f"test {test} late",)))
     measures = [("", "AUROC"), ("", "AP"), ("", "odd arrangement")]
     return DataSet(samples, {"": other, "same route": same}, measures)
@@ -393,16 +394,13 @@ class Maps:
             features: list[list[np.ndarray]] = [[] for _ in specs]
             title = f"{self._folder.name} {backbone} {size}"
             for sample in tqdm(self.data_set.samples, title, disable=None):
-                grid = embedder.embed([self._image(sample)])[0]
+                grid = embedder.embed([read_image(sample.file)])[0]
                 for of_stage, stage_grid in zip(features, grid.stages, strict=True):
                     of_stage.append(stage_grid.features.astype(np.float16))
             embedder.close()
             for spec, of_stage in zip(specs, features, strict=True):
                 # The reference of another set may have another shape: its own list.
                 np.savez(self._feature_file(spec), *of_stage)
-
-    def _image(self, sample: Sample) -> np.ndarray:
-        return read_image(sample.file)
 
     def _feature_file(self, stage: StageSpec) -> Path:
         layer = "last" if stage.layer is None else stage.layer
@@ -680,10 +678,10 @@ def measure(maps: Maps, config: Config, protocol: str = "") -> dict[str, float]:
     stages = [StageSpec.parse(text) for text in config.stages]
     total_weight = sum(stage.weight for stage in stages)
     collected: dict[str, list[float]] = defaultdict(list)
-    pixels: list[tuple[np.ndarray, np.ndarray]] = []
+    pixels: list[PixelScores] = []
     of_stages = [maps.maps(stage, config, protocol) for stage in stages]
     for number, trial in enumerate(data_set.trials[protocol]):
-        scores, kinds, values, anomalous = [], [], [], []
+        scores, kinds, of_trial = [], [], PixelScores()
         for row in (row for group in trial.test for row in maps.rows[group]):
             parts = [of_stage[number][row] for of_stage in of_stages]
             grid_hw = max((part.shape for part in parts), key=math.prod)
@@ -699,9 +697,8 @@ def measure(maps: Maps, config: Config, protocol: str = "") -> dict[str, float]:
             kinds.append(data_set.samples[row].kind)
             labels = maps.raster(row)
             heat = cv2.resize(total, labels.shape[::-1], interpolation=cv2.INTER_LINEAR)
-            values.append(heat[labels < 2])
-            anomalous.append(labels[labels < 2] == 1)
-        pixels.append((np.concatenate(values), np.concatenate(anomalous)))
+            of_trial.add(heat[labels < 2], labels[labels < 2] == 1)
+        pixels.append(of_trial)
         kind, score = np.array(kinds), np.array(scores)
         nominal = kind == NOMINAL
         if not nominal.any():
@@ -712,9 +709,9 @@ def measure(maps: Maps, config: Config, protocol: str = "") -> dict[str, float]:
             if auroc is not None:
                 collected[name].append(auroc)
     if data_set.pooled:
-        pixels = [tuple(np.concatenate(parts) for parts in zip(*pixels, strict=True))]  # type: ignore[list-item]
-    collected["AP"] = [average_precision(*of_trial) for of_trial in pixels]
-    return {name: float(np.mean(of_trials)) for name, of_trials in collected.items()}
+        pixels = [reduce(add, pixels)]
+    collected["AP"] = [of_trial.metrics().average_precision or 0.0 for of_trial in pixels]
+    return {name: float(np.mean(values)) for name, values in collected.items()}
 
 
 def _kinds(kind: np.ndarray) -> dict[str, list[str]]:
@@ -728,16 +725,6 @@ def _kinds(kind: np.ndarray) -> dict[str, list[str]]:
         if members:
             groups[group] = members
     return groups
-
-
-def average_precision(values: np.ndarray, anomalous: np.ndarray) -> float:
-    """Return the mean over anomalous values of the precision at that value as threshold."""
-    every, hits = np.sort(values), np.sort(values[anomalous])
-    if not len(hits):
-        return 0.0
-    above = len(every) - np.searchsorted(every, hits, side="left")
-    hits_above = len(hits) - np.searchsorted(hits, hits, side="left")
-    return float(np.mean(hits_above / above))
 
 
 class Choice:

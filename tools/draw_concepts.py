@@ -57,6 +57,8 @@ class Steps:
         z: (rows, cols) float32, standardised distances.
         calibration: of other drives.
         result: the decision.
+        overlay: (height, width, 3) uint8 RGB, the frame with the result.
+        tail_percent: as the setting.
     """
 
     frame: Frame
@@ -68,6 +70,7 @@ class Steps:
     calibration: Calibration
     result: AnomalyResult
     overlay: np.ndarray
+    tail_percent: float
 
 
 def compute(stages: tuple[str, ...]) -> Steps:
@@ -111,6 +114,7 @@ def compute(stages: tuple[str, ...]) -> Steps:
         calibration,
         result,
         draw_overlay(frame, result, detector.roi),
+        detector.settings.tail_percent,
     )
 
 
@@ -133,7 +137,7 @@ def draw(steps: Steps, path: Path) -> None:
     figure = Figure((10.5, 4.5), dpi=100)
     rows, cols = steps.grid.grid_hw
     values = np.sort(steps.score.anomaly_map[steps.score.inside])[::-1]
-    tail = tail_count(len(values), 0.2)
+    tail = tail_count(len(values), steps.tail_percent)
     result, calibration = steps.result, steps.calibration
     threshold = calibration.threshold
     height, width = steps.frame.image_hw
@@ -144,7 +148,7 @@ def draw(steps: Steps, path: Path) -> None:
         ("3. Distances", "cosine, to the nearest nominal entry"),
         ("4. Score normalisation", "in deviations, by image cell and patch class"),
         ("5. Anomaly map", "mean of all stages (here one), smoothed"),
-        ("6. Anomaly score", f"mean of the largest 0.2 % ({tail} patches)"),
+        ("6. Anomaly score", f"mean of the largest {steps.tail_percent:g} % ({tail} patches)"),
         ("7. Calibration", f"{calibration.count} nominal frames of other drives"),
         ("8. Decision", f"{result.decision.value}, {boxes} localization{'s' * (boxes != 1)}"),
     ]

@@ -34,7 +34,7 @@ from semantic_anomaly.synthetic.export import write_folder
 NODE_STOP_S = 30.0
 # Polygon of the lane ahead: houses and adverts are new on every street, and not relevant.
 ROAD = (0.0, 1.0, 0.0, 0.9, 0.45, 0.46, 0.54, 0.46, 0.56, 0.5, 0.87, 1.0)
-# A preset for small machines: two cores without a GPU keep up with the camera.
+# One stage of smaller images than the default, for two cores without a GPU.
 BACKBONE, INPUT_SIZE = "mobilenet_v1", 640
 
 

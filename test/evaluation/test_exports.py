@@ -128,7 +128,7 @@ def test_bad_maps_are_refused(own: Own, tmp_path: Path) -> None:
     objects = tmp_path / "objects"
     objects.mkdir()
     for truth in dataset.truths:
-        np.save(objects / f"{truth.stem}.npy", np.array([{}]), allow_pickle=True)
+        np.save(objects / f"{truth.stem}.npy", np.array([{}]))
     with pytest.raises(InputError, match="cannot be read"):
         MapFolder(objects, dataset)
 

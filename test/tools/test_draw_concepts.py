@@ -40,6 +40,7 @@ def steps() -> draw_concepts.Steps:
         calibration=detector.calibration,
         result=result,
         overlay=draw_overlay(frame, result),
+        tail_percent=detector.settings.tail_percent,
     )
 
 
@@ -65,6 +66,7 @@ def test_the_figure_shows_the_values_in_deviations(
         *("8. Decision", "anomaly, 1 localization", "40 nominal frames of other drives"),
         *("anomaly score in deviations", f"score {steps.result.score:.2f} deviations"),
         f"threshold {steps.result.threshold:.2f}",
+        f"mean of the largest {steps.tail_percent:g} %",
     ):
         assert expected in shown
     assert "units of distance" not in shown
