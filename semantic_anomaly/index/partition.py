@@ -1,0 +1,236 @@
+"""A coarse partition of the entries: lists around centroids, and bounds of distances from them.
+
+The nearest entry among some entries is never nearer than the nearest of all: a search of some lists
+gives upper bounds of distances. The angles between a query, a centroid and the farthest entry of
+its list give lower bounds (triangle inequality on the sphere), so an exact search skips most lists.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from semantic_anomaly.index.search import nearest_similarities
+
+# Lists of an index: _LISTS_PER_ROOT * sqrt(count), at most _MAX_LISTS. With more lists than the
+# root an exact search skips more; benchmarks/search.py.
+_LISTS_PER_ROOT = 3.0
+_MAX_LISTS = 1024
+_SAMPLES_PER_LIST = 64
+_ITERATIONS = 6
+_SEED = 100
+_BLOCK = 4096
+# Lists of the bounds that precede an exact search.
+_TIGHT_LISTS = 8
+_EXACT_QUERIES = 1024
+# Above this share of the entries, one product with all of them is quicker than list by list.
+_MAX_VISITED_SHARE = 0.5
+# More than the rounding errors of float32 products and roots of unit vectors: bounds stay bounds.
+_ROUNDING = 2e-6
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """Which list each entry is in: that of the nearest centroid.
+
+    Attributes:
+        centroids: (lists, dim) float32, unit norm.
+        lists: (count,) int32, the list of each entry; lists may be empty.
+    """
+
+    centroids: np.ndarray
+    lists: np.ndarray
+
+    @classmethod
+    def of(cls, embeddings: np.ndarray) -> Partition:
+        """Make a partition by spherical k-means on a sample; equal embeddings give equal ones.
+
+        Args:
+            embeddings: (count, dim) float32, unit norm, count >= 1.
+        """
+        generator = np.random.default_rng(_SEED)
+        count = len(embeddings)
+        lists = min(count, _MAX_LISTS, max(1, round(_LISTS_PER_ROOT * count**0.5)))
+        size = min(count, _SAMPLES_PER_LIST * lists)
+        sample = embeddings[np.sort(generator.choice(count, size, replace=False))]
+        centroids = sample[generator.choice(size, lists, replace=False)]
+        for _ in range(_ITERATIONS):
+            nearest = _nearest_centroids(sample, centroids, np.float32)
+            order = np.argsort(nearest, kind="stable")
+            used, first = np.unique(nearest[order], return_index=True)
+            sums = np.add.reduceat(sample[order], first, axis=0)
+            norms = np.linalg.norm(sums, axis=1, keepdims=True)
+            # Opposite vectors may add up to nothing: such a centroid stays where it is.
+            moved = norms[:, 0] > 1e-3
+            centroids[used[moved]] = sums[moved] / norms[moved]
+        return cls(np.unique(centroids, axis=0), np.empty(0, np.int32)).with_entries(embeddings)
+
+    def with_entries(self, embeddings: np.ndarray) -> Partition:
+        """Return the partition of other entries around the same centroids.
+
+        Args:
+            embeddings: (count, dim) float32, unit norm.
+        """
+        # In float64, so that the list of an entry depends neither on the machine nor on the others.
+        lists = _nearest_centroids(embeddings, self.centroids, np.float64)
+        return Partition(self.centroids, lists.astype(np.int32))
+
+
+class PartitionedEntries:
+    """The entries in the order of their lists, and searches that read some lists.
+
+    Holds a second copy of the embeddings, so that a list is one contiguous factor of a product.
+
+    Args:
+        embeddings: (count, dim) float32, unit norm.
+        partition: of these entries.
+    """
+
+    def __init__(self, embeddings: np.ndarray, partition: Partition) -> None:
+        order = np.argsort(partition.lists, kind="stable")
+        ordered = embeddings[order]
+        lists = len(partition.centroids)
+        self._ordered = ordered
+        self._entries = torch.from_numpy(ordered)
+        self._centroids = torch.from_numpy(np.ascontiguousarray(partition.centroids.T))
+        sizes = np.bincount(partition.lists, minlength=lists)
+        self._sizes = torch.from_numpy(sizes)
+        self._starts = [0, *np.cumsum(sizes).tolist()]
+        cosines = np.empty(len(ordered), np.float32)
+        for start in range(0, len(ordered), _BLOCK):
+            rows = slice(start, start + _BLOCK)
+            own = partition.centroids[partition.lists[order[rows]]]
+            cosines[rows] = np.einsum("nd,nd->n", ordered[rows], own)
+        least = np.ones(lists, np.float32)
+        np.minimum.at(least, partition.lists[order], cosines)
+        # Cosine and sine of the radius of each list, rounded to a larger radius.
+        cos_radius = np.clip(least - _ROUNDING, -1.0, 1.0)
+        self._cos_radius = torch.from_numpy(cos_radius)
+        self._sin_radius = torch.from_numpy(np.sqrt(1.0 - cos_radius**2))
+
+    def similarities(self, queries: np.ndarray, k: int, tight: bool = False) -> np.ndarray:
+        """Return (n, k) float32: the largest inner products within the lists nearest to a query.
+
+        They are those of k entries, so none exceeds the true one of its rank. Lists are added
+        until they have k entries.
+
+        Args:
+            queries: (n, dim) float32, unit norm.
+            k: 1 to count.
+            tight: search the nearest 8 lists instead of the nearest one.
+        """
+        vectors = torch.from_numpy(np.require(queries, requirements="W"))
+        best = torch.full((len(queries), k), -1.0)
+        products = torch.mm(vectors, self._centroids)
+        self._search(vectors, *self._nearest_lists(products, k, tight), best)
+        return best.numpy()
+
+    def exact_similarities(self, queries: np.ndarray, k: int) -> np.ndarray:
+        """Return (n, k) float32: the largest inner products with all entries.
+
+        Args:
+            queries: (n, dim) float32, unit norm.
+            k: 1 to count.
+        """
+        vectors = torch.from_numpy(np.require(queries, requirements="W"))
+        best = torch.full((len(queries), k), -1.0)
+        for start in range(0, len(queries), _EXACT_QUERIES):
+            rows = slice(start, start + _EXACT_QUERIES)
+            products = torch.mm(vectors[rows], self._centroids)
+            nearest = self._nearest_lists(products, k, True)
+            self._search(vectors[rows], *nearest, best[rows])
+            # An entry that is more similar than the k-th lies in a list that may have such ones.
+            visited = self._similarity_limits(products) > best[rows].amin(dim=1, keepdim=True)
+            visited &= self._sizes > 0
+            visited[nearest] = False
+            share = float((visited * self._sizes).sum()) / (len(self._entries) * len(visited))
+            if share > _MAX_VISITED_SHARE:
+                best[rows] = torch.from_numpy(nearest_similarities(queries[rows], self._ordered, k))
+            else:
+                self._search(vectors[rows], *torch.nonzero(visited, as_tuple=True), best[rows])
+        return best.numpy()
+
+    def similarity_limits(self, queries: np.ndarray) -> np.ndarray:
+        """Return (n,) float32: no entry has a larger inner product with the query.
+
+        Args:
+            queries: (n, dim) float32, unit norm.
+        """
+        vectors = torch.from_numpy(np.require(queries, requirements="W"))
+        limits = self._similarity_limits(torch.mm(vectors, self._centroids))
+        limits[:, self._sizes == 0] = -1.0
+        largest: np.ndarray = limits.amax(dim=1).numpy()
+        return largest
+
+    def _nearest_lists(
+        self, products: torch.Tensor, k: int, tight: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return pairs of query and list: the nearest lists, and more until they have k entries.
+
+        Args:
+            products: (n, lists), of queries and centroids.
+        """
+        products = torch.where(self._sizes > 0, products, -2.0)
+        count = min(_TIGHT_LISTS if tight else 1, products.shape[1])
+        if count == 1:
+            lists = products.argmax(dim=1, keepdim=True)
+        else:
+            lists = products.topk(count, dim=1).indices
+        rows = torch.arange(len(products))[:, None].expand(-1, count)
+        short = self._sizes[lists].sum(dim=1) < k
+        if not short.any():
+            return rows.reshape(-1), lists.reshape(-1)
+        order = products[short].argsort(dim=1, descending=True, stable=True)
+        sizes = self._sizes[order]
+        needed = (sizes.cumsum(dim=1) - sizes < k) & (sizes > 0)
+        short_rows, ranks = torch.nonzero(needed, as_tuple=True)
+        return (
+            torch.cat([rows[~short].reshape(-1), torch.nonzero(short)[:, 0][short_rows]]),
+            torch.cat([lists[~short].reshape(-1), order[short_rows, ranks]]),
+        )
+
+    def _similarity_limits(self, products: torch.Tensor) -> torch.Tensor:
+        """Return (n, lists): no entry of the list has a larger inner product with the query.
+
+        cos(a - r) for the angle a to the centroid and the radius r; 1 inside the radius.
+        """
+        # The limit grows with the product: rounded up, it stays a limit.
+        cosines = (products + _ROUNDING).clamp(-1.0, 1.0)
+        sines = (1.0 - cosines**2).clamp(min=0.0).sqrt_()
+        limits = cosines * self._cos_radius + sines * self._sin_radius + _ROUNDING
+        return limits.masked_fill_(cosines >= self._cos_radius, 1.0 + _ROUNDING)
+
+    def _search(
+        self, queries: torch.Tensor, rows: torch.Tensor, lists: torch.Tensor, best: torch.Tensor
+    ) -> None:
+        """Merge the similarities of pairs of query and list into (n, k) `best`, in place."""
+        order = torch.argsort(lists, stable=True)
+        rows = rows[order]
+        numbers, counts = torch.unique_consecutive(lists[order], return_counts=True)
+        k = best.shape[1]
+        largest = torch.empty(len(rows) if k == 1 else 0)
+        end = 0
+        for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
+            begin, end = end, end + count
+            entries = self._entries[self._starts[number] : self._starts[number + 1]]
+            products = torch.mm(queries[rows[begin:end]], entries.T)  # (count, size)
+            if k == 1:
+                torch.amax(products, 1, out=largest[begin:end])
+            else:
+                own = rows[begin:end]
+                best[own] = torch.cat([best[own], products], dim=1).topk(k, dim=1).values
+        if k == 1:
+            best[:, 0].scatter_reduce_(0, rows, largest, "amax")
+
+
+def _nearest_centroids(vectors: np.ndarray, centroids: np.ndarray, dtype: type) -> np.ndarray:
+    """Return (n,) int64, the nearest centroid of each vector by products in a precision."""
+    factor = torch.from_numpy(centroids.astype(dtype)).T
+    nearest = [
+        torch.mm(torch.from_numpy(vectors[start : start + _BLOCK].astype(dtype)), factor).argmax(1)
+        for start in range(0, len(vectors), _BLOCK)
+    ]
+    numbers: np.ndarray = torch.cat(nearest).numpy()
+    return numbers
