@@ -219,6 +219,11 @@ class HeatmapScale:
         if not -math.inf < self.low < self.high < math.inf:
             raise ModelOutputError(f"heatmap scale: expected low < high, found {self}")
 
+    @property
+    def visible_from(self) -> float:
+        """Return the value above which overlays show the heatmap: half-way to the threshold."""
+        return self.low + 0.5 * (self.high - self.low)
+
     def normalise(self, values: np.ndarray) -> np.ndarray:
         """Return max(0, (values - low) / (high - low)), float32 of the same shape."""
         scaled = (values - np.float32(self.low)) * np.float32(1.0 / (self.high - self.low))
@@ -243,6 +248,8 @@ class AnomalyResult:
             confirmed one makes the decision `anomaly`.
         stage_ms: milliseconds by processing stage.
         reason: why the decision is `unknown`, empty otherwise.
+        coarse: whether localizations and heatmap come from upper bounds of distances, because
+            more than 5 % of the patches exceed the threshold; score and decision are exact.
         stage_scores: score of each stage by its name, in deviations of nominal distances; empty
             for one stage.
 
@@ -262,6 +269,7 @@ class AnomalyResult:
     stage_ms: Mapping[str, float] = field(default_factory=dict)
     reason: str = ""
     stage_scores: Mapping[str, float] = field(default_factory=dict)
+    coarse: bool = False
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.score):

@@ -52,7 +52,7 @@ class Partition:
         """
         generator = np.random.default_rng(_SEED)
         count = len(embeddings)
-        lists = min(count, _MAX_LISTS, max(1, round(_LISTS_PER_ROOT * count**0.5)))
+        lists = list_count(count)
         size = min(count, _SAMPLES_PER_LIST * lists)
         sample = embeddings[np.sort(generator.choice(count, size, replace=False))]
         centroids = sample[generator.choice(size, lists, replace=False)]
@@ -223,6 +223,11 @@ class PartitionedEntries:
                 best[own] = torch.cat([best[own], products], dim=1).topk(k, dim=1).values
         if k == 1:
             best[:, 0].scatter_reduce_(0, rows, largest, "amax")
+
+
+def list_count(count: int) -> int:
+    """Return the number of lists that a number of entries, at least 1, is divided into."""
+    return min(count, _MAX_LISTS, round(_LISTS_PER_ROOT * count**0.5))
 
 
 def _nearest_centroids(vectors: np.ndarray, centroids: np.ndarray, dtype: type) -> np.ndarray:
