@@ -132,7 +132,8 @@ def main() -> None:
     kinds = kinds_of_frames(frames)
     print(
         f"{frames.shape[1]}x{frames.shape[2]} patches of {frames.shape[3]} dimensions, "
-        f"{args.threads} threads on {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}"
+        f"{args.threads} threads on {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}, "
+        f"torch {torch.__version__}"
     )
     rng = np.random.default_rng(2)
     chosen = [np.sort(rng.choice(len(entries), n, replace=False)) for n in args.entries]

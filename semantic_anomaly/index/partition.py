@@ -2,7 +2,11 @@
 
 The nearest entry among some entries is never nearer than the nearest of all: a search of some lists
 gives upper bounds of distances. The angles between a query, a centroid and the farthest entry of
-its list give lower bounds (triangle inequality on the sphere), so an exact search skips most lists.
+its list give lower bounds (triangle inequality on the sphere).
+
+An exact search projects onto the directions in which entries vary most. With the projection P and
+what it leaves over, R, the inequality of Cauchy and Schwarz gives q.x <= Pq.Px + |Rq||Rx|: a product
+of a few dimensions. Only entries whose limit reaches the best one known are compared in full.
 """
 
 from __future__ import annotations
@@ -24,9 +28,14 @@ _SEED = 100
 _BLOCK = 4096
 # Lists of the bounds that precede an exact search.
 _TIGHT_LISTS = 8
-_EXACT_QUERIES = 1024
-# Above this share of the entries, one product with all of them is quicker than list by list.
-_MAX_VISITED_SHARE = 0.5
+# Share of the squared norms that the projection keeps, and of the dimensions that it may have.
+_PROJECTED_SHARE = 0.97
+_MAX_PROJECTED_DIMS = 0.5
+_PROJECTION_SAMPLES = 20_000
+# Queries that are compared at once with the entries of a block.
+_EXACT_QUERIES = 256
+# A query that more of the entries could be nearest to takes part in one product with all of them.
+_MAX_SURVIVORS = 0.02
 # More than the rounding errors of float32 products and roots of unit vectors: bounds stay bounds.
 _ROUNDING = 2e-6
 
@@ -98,11 +107,20 @@ class PartitionedEntries:
         sizes = np.bincount(partition.lists, minlength=lists)
         self._sizes = torch.from_numpy(sizes)
         self._starts = [0, *np.cumsum(sizes).tolist()]
+        self._projection = _projection(ordered)
+        self._projected = torch.cat(
+            [
+                self._limit_factors(self._entries[start : start + _BLOCK])
+                for start in range(0, len(ordered), _BLOCK)
+            ]
+        )
+        norms = np.linalg.norm(ordered, axis=1)
+        self._largest_norm = float(norms.max()) + _ROUNDING
         cosines = np.empty(len(ordered), np.float32)
         for start in range(0, len(ordered), _BLOCK):
             rows = slice(start, start + _BLOCK)
             own = partition.centroids[partition.lists[order[rows]]]
-            cosines[rows] = np.einsum("nd,nd->n", ordered[rows], own)
+            cosines[rows] = np.einsum("nd,nd->n", ordered[rows], own) / norms[rows]
         least = np.ones(lists, np.float32)
         np.minimum.at(least, partition.lists[order], cosines)
         # Cosine and sine of the radius of each list, rounded to a larger radius.
@@ -134,22 +152,16 @@ class PartitionedEntries:
             queries: (n, dim) float32, unit norm.
             k: 1 to count.
         """
+        best = torch.from_numpy(self.similarities(queries, k, tight=True))
         vectors = torch.from_numpy(np.require(queries, requirements="W"))
-        best = torch.full((len(queries), k), -1.0)
         for start in range(0, len(queries), _EXACT_QUERIES):
             rows = slice(start, start + _EXACT_QUERIES)
-            products = torch.mm(vectors[rows], self._centroids)
-            nearest = self._nearest_lists(products, k, True)
-            self._search(vectors[rows], *nearest, best[rows])
-            # An entry that is more similar than the k-th lies in a list that may have such ones.
-            visited = self._similarity_limits(products) > best[rows].amin(dim=1, keepdim=True)
-            visited &= self._sizes > 0
-            visited[nearest] = False
-            share = float((visited * self._sizes).sum()) / (len(self._entries) * len(visited))
-            if share > _MAX_VISITED_SHARE:
-                best[rows] = torch.from_numpy(nearest_similarities(queries[rows], self._ordered, k))
-            else:
-                self._search(vectors[rows], *torch.nonzero(visited, as_tuple=True), best[rows])
+            pairs, is_wide = self._survivors(vectors[rows], best[rows].amin(dim=1))
+            self._compare(vectors[rows], *pairs, best[rows])
+            wide = start + torch.nonzero(is_wide)[:, 0]
+            if len(wide):
+                product = nearest_similarities(queries[wide.numpy()], self._ordered, k)
+                best[wide] = torch.from_numpy(product)
         return best.numpy()
 
     def similarity_limits(self, queries: np.ndarray) -> np.ndarray:
@@ -159,10 +171,18 @@ class PartitionedEntries:
             queries: (n, dim) float32, unit norm.
         """
         vectors = torch.from_numpy(np.require(queries, requirements="W"))
-        limits = self._similarity_limits(torch.mm(vectors, self._centroids))
-        limits[:, self._sizes == 0] = -1.0
-        largest: np.ndarray = limits.amax(dim=1).numpy()
-        return largest
+        norms = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+        # The limit grows with the cosine: rounded up, it stays a limit.
+        cosines = (torch.mm(vectors, self._centroids) / norms + _ROUNDING).clamp_(-1.0, 1.0)
+        sines = (1.0 - cosines**2).clamp_(min=0.0).sqrt_()
+        # cos(a - r) for the angle a to the centroid and the radius r; 1 inside the radius.
+        limits = cosines * self._cos_radius + sines * self._sin_radius
+        limits.masked_fill_(cosines >= self._cos_radius, 1.0)
+        limits[:, self._sizes == 0] = 0.0
+        # Norms are 1 only nearly; below 0 they would lower the limit.
+        largest = limits.amax(dim=1).clamp_(min=0.0) * norms[:, 0] * self._largest_norm
+        result: np.ndarray = (largest + _ROUNDING).numpy()
+        return result
 
     def _nearest_lists(
         self, products: torch.Tensor, k: int, tight: bool
@@ -191,16 +211,60 @@ class PartitionedEntries:
             torch.cat([lists[~short].reshape(-1), order[short_rows, ranks]]),
         )
 
-    def _similarity_limits(self, products: torch.Tensor) -> torch.Tensor:
-        """Return (n, lists): no entry of the list has a larger inner product with the query.
+    def _limit_factors(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Return (n, dims + 1): projections, and norms of what they leave over, rounded up."""
+        projected = torch.mm(vectors, self._projection)
+        rest = (vectors**2).sum(dim=1) - (projected**2).sum(dim=1)
+        return torch.cat([projected, (rest.clamp(min=0.0) + _ROUNDING).sqrt()[:, None]], dim=1)
 
-        cos(a - r) for the angle a to the centroid and the radius r; 1 inside the radius.
+    def _survivors(
+        self, queries: torch.Tensor, least: torch.Tensor
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """Return pairs of query and entry whose similarity may reach the least that counts.
+
+        Args:
+            queries: (n, dim).
+            least: (n,), k-th largest similarity known so far.
+
+        Returns:
+            (pairs,) rows of queries, (pairs,) rows of entries; and (n,) bool, queries with too many
+            of them, which have no pairs.
         """
-        # The limit grows with the product: rounded up, it stays a limit.
-        cosines = (products + _ROUNDING).clamp(-1.0, 1.0)
-        sines = (1.0 - cosines**2).clamp(min=0.0).sqrt_()
-        limits = cosines * self._cos_radius + sines * self._sin_radius + _ROUNDING
-        return limits.masked_fill_(cosines >= self._cos_radius, 1.0 + _ROUNDING)
+        factors = self._limit_factors(queries).T.contiguous()
+        least = least - _ROUNDING
+        counts = torch.zeros(len(queries), dtype=torch.int64)
+        most = max(_MAX_SURVIVORS * len(self._entries), 1.0)
+        found: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for start in range(0, len(self._entries), _BLOCK):
+            reaches = torch.mm(self._projected[start : start + _BLOCK], factors) >= least
+            counts += reaches.sum(dim=0)
+            reaches &= counts <= most
+            entries, rows = torch.nonzero(reaches, as_tuple=True)
+            found.append((rows, entries + start))
+            if (counts > most).all():
+                break
+        rows, entries = (torch.cat(parts) for parts in zip(*found, strict=True))
+        kept = (counts <= most)[rows]
+        return (rows[kept], entries[kept]), counts > most
+
+    def _compare(
+        self, queries: torch.Tensor, rows: torch.Tensor, entries: torch.Tensor, best: torch.Tensor
+    ) -> None:
+        """Replace `best` (n, k) by the largest similarities of pairs that have all of them."""
+        similarities = torch.empty(len(rows))
+        for start in range(0, len(rows), _BLOCK):
+            piece = slice(start, start + _BLOCK)
+            products = queries[rows[piece]] * self._entries[entries[piece]]
+            torch.sum(products, dim=1, out=similarities[piece])
+        k = best.shape[1]
+        if k == 1:
+            best[:, 0].scatter_reduce_(0, rows, similarities, "amax")
+            return
+        order = torch.argsort(rows, stable=True)
+        numbers, counts = torch.unique_consecutive(rows[order], return_counts=True)
+        of_rows = similarities[order].split(counts.tolist())
+        for number, of_row in zip(numbers.tolist(), of_rows, strict=True):
+            best[number] = of_row.topk(k).values
 
     def _search(
         self, queries: torch.Tensor, rows: torch.Tensor, lists: torch.Tensor, best: torch.Tensor
@@ -223,6 +287,17 @@ class PartitionedEntries:
                 best[own] = torch.cat([best[own], products], dim=1).topk(k, dim=1).values
         if k == 1:
             best[:, 0].scatter_reduce_(0, rows, largest, "amax")
+
+
+def _projection(embeddings: np.ndarray) -> torch.Tensor:
+    """Return (dim, dims) float32, orthonormal: directions that keep most of the squared norms."""
+    sample = embeddings[:: max(1, len(embeddings) // _PROJECTION_SAMPLES)].astype(np.float64)
+    rows = torch.from_numpy(sample)
+    energies, directions = torch.linalg.eigh(torch.mm(rows.T, rows))
+    kept = energies.flip(0).clamp(min=0.0).cumsum(0) / energies.clamp(min=0.0).sum()
+    most = max(1, int(_MAX_PROJECTED_DIMS * len(kept)))
+    dims = min(most, 1 + int((kept < _PROJECTED_SHARE).sum()))
+    return directions.flip(1)[:, :dims].to(torch.float32).contiguous()
 
 
 def list_count(count: int) -> int:

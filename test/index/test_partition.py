@@ -73,26 +73,29 @@ def test_lower_and_upper_bounds_enclose_the_exact_distances(
     assert (searched.similarity_limits(asked) >= expected[:, -1] - 1e-7).all()
 
 
-def test_most_lists_are_skipped_where_entries_are_clustered(
+def test_few_entries_are_compared_in_full_where_they_are_clustered(
     rng: Rng, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entries = clustered(rng)
     searched = PartitionedEntries(entries, Partition.of(entries))
     monkeypatch.setattr(partition_module, "_TIGHT_LISTS", 1)
+    monkeypatch.setattr(partition_module, "_MAX_SURVIVORS", 0.1)
+    monkeypatch.setattr(partition_module, "nearest_similarities", None)
     pairs: list[int] = []
-    search = PartitionedEntries._search
+    compare = PartitionedEntries._compare
 
     def counted(self: PartitionedEntries, asked: object, rows: object, *rest: object) -> None:
         pairs.append(len(rows))  # type: ignore[arg-type]
-        search(self, asked, rows, *rest)  # type: ignore[arg-type]
+        compare(self, asked, rows, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(PartitionedEntries, "_search", counted)
+    monkeypatch.setattr(PartitionedEntries, "_compare", counted)
     searched.exact_similarities(entries[:50], 1)
-    assert pairs[0] == 50 and pairs[1] < 50 * 84 / 4
+    assert 50 <= sum(pairs) < 50 * len(entries) / 20
 
 
-def test_a_product_replaces_the_lists_where_most_would_be_read(
-    rng: Rng, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("k", [1, 3])
+def test_one_product_replaces_the_comparisons_where_too_many_entries_are_near(
+    rng: Rng, monkeypatch: pytest.MonkeyPatch, k: int
 ) -> None:
     entries = scattered(rng)
     searched = PartitionedEntries(entries, Partition.of(entries))
@@ -104,12 +107,22 @@ def test_a_product_replaces_the_lists_where_most_would_be_read(
         return product(asked, stored, k)
 
     monkeypatch.setattr(partition_module, "nearest_similarities", counted)
-    monkeypatch.setattr(partition_module, "_TIGHT_LISTS", 1)
-    monkeypatch.setattr(partition_module, "_MAX_VISITED_SHARE", 0.01)
-    asked = unit(rng.standard_normal((30, DIM)))
-    similarities = searched.exact_similarities(asked, 1)[:, 0]
-    np.testing.assert_allclose(similarities, (asked @ entries.T).max(axis=1), atol=1e-6)
-    assert calls == [30]
+    monkeypatch.setattr(partition_module, "_BLOCK", 64)
+    monkeypatch.setattr(partition_module, "_EXACT_QUERIES", 16)
+    asked = np.concatenate([unit(rng.standard_normal((30, DIM))), entries[:10]])
+    similarities = np.sort(searched.exact_similarities(asked, k), axis=1)
+    expected = np.sort(asked @ entries.T, axis=1)[:, -k:]
+    np.testing.assert_allclose(similarities, expected, atol=1e-6)
+    assert len(calls) >= 2 and all(0 < count <= 16 for count in calls)
+
+
+def test_bounds_hold_for_norms_that_are_1_only_nearly(rng: Rng, entries: np.ndarray) -> None:
+    stretched = entries * rng.uniform(0.9991, 1.0009, (len(entries), 1)).astype(np.float32)
+    asked = queries(rng, entries) * np.float32(1.0009)
+    searched = PartitionedEntries(stretched, Partition.of(entries))
+    expected = (asked.astype(np.float64) @ stretched.T.astype(np.float64)).max(axis=1)
+    np.testing.assert_allclose(searched.exact_similarities(asked, 1)[:, 0], expected, atol=2e-6)
+    assert (searched.similarity_limits(asked) >= expected - 1e-7).all()
 
 
 def test_every_entry_is_in_the_list_of_its_nearest_centroid(entries: np.ndarray) -> None:
