@@ -5,8 +5,8 @@ gives upper bounds of distances. The angles between a query, a centroid and the 
 its list give lower bounds (triangle inequality on the sphere).
 
 An exact search projects onto the directions in which entries vary most. With the projection P and
-what it leaves over, R, the inequality of Cauchy and Schwarz gives q.x <= Pq.Px + |Rq||Rx|: a product
-of a few dimensions. Only entries whose limit reaches the best one known are compared in full.
+what it leaves over, R, the inequality of Cauchy and Schwarz gives q.x <= Pq.Px + |Rq||Rx|, which
+is a product of a few dimensions. Only entries whose limit reaches the best one known are compared in full.
 """
 
 from __future__ import annotations
