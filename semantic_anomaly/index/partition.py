@@ -5,8 +5,9 @@ gives upper bounds of distances. The angles between a query, a centroid and the 
 its list give lower bounds (triangle inequality on the sphere).
 
 An exact search projects onto the directions in which entries vary most. With the projection P and
-what it leaves over, R, the inequality of Cauchy and Schwarz gives q.x <= Pq.Px + |Rq||Rx|, which
-is a product of a few dimensions. Only entries whose limit reaches the best one known are compared in full.
+what it leaves over, R, the inequality of Cauchy and Schwarz gives q.x <= Pq.Px + |Rq||Rx|: one
+product of a few dimensions. Only entries whose limit reaches the best one known are compared in
+full.
 """
 
 from __future__ import annotations
@@ -32,10 +33,12 @@ _TIGHT_LISTS = 8
 _PROJECTED_SHARE = 0.97
 _MAX_PROJECTED_DIMS = 0.5
 _PROJECTION_SAMPLES = 20_000
+# Limits are compared by the maxima of so many entries first; divides _BLOCK.
+_GROUP = 64
 # Queries that are compared at once with the entries of a block.
-_EXACT_QUERIES = 256
+_EXACT_QUERIES = 128
 # A query that more of the entries could be nearest to takes part in one product with all of them.
-_MAX_SURVIVORS = 0.02
+_MAX_SURVIVORS = 0.05
 # More than the rounding errors of float32 products and roots of unit vectors: bounds stay bounds.
 _ROUNDING = 2e-6
 
@@ -108,12 +111,13 @@ class PartitionedEntries:
         self._sizes = torch.from_numpy(sizes)
         self._starts = [0, *np.cumsum(sizes).tolist()]
         self._projection = _projection(ordered)
-        self._projected = torch.cat(
-            [
-                self._limit_factors(self._entries[start : start + _BLOCK])
-                for start in range(0, len(ordered), _BLOCK)
-            ]
-        )
+        factors = [
+            self._limit_factors(self._entries[start : start + _BLOCK])
+            for start in range(0, len(ordered), _BLOCK)
+        ]
+        # Whole groups: of the last entry there are several, which only the limits know.
+        missing = -len(ordered) % _GROUP
+        self._projected = torch.cat([*factors, factors[-1][-1:].expand(missing, -1)])
         norms = np.linalg.norm(ordered, axis=1)
         self._largest_norm = float(norms.max()) + _ROUNDING
         cosines = np.empty(len(ordered), np.float32)
@@ -154,14 +158,14 @@ class PartitionedEntries:
         """
         best = torch.from_numpy(self.similarities(queries, k, tight=True))
         vectors = torch.from_numpy(np.require(queries, requirements="W"))
+        is_wide = torch.zeros(len(queries), dtype=torch.bool)
         for start in range(0, len(queries), _EXACT_QUERIES):
             rows = slice(start, start + _EXACT_QUERIES)
-            pairs, is_wide = self._survivors(vectors[rows], best[rows].amin(dim=1))
+            pairs, is_wide[rows] = self._survivors(vectors[rows], best[rows].amin(dim=1))
             self._compare(vectors[rows], *pairs, best[rows])
-            wide = start + torch.nonzero(is_wide)[:, 0]
-            if len(wide):
-                product = nearest_similarities(queries[wide.numpy()], self._ordered, k)
-                best[wide] = torch.from_numpy(product)
+        if is_wide.any():
+            product = nearest_similarities(queries[is_wide.numpy()], self._ordered, k)
+            best[is_wide] = torch.from_numpy(product)
         return best.numpy()
 
     def similarity_limits(self, queries: np.ndarray) -> np.ndarray:
@@ -235,16 +239,20 @@ class PartitionedEntries:
         counts = torch.zeros(len(queries), dtype=torch.int64)
         most = max(_MAX_SURVIVORS * len(self._entries), 1.0)
         found: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for start in range(0, len(self._entries), _BLOCK):
-            reaches = torch.mm(self._projected[start : start + _BLOCK], factors) >= least
-            counts += reaches.sum(dim=0)
-            reaches &= counts <= most
-            entries, rows = torch.nonzero(reaches, as_tuple=True)
-            found.append((rows, entries + start))
+        for start in range(0, len(self._projected), _BLOCK):
+            limits = torch.mm(self._projected[start : start + _BLOCK], factors)
+            limits = limits.view(-1, _GROUP, len(queries))  # (groups, entries, n)
+            maxima = torch.from_numpy(limits.numpy().max(axis=1))
+            groups, rows = torch.nonzero((maxima >= least) & (counts <= most), as_tuple=True)
+            reaches = limits[groups, :, rows] >= least[rows, None]
+            pairs, entries = torch.nonzero(reaches, as_tuple=True)
+            rows = rows[pairs]
+            counts += torch.bincount(rows, minlength=len(queries))
+            found.append((rows, start + _GROUP * groups[pairs] + entries))
             if (counts > most).all():
                 break
         rows, entries = (torch.cat(parts) for parts in zip(*found, strict=True))
-        kept = (counts <= most)[rows]
+        kept = (counts <= most)[rows] & (entries < len(self._entries))
         return (rows[kept], entries[kept]), counts > most
 
     def _compare(

@@ -28,8 +28,10 @@ from semantic_anomaly.structures import PatchGrid
 
 # A patch of the finest grid has a value of a stage where so much of the interpolation is inside.
 _LEAST_WEIGHT = 1e-3
-# Share of the patches up to which localizations and visible heatmap are those of an exact search.
+# Share of the patches up to which localizations are those of an exact search.
 _MAX_EXACT_SHARE = 0.05
+# Share of the patches, largest values first, whose bounds are tightened before any other step.
+_TIGHTENED_SHARE = 0.02
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,8 +131,8 @@ class FrameScorer:
         """Return score and anomaly map of a frame.
 
         The score is that of an exact search, and so is every value of the map above the threshold
-        unless the result is coarse. Values above `visible_from` are so as well, unless more than
-        5 % of the patches exceed it. The level of the frame is that of the configured search.
+        unless the result is coarse. Values above `visible_from` are then tight upper bounds. The
+        level of the frame is that of the configured search.
 
         Args:
             grid: embeddings of the frame.
@@ -289,20 +291,19 @@ class _Frame:
             return
         values = self.anomaly_map()[self.inside]
         count = tail_count(len(values), self._settings.tail_percent)
-        largest = _largest(values, count)
+        # A single bound that is far too large would lower the minimum of the exact values.
+        self._tighten(_largest(values, max(count, int(_TIGHTENED_SHARE * len(values)))))
+        largest = _largest(self.anomaly_map()[self.inside], count)
         self._search_exactly(largest)
         values = self.anomaly_map()[self.inside]
         bound = float(values[largest].min())
+        shown = bound
         if threshold is not None:
-            self._tighten(values > min(bound, threshold))
             self.coarse = self._is_coarse(threshold)
             if not self.coarse:
-                limit = min(bound, threshold)
-                if visible_from is not None and self._is_few(values > visible_from):
-                    limit = min(limit, visible_from)
-                self._search_exactly(self.anomaly_map()[self.inside] > limit)
-                return
-        self._tighten(values > bound)
+                bound = min(bound, threshold)
+                shown = bound if visible_from is None else min(bound, visible_from)
+        self._tighten(self.anomaly_map()[self.inside] > shown)
         self._search_exactly(self.anomaly_map()[self.inside] > bound)
 
     def _is_few(self, chosen: np.ndarray) -> bool:
@@ -321,6 +322,9 @@ class _Frame:
             above = values > threshold
             if self._is_few(above):
                 return False
+            unproven = above & ~exact
+            if not unproven.any():
+                return True
             if not least:
                 least = [
                     stage.index.least_distances(stage.embeddings.embeddings)
@@ -328,10 +332,11 @@ class _Frame:
                     else stage.distances
                     for stage in self.stages
                 ]
+                if not self._is_few(self._least_map(least)[self.inside] > threshold):
+                    return True
+                self._tighten(above)
+                continue
             if not self._is_few(self._least_map(least)[self.inside] > threshold):
-                return True
-            unproven = above & ~exact
-            if not unproven.any():
                 return True
             count = min(int(unproven.sum()), 1 + int(_MAX_EXACT_SHARE * len(values)))
             chosen = _largest(np.where(unproven, values, -np.inf), count)
