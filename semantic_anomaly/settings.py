@@ -169,9 +169,9 @@ class Settings:
     )
     search: str = setting(
         "auto",
-        "Nearest-neighbour search: exact, graph (hnswlib; patches that matter are searched again "
-        "exactly), or auto: exact for small indexes.",
-        choices=("auto", "exact", "graph"),
+        "Nearest-neighbour search: exact; lists or graph (hnswlib), which give bounds, and patches "
+        "that matter are searched exactly; or auto: exact for small indexes, lists for others.",
+        choices=("auto", "exact", "lists", "graph"),
     )
     search_ef: int = setting(
         16,

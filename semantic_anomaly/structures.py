@@ -229,6 +229,11 @@ class HeatmapScale:
         """
         return cls(typical if typical < high else high - 1.0, high, source)
 
+    @property
+    def visible_from(self) -> float:
+        """Return the value above which overlays show the heatmap: half-way to the threshold."""
+        return self.low + 0.5 * (self.high - self.low)
+
     def normalise(self, values: np.ndarray) -> np.ndarray:
         """Return max(0, (values - low) / (high - low)), float32 of the same shape."""
         scaled = (values - np.float32(self.low)) * np.float32(1.0 / (self.high - self.low))
@@ -253,6 +258,8 @@ class AnomalyResult:
             confirmed one makes the decision `anomaly`.
         stage_ms: milliseconds by processing stage.
         reason: why the decision is `unknown`, empty otherwise.
+        coarse: whether localizations and heatmap come from upper bounds of distances, because
+            more than 5 % of the patches exceed the threshold; score and decision are exact.
         stage_scores: score of each stage by its name, in deviations of nominal distances; empty
             for one stage.
 
@@ -272,6 +279,7 @@ class AnomalyResult:
     stage_ms: Mapping[str, float] = field(default_factory=dict)
     reason: str = ""
     stage_scores: Mapping[str, float] = field(default_factory=dict)
+    coarse: bool = False
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.score):

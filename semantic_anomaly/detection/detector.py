@@ -298,7 +298,7 @@ class AnomalyDetector:
             ModelOutputError: a distance is not finite.
             SettingsError: no patch lies inside the region of interest.
         """
-        return self._scorer.score(grid, self.normalisations, self._live.threshold)
+        return self._frame_score(grid, self._live)
 
     def nearest(
         self, score: FrameScore, patches: Sequence[tuple[int, int]]
@@ -343,7 +343,7 @@ class AnomalyDetector:
                 f"frame '{frame.name}': expected embeddings of an image of {frame.image_hw}, "
                 f"found {grid.image_hw}"
             )
-        frame_score = self._scorer.score(grid, self.normalisations, live.threshold)
+        frame_score = self._frame_score(grid, live)
         score = frame_score.score
         searched = time.perf_counter()
         heat = heatmap(frame_score.anomaly_map, self.roi, frame.image_hw)
@@ -370,6 +370,7 @@ class AnomalyDetector:
             stage_ms=stages,
             reason=_UNCALIBRATED if live.threshold is None else "",
             stage_scores=frame_score.stage_scores,
+            coarse=frame_score.coarse,
         )
 
     def reset(self) -> None:
@@ -397,6 +398,10 @@ class AnomalyDetector:
             specs = {**setting_specs(), **camera_setting_specs()}
             refuse_fixed(self._live.settings.to_parameters(), resolved.to_parameters(), specs)
             self._live = self._prepared(resolved, self._live)
+
+    def _frame_score(self, grid: PatchGrid, live: _Live) -> FrameScore:
+        visible_from = None if live.threshold is None else live.scale.visible_from
+        return self._scorer.score(grid, self.normalisations, live.threshold, visible_from)
 
     def _prepared(self, settings: Settings, before: _Live | None = None) -> _Live:
         threshold = settings.threshold

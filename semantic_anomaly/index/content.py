@@ -14,10 +14,11 @@ from semantic_anomaly import __version__
 from semantic_anomaly.embedding.identity import StageIdentity
 from semantic_anomaly.index.build import BuildReport, FrameRecord
 from semantic_anomaly.index.hnsw import graph_parameters
+from semantic_anomaly.index.partition import Partition
 from semantic_anomaly.storage import canonical_json, sha256_bytes
 
 FORMAT = "semantic_anomaly.index"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 ADD, RETRACT = "add", "retract"
 
 
@@ -82,6 +83,7 @@ class IndexContent:
         report: what became of the embeddings.
         search_ef: breadth of the graph search.
         limits: 'dedup_distance' and 'max_entries' of the build.
+        partition: of the embeddings into lists; edits keep its centroids.
         edits: made since the build and not undone, by number; all stages have the same.
         retracted: entries that edits took out; None: no entries.
         further: of the first stage, fingerprints of the further ones.
@@ -98,6 +100,7 @@ class IndexContent:
     report: BuildReport
     search_ef: int
     limits: Mapping[str, float]
+    partition: Partition
     edits: tuple[Edit, ...] = ()
     retracted: Retracted | None = None
     further: tuple[str, ...] = ()
@@ -137,6 +140,9 @@ class IndexContent:
             "count": len(self.embeddings),
             "embeddings_sha256": _array_sha256(self.embeddings),
             "entries_sha256": _array_sha256(self.entries),
+            "lists": len(self.partition.centroids),
+            "centroids_sha256": _array_sha256(self.partition.centroids),
+            "lists_sha256": _array_sha256(self.partition.lists),
             "frames": [[f.name, f.rows, f.cols] for f in self.frames],
             "build": asdict(self.report),
             "graph": graph_parameters(),

@@ -138,6 +138,7 @@ def add_nominal(
             stage.content,
             embeddings=selection.embeddings.copy(),
             entries=selection.entries.copy(),
+            partition=stage.content.partition.with_entries(selection.embeddings),
             frames=tuple(selection.frames),
             edits=(
                 *stage.content.edits,
@@ -295,6 +296,7 @@ class _Ledger:
             content,
             embeddings=self.embeddings[live],
             entries=self.entries[live],
+            partition=content.partition.with_entries(self.embeddings[live]),
             retracted=retracted,
             edits=edits,
             frames=self.frames,

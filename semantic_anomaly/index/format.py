@@ -21,6 +21,7 @@ from semantic_anomaly.errors import ArtefactError, IndexFormatError, SettingsErr
 from semantic_anomaly.index.build import BuildReport, FrameRecord
 from semantic_anomaly.index.content import FORMAT, FORMAT_VERSION, Edit, IndexContent, Retracted
 from semantic_anomaly.index.hnsw import HnswGraph, graph_parameters
+from semantic_anomaly.index.partition import Partition
 from semantic_anomaly.index.search import are_unit_vectors
 from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.stages import GRID, INSTANCES, StageSpec
@@ -30,9 +31,11 @@ MANIFEST = "manifest.json"
 GRAPH = "graph.hnsw"
 EMBEDDINGS = "embeddings.npy"
 ENTRIES = "entries.npy"
+CENTROIDS, LISTS = "centroids.npy", "lists.npy"
 FRAMES = "frames"
 RETRACTED = ("retracted_embeddings.npy", "retracted_entries.npy")
-_OWN_NAMES = frozenset({MANIFEST, GRAPH, EMBEDDINGS, ENTRIES, FRAMES, *RETRACTED})
+_ARRAYS = frozenset({EMBEDDINGS, ENTRIES, CENTROIDS, LISTS})
+_OWN_NAMES = frozenset({MANIFEST, GRAPH, FRAMES, *_ARRAYS, *RETRACTED})
 _STAGE_FOLDER = re.compile(r"stage_[1-9]\d?")
 _FRAME_FILE = re.compile(rf"{FRAMES}/\d{{6,}}\.jpg")
 _CALIBRATION_FILE = re.compile(r"calibration(\.[A-Za-z_][A-Za-z0-9_]*)?\.json")
@@ -59,10 +62,12 @@ def write_content(folder: Path, content: IndexContent, graph: HnswGraph) -> None
     graph.save(folder / GRAPH)
     np.save(folder / EMBEDDINGS, content.embeddings)
     np.save(folder / ENTRIES, content.entries)
+    np.save(folder / CENTROIDS, content.partition.centroids)
+    np.save(folder / LISTS, content.partition.lists)
     (folder / FRAMES).mkdir()
     for number, frame in enumerate(content.frames):
         (folder / _frame_file(number)).write_bytes(frame.thumbnail)
-    names = [GRAPH, EMBEDDINGS, ENTRIES, *map(_frame_file, range(len(content.frames)))]
+    names = [GRAPH, *sorted(_ARRAYS), *map(_frame_file, range(len(content.frames)))]
     if content.retracted is not None:
         np.save(folder / RETRACTED[0], content.retracted.embeddings)
         np.save(folder / RETRACTED[1], content.retracted.entries)
@@ -178,7 +183,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _check_files(folder: Path, files: Any, described: Mapping[str, Any]) -> None:
-    needed = {GRAPH, EMBEDDINGS, ENTRIES, *(RETRACTED if "retracted" in described else ())}
+    needed = {GRAPH, *_ARRAYS, *(RETRACTED if "retracted" in described else ())}
     foreign = [n for n in files if n not in needed and not _FRAME_FILE.fullmatch(n)]
     if foreign or not needed <= set(files):
         raise _wrong(folder, f"a manifest that lists {sorted(needed)}", sorted(files)[:5])
@@ -245,6 +250,10 @@ def _read_content(folder: Path, manifest: Mapping[str, Any]) -> IndexContent:
         report=BuildReport(**{f.name: described["build"][f.name] for f in fields(BuildReport)}),
         search_ef=int(described["search_ef"]),
         limits=described["limits"],
+        partition=Partition(
+            _read_array(folder, CENTROIDS, (described["lists"], dim), np.float32),
+            _read_array(folder, LISTS, (count,), np.int32),
+        ),
         edits=_read_edits(folder, manifest),
         retracted=_read_retracted(folder, described, dim),
         further=tuple(map(str, described.get("further", ()))),
@@ -293,7 +302,7 @@ def _read_retracted(folder: Path, described: Mapping[str, Any], dim: int) -> Ret
     )
 
 
-def _read_array(folder: Path, name: str, shape: tuple[int, int], dtype: Any) -> np.ndarray:
+def _read_array(folder: Path, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     # Mapped first: a header that claims more than the file holds allocates nothing.
     mapped: np.ndarray = np.load(folder / name, mmap_mode="r", allow_pickle=False)
     if mapped.shape != shape or mapped.dtype != dtype or not mapped.flags.c_contiguous:
@@ -305,6 +314,11 @@ def _read_array(folder: Path, name: str, shape: tuple[int, int], dtype: Any) -> 
 def _check_arrays(folder: Path, content: IndexContent) -> None:
     if not len(content.embeddings):
         raise _wrong(folder, "entries", "none")
+    partition = content.partition
+    if not len(partition.centroids) or not are_unit_vectors(partition.centroids):
+        raise _wrong(folder, "centroids of unit norm", "none or others")
+    if not ((partition.lists >= 0) & (partition.lists < len(partition.centroids))).all():
+        raise _wrong(folder, f"lists below {len(partition.centroids)}", "others")
     arrays = [(content.embeddings, content.entries)]
     if content.retracted is not None:
         arrays.append((content.retracted.embeddings, content.retracted.entries[:, :3]))

@@ -26,6 +26,7 @@ from semantic_anomaly.index.format import (
     write_content,
 )
 from semantic_anomaly.index.hnsw import HnswGraph, predicted_graph_bytes
+from semantic_anomaly.index.partition import Partition, PartitionedEntries, list_count
 from semantic_anomaly.index.search import (
     are_unit_vectors,
     nearest_rows,
@@ -38,8 +39,8 @@ from semantic_anomaly.settings import Settings
 from semantic_anomaly.storage import atomic_folder
 from semantic_anomaly.structures import NominalExample
 
-# Entries times dimensions up to which a product with all of them is as quick as the graph with
-# its exact checks (5200 entries of 192 dimensions): benchmarks/stages.py.
+# Entries times dimensions up to which a product with all of them is as quick as bounds with their
+# exact checks (5200 entries of 192 dimensions): benchmarks/stages.py.
 _AUTO_EXACT_UP_TO = 1_000_000
 _SEED = 100
 
@@ -47,10 +48,10 @@ _SEED = 100
 class NominalIndex:
     """Nominal embeddings, the frames that they come from, and the search for the nearest of them.
 
-    k-nearest-neighbour distances as in AnomalyDINO (Damm et al. 2024), with a graph (HNSW,
-    Malkov and Yashunin 2018) where there are many entries. An index has one or more stages, each
-    with its own entries: it is the index of its first stage, and holds those of the further ones.
-    Made by `build` or `load`.
+    k-nearest-neighbour distances as in AnomalyDINO (Damm et al. 2024), with lists around centroids
+    or a graph (HNSW, Malkov and Yashunin 2018) where there are many entries. An
+    index has one or more stages, each with its own entries: it is the index of its first stage, and
+    holds those of the further ones. Made by `build` or `load`.
 
     Example:
         >>> index = NominalIndex.load("index")
@@ -82,6 +83,8 @@ class NominalIndex:
         self._folder = folder
         self._further = tuple(further)
         self._ef = content.search_ef
+        self._partitioned: PartitionedEntries | None = None
+        self._use_graph = False
         self.search_is_exact = content.embeddings.size <= _AUTO_EXACT_UP_TO
 
     @classmethod
@@ -155,6 +158,7 @@ class NominalIndex:
                 segmenter_model=settings.segmenter_model,
                 embeddings=selection.embeddings.copy(),
                 entries=selection.entries.copy(),
+                partition=Partition.of(selection.embeddings),
                 frames=tuple(selection.frames),
                 report=selection.report,
                 search_ef=settings.search_ef,
@@ -323,7 +327,8 @@ class NominalIndex:
     @staticmethod
     def predicted_bytes(count: int, dim: int) -> int:
         """Return about how many bytes an index takes on disk, thumbnails and manifest aside."""
-        return predicted_graph_bytes(count, dim) + count * (4 * dim + 12)
+        centroid_bytes = 4 * dim * list_count(count)
+        return predicted_graph_bytes(count, dim) + count * (4 * dim + 16) + centroid_bytes
 
     def check_embedder(self, stages: Sequence[StageIdentity]) -> None:
         """Raise IndexMismatchError if the stages of the running embedder are others.
@@ -373,7 +378,8 @@ class NominalIndex:
         """Choose how `distances` of all stages searches, reading graphs that are to be used.
 
         Args:
-            search: 'exact', 'graph', or 'auto': exact for small indexes.
+            search: 'exact'; 'lists' or 'graph', where bounds come from; or 'auto': exact for small
+                indexes, lists for others.
             ef: breadth of the graph search, >= 1.
 
         Raises:
@@ -383,14 +389,19 @@ class NominalIndex:
             small = index.content.embeddings.size <= _AUTO_EXACT_UP_TO
             index.search_is_exact = search == "exact" or (search == "auto" and small)
             index._ef = ef
-            if not index.search_is_exact:
+            index._use_graph = search == "graph"
+            if index._use_graph:
                 index._ready_graph()
+            if not index.search_is_exact:
+                index._ready_lists()
 
     def distances(self, embeddings: np.ndarray, k: int) -> np.ndarray:
         """Return (n,) float32 mean cosine distances in [0, 2] to the k nearest entries.
 
-        A graph search can only overestimate a distance: it never hides an anomaly. Computing the
-        large ones again with `exact_distances` gives the decisions of an exact search.
+        Unless the search is exact, they are upper bounds, from the list nearest to each embedding
+        or from the graph: they never hide an anomaly, and depend on nothing but embedding and
+        index. Computing the large ones again with `exact_distances` gives the decisions of an
+        exact search.
 
         Args:
             embeddings: (n, dim) float32, unit norm.
@@ -402,12 +413,36 @@ class NominalIndex:
         """
         if self.search_is_exact:
             return self.exact_distances(embeddings, k)
-        return to_distances(self._graph_similarities(self._checked(embeddings, k), k))
+        queries = self._checked(embeddings, k)
+        if self._use_graph:
+            return to_distances(self._graph_similarities(queries, k))
+        return to_distances(self._ready_lists().similarities(queries, k))
+
+    def tight_distances(self, embeddings: np.ndarray, k: int) -> np.ndarray:
+        """Return what `distances` returns; unless the search is exact, bounds of eight lists."""
+        if self.search_is_exact:
+            return self.exact_distances(embeddings, k)
+        queries = self._checked(embeddings, k)
+        return to_distances(self._ready_lists().similarities(queries, k, tight=True))
 
     def exact_distances(self, embeddings: np.ndarray, k: int) -> np.ndarray:
-        """Return what `distances` returns, by a product with every entry."""
+        """Return what `distances` returns, to 1e-5 those of a product with every entry."""
         queries = self._checked(embeddings, k)
-        return to_distances(nearest_similarities(queries, self._content.embeddings, k))
+        if self.search_is_exact:
+            return to_distances(nearest_similarities(queries, self._content.embeddings, k))
+        return to_distances(self._ready_lists().exact_similarities(queries, k))
+
+    def least_distances(self, embeddings: np.ndarray) -> np.ndarray:
+        """Return (n,) float32 lower bounds of the distances to any number of nearest entries.
+
+        Args:
+            embeddings: (n, dim) float32, unit norm.
+
+        Raises:
+            IndexMismatchError, ModelOutputError: as `distances`.
+        """
+        queries = self._checked(embeddings, 1)
+        return to_distances(self._ready_lists().similarity_limits(queries)[:, None])
 
     def nearest(self, embedding: np.ndarray) -> NominalExample:
         """Return the entry nearest to an embedding (dim,), searched exactly.
@@ -486,6 +521,12 @@ class NominalIndex:
     @property
     def _name(self) -> str:
         return f"index '{self._folder}'" if self._folder else "index"
+
+    def _ready_lists(self) -> PartitionedEntries:
+        if self._partitioned is None:
+            content = self._content
+            self._partitioned = PartitionedEntries(content.embeddings, content.partition)
+        return self._partitioned
 
     def _ready_graph(self) -> HnswGraph:
         if self._graph is None:

@@ -9,7 +9,7 @@ on the finest grid, smoothed:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import cv2
@@ -26,6 +26,10 @@ from semantic_anomaly.structures import PatchGrid
 
 # A patch of the finest grid has a value of a stage where so much of the interpolation is inside.
 _LEAST_WEIGHT = 1e-3
+# Share of the patches up to which localizations are those of an exact search.
+_MAX_EXACT_SHARE = 0.05
+# Share of the patches, largest values first, whose bounds are tightened before any other step.
+_TIGHTENED_SHARE = 0.02
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +71,8 @@ class FrameScore:
         stage_maps: what the map is the sum of.
         stage_scores: score of each stage alone by its name, an upper bound where the search is not
             exact; empty for one stage.
+        coarse: whether more than 5 % of the patches exceed the threshold; values of the map that
+            the score does not depend on are then upper bounds.
     """
 
     score: float
@@ -74,6 +80,7 @@ class FrameScore:
     inside: np.ndarray
     stage_maps: tuple[StageMap, ...]
     stage_scores: Mapping[str, float] = field(default_factory=dict)
+    coarse: bool = False
 
 
 class FrameScorer:
@@ -105,7 +112,8 @@ class FrameScorer:
         maps = []
         for index, stage_grid in zip(self._index.stages, grid.stages, strict=True):
             stage = stage_embeddings(stage_grid, self._roi)
-            frame = _Frame([_Stage.of(index, stage, 1.0, None)], self._settings)
+            neighbours = self._settings.neighbours
+            frame = _Frame([_Stage.of(index, stage, 1.0, None, neighbours)], self._settings)
             frame.search()
             values = stage.paint(frame.stages[0].distances)
             maps.append(DistanceMap(values, stage.inside, stage.features[stage.inside]))
@@ -116,15 +124,18 @@ class FrameScorer:
         grid: PatchGrid,
         normalisations: Sequence[ScoreNormalisation],
         threshold: float | None,
+        visible_from: float | None = None,
     ) -> FrameScore:
         """Return score and anomaly map of a frame.
 
-        The score, and every value of the map above the threshold, is that of an exact search.
+        The score is that of an exact search, and so is every value of the map above the threshold
+        unless the result is coarse. Values above `visible_from` are then tight upper bounds.
 
         Args:
             grid: embeddings of the frame.
             normalisations: of each stage.
             threshold: of the score; None: there is none.
+            visible_from: value above which the map is shown; None: it does not matter.
 
         Raises:
             ModelOutputError: a distance is not finite, or the image has grids of another number of
@@ -139,13 +150,14 @@ class FrameScorer:
                 stage_embeddings(stage_grid, self._roi),
                 index.stage.spec.weight,
                 normalisation,
+                settings.neighbours,
             )
             for index, stage_grid, normalisation in zip(
                 self._index.stages, grid.stages, normalisations, strict=True
             )
         ]
         frame = _Frame(stages, settings)
-        frame.search(threshold)
+        frame.search(threshold, visible_from)
         anomaly_map = frame.anomaly_map()
         stage_maps = frame.stage_maps()
         stage_scores = {}
@@ -163,6 +175,7 @@ class FrameScorer:
             frame.inside,
             stage_maps,
             stage_scores,
+            frame.coarse,
         )
 
     def _check_stages(self, grid: PatchGrid) -> None:
@@ -182,6 +195,7 @@ class _Stage:
         embeddings: n embeddings.
         weight: of its map.
         mean, deviation: (rows, cols) float32, of nominal distances.
+        neighbours: number of entries of a distance, at most those of the index.
         distances: (n,) float32, upper bounds.
         exact: (n,) bool, distances that are exact.
     """
@@ -191,6 +205,7 @@ class _Stage:
     weight: float
     mean: np.ndarray
     deviation: np.ndarray
+    neighbours: int
     distances: np.ndarray
     exact: np.ndarray
 
@@ -201,6 +216,7 @@ class _Stage:
         embeddings: StageEmbeddings,
         weight: float,
         normalisation: ScoreNormalisation | None,
+        neighbours: int,
     ) -> _Stage:
         inside = embeddings.inside
         mean, deviation = np.zeros(inside.shape, np.float32), np.ones(inside.shape, np.float32)
@@ -215,6 +231,7 @@ class _Stage:
             weight,
             mean,
             deviation,
+            min(neighbours, index.count),
             np.zeros(count, np.float32),
             np.zeros(count, bool),
         )
@@ -239,6 +256,7 @@ class _Frame:
         # The finest grid; of equally fine ones the first.
         finest = max(stages, key=lambda stage: stage.embeddings.inside.size)
         self.inside = finest.embeddings.inside
+        self.coarse = False
         # (rows, cols) each: how much of the interpolated value of every stage is inside.
         self._shares = [self._resized(stage.embeddings.inside) for stage in stages]
         # The weight of every stage at every patch; they add up to 1 where any stage has a weight.
@@ -250,28 +268,83 @@ class _Frame:
         total[total == 0.0] = 1.0
         self._weights = [np.asarray(weight / total, np.float32) for weight in weights]
 
-    def search(self, threshold: float | None = None) -> None:
+    def search(self, threshold: float | None = None, visible_from: float | None = None) -> None:
         """Search all distances, exactly wherever score or decision depend on them.
 
-        A graph search can only overestimate a distance, and the map grows with every distance.
+        Distances are upper bounds until they are exact, and the map grows with every distance.
         When the K values of the map that were largest are exact, their minimum is a lower bound of
-        the K-th largest exact value, so any value that is not above it need not be exact. Two exact
-        searches are enough: the K largest, then everything above that bound or the threshold.
+        the K-th largest exact value, so any value that is not above it need not be exact:
+        docs/method.md has the proof.
         """
         for stage in self.stages:
-            neighbours = min(self._settings.neighbours, stage.index.count)
-            stage.distances = stage.index.distances(stage.embeddings.embeddings, neighbours)
+            stage.distances = stage.index.distances(stage.embeddings.embeddings, stage.neighbours)
             stage.exact[:] = stage.index.search_is_exact
         if all(stage.exact.all() for stage in self.stages):
             return
         values = self.anomaly_map()[self.inside]
         count = tail_count(len(values), self._settings.tail_percent)
-        largest = np.zeros(len(values), bool)
-        largest[np.argpartition(values, len(values) - count)[-count:]] = True
+        # A single bound that is far too large would lower the minimum of the exact values.
+        self._tighten(_largest(values, max(count, int(_TIGHTENED_SHARE * len(values)))))
+        largest = _largest(self.anomaly_map()[self.inside], count)
         self._search_exactly(largest)
         values = self.anomaly_map()[self.inside]
         bound = float(values[largest].min())
-        self._search_exactly(values > (bound if threshold is None else min(bound, threshold)))
+        shown = bound
+        if threshold is not None:
+            self.coarse = self._is_coarse(threshold)
+            if not self.coarse:
+                bound = min(bound, threshold)
+                shown = bound if visible_from is None else min(bound, visible_from)
+        self._tighten(self.anomaly_map()[self.inside] > shown)
+        self._search_exactly(self.anomaly_map()[self.inside] > bound)
+
+    def _is_few(self, chosen: np.ndarray) -> bool:
+        return bool(chosen.sum() <= _MAX_EXACT_SHARE * len(chosen))
+
+    def _is_coarse(self, threshold: float) -> bool:
+        """Return whether more than 5 % of the exact values of the map exceed the threshold.
+
+        Upper bounds show that they do not, lower bounds that they do. In between, the largest
+        values become exact, until one of both shows it.
+        """
+        least: list[np.ndarray] = []
+        exact = np.zeros(int(self.inside.sum()), bool)
+        while True:
+            values = self.anomaly_map()[self.inside]
+            above = values > threshold
+            if self._is_few(above):
+                return False
+            unproven = above & ~exact
+            if not unproven.any():
+                return True
+            if not least:
+                least = [
+                    stage.index.least_distances(stage.embeddings.embeddings)
+                    if stage.weight
+                    else stage.distances
+                    for stage in self.stages
+                ]
+                if not self._is_few(self._least_map(least)[self.inside] > threshold):
+                    return True
+                self._tighten(above)
+                continue
+            if not self._is_few(self._least_map(least)[self.inside] > threshold):
+                return True
+            count = min(int(unproven.sum()), 1 + int(_MAX_EXACT_SHARE * len(values)))
+            chosen = _largest(np.where(unproven, values, -np.inf), count)
+            self._search_exactly(chosen)
+            exact |= chosen
+
+    def _least_map(self, least: Sequence[np.ndarray]) -> np.ndarray:
+        """Return the map of lower bounds of each stage, and of the distances that are exact."""
+        upper = [stage.distances for stage in self.stages]
+        for stage, distances in zip(self.stages, least, strict=True):
+            stage.distances = np.where(stage.exact, stage.distances, distances)
+        try:
+            return self.anomaly_map()
+        finally:
+            for stage, distances in zip(self.stages, upper, strict=True):
+                stage.distances = distances
 
     def z_maps(self) -> list[np.ndarray]:
         """Return (rows, cols) float32 by stage: standardised distances on the finest grid."""
@@ -304,6 +377,20 @@ class _Frame:
 
     def _search_exactly(self, chosen: np.ndarray) -> None:
         """Make exact what the chosen values of the map inside the region of interest depend on."""
+        for stage, rows in self._rows_behind(chosen):
+            queries = stage.embeddings.embeddings[rows]
+            stage.distances[rows] = stage.index.exact_distances(queries, stage.neighbours)
+            stage.exact[rows] = True
+
+    def _tighten(self, chosen: np.ndarray) -> None:
+        """Take tighter bounds of what the chosen values depend on, so that fewer remain large."""
+        for stage, rows in self._rows_behind(chosen):
+            queries = stage.embeddings.embeddings[rows]
+            bounds = stage.index.tight_distances(queries, stage.neighbours)
+            stage.distances[rows] = np.minimum(stage.distances[rows], bounds)
+
+    def _rows_behind(self, chosen: np.ndarray) -> Iterator[tuple[_Stage, np.ndarray]]:
+        """Yield stages, and (n,) bool: distances behind chosen values that are not exact."""
         chosen_map = np.zeros(self.inside.shape, bool)
         chosen_map[self.inside] = chosen
         support = smoothing_support(chosen_map, self._settings.smoothing)
@@ -315,10 +402,14 @@ class _Frame:
                 cells = _coarse_support(support, stage.embeddings.inside.shape)
             rows = stage.embeddings.painting(cells) & ~stage.exact
             if rows.any():
-                neighbours = min(self._settings.neighbours, stage.index.count)
-                queries = stage.embeddings.embeddings[rows]
-                stage.distances[rows] = stage.index.exact_distances(queries, neighbours)
-                stage.exact[rows] = True
+                yield stage, rows
+
+
+def _largest(values: np.ndarray, count: int) -> np.ndarray:
+    """Return (n,) bool: the largest `count` of (n,) values."""
+    largest = np.zeros(len(values), bool)
+    largest[np.argpartition(values, len(values) - count)[len(values) - count :]] = True
+    return largest
 
 
 def _coarse_support(chosen: np.ndarray, grid_hw: tuple[int, int]) -> np.ndarray:

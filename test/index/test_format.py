@@ -65,7 +65,8 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     ("name", "damage"),
     [
         *((name, damage) for name in ("manifest.json", "graph.hnsw") for damage in DAMAGES),
-        *((f"{name}.npy", "flipped") for name in ("embeddings", "entries")),
+        *((f"{name}.npy", "flipped") for name in ("embeddings", "entries", "centroids")),
+        *(("lists.npy", damage) for damage in ("missing", "flipped at the end")),
         ("frames/000000.jpg", "missing"),
         ("retracted_embeddings.npy", "missing"),
         ("retracted_entries.npy", "flipped at the end"),
@@ -126,6 +127,8 @@ CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "ef of none": lambda m: m["content"].update(search_ef=0),
     "region of another type": lambda m: m["content"].update(roi=[1]),
     "region of no area": lambda m: m["content"]["roi"].update(polygon_xy=[[0, 0], [1, 1], [0, 0]]),
+    "no lists": lambda m: m["content"].update(lists=0),
+    "lists of another type": lambda m: m["content"].update(lists="many"),
     "other graph": lambda m: m["content"]["graph"].update(m=8),
     "a further stage that is not there": lambda m: m["content"].update(further=["0" * 64]),
     "further stages of another type": lambda m: m["content"].update(further=1),
@@ -161,6 +164,13 @@ def test_forged_manifests_are_refused(copy: Path, change: str) -> None:
         ("entries", lambda e: e - 1),
         ("entries", lambda e: e + np.int32(8)),
         ("entries", lambda e: e[:, :2]),
+        ("centroids", lambda c: c * np.float32(1.1)),
+        ("centroids", lambda c: c[:-1]),
+        ("centroids", lambda c: np.where(np.arange(len(c))[:, None] == 1, np.nan, c)),
+        ("lists", lambda n: n - 1),
+        ("lists", lambda n: n + np.int32(9999)),
+        ("lists", lambda n: n[:-1]),
+        ("lists", lambda n: n.astype(np.int64)),
     ],
 )
 def test_forged_arrays_are_refused(
@@ -215,10 +225,10 @@ def test_every_single_byte_of_the_manifest_counts(copy: Path) -> None:
             NominalIndex.load(copy)
 
 
-@pytest.mark.parametrize("version", [1, 3, "2", None])
+@pytest.mark.parametrize("version", [2, 4, "3", None])
 def test_another_version_is_to_be_built_again(copy: Path, version: object) -> None:
     sign_again(copy, lambda m: m.update(format_version=version))
-    with pytest.raises(IndexFormatError, match=f"version 2, found {version!r}; build it again"):
+    with pytest.raises(IndexFormatError, match=f"version 3, found {version!r}; build it again"):
         NominalIndex.load(copy)
 
 
@@ -286,7 +296,8 @@ def stages_copy(saved_stages: Path, tmp_path: Path) -> Path:
     ("name", "damage"),
     [
         *(("manifest.json", damage) for damage in DAMAGES if damage != "link"),
-        *((f"{name}.npy", "flipped") for name in ("embeddings", "entries")),
+        *((f"{name}.npy", "flipped") for name in ("embeddings", "entries", "centroids")),
+        *(("lists.npy", damage) for damage in ("missing", "flipped at the end")),
         ("graph.hnsw", "truncated"),
         ("frames/000000.jpg", "missing"),
         ("retracted_embeddings.npy", "missing"),

@@ -186,19 +186,24 @@ def test_what_was_saved_is_what_is_loaded(index: NominalIndex, saved: Path, tmp_
     assert NominalIndex.load(tmp_path / "other").fingerprint == loaded.fingerprint
 
 
-@pytest.mark.parametrize("mode", ["auto", "exact", "graph"])
+@pytest.mark.parametrize("mode", ["auto", "exact", "lists", "graph"])
 @pytest.mark.parametrize("k", [1, 4])
 def test_distances_are_those_of_the_plain_product(saved: Path, mode: str, k: int) -> None:
     index = NominalIndex.load(saved)
     index.configure_search(mode, 200)
-    assert index.search_is_exact == (mode != "graph")
-    assert (index._graph is None) == index.search_is_exact, "the graph is read if it is needed"
+    assert index.search_is_exact == (mode in ("auto", "exact"))
+    assert (index._graph is None) == (mode != "graph"), "the graph is read if it is needed"
     queries = patches(2, seed=5)
     products = np.sort(queries @ index.content.embeddings.T, axis=1)[:, -k:]
     distances = index.distances(queries, k)
     assert distances.dtype == np.float32 and distances.shape == (len(queries),)
-    np.testing.assert_allclose(distances, 1 - products.mean(axis=1), atol=1e-5)
-    np.testing.assert_allclose(index.exact_distances(queries, k), distances, atol=1e-5)
+    expected = 1 - products.mean(axis=1)
+    if mode != "lists":
+        np.testing.assert_allclose(distances, expected, atol=1e-5)
+    for bounds in (distances, index.tight_distances(queries, k)):
+        assert (bounds >= expected - 1e-6).all()
+    assert (index.least_distances(queries) <= expected + 1e-6).all()
+    np.testing.assert_allclose(index.exact_distances(queries, k), expected, atol=1e-5)
 
 
 def test_large_indexes_use_the_graph_by_themselves(
@@ -252,7 +257,8 @@ def test_a_graph_in_pieces_is_replaced_by_the_product(
     index = NominalIndex.load(copy)
     index.configure_search("graph", 10)
     queries = patches(1, seed=5)
-    np.testing.assert_array_equal(index.distances(queries, 3), index.exact_distances(queries, 3))
+    distances, exact = index.distances(queries, 3), index.exact_distances(queries, 3)
+    np.testing.assert_allclose(distances, exact, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -279,8 +285,8 @@ def test_queries_that_hnswlib_would_take_are_refused(
 def test_size_is_predicted(tmp_path: Path) -> None:
     index = build(20, dedup_distance=0.0)
     index.save(tmp_path / "index")
-    files = [tmp_path / "index" / n for n in ("graph.hnsw", "embeddings.npy", "entries.npy")]
-    written = sum(file.stat().st_size for file in files)
+    names = ("graph.hnsw", "embeddings.npy", "entries.npy", "lists.npy", "centroids.npy")
+    written = sum((tmp_path / "index" / name).stat().st_size for name in names)
     assert NominalIndex.predicted_bytes(index.count, DIM) == pytest.approx(written, rel=0.02)
 
 

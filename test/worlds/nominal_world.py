@@ -97,7 +97,7 @@ def sign_again(folder: Path, change: Callable[[dict[str, Any]], object] = lambda
     for name, facts in manifest["files"].items():
         path = folder / name
         facts.update(bytes=path.stat().st_size, sha256=sha256_file(path))
-    for name in ("embeddings", "entries"):
+    for name in ("embeddings", "entries", "centroids", "lists"):
         data = (folder / f"{name}.npy").read_bytes()
         if b"'descr': '|O'" not in data:
             array = np.load(folder / f"{name}.npy", allow_pickle=False)

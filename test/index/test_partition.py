@@ -1,0 +1,160 @@
+"""Bounds from lists are bounds, and the exact search is exact, on data that makes it hard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from worlds.nominal_world import unit
+
+from semantic_anomaly.index import partition as partition_module
+from semantic_anomaly.index.partition import Partition, PartitionedEntries
+
+Rng = np.random.Generator
+DIM = 12
+
+
+def clustered(rng: Rng) -> np.ndarray:
+    centres = rng.standard_normal((7, DIM))
+    return unit(centres[rng.integers(0, 7, 800)] + 0.05 * rng.standard_normal((800, DIM)))
+
+
+def duplicated(rng: Rng) -> np.ndarray:
+    return np.repeat(unit(rng.standard_normal((20, DIM))), 30, axis=0)
+
+
+def scattered(rng: Rng) -> np.ndarray:
+    return unit(rng.standard_normal((500, DIM)))
+
+
+def opposite(rng: Rng) -> np.ndarray:
+    half = unit(rng.standard_normal((100, DIM)))
+    return np.concatenate([half, -half])
+
+
+def few(rng: Rng) -> np.ndarray:
+    return unit(rng.standard_normal((5, DIM)))
+
+
+@pytest.fixture(params=[clustered, duplicated, scattered, opposite, few])
+def entries(request: pytest.FixtureRequest, rng: Rng) -> np.ndarray:
+    make: Callable[[Rng], np.ndarray] = request.param
+    return make(rng)
+
+
+def queries(rng: Rng, entries: np.ndarray) -> np.ndarray:
+    """Entries themselves, their opposites, neighbours of entries, and others."""
+    near = entries[rng.integers(0, len(entries), 40)]
+    far = rng.standard_normal((40, DIM))
+    mixed = near + 0.1 * rng.standard_normal(near.shape)
+    return np.concatenate([near, -near, unit(mixed), unit(far)])
+
+
+@pytest.mark.parametrize("lists", ["default", "one entry each", "one list"])
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_lower_and_upper_bounds_enclose_the_exact_distances(
+    rng: Rng, entries: np.ndarray, lists: str, k: int
+) -> None:
+    partition = Partition.of(entries)
+    if lists == "one entry each":
+        distinct = np.unique(entries, axis=0)
+        partition = Partition(distinct, np.empty(0, np.int32)).with_entries(entries)
+    elif lists == "one list":
+        partition = Partition(entries[:1], np.zeros(len(entries), np.int32))
+    searched = PartitionedEntries(entries, partition)
+    asked = queries(rng, entries)
+    expected = np.sort(asked.astype(np.float64) @ entries.T.astype(np.float64), axis=1)[:, -k:]
+    exact = np.sort(searched.exact_similarities(asked, k), axis=1)
+    np.testing.assert_allclose(exact, expected, atol=2e-6)
+    loose, tight = (np.sort(searched.similarities(asked, k, t), axis=1) for t in (False, True))
+    assert (loose <= tight + 2e-6).all() and (tight <= expected + 2e-6).all()
+    assert (loose >= -1.0).all()
+    assert (searched.similarity_limits(asked) >= expected[:, -1] - 1e-7).all()
+
+
+def test_few_entries_are_compared_in_full_where_they_are_clustered(
+    rng: Rng, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = clustered(rng)
+    searched = PartitionedEntries(entries, Partition.of(entries))
+    monkeypatch.setattr(partition_module, "_TIGHT_LISTS", 1)
+    monkeypatch.setattr(partition_module, "_MAX_SURVIVORS", 0.1)
+    monkeypatch.setattr(partition_module, "nearest_similarities", None)
+    pairs: list[int] = []
+    compare = PartitionedEntries._compare
+
+    def counted(self: PartitionedEntries, asked: object, rows: object, *rest: object) -> None:
+        pairs.append(len(rows))  # type: ignore[arg-type]
+        compare(self, asked, rows, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(PartitionedEntries, "_compare", counted)
+    searched.exact_similarities(entries[:50], 1)
+    assert 50 <= sum(pairs) < 50 * len(entries) / 20
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_one_product_replaces_the_comparisons_where_too_many_entries_are_near(
+    rng: Rng, monkeypatch: pytest.MonkeyPatch, k: int
+) -> None:
+    entries = scattered(rng)
+    searched = PartitionedEntries(entries, Partition.of(entries))
+    calls: list[int] = []
+    product = partition_module.nearest_similarities
+
+    def counted(asked: np.ndarray, stored: np.ndarray, k: int) -> np.ndarray:
+        calls.append(len(asked))
+        return product(asked, stored, k)
+
+    monkeypatch.setattr(partition_module, "nearest_similarities", counted)
+    monkeypatch.setattr(partition_module, "_BLOCK", 64)
+    monkeypatch.setattr(partition_module, "_GROUP", 16)
+    monkeypatch.setattr(partition_module, "_EXACT_QUERIES", 16)
+    asked = np.concatenate([unit(rng.standard_normal((30, DIM))), entries[:10]])
+    similarities = np.sort(searched.exact_similarities(asked, k), axis=1)
+    expected = np.sort(asked @ entries.T, axis=1)[:, -k:]
+    np.testing.assert_allclose(similarities, expected, atol=1e-6)
+    assert len(calls) == 1 and 0 < calls[0] < 40
+
+
+def test_bounds_hold_for_norms_that_are_1_only_nearly(rng: Rng, entries: np.ndarray) -> None:
+    stretched = entries * rng.uniform(0.9991, 1.0009, (len(entries), 1)).astype(np.float32)
+    asked = queries(rng, entries) * np.float32(1.0009)
+    searched = PartitionedEntries(stretched, Partition.of(entries))
+    expected = (asked.astype(np.float64) @ stretched.T.astype(np.float64)).max(axis=1)
+    np.testing.assert_allclose(searched.exact_similarities(asked, 1)[:, 0], expected, atol=2e-6)
+    assert (searched.similarity_limits(asked) >= expected - 1e-7).all()
+
+
+def test_every_entry_is_in_the_list_of_its_nearest_centroid(entries: np.ndarray) -> None:
+    partition = Partition.of(entries)
+    assert partition.lists.shape == (len(entries),) and partition.lists.dtype == np.int32
+    products = entries @ partition.centroids.T
+    own = np.take_along_axis(products, partition.lists[:, None].astype(int), 1)[:, 0]
+    np.testing.assert_allclose(own, products.max(axis=1), atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(partition.centroids, axis=1), 1.0, atol=1e-5)
+    again = Partition.of(entries)
+    np.testing.assert_array_equal(again.centroids, partition.centroids)
+    np.testing.assert_array_equal(again.lists, partition.lists)
+
+
+def test_the_list_of_an_entry_does_not_depend_on_the_others(rng: Rng) -> None:
+    entries = clustered(rng)
+    partition = Partition.of(entries)
+    part = partition.with_entries(entries[100:333])
+    np.testing.assert_array_equal(part.lists, partition.lists[100:333])
+    np.testing.assert_array_equal(part.centroids, partition.centroids)
+
+
+def test_empty_lists_are_never_nearest(rng: Rng) -> None:
+    entries = clustered(rng)
+    partition = Partition.of(entries).with_entries(entries[:3])
+    searched = PartitionedEntries(entries[:3], partition)
+    expected = np.sort(entries @ entries[:3].T, axis=1)
+    for k in (1, 3):
+        found = np.sort(searched.similarities(entries, k), axis=1)
+        np.testing.assert_array_less(found, expected[:, -k:] + 1e-6)
+        np.testing.assert_allclose(found[:, 0] > -1.0, True)
+    np.testing.assert_allclose(
+        np.sort(searched.exact_similarities(entries, 2), axis=1), expected[:, -2:], atol=1e-6
+    )
