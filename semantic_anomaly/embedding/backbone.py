@@ -30,6 +30,7 @@ from semantic_anomaly.embedding.pretrained import (
     load_network,
     open_folder,
 )
+from semantic_anomaly.embedding.truncation import truncate
 from semantic_anomaly.errors import BackboneError, ModelOutputError, first_line
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.stages import StageSpec
@@ -188,6 +189,18 @@ class Backbone:
             (number, self.side_px // values.shape[1], values.shape[3])
             for number, values in zip(numbers, maps, strict=True)
         ]
+
+    def truncate(self, deepest: int) -> None:
+        """Take out the layers above a hidden state; those up to it keep their values and numbers.
+
+        Args:
+            deepest: last hidden state that will be asked for, counted from the front.
+        """
+        noise = torch.randn(
+            (1, 3, self.side_px, self.side_px), generator=torch.Generator().manual_seed(0)
+        )
+        removed = truncate(self.network, lambda: self._states(noise), deepest)
+        _LOG.debug("%s: not computed: %s", self.folder.what, ", ".join(removed) or "nothing")
 
     def prepare(self, batch: np.ndarray, input_hw: tuple[int, int]) -> torch.Tensor:
         """Return (n, 3, *input_hw) of (n, h, w, 3) uint8, resized and normalised."""
@@ -350,6 +363,7 @@ class PatchEmbedder:
                     self._backbones[stage.backbone] = Backbone(stage.backbone, device, dtype)
                 except BackboneError as error:
                     raise self._error(number, error) from error
+        deepest: dict[str, int] = defaultdict(int)
         self._forwards: list[_Forward] = []
         identities: dict[int, EmbedderIdentity] = {}
         for (name, size), numbers in groups.items():
@@ -361,6 +375,7 @@ class PatchEmbedder:
                 except BackboneError as error:
                     raise self._error(number, error) from error
             layers, strides, _ = zip(*probed, strict=True)
+            deepest[name] = max(deepest[name], *layers)
             self._forwards.append(_Forward(backbone, tuple(numbers), layers, strides, size))
             folder = backbone.folder
             for number, (layer, stride, dim) in zip(numbers, probed, strict=True):
@@ -379,6 +394,9 @@ class PatchEmbedder:
                     place_weight=float(place_weight),
                 )
         self.identities = tuple(identities[number] for number in range(len(self.stages)))
+        # Layers are counted, and strides measured, in the whole network.
+        for name, layer in deepest.items():
+            self._backbones[name].truncate(layer)
         self._self_test()
 
     @classmethod
