@@ -101,18 +101,17 @@ class OpenVinoRun:
         """Return hidden states as maps, as `run` does; a batch is run image by image.
 
         Args:
-            pixels: (n, 3, height, width) uint8, with interleaved colours in memory.
+            pixels: (n, 3, height, width) uint8; the resize leaves them channel by channel in memory.
             layers: numbers of the hidden states.
 
         Raises:
             BackboneError: OpenVINO cannot convert the network.
             RuntimeError: it failed.
         """
-        colours_last = pixels.permute(0, 2, 3, 1).contiguous()  # (n, height, width, 3)
-        _, height, width, _ = colours_last.shape
+        height, width = pixels.shape[2:]
         request = self._request((height, width), tuple(layers))
         maps: list[list[torch.Tensor]] = [[] for _ in layers]
-        for image in colours_last.split(1):
+        for image in pixels.contiguous().split(1):
             outputs = request.infer([image.numpy()], share_inputs=True, share_outputs=True)
             for number, of_layer in enumerate(maps):
                 # The next image overwrites the memory of the outputs.
@@ -130,7 +129,7 @@ class OpenVinoRun:
         return self._requests[key]
 
     def _compiled(self, input_hw: tuple[int, int], layers: tuple[int, ...]) -> Any:
-        shape = (1, *input_hw, 3)
+        shape = (1, 3, *input_hw)
         try:
             # Networks of transformers branch on the shape, which is fixed here.
             with torch.no_grad(), quiet_transformers(), warnings.catch_warnings():
@@ -152,7 +151,7 @@ class OpenVinoRun:
 
 
 class _OneImage(nn.Module):
-    """What is converted: (1, height, width, 3) uint8 -> maps of hidden states.
+    """What is converted: (1, 3, height, width) uint8 -> maps of hidden states.
 
     The network is no part of it, so that its frozen weights are traced as constants, which is
     several times faster.
@@ -163,8 +162,8 @@ class _OneImage(nn.Module):
         self._run = run
         self._layers = layers
 
-    def forward(self, colours_last: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(self._run(colours_last.permute(0, 3, 1, 2), self._layers))
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(self._run(pixels, self._layers))
 
 
 @lru_cache(maxsize=1)
