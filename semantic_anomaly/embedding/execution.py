@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections import OrderedDict
@@ -20,10 +21,14 @@ from semantic_anomaly.settings import OPENVINO, TORCH
 
 # (n, 3, height, width) uint8 and numbers of hidden states -> (n, rows, cols, channels) of each.
 Run = Callable[[torch.Tensor, Sequence[int]], list[torch.Tensor]]
+# (dtype, execution), such as ("bfloat16", "openvino").
+Pair = tuple[str, str]
+REFERENCE: Pair = "float32", TORCH
 # Cameras of one vehicle have few image sizes; a compiled network takes tens of megabytes.
 _MAX_COMPILED = 4
 _TELEMETRY = "openvino_telemetry"
 _ABSENT = object()
+_LOG = logging.getLogger(__name__)
 _HINTS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
@@ -70,6 +75,24 @@ def openvino_dtypes() -> list[torch.dtype]:
     return [torch.float32, *([torch.bfloat16] if "BF16" in capabilities else [])]
 
 
+def candidates(device: torch.device) -> list[Pair]:
+    """Return the precisions and executions that a device has instructions for, reference first."""
+    if device.type == "cuda":
+        has = torch.cuda.is_bf16_supported()
+        return [REFERENCE, ("float16", TORCH), *([("bfloat16", TORCH)] if has else [])]
+    pairs = [REFERENCE]
+    if _cpu_has_bfloat16():
+        pairs.append(("bfloat16", TORCH))
+    if device.type == "cpu" and has_openvino():
+        try:
+            dtypes = openvino_dtypes()
+        except BackboneError as error:
+            _LOG.warning("%s", error)
+            return pairs
+        pairs += [(str(dtype).removeprefix("torch."), OPENVINO) for dtype in dtypes]
+    return pairs
+
+
 class OpenVinoRun:
     """A network that OpenVINO runs on the CPU.
 
@@ -101,7 +124,7 @@ class OpenVinoRun:
         """Return hidden states as maps, as `run` does; a batch is run image by image.
 
         Args:
-            pixels: (n, 3, height, width) uint8; the resize leaves them channel by channel in memory.
+            pixels: (n, 3, height, width) uint8; the resize leaves colours apart in memory.
             layers: numbers of the hidden states.
 
         Raises:
@@ -148,6 +171,12 @@ class OpenVinoRun:
                 f"{self._what}: OpenVINO cannot run this network ({first_line(error)}); "
                 f"set execution to {TORCH}"
             ) from error
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Return whether the CPU has instructions for bfloat16; emulated ones are slower by far."""
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
 class _OneImage(nn.Module):

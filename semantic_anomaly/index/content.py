@@ -17,7 +17,7 @@ from semantic_anomaly.index.hnsw import graph_parameters
 from semantic_anomaly.storage import canonical_json, sha256_bytes
 
 FORMAT = "semantic_anomaly.index"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 ADD, RETRACT = "add", "retract"
 
 
