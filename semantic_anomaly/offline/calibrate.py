@@ -77,7 +77,8 @@ def calibrate(
         camera: one of the cameras of the settings; None: the first.
         out: index folder to which the calibration is written; None: it is not written.
         topic: image topic of bags that have several.
-        embedder: already loaded; None: loaded from the backbone of the index.
+        embedder: already loaded, or that made the patch grids; None: loaded from the backbone of
+            the index.
         progress: show a progress bar on a terminal.
         **overrides: values of single settings, such as `target_false_alarm_rate`.
 
@@ -100,7 +101,8 @@ def calibrate(
     names: list[str]
     with ExitStack() as stack:
         if isinstance(sources, Mapping):
-            names, running = list(sources), index.stage.embedder
+            names = list(sources)
+            running = (index.stage if embedder is None else embedder.stages[0]).embedder
             frames = partial(_grid_frames, sources)
         else:
             drives = open_drives(sources, topic)
@@ -152,7 +154,7 @@ def calibrate(
             medians.append(float(np.median(frame_score.anomaly_map[frame_score.inside])))
         normalisations = normalisations_without(sums, None) if sums else ()
         probes: list[float] = []
-        if embedder is not None and not isinstance(sources, Mapping) and normalisations:
+        if embedder is not None and normalisations:
             probes = probe_scores(scorer, index, embedder, normalisations)
     calibration = Calibration.fit(
         scores,

@@ -94,11 +94,15 @@ def frame_total(sources: Mapping[str, FrameSource], stride: int = 1) -> int | No
 def sample_images(sources: Mapping[str, FrameSource]) -> list[np.ndarray]:
     """Return some images of all drives, (height, width, 3) uint8 RGB: 8, or one of each drive."""
     of_each = -(-_SAMPLE_IMAGES // len(sources))
-    return [
-        frame.image
-        for source in sources.values()
-        for frame in itertools.islice(source, 0, of_each * _SAMPLE_STRIDE, _SAMPLE_STRIDE)
-    ]
+    images = []
+    for source in sources.values():
+        # Neighbouring frames say less, but reading a whole drive for eight frames takes too long.
+        stride = _SAMPLE_STRIDE
+        if source.count is not None:
+            stride = min(stride, max(1, source.count // of_each))
+        frames = itertools.islice(source, 0, of_each * stride, stride)
+        images += [frame.image for frame in frames]
+    return images
 
 
 def embedded_frames(
