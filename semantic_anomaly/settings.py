@@ -25,6 +25,8 @@ from semantic_anomaly.stages import GRID, INSTANCES, StageSpec
 
 INSTANCE, COMBINED = "instance", "combined"
 TOKENS = "tokens"
+TORCH, OPENVINO = "torch", "openvino"
+EXECUTIONS = (TORCH, OPENVINO)
 SEGMENTER_FAMILIES = ("detector", "promptless", TOKENS, "universal")
 # Values of settings that an index fixes, used when an index is built without them.
 BUILD_DEFAULTS: Mapping[str, Any] = {
@@ -155,8 +157,14 @@ class Settings:
     device: str = setting("auto", "Device of the networks: auto, cpu, cuda or cuda:N.")
     dtype: str = setting(
         "auto",
-        "Precision of the networks; auto: bfloat16 or float16 on a GPU, float32 on a CPU.",
+        "Precision of the networks: float32, bfloat16 or float16. auto: that of the calibration, "
+        "or else of the index; a new index measures which is fastest.",
         choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    execution: str = setting(
+        "auto",
+        "What runs the backbones: torch, or openvino on a CPU (extra [cpu]). auto: as 'dtype'.",
+        choices=("auto", *EXECUTIONS),
     )
     dedup_distance: float = setting(
         -1.0,

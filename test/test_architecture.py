@@ -27,7 +27,7 @@ EVALUATION_IN_ROS = ("ros/recorder.py",)
 ONLY_IN: dict[str, tuple[str, ...]] = {
     "torch": ("embedding/", "segmentation/", "index/", "linalg.py"),
     "transformers": ("embedding/", "segmentation/"),
-    "openvino": ("embedding/",),
+    "openvino": ("embedding/execution.py",),
     "hnswlib": ("index/hnsw.py",),
     "rosbags": ("io/bags.py", "synthetic/export.py"),
     "rclpy": ("ros/",),

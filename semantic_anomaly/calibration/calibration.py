@@ -27,7 +27,7 @@ from semantic_anomaly.calibration.staleness import StaleEdit, edits_since, stale
 from semantic_anomaly.errors import CalibrationError, MismatchError, ModelOutputError
 from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.scoring.normalisation import ScoreNormalisation
-from semantic_anomaly.settings import Settings
+from semantic_anomaly.settings import EXECUTIONS, Settings
 from semantic_anomaly.structures import HeatmapScale
 
 if TYPE_CHECKING:
@@ -54,6 +54,9 @@ class Calibration:
         normalisations: score normalisation of each stage of the index.
         camera: name of the camera.
         dtype: precision of the backbone, empty if unknown.
+        execution: what ran the backbone, torch or openvino, empty if unknown.
+        probe_scores: scores of some thumbnails of the index, with which another precision is
+            compared; empty: unknown.
         stale_edits: edits of the index since calibration; empty: none.
         episodes: nominal scores of episodes; None: no rate of episodes was set.
 
@@ -72,6 +75,8 @@ class Calibration:
     normalisations: tuple[ScoreNormalisation, ...]
     camera: str = "camera"
     dtype: str = ""
+    execution: str = ""
+    probe_scores: tuple[float, ...] = ()
     stale_edits: tuple[StaleEdit, ...] = ()
     episodes: Episodes | None = None
 
@@ -91,6 +96,13 @@ class Calibration:
             )
         if not self.normalisations:
             raise CalibrationError("calibration normalisations: expected one for each stage")
+        if not np.isfinite(self.probe_scores).all():
+            raise CalibrationError("calibration probe_scores: expected finite numbers")
+        if self.execution not in ("", *EXECUTIONS):
+            raise CalibrationError(
+                f"calibration execution: expected one of {', '.join(EXECUTIONS)}, found "
+                f"'{self.execution}'"
+            )
         counts = [count for _, count in self.drives]
         if min(counts, default=0) < 1 or sum(counts) != len(scores):
             raise CalibrationError(
@@ -112,6 +124,8 @@ class Calibration:
         roi: RegionOfInterest,
         camera: str,
         dtype: str = "",
+        execution: str = "",
+        probe_scores: Sequence[float] = (),
         normalisations: Sequence[ScoreNormalisation],
         episodes: Episodes | None = None,
     ) -> Calibration:
@@ -136,6 +150,8 @@ class Calibration:
             normalisations=tuple(normalisations),
             camera=camera,
             dtype=dtype,
+            execution=execution,
+            probe_scores=tuple(map(float, probe_scores)),
             episodes=episodes,
         )
 

@@ -24,7 +24,7 @@ from semantic_anomaly.scoring.normalisation import ScoreNormalisation
 from semantic_anomaly.storage import atomic_write_bytes, canonical_json, sha256_bytes
 
 FILE_NAME = "calibration.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _TYPES: dict[str, tuple[type, ...]] = {
     "scores": (list,),
     "drives": (list,),
@@ -36,6 +36,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "normalisations": (list,),
     "camera": (str,),
     "dtype": (str,),
+    "execution": (str,),
+    "probe_scores": (list,),
     "stale_edits": (list,),
     "episodes": (dict, type(None)),
 }
@@ -112,6 +114,7 @@ def _to_body(values: Mapping[str, Any]) -> dict[str, Any]:
         **values,
         "format": FORMAT_VERSION,
         "scores": values["scores"].tolist(),
+        "probe_scores": list(values["probe_scores"]),
         "drives": [{"name": name, "frames": count} for name, count in values["drives"]],
         "normalisations": [values.to_dict() for values in values["normalisations"]],
         "stale_edits": [asdict(edit) for edit in values["stale_edits"]],
@@ -138,8 +141,9 @@ def _from_body(body: Any) -> dict[str, Any]:
     for key, types in _TYPES.items():
         if type(body[key]) not in types:
             raise CalibrationError(f"'{key}' has the type {type(body[key]).__name__}")
-    if not all(type(score) is float for score in body["scores"]):
-        raise CalibrationError("'scores' contains something that is not a number")
+    for key in ("scores", "probe_scores"):
+        if not all(type(score) is float for score in body[key]):
+            raise CalibrationError(f"'{key}' contains something that is not a number")
     if not 0.0 < body["target_false_alarm_rate"] < 1.0:
         raise CalibrationError(f"'target_false_alarm_rate' is {body['target_false_alarm_rate']}")
     for key, row_types in _TYPES_OF_ROWS.items():
@@ -152,6 +156,7 @@ def _from_body(body: Any) -> dict[str, Any]:
     return {
         **body,
         "scores": np.array(body["scores"], np.float64),
+        "probe_scores": tuple(body["probe_scores"]),
         "drives": tuple((drive["name"], drive["frames"]) for drive in body["drives"]),
         "normalisations": tuple(map(ScoreNormalisation.from_dict, body["normalisations"])),
         "stale_edits": tuple(StaleEdit(**edit) for edit in body["stale_edits"]),

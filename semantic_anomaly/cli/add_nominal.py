@@ -30,19 +30,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Embed the frames and add them as one edit."""
-    from semantic_anomaly.detection.detector import resolve_roi, resolve_settings
+    from semantic_anomaly.detection.detector import load_embedder, resolve_roi, resolve_settings
     from semantic_anomaly.index import edits as index_edits
     from semantic_anomaly.index.nominal_index import NominalIndex
     from semantic_anomaly.offline.edit_index import save_edited
-    from semantic_anomaly.segmentation.embedder import RunningEmbedder
 
     settings, camera = settings_of(args, args.index)
     index = NominalIndex.load(args.index)
+    given = settings
     settings = resolve_settings(settings, index)
     roi = resolve_roi(settings.camera_settings[camera], index, None)
     index.check_roi(roi)
     chosen = list(_chosen(args, index))
-    embedder = RunningEmbedder.from_settings(settings)
+    embedder = load_embedder(settings, given)
     try:
         index.check_embedder(embedder.stages)
         frames = ((frame, embedder.embed([frame.image])[0]) for frame in chosen)

@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    parser.add_argument("--execution", default="auto", help="auto, torch or openvino")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -46,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
     from semantic_anomaly.index.nominal_index import NominalIndex
     from semantic_anomaly.stages import StageSpec
 
-    backbone = Backbone(args.backbone, args.device, args.dtype)
+    backbone = Backbone(args.backbone, args.device, args.dtype, args.execution)
+    dtype = str(backbone.dtype).removeprefix("torch.")
     recommendation = RECOMMENDED[backbone.folder.architecture]
     is_complete = args.backbone not in shipped_backbones()
     recommended = recommendation.specs(args.backbone, is_complete=is_complete)
@@ -59,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
                 ("backbone", f"{backbone.folder.model_id} ({backbone.folder.architecture})"),
                 ("weights", f"sha256 {backbone.weights_sha256[:16]}"),
                 ("parameters", f"{backbone.parameters / 1e6:.2f} M"),
-                ("device", f"{backbone.device_name}, {str(backbone.dtype).removeprefix('torch.')}"),
+                ("device", f"{backbone.device_name}, {dtype} by {backbone.execution}"),
                 ("hidden states", f"0 to {backbone.layers - 1}"),
             ]
         )
@@ -75,7 +77,8 @@ def run(args: argparse.Namespace) -> int:
     timed = []
     for size in args.sizes:
         embedder = PatchEmbedder(
-            [StageSpec(args.backbone, chosen, size)], device=args.device, dtype=args.dtype
+            [StageSpec(args.backbone, chosen, size)],
+            **{name: getattr(args, name) for name in ("device", "dtype", "execution")},
         )
         [grid] = embedder.embed([image])
         times_ms = []

@@ -92,7 +92,8 @@ def _stage_rows(index: NominalIndex) -> list[tuple[str, str]]:
         ("entries", f"{index.count} of dimension {index.dim}"),
         ("backbone", f"{embedder.model_id} ({embedder.architecture}), hidden state "
          f"{embedder.layer}"),
-        ("weights", f"sha256 {embedder.weights_sha256[:16]}, {embedder.dtype}"),
+        ("weights", f"sha256 {embedder.weights_sha256[:16]}"),
+        ("computed", f"in {embedder.dtype} by {embedder.execution}"),
         ("input", f"long side {embedder.input_size} px, grid of {embedder.patch_px} px"),
         ("embeddings", f"{report.seen} seen, {report.suppressed} suppressed as nearer than "
          f"{limits['dedup_distance']:g}, {report.dropped} dropped at {limits['max_entries']} "

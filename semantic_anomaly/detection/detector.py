@@ -18,8 +18,14 @@ from semantic_anomaly.detection.filters import reject
 from semantic_anomaly.detection.localization import heatmap, localize
 from semantic_anomaly.detection.tracking import ComponentTracker, decide, follow
 from semantic_anomaly.embedding.identity import Embedder
-from semantic_anomaly.errors import IndexMismatchError, ModelOutputError, SettingsError
+from semantic_anomaly.errors import (
+    IndexMismatchError,
+    MismatchError,
+    ModelOutputError,
+    SettingsError,
+)
 from semantic_anomaly.index.nominal_index import NominalIndex
+from semantic_anomaly.io.images import decode_compressed
 from semantic_anomaly.linalg import inner_products
 from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.scoring.distances import FrameScore, FrameScorer
@@ -30,6 +36,7 @@ from semantic_anomaly.settings import (
     COMBINED,
     INSTANCE,
     SHORTHAND,
+    TORCH,
     UNSET,
     CameraSettings,
     Settings,
@@ -54,6 +61,10 @@ _FRAME_PERIOD_NS = 100_000_000
 # Entries whose nearest other entries give the scale of the heatmap without a calibration.
 _SCALE_ENTRIES = 512
 _SEED = 100
+_PROBES = 8
+# Largest change of a probe's score by another precision, as a share of the interquartile range of
+# the calibration scores.
+_ALLOWED_CHANGE = 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,8 +116,9 @@ def resolve_settings(
 ) -> Settings:
     """Return settings in which the values of index and calibration replace the unset ones.
 
-    `stages` replaces its shorthand. Names of backbones may differ from those of the index: the
-    embedder is checked by its weights.
+    `stages` replaces its shorthand. Precision and execution are those of the calibration, or else
+    of the index. Names of backbones may differ from those of the index: the embedder is checked by
+    its weights.
 
     Raises:
         IndexMismatchError: a value that the index fixes is set and differs.
@@ -120,6 +132,15 @@ def resolve_settings(
             changes[name] = fixed[name]
         elif name != "segmenter_model" and value != fixed[name]:
             raise IndexMismatchError(f"setting '{name}'", fixed[name], value, _LEAVE_UNSET)
+    running = index.stage.embedder
+    if calibration is not None and calibration.execution:
+        running = replace(
+            running, dtype=calibration.dtype or running.dtype, execution=calibration.execution
+        )
+    # Two starts score alike: what was measured once is used again.
+    for name in ("dtype", "execution"):
+        if getattr(settings, name) == "auto":
+            changes[name] = getattr(running, name)
     settings = settings.replace(**changes)
     return settings if calibration is None else calibration.resolve(settings)
 
@@ -183,6 +204,54 @@ def resolve_roi(
     return RegionOfInterest.from_settings(camera)
 
 
+def probe_scores(
+    scorer: FrameScorer,
+    index: NominalIndex,
+    embedder: Embedder,
+    normalisations: Sequence[ScoreNormalisation],
+) -> list[float]:
+    """Return the scores of some thumbnails of an index, which other precisions must repeat.
+
+    Raises:
+        ModelOutputError: a network failed.
+    """
+    frames = index.content.frames
+    numbers = np.unique(np.linspace(0, len(frames) - 1, _PROBES).astype(int))
+    scores = []
+    for number in numbers:
+        image = decode_compressed(frames[number].thumbnail, "jpeg")
+        grid = embedder.embed([image])[0]
+        scores.append(scorer.score(grid, normalisations, None).score)
+    return scores
+
+
+def load_embedder(settings: Settings, given: Settings) -> RunningEmbedder:
+    """Load the embedder in the precision and execution recorded by calibration or index.
+
+    Where the device lacks them, it runs in its own precision by torch; a detector then compares
+    scores with those of the calibration.
+
+    Args:
+        settings: from `resolve_settings`.
+        given: settings before that; what they set is not replaced.
+
+    Raises:
+        SemanticAnomalyError: as `RunningEmbedder.from_settings`.
+    """
+    # The rest of this module needs no torch.
+    from semantic_anomaly.embedding.execution import candidates
+    from semantic_anomaly.embedding.pretrained import choose_device
+
+    pair = settings.dtype, settings.execution
+    if "auto" in (given.dtype, given.execution) and pair not in candidates(
+        choose_device(settings.device)
+    ):
+        execution = TORCH if given.execution == "auto" else given.execution
+        _log.warning("this device has no %s by %s, as recorded; %s is tried", *pair, execution)
+        settings = settings.replace(dtype=given.dtype, execution=execution)
+    return RunningEmbedder.from_settings(settings)
+
+
 class AnomalyDetector:
     """Scores frames against a nominal index and decides by a calibration.
 
@@ -207,7 +276,8 @@ class AnomalyDetector:
 
     Raises:
         IndexMismatchError: settings, embedder or region of interest do not match the index.
-        MismatchError: the calibration belongs to another index, region of interest or settings.
+        MismatchError: the calibration belongs to another index, region of interest or settings, or
+            precision and execution differ from its own, and so do scores.
         CalibrationError: the calibration has too few scores for the target rate.
     """
 
@@ -221,7 +291,7 @@ class AnomalyDetector:
         embedder: Embedder | None = None,
         normalisations: Sequence[ScoreNormalisation] | None = None,
     ) -> None:
-        settings = settings or Settings()
+        given = settings = settings or Settings()
         self.camera = settings.cameras[0] if camera is None else camera
         settings = resolve_settings(settings.for_camera(self.camera), index, calibration)
         roi = resolve_roi(settings.camera_settings[self.camera], index, calibration)
@@ -236,14 +306,10 @@ class AnomalyDetector:
         if calibration is not None:
             calibration.check(index.fingerprint, settings, roi)
         if embedder is None:
-            embedder = RunningEmbedder.from_settings(settings)
+            embedder = load_embedder(settings, given)
         index.check_embedder(embedder.stages)
-        if calibration is not None:
-            dtypes = calibration.dtype, embedder.stages[0].embedder.dtype
-            if dtypes[0] and dtypes[0] != dtypes[1]:
-                _log.warning("calibrated in %s, running in %s: scores shift slightly", *dtypes)
-            if calibration.stale_edits:
-                _log.warning("%s", "; ".join(calibration.warnings))
+        if calibration is not None and calibration.stale_edits:
+            _log.warning("%s", "; ".join(calibration.warnings))
         index.configure_search(settings.search, settings.search_ef)
         self.embedder = embedder
         self.index = index
@@ -261,6 +327,7 @@ class AnomalyDetector:
         self._next_stamp_ns = 0
         self._lock = threading.Lock()
         self._live = self._prepared(settings)
+        self._check_running()
 
     @property
     def settings(self) -> Settings:
@@ -402,6 +469,46 @@ class AnomalyDetector:
     def _frame_score(self, grid: PatchGrid, live: _Live) -> FrameScore:
         visible_from = None if live.threshold is None else live.scale.visible_from
         return self._scorer.score(grid, self.normalisations, live.threshold, visible_from)
+
+    def _check_running(self) -> None:
+        """Compare precision and execution with the calibration's, by scores of stored frames.
+
+        Raises:
+            MismatchError: they differ, and so do scores or decisions.
+        """
+        calibration, running = self.calibration, self.embedder.stages[0].embedder
+        if calibration is None or not calibration.dtype:
+            return
+        ways = calibration.dtype, calibration.execution or running.execution
+        if ways == (running.dtype, running.execution):
+            return
+        texts = (f"{dtype} by {by}" for dtype, by in (ways, (running.dtype, running.execution)))
+        calibrated, now = texts
+        if not calibration.probe_scores:
+            _log.warning("calibrated in %s, running in %s: scores shift slightly", calibrated, now)
+            return
+        scores = probe_scores(self._scorer, self.index, self.embedder, self.normalisations)
+        # Another number of probes: the index was edited since.
+        count = min(len(scores), len(calibration.probe_scores))
+        before, after = np.array(calibration.probe_scores[:count]), np.array(scores[:count])
+        spread = float(np.subtract(*np.quantile(calibration.scores, (0.75, 0.25))))
+        change = float(np.abs(after - before).max())
+        threshold = calibration.threshold
+        if (
+            change >= _ALLOWED_CHANGE * spread
+            or ((before > threshold) != (after > threshold)).any()
+        ):
+            raise MismatchError(
+                "precision and execution",
+                f"{calibrated} as calibrated, or scores of stored frames within "
+                f"{_ALLOWED_CHANGE * spread:.3g} of it",
+                f"{now} with differences up to {change:.3g}",
+                "calibrate on this device",
+            )
+        _log.warning(
+            "calibrated in %s, running in %s: scores of stored frames differ by up to %.2g",
+            *(calibrated, now, change),
+        )
 
     def _prepared(self, settings: Settings, before: _Live | None = None) -> _Live:
         threshold = settings.threshold

@@ -21,6 +21,7 @@ import transformers
 from torch import nn
 from torch.nn import functional
 
+from semantic_anomaly.embedding.execution import OpenVinoRun, Run, choose_execution
 from semantic_anomaly.embedding.identity import EmbedderIdentity
 from semantic_anomaly.embedding.pretrained import (
     PretrainedFolder,
@@ -30,8 +31,9 @@ from semantic_anomaly.embedding.pretrained import (
     load_network,
     open_folder,
 )
+from semantic_anomaly.embedding.truncation import truncate
 from semantic_anomaly.errors import BackboneError, ModelOutputError, SettingsError, first_line
-from semantic_anomaly.settings import Settings
+from semantic_anomaly.settings import OPENVINO, Settings
 from semantic_anomaly.stages import StageSpec
 from semantic_anomaly.structures import PatchGrid, check_rgb
 
@@ -100,8 +102,10 @@ class Backbone:
         name: shipped name, local Hugging Face folder, or hub id already downloaded.
         device: auto, cpu, cuda or cuda:N.
         dtype: auto, float32, bfloat16 or float16.
+        execution: auto, torch or openvino.
 
     Attributes:
+        execution: torch or openvino.
         folder: configuration of the network.
         weights_sha256: digest of its weights.
         layers: number of hidden states.
@@ -109,12 +113,17 @@ class Backbone:
         coarsest_px: largest stride; images must not be smaller.
 
     Raises:
-        BackboneError: it cannot be loaded, or there is no such device.
+        BackboneError: it cannot be loaded, or there is no such device or execution.
     """
 
-    def __init__(self, name: str, device: str = "auto", dtype: str = "auto") -> None:
+    def __init__(
+        self, name: str, device: str = "auto", dtype: str = "auto", execution: str = "auto"
+    ) -> None:
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
+        self.execution = choose_execution(execution, self.device, self.dtype)
+        # OpenVINO takes a network in float32, whatever it then computes in.
+        self._network_dtype = torch.float32 if self.execution == OPENVINO else self.dtype
         self.folder = open_backbone(name)
         self._family = FAMILIES[self.folder.architecture]
         # Read first: the message about missing weights is better than that of transformers.
@@ -128,8 +137,11 @@ class Backbone:
             _keep_windows(model)
         self._norm = getattr(model, self._family.norm, None) or nn.Identity()
         self._model: nn.Module | None = model.to(
-            device=self.device, dtype=self.dtype, memory_format=torch.channels_last
+            device=self.device, dtype=self._network_dtype, memory_format=torch.channels_last
         )
+        self._run: Run = self._maps_of_pixels
+        if self.execution == OPENVINO:
+            self._run = OpenVinoRun(self._run, self.dtype, self.folder.what)
         # Networks of feature maps without a patch size have stems of stride 4 at most.
         self._patch_px = int(np.max(getattr(model.config, "patch_size", None) or 4))
         self._options: dict[str, Any] = dict.fromkeys(self._family.options, True)
@@ -189,23 +201,41 @@ class Backbone:
             for number, values in zip(numbers, maps, strict=True)
         ]
 
+    def truncate(self, deepest: int) -> None:
+        """Take out the layers above a hidden state; those up to it keep their values and numbers.
+
+        Args:
+            deepest: last hidden state that will be asked for, counted from the front.
+        """
+        noise = torch.randn(
+            (1, 3, self.side_px, self.side_px), generator=torch.Generator().manual_seed(0)
+        )
+        removed = truncate(self.network, lambda: self._states(noise), deepest)
+        _LOG.debug("%s: not computed: %s", self.folder.what, ", ".join(removed) or "nothing")
+
+    def embed(
+        self, batch: np.ndarray, input_hw: tuple[int, int], layers: Sequence[int]
+    ) -> list[torch.Tensor]:
+        """Return hidden states of images as (n, rows, cols, channels), by the execution chosen.
+
+        Args:
+            batch: (n, height, width, 3) uint8 RGB.
+            input_hw: (height, width) in pixels to which they are resized.
+            layers: hidden states, counted from the front.
+
+        Raises:
+            ModelOutputError: closed, or tokens of another number than the grid has patches.
+        """
+        with torch.inference_mode():
+            return self._run(self._resized(batch, input_hw), layers)
+
     def prepare(self, batch: np.ndarray, input_hw: tuple[int, int]) -> torch.Tensor:
         """Return (n, 3, *input_hw) of (n, h, w, 3) uint8, resized and normalised."""
-        # Channels first by strides alone: the uint8 kernel is fastest on interleaved colours.
-        pixels = torch.from_numpy(batch).to(self.device).permute(0, 3, 1, 2)
-        if tuple(pixels.shape[2:]) != input_hw:
-            # Other devices lack the uint8 kernel; rounding gives them the same pixels.
-            has_uint8 = self.device.type == "cpu"
-            pixels = functional.interpolate(
-                pixels if has_uint8 else pixels.float(), input_hw, mode="bilinear", antialias=True
-            )
-            pixels = pixels if has_uint8 else pixels.round().clamp(0, 255)
-        normalised = torch.addcmul(self._shift, pixels.float(), self._scale)
-        return normalised.to(self.dtype, memory_format=torch.channels_last)
+        return self._normalised(self._resized(batch, input_hw))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def maps(self, pixels: torch.Tensor, layers: Sequence[int]) -> list[torch.Tensor]:
-        """Return hidden states as (n, rows, cols, channels).
+        """Return hidden states as (n, rows, cols, channels), by torch.
 
         Args:
             pixels: (n, 3, height, width), normalised.
@@ -254,13 +284,33 @@ class Backbone:
     def close(self) -> None:
         """Free the network and the memory of the device."""
         self._model = None
+        self._run = self._maps_of_pixels
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    @torch.inference_mode()
+    def _resized(self, batch: np.ndarray, input_hw: tuple[int, int]) -> torch.Tensor:
+        """Return (n, 3, *input_hw) uint8, or whole float32 numbers, of (n, h, w, 3) uint8."""
+        # Channels first by strides alone: the uint8 kernel is fastest on interleaved colours.
+        pixels = torch.from_numpy(batch).to(self.device).permute(0, 3, 1, 2)
+        if tuple(pixels.shape[2:]) != input_hw:
+            # Other devices lack the uint8 kernel; rounding gives them the same pixels.
+            has_uint8 = self.device.type == "cpu"
+            pixels = functional.interpolate(
+                pixels if has_uint8 else pixels.float(), input_hw, mode="bilinear", antialias=True
+            )
+            pixels = pixels if has_uint8 else pixels.round().clamp(0, 255)
+        return pixels
+
+    def _normalised(self, pixels: torch.Tensor) -> torch.Tensor:
+        normalised = torch.addcmul(self._shift, pixels.float(), self._scale)
+        return normalised.to(self._network_dtype, memory_format=torch.channels_last)
+
+    def _maps_of_pixels(self, pixels: torch.Tensor, layers: Sequence[int]) -> list[torch.Tensor]:
+        return self.maps(self._normalised(pixels), layers)
+
     def _states(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return all hidden states."""
-        pixels = pixels.to(self.device, self.dtype)
+        pixels = pixels.to(self.device, self._network_dtype)
         options = dict(self._options)
         rows, cols = (side // self._patch_px for side in pixels.shape[2:])
         if self.folder.architecture == "vit_mae":
@@ -321,6 +371,7 @@ class PatchEmbedder:
         stages: at least one; a backbone is loaded once for all of its stages.
         device: auto, cpu, cuda or cuda:N.
         dtype: auto, float32, bfloat16 or float16.
+        execution: auto, torch or openvino.
         place_weight: weight of the position in the image in the distance, in [0, 1).
 
     Attributes:
@@ -328,8 +379,8 @@ class PatchEmbedder:
         identities: of each stage; stored in an index and compared when it is used.
 
     Raises:
-        BackboneError: a backbone cannot be loaded, there is no such device or hidden state, or the
-            self-test fails; names the stage.
+        BackboneError: a backbone cannot be loaded, there is no such device, execution or hidden
+            state, or the self-test fails; names the stage.
         SettingsError: two stages that differ in name and weight only.
     """
 
@@ -339,6 +390,7 @@ class PatchEmbedder:
         *,
         device: str = "auto",
         dtype: str = "auto",
+        execution: str = "auto",
         place_weight: float = 0.0,
     ) -> None:
         self.stages = tuple(stages)
@@ -348,9 +400,12 @@ class PatchEmbedder:
             groups[stage.backbone, stage.size].append(number)
             if stage.backbone not in self._backbones:
                 try:
-                    self._backbones[stage.backbone] = Backbone(stage.backbone, device, dtype)
+                    self._backbones[stage.backbone] = Backbone(
+                        stage.backbone, device, dtype, execution
+                    )
                 except BackboneError as error:
                     raise self._error(number, error) from error
+        deepest: dict[str, int] = defaultdict(int)
         self._forwards: list[_Forward] = []
         identities: dict[int, EmbedderIdentity] = {}
         for (name, size), numbers in groups.items():
@@ -362,6 +417,7 @@ class PatchEmbedder:
                 except BackboneError as error:
                     raise self._error(number, error) from error
             layers, strides, _ = zip(*probed, strict=True)
+            deepest[name] = max(deepest[name], *layers)
             self._forwards.append(_Forward(backbone, tuple(numbers), layers, strides, size))
             folder = backbone.folder
             for number, (layer, stride, dim) in zip(numbers, probed, strict=True):
@@ -377,17 +433,21 @@ class PatchEmbedder:
                     patch_px=stride,
                     dim=dim + (POSITION_DIM if place_weight else 0),
                     dtype=str(backbone.dtype).removeprefix("torch."),
+                    execution=backbone.execution,
                     place_weight=float(place_weight),
                 )
         self.identities = tuple(identities[number] for number in range(len(self.stages)))
         self._check_distinct()
+        # Layers are counted, and strides measured, in the whole network.
+        for name, layer in deepest.items():
+            self._backbones[name].truncate(layer)
         self._self_test()
 
     @classmethod
     def from_settings(cls, settings: Settings) -> PatchEmbedder:
         """Load the backbones of the settings; unset ones have the defaults of a new index."""
         settings = settings.with_build_defaults()
-        names = "device", "dtype", "place_weight"
+        names = "device", "dtype", "execution", "place_weight"
         return cls(settings.stage_specs, **{name: getattr(settings, name) for name in names})
 
     @property
@@ -463,8 +523,7 @@ class PatchEmbedder:
     @torch.inference_mode()
     def _run_once(self, forward: _Forward, batch: np.ndarray) -> list[np.ndarray]:
         height, width = forward.input_hw((batch.shape[1], batch.shape[2]))
-        pixels = forward.backbone.prepare(batch, (height, width))
-        maps = forward.backbone.maps(pixels, forward.layers)
+        maps = forward.backbone.embed(batch, (height, width), forward.layers)
         expected = [(height // stride, width // stride) for stride in forward.strides]
         grids_hw = [tuple(values.shape[1:3]) for values in maps]
         if grids_hw != expected:

@@ -10,14 +10,14 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import numpy as np
 
 from semantic_anomaly.errors import IndexFormatError
-from semantic_anomaly.settings import SEGMENTER_FAMILIES
+from semantic_anomaly.settings import EXECUTIONS, SEGMENTER_FAMILIES, TORCH
 from semantic_anomaly.stages import INSTANCES, StageSpec
 from semantic_anomaly.structures import PatchGrid
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-# Digests identify a model better than names; the precision moves embeddings less than neighbouring
-# patches differ.
-_NOT_COMPARED = ("model_id", "revision", "dtype")
+# Digests identify a model better than names; precision and execution move embeddings less than
+# neighbouring patches differ.
+_NOT_COMPARED = ("model_id", "revision", "dtype", "execution")
 # By kind of field: what is expected, and its test.
 _Rule = tuple[str, Callable[[Any], bool]]
 _STRING: _Rule = ("a string", lambda value: isinstance(value, str))
@@ -28,6 +28,10 @@ _DIGEST: _Rule = (
     lambda value: isinstance(value, str) and _SHA256.fullmatch(value) is not None,
 )
 _LAYER: _Rule = ("an integer from 0", lambda value: type(value) is int and value >= 0)
+_EXECUTION: _Rule = (
+    f"one of {', '.join(EXECUTIONS)}",
+    lambda value: value in EXECUTIONS,
+)
 _WEIGHT: _Rule = (
     "a number in [0, 1)",
     lambda value: type(value) is float and 0.0 <= value < 1.0,
@@ -95,6 +99,7 @@ class EmbedderIdentity(_Identity):
         patch_px: side of a patch in pixels of the resized image.
         dim: dimension of an embedding.
         dtype: precision of the computation.
+        execution: what ran the network: torch or openvino.
         place_weight: weight of the position in the image in the distance, in [0, 1).
     """
 
@@ -104,6 +109,7 @@ class EmbedderIdentity(_Identity):
         **dict.fromkeys(("weights_sha256", "config_sha256"), _DIGEST),
         **dict.fromkeys(("input_size", "average", "patch_px", "dim"), _COUNT),
         **{"revision": _STRING, "layer": _LAYER, "place_weight": _WEIGHT},
+        "execution": _EXECUTION,
     }
 
     model_id: str
@@ -118,11 +124,12 @@ class EmbedderIdentity(_Identity):
     dim: int
     dtype: str
     place_weight: float = 0.0
+    execution: str = TORCH
 
     def difference(self, other: EmbedderIdentity) -> tuple[str, Any, Any] | None:
         """Return (field, own value, other value) of the first difference that matters, or None.
 
-        Name, revision and precision do not matter: embeddings of both can be compared.
+        Name, revision, precision and execution do not matter: embeddings of both can be compared.
         """
         for field in fields(self):
             values = getattr(self, field.name), getattr(other, field.name)

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from semantic_anomaly.embedding.identity import Embedder
 from semantic_anomaly.errors import SourceError
 from semantic_anomaly.index.format import refuse_existing
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.io.sources import FrameSource
+from semantic_anomaly.linalg import inner_products
 from semantic_anomaly.offline.drives import (
     Sources,
     camera_roi,
     embedded_frames,
     frame_total,
     open_drives,
+    sample_images,
     settings_of,
 )
 from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.segmentation.embedder import RunningEmbedder
 from semantic_anomaly.settings import Settings
+from semantic_anomaly.structures import PatchGrid
 
+_SAMPLE_PATCHES = 256
 _log = logging.getLogger(__name__)
 
 
@@ -42,6 +48,8 @@ def build_index(
     **overrides: Any,
 ) -> NominalIndex:
     """Build the nominal index of a camera from nominal drives, in bounded memory.
+
+    Precision and execution that are not set are chosen by measurement, and recorded in the index.
 
     Example:
         >>> index = build_index("drives/nominal", backbone="dinov2_small", out="index")
@@ -74,6 +82,10 @@ def build_index(
     drives = open_drives(sources, topic)
     with ExitStack() as stack:
         if embedder is None:
+            # Other commands import no torch.
+            from semantic_anomaly.embedding.precision import choose_precision
+
+            settings = choose_precision(settings, sample_images(drives), _median_distances)
             embedder = stack.enter_context(closing(RunningEmbedder.from_settings(settings)))
         _log_predicted_size(settings, roi, drives, embedder, stride)
         frames = embedded_frames(
@@ -90,6 +102,28 @@ def build_index(
     if out is not None:
         index.save(Path(out), force=force)
     return index
+
+
+def _median_distances(grids: Sequence[PatchGrid]) -> list[float]:
+    """Return the median distance by stage of some patches to the nearest of the other frames.
+
+    Before there is an index, a few frames stand for it.
+    """
+    rng = np.random.default_rng(0)
+    medians = []
+    for number in range(len(grids[0].stages)):
+        frames = [
+            grid.stages[number].features.reshape(-1, grid.stages[number].dim) for grid in grids
+        ]
+        distances = [0.0]
+        for frame, rows in enumerate(frames):
+            others = frames[:frame] + frames[frame + 1 :]
+            if others:
+                some = rng.choice(len(rows), min(len(rows), _SAMPLE_PATCHES), replace=False)
+                similarities = inner_products(rows[some], np.concatenate(others).T)
+                distances += (1 - similarities.max(axis=1)).tolist()
+        medians.append(float(np.median(distances)))
+    return medians
 
 
 def _log_predicted_size(

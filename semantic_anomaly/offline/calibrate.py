@@ -15,7 +15,7 @@ import numpy as np
 from semantic_anomaly.calibration.calibration import Calibration
 from semantic_anomaly.calibration.conformal import Episodes, scores_needed
 from semantic_anomaly.calibration.leakage import check_sources, refuse_seen
-from semantic_anomaly.detection.detector import resolve_roi, resolve_settings
+from semantic_anomaly.detection.detector import probe_scores, resolve_roi, resolve_settings
 from semantic_anomaly.embedding.identity import Embedder
 from semantic_anomaly.errors import CalibrationError
 from semantic_anomaly.index.nominal_index import NominalIndex
@@ -26,6 +26,7 @@ from semantic_anomaly.offline.drives import (
     embedded_frames,
     frame_total,
     open_drives,
+    sample_images,
     settings_of,
 )
 from semantic_anomaly.scoring.distances import FrameScorer
@@ -39,6 +40,7 @@ from semantic_anomaly.settings import DEFAULT_FALSE_ALARM_RATE, Settings
 from semantic_anomaly.structures import PatchGrid
 
 FOLDS, FOLD_FRAMES = 5, 10
+_SAMPLE_PATCHES = 1024
 _FRAME_PERIOD_NS = 100_000_000
 # Rounding leaves distances of this size between equal embeddings.
 _SEEN_DISTANCE = 1e-5
@@ -60,8 +62,9 @@ def calibrate(
     """Calibrate an index with nominal drives that it has not seen.
 
     Frames are scored twice: for the score normalisation, then for scores standardised by the drives
-    of the other folds (cross-conformal prediction, Vovk 2015). Every source is one drive; a folder
-    whose labels name the drives of its images is as many drives.
+    of the other folds (cross-conformal prediction, Vovk 2015). Precision and execution that are not
+    set are chosen by measurement on this machine, and recorded for detectors. Every source is one
+    drive; a folder whose labels name the drives of its images is as many drives.
 
     Example:
         >>> calibration = calibrate(index, ["drives/b", "drives/c"], out="index")
@@ -74,7 +77,8 @@ def calibrate(
         camera: one of the cameras of the settings; None: the first.
         out: index folder to which the calibration is written; None: it is not written.
         topic: image topic of bags that have several.
-        embedder: already loaded; None: loaded from the backbone of the index.
+        embedder: already loaded, or that made the patch grids; None: loaded from the backbone of
+            the index.
         progress: show a progress bar on a terminal.
         **overrides: values of single settings, such as `target_false_alarm_rate`.
 
@@ -89,6 +93,7 @@ def calibrate(
     camera = settings.cameras[0] if camera is None else camera
     if not settings.target_false_alarm_rate:
         settings = settings.replace(target_false_alarm_rate=DEFAULT_FALSE_ALARM_RATE)
+    given = settings
     settings = resolve_settings(settings.for_camera(camera), index)
     roi = resolve_roi(settings.camera_settings[camera], index, None)
     index.check_roi(roi)
@@ -96,7 +101,8 @@ def calibrate(
     names: list[str]
     with ExitStack() as stack:
         if isinstance(sources, Mapping):
-            names, dtype = list(sources), index.stage.embedder.dtype
+            names = list(sources)
+            running = (index.stage if embedder is None else embedder.stages[0]).embedder
             frames = partial(_grid_frames, sources)
         else:
             drives = open_drives(sources, topic)
@@ -108,9 +114,18 @@ def calibrate(
                 )
             check_sources(index, drives)
             if embedder is None:
+                from semantic_anomaly.embedding.precision import choose_precision
+
+                chosen = choose_precision(
+                    settings.replace(dtype=given.dtype, execution=given.execution),
+                    sample_images(drives),
+                    partial(_median_distances, index),
+                    (settings.dtype, settings.execution),
+                )
+                settings = settings.replace(dtype=chosen.dtype, execution=chosen.execution)
                 embedder = stack.enter_context(closing(RunningEmbedder.from_settings(settings)))
             index.check_embedder(embedder.stages)
-            names, dtype = drive_names(drives), embedder.stages[0].embedder.dtype
+            names, running = drive_names(drives), embedder.stages[0].embedder
             frames = partial(_source_frames, index, drives, embedder, progress)
         scorer = FrameScorer(index, settings, roi)
         anchors = [class_anchors(stage.content.embeddings) for stage in index.stages]
@@ -137,6 +152,10 @@ def calibrate(
             scores.setdefault(drive, []).append(frame_score.score)
             stamps_ns.setdefault(drive, []).append(stamp_ns)
             medians.append(float(np.median(frame_score.anomaly_map[frame_score.inside])))
+        normalisations = normalisations_without(sums, None) if sums else ()
+        probes: list[float] = []
+        if embedder is not None and normalisations:
+            probes = probe_scores(scorer, index, embedder, normalisations)
     calibration = Calibration.fit(
         scores,
         heatmap_low=float(np.median(medians)) if medians else 0.0,
@@ -144,8 +163,10 @@ def calibrate(
         settings=settings,
         roi=roi,
         camera=camera,
-        dtype=dtype,
-        normalisations=normalisations_without(sums, None) if sums else (),
+        dtype=running.dtype,
+        execution=running.execution,
+        probe_scores=probes,
+        normalisations=normalisations,
         episodes=Episodes.of_drives(scores, stamps_ns, settings)
         if settings.target_episode_rate
         else None,
@@ -155,6 +176,17 @@ def calibrate(
     if out is not None:
         calibration.save(Path(out).expanduser())
     return calibration
+
+
+def _median_distances(index: NominalIndex, grids: Sequence[PatchGrid]) -> list[float]:
+    """Return the median distance by stage of some patches to the nearest entry."""
+    rng = np.random.default_rng(0)
+    medians = []
+    for number, stage in enumerate(index.stages):
+        rows = np.concatenate([g.stages[number].features.reshape(-1, stage.dim) for g in grids])
+        some = rng.choice(len(rows), min(len(rows), _SAMPLE_PATCHES), replace=False)
+        medians.append(float(np.median(stage.distances(rows[some], k=1))))
+    return medians
 
 
 def _fold(drives: Sequence[str], drive: str, number: int) -> int:

@@ -23,6 +23,7 @@ Sources: TypeAlias = "str | Path | np.ndarray | FrameSource | Sequence[Any]"
 
 # Larger batches gain a few percent on a CPU and cost memory with every image.
 BATCH_FRAMES = 4
+_SAMPLE_IMAGES, _SAMPLE_STRIDE = 8, 10
 
 
 def settings_of(settings: Settings | None, overrides: Mapping[str, Any]) -> Settings:
@@ -88,6 +89,20 @@ def frame_total(sources: Mapping[str, FrameSource], stride: int = 1) -> int | No
     counts = [source.count for source in sources.values()]
     known = [-(-count // stride) for count in counts if count is not None]
     return sum(known) if len(known) == len(counts) else None
+
+
+def sample_images(sources: Mapping[str, FrameSource]) -> list[np.ndarray]:
+    """Return some images of all drives, (height, width, 3) uint8 RGB: 8, or one of each drive."""
+    of_each = -(-_SAMPLE_IMAGES // len(sources))
+    images = []
+    for source in sources.values():
+        # Neighbouring frames say less, but reading a whole drive for eight frames takes too long.
+        stride = _SAMPLE_STRIDE
+        if source.count is not None:
+            stride = min(stride, max(1, source.count // of_each))
+        frames = itertools.islice(source, 0, of_each * stride, stride)
+        images += [frame.image for frame in frames]
+    return images
 
 
 def embedded_frames(

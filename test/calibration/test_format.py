@@ -28,7 +28,8 @@ def test_round_trip_keeps_every_bit(tmp_path: Path) -> None:
     scores = np.random.default_rng(2).normal(0.0, 2.0, 333)
     episodes = Episodes(np.linspace(-1.0, 1.0, 9), 1.0, 1, 1.0, 1.0, 0.3)
     edit = StaleEdit(1, "retract 2 entries", False, True)
-    written = fitted(scores, drives=4, episodes=episodes).carried(
+    probes = {"probe_scores": [0.5, 1.25], "execution": "openvino"}
+    written = fitted(scores, drives=4, episodes=episodes, **probes).carried(
         SimpleNamespace(fingerprint=FINGERPRINT), [edit]
     )
     assert written.save(tmp_path) == tmp_path / FILE_NAME
@@ -103,11 +104,11 @@ def edited(pattern: bytes, replacement: bytes) -> Callable[[bytes], bytes]:
         (lambda content: content[: len(content) // 2], "not JSON"),
         (lambda content: b"\x80" + content, "not JSON"),
         (lambda content: b"[" * 100000, "not JSON"),
-        (lambda content: b"[]", "expected format 1, found 'list'"),
+        (lambda content: b"[]", "expected format 2, found 'list'"),
         (edited(rb"0\.012", b"0.013"), "altered or damaged"),
         (edited(rb"0\.012", b"NaN"), "NaN is not a finite number"),
         (edited(rb"0\.012", b"1e999"), "not a finite number"),
-        (resealed(lambda b: b.update(format=2)), "expected format 1, found 2"),
+        (resealed(lambda b: b.update(format=1)), "expected format 2, found 1"),
         (resealed(lambda b: b.pop("camera")), "differing: camera"),
         (resealed(lambda b: b.update(extra=1)), "differing: extra"),
         (resealed(lambda b: b.update(heatmap_low=1)), "'heatmap_low' has the type int"),
@@ -119,6 +120,8 @@ def edited(pattern: bytes, replacement: bytes) -> Callable[[bytes], bytes]:
         (resealed(lambda b: b["scores"].append(True)), "not a number"),
         (resealed(lambda b: b["scores"].append(10**400)), "not a number"),
         (resealed(lambda b: b["scores"].append(0.9)), "21 in all"),
+        (resealed(lambda b: b["probe_scores"].append(1)), "'probe_scores' contains"),
+        (resealed(lambda b: b.update(execution="cuda")), "execution: expected one of torch, open"),
         (resealed(lambda b: b.update(normalisations=[])), "normalisations"),
         (resealed(lambda b: b.update(target_false_alarm_rate=0.0)), "target_false_alarm_rate"),
         (resealed(lambda b: b.update(target_false_alarm_rate=0.001)), "needs at least 999"),

@@ -32,7 +32,7 @@ def test_it_prints_how_a_backbone_can_be_used(
     assert row(text, "backbone") == "tiny_dinov2 (dinov2)"
     assert row(text, "weights") == f"sha256 {loaded.weights_sha256[:16]}"
     assert row(text, "parameters") == f"{loaded.parameters / 1e6:.2f} M"
-    assert row(text, "device") == "cpu, float32"
+    assert row(text, "device") == "cpu, float32 by torch"
     assert row(text, "hidden states") == "0 to 3"
     states = [numbered(text, number).split() for number in range(4)]
     assert [state[:2] for state in states] == [["14", "32"]] * 4

@@ -20,7 +20,14 @@ from worlds.colours import (
     street,
 )
 
-from semantic_anomaly.detection.detector import AnomalyDetector, load_detector
+from semantic_anomaly.calibration.calibration import Calibration
+from semantic_anomaly.detection.detector import (
+    AnomalyDetector,
+    load_detector,
+    load_embedder,
+    probe_scores,
+    resolve_settings,
+)
 from semantic_anomaly.errors import (
     CalibrationError,
     IndexMismatchError,
@@ -332,7 +339,65 @@ def test_another_precision_runs_with_a_warning(
         variant(detector)
         assert not caplog.records
         variant(detector, embedder=ColourEmbedder(dtype="bfloat16"))
-    assert "calibrated in float32, running in bfloat16" in caplog.text
+    assert "calibrated in float32 by torch, running in bfloat16 by torch" in caplog.text
+
+
+def test_another_precision_must_repeat_the_scores_of_stored_frames(
+    detector: AnomalyDetector, caplog: pytest.LogCaptureFixture
+) -> None:
+    other, calibration = ColourEmbedder(dtype="bfloat16"), detector.calibration
+    assert calibration is not None
+    scores = probe_scores(detector._scorer, detector.index, other, detector.normalisations)
+    assert 1 < len(scores) <= 8
+    spread = float(np.subtract(*np.quantile(calibration.scores, (0.75, 0.25))))
+
+    def shifted(by: float) -> Calibration:
+        return replace(calibration, probe_scores=(scores[0] + by, *scores[1:]), execution="torch")
+
+    with caplog.at_level(logging.WARNING):
+        variant(detector, calibration=shifted(0.04 * spread), embedder=other)
+    assert "scores of stored frames differ by up to" in caplog.text
+    with pytest.raises(
+        MismatchError, match=r"found bfloat16 by torch .*; calibrate on this device"
+    ):
+        variant(detector, calibration=shifted(0.06 * spread), embedder=other)
+    # In its own precision nothing is compared.
+    variant(detector, calibration=shifted(9.0))
+    # A decision differs, however near the threshold.
+    low, high = calibration.threshold - 1e-4 * spread, calibration.threshold + 1e-4 * spread
+    before = replace(calibration, probe_scores=(low,))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("semantic_anomaly.detection.detector.probe_scores", lambda *_: [high])
+        with pytest.raises(MismatchError, match="calibrate on this device"):
+            variant(detector, calibration=before, embedder=other)
+
+
+def test_recorded_precision_and_execution_are_used_unless_set(detector: AnomalyDetector) -> None:
+    index, calibration = detector.index, detector.calibration
+    assert calibration is not None
+    of_index = resolve_settings(Settings(), index)
+    assert (of_index.dtype, of_index.execution) == ("float32", "torch")
+    recorded = replace(calibration, dtype="bfloat16", execution="openvino")
+    resolved = resolve_settings(Settings(), index, recorded)
+    assert (resolved.dtype, resolved.execution) == ("bfloat16", "openvino")
+    resolved = resolve_settings(Settings(dtype="float16", execution="torch"), index, recorded)
+    assert (resolved.dtype, resolved.execution) == ("float16", "torch")
+
+
+def test_what_a_device_lacks_is_replaced_unless_it_was_set(
+    tiny_backbone: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(
+        "semantic_anomaly.embedding.execution.candidates", lambda device: [("float32", "torch")]
+    )
+    given = Settings(stages=(f"{tiny_backbone} size=56",), device="cpu")
+    recorded = given.replace(dtype="bfloat16", execution="openvino")
+    with caplog.at_level(logging.WARNING):
+        [stage] = load_embedder(recorded, given).stages
+    assert (stage.embedder.dtype, stage.embedder.execution) == ("float32", "torch")
+    assert "no bfloat16 by openvino, as recorded; torch is tried" in caplog.text
+    [stage] = load_embedder(given.replace(dtype="bfloat16", execution="torch"), recorded).stages
+    assert (stage.embedder.dtype, stage.embedder.execution) == ("bfloat16", "torch")
 
 
 @pytest.fixture

@@ -643,7 +643,7 @@ def test_failures_and_wrong_outputs_of_the_network_are_errors(
     (image,) = images(rng, (60, 80))
     [loaded] = embedder._backbones.values()
     with torch.no_grad():
-        loaded.network.layernorm.weight.fill_(float("nan"))
+        loaded._norm.weight.fill_(float("nan"))
     with pytest.raises(ModelOutputError, match="finite"):
         embedder.embed([image])
     replace_network(embedder, patch=28)

@@ -38,6 +38,7 @@ OTHER: dict[str, Any] = {
     "dim": 32,
     "dtype": "bfloat16",
     "place_weight": 0.5,
+    "execution": "openvino",
 }
 
 
@@ -46,9 +47,9 @@ def test_survives_json() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(OTHER))
-def test_only_names_and_precision_may_differ(name: str) -> None:
+def test_only_names_precision_and_execution_may_differ(name: str) -> None:
     other = replace(IDENTITY, **{name: OTHER[name]})
-    is_compared = name not in ("model_id", "revision", "dtype")
+    is_compared = name not in ("model_id", "revision", "dtype", "execution")
     expected = (name, getattr(IDENTITY, name), OTHER[name]) if is_compared else None
     assert IDENTITY.difference(other) == expected
 
@@ -73,6 +74,7 @@ def test_every_field_is_covered_above() -> None:
         ("patch_px", "14"),
         ("dim", True),
         ("dtype", ""),
+        ("execution", "auto"),
         ("place_weight", 1.0),
         ("place_weight", float("nan")),
     ],

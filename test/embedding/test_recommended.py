@@ -42,6 +42,7 @@ def test_numbers_from_the_end_count_in_complete_networks_only() -> None:
 
 def test_the_page_has_the_same_table() -> None:
     section = PAGE.read_text(encoding="utf-8").partition("## Recommended stages")[2]
+    section = section.partition("\n## ")[0]
     found = {}
     for names, stages, measured in re.findall(r"^\| (`.*`) \| (`.*`) \| (.+) \|$", section, re.M):
         for name in re.findall(r"`(\w+)`", names):

@@ -396,7 +396,7 @@ def test_the_search_is_chosen_for_each_stage_by_its_size(
     assert sizes[1] < min(sizes[0], sizes[2])
     loaded.configure_search("auto", 50)
     assert [stage.search_is_exact for stage in loaded.stages] == [False, True, False]
-    assert [stage._graph is None for stage in loaded.stages] == [False, True, False]
+    assert [stage._partitioned is None for stage in loaded.stages] == [False, True, False]
     loaded.configure_search("graph", 50)
     assert not any(stage.search_is_exact for stage in loaded.stages)
     for stage in loaded.stages:

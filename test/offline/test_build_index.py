@@ -10,10 +10,18 @@ import pytest
 from worlds.colours import ColourEmbedder
 from worlds.nominal_drives import SETTINGS, CountingEmbedder, build, calibrated, write_drives
 
+from semantic_anomaly.detection.detector import load_detector
+from semantic_anomaly.embedding import execution, precision
+from semantic_anomaly.embedding.execution import REFERENCE
 from semantic_anomaly.errors import ArtefactError, SourceError, UnknownNameError
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.io.open import open_source
+from semantic_anomaly.offline.build_index import _median_distances, build_index
+from semantic_anomaly.offline.calibrate import calibrate
+from semantic_anomaly.offline.drives import open_drives, sample_images
 from semantic_anomaly.roi import RegionOfInterest
+from semantic_anomaly.settings import Settings
+from semantic_anomaly.structures import PatchGrid
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +70,58 @@ def test_predicted_size_is_logged_beforehand(
     most = NominalIndex.predicted_bytes(1000000, 4) / 1e6
     assert f"at most {most:.0f} MB (1000000 entries)" in record.message
     assert "all patches of the 5 frames were stored (144 per frame)" in record.message
+
+
+def test_precision_is_measured_recorded_and_used_again(
+    drives: Path,
+    tiny_backbone: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    half = "bfloat16", "torch"
+    ms = {"float32": 30.0, "bfloat16": 20.0}
+    monkeypatch.setattr(precision, "candidates", lambda device: [REFERENCE, half])
+    monkeypatch.setattr(
+        precision, "_timed_ms", lambda embedder, image: ms[embedder.identities[0].dtype]
+    )
+    # Random weights in bfloat16 shift more than trained ones.
+    monkeypatch.setattr(precision, "_ALLOWED_SHARE", 1e6)
+    settings = Settings(
+        stages=(f"{tiny_backbone} size=112",),
+        target_false_alarm_rate=0.2,
+        device="cpu",
+        index=str(tmp_path / "index"),
+    )
+    with caplog.at_level(logging.INFO):
+        index = build_index(drives / "index", settings=settings, out=tmp_path / "index")
+    assert "backbones run in bfloat16 by torch, of float32 by torch 30.0 ms" in caplog.text
+    recorded = NominalIndex.load(tmp_path / "index").stage.embedder
+    assert (recorded.dtype, recorded.execution) == half
+    # Nothing is faster by 10 %: the calibration keeps what the index has.
+    ms["float32"] = 19.0
+    sources = [drives / "a", drives / "b"]
+    calibration = calibrate(index, sources, settings=settings, out=tmp_path / "index")
+    assert (calibration.dtype, calibration.execution) == half
+    assert len(calibration.probe_scores) == 8
+    monkeypatch.setattr(execution, "candidates", lambda device: [REFERENCE, half])
+    caplog.clear()
+    detector = load_detector(settings, "camera", need_calibration=True)
+    running = detector.embedder.stages[0].embedder
+    assert (running.dtype, running.execution) == half and "running in" not in caplog.text
+    # A setting overrides it, for the index as well.
+    other = build_index(drives / "index", settings=settings, dtype="float32")
+    assert other.stage.embedder.dtype == "float32"
+
+
+def test_a_few_images_of_every_drive_are_measured(drives: Path) -> None:
+    opened = open_drives([drives / name for name in ("index", "a", "b")])
+    assert len(sample_images(opened)) == 9, "three of each"
+    assert len(sample_images(open_drives(drives / "index"))) == 8
+    grids = [PatchGrid(ColourEmbedder().embed([image])[0].features, image.shape[:2])
+             for image in sample_images(opened)]  # fmt: skip
+    [median] = _median_distances(grids)
+    assert 0 < median < 1 and _median_distances(grids[:1]) == [0.0]
 
 
 def test_an_existing_index_is_replaced_only_with_force(drives: Path, tmp_path: Path) -> None:

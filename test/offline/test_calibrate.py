@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -83,7 +84,12 @@ def test_patch_grids_in_memory_give_the_same_calibration(
     index: NominalIndex, drives: Path, grids: dict[str, list[PatchGrid]]
 ) -> None:
     from_files = calibrated(index, [drives / "a", drives / "b"])
-    assert calibrate(index, grids, settings=SETTINGS).sha256 == from_files.sha256
+    with_embedder = calibrate(index, grids, settings=SETTINGS, embedder=ColourEmbedder())
+    assert with_embedder.sha256 == from_files.sha256
+    # Without one there are no scores of stored frames to compare another precision with.
+    without = calibrate(index, grids, settings=SETTINGS)
+    assert len(from_files.probe_scores) == 8 and not without.probe_scores
+    assert without.sha256 == replace(from_files, probe_scores=()).sha256
 
 
 def test_a_single_drive_is_split_into_folds(index: NominalIndex, drives: Path) -> None:
