@@ -55,11 +55,11 @@ def detector_row(detector: AnomalyDetector, images: list[np.ndarray]) -> str:
         stages.append(result.stage_ms)
     medians = {
         stage: float(np.median([ms[stage] for ms in stages[WARM_UP_FRAMES:]]))
-        for stage in ("embed", "search", "localize")
+        for stage in ("forward", "search", "localize")
     }
     total = float(np.median(walls_ms[WARM_UP_FRAMES:]))
     times = " | ".join(f"{ms:.1f}" for ms in (total, *medians.values()))
-    outside = 100 * (1 - medians["embed"] / total)
+    outside = 100 * (1 - medians["forward"] / total)
     return f"{detector.index.count} | {1e3 / total:.1f} | {times} | {outside:.0f} %"
 
 

@@ -53,6 +53,7 @@ class Frame:
         stamp_ns: stamp of the camera in nanoseconds.
         frame_id: name of the optical frame, may be empty.
         name: identifies the frame for people: file name, or bag and message number.
+        decode_ms: milliseconds that decoding the image took, 0 if it was there.
 
     Raises:
         ImageError: wrong shape or dtype, or an empty image.
@@ -62,6 +63,7 @@ class Frame:
     stamp_ns: int = 0
     frame_id: str = ""
     name: str = ""
+    decode_ms: float = 0.0
 
     def __post_init__(self) -> None:
         check_rgb(self.image, f"frame '{self.name}'")
@@ -256,7 +258,8 @@ class AnomalyResult:
         label_map: (height, width) uint16 labels of the localizations, 0 elsewhere.
         localizations: largest score first; empty unless the score exceeds the threshold. A
             confirmed one makes the decision `anomaly`.
-        stage_ms: milliseconds by processing stage.
+        stage_ms: milliseconds by processing stage: decode, prepare, forward, segment (if there are
+            stages of instances), search, score, localize; and their total.
         reason: why the decision is `unknown`, empty otherwise.
         coarse: whether localizations and heatmap come from upper bounds of distances, because
             more than 5 % of the patches exceed the threshold; score and decision are exact.

@@ -53,6 +53,17 @@ from semantic_anomaly.structures import (
     NominalExample,
     PatchGrid,
 )
+from semantic_anomaly.timing import (
+    DECODE,
+    FORWARD,
+    LOCALIZE,
+    PREPARE,
+    SCORE,
+    SEARCH,
+    TOTAL,
+    elapsed_ms,
+    stage_times,
+)
 
 _log = logging.getLogger(__name__)
 _UNCALIBRATED = "uncalibrated: no threshold to compare with"
@@ -252,6 +263,19 @@ def load_embedder(settings: Settings, given: Settings) -> RunningEmbedder:
     return RunningEmbedder.from_settings(settings)
 
 
+def embed_timed(
+    embedder: Embedder, images: Sequence[np.ndarray]
+) -> tuple[list[PatchGrid], dict[str, float]]:
+    """Return the patch grids of images, and the milliseconds spent on all of them by stage."""
+    begin_s = time.perf_counter()
+    with stage_times() as times_ms:
+        times_ms[PREPARE] = 0.0
+        grids = embedder.embed(images)
+    # What remains: a GPU has computed the embeddings only when they are copied.
+    times_ms[FORWARD] = elapsed_ms(begin_s) - sum(times_ms.values())
+    return grids, times_ms
+
+
 class AnomalyDetector:
     """Scores frames against a nominal index and decides by a calibration.
 
@@ -354,9 +378,8 @@ class AnomalyDetector:
         if not isinstance(frame, Frame):
             frame = Frame(np.asarray(image), self._next_stamp_ns)
         self._next_stamp_ns = frame.stamp_ns + _FRAME_PERIOD_NS
-        begin = time.perf_counter()
-        grid = self.embedder.embed([frame.image])[0]
-        return self.assess(frame, grid, {"embed": (time.perf_counter() - begin) * 1e3})
+        [grid], times_ms = embed_timed(self.embedder, [frame.image])
+        return self.assess(frame, grid, times_ms)
 
     def score(self, grid: PatchGrid) -> FrameScore:
         """Return score and anomaly map of patch embeddings.
@@ -398,33 +421,34 @@ class AnomalyDetector:
         Args:
             frame: size and stamp; a stamp before the last one clears the tracks.
             grid: its patch embeddings.
-            stage_ms: milliseconds spent on it so far, by stage.
+            stage_ms: milliseconds spent on its embeddings, by stage.
 
         Raises:
             ModelOutputError: the grid is of another image size, or a distance is not finite.
         """
-        begin = time.perf_counter()
+        begin_s = time.perf_counter()
         live = self._live
         if grid.image_hw != frame.image_hw:
             raise ModelOutputError(
                 f"frame '{frame.name}': expected embeddings of an image of {frame.image_hw}, "
                 f"found {grid.image_hw}"
             )
-        frame_score = self._frame_score(grid, live)
+        with stage_times() as searching_ms:
+            frame_score = self._frame_score(grid, live)
         score = frame_score.score
-        searched = time.perf_counter()
+        scored_ms = elapsed_ms(begin_s)
         heat = heatmap(frame_score.anomaly_map, self.roi, frame.image_hw)
         labels, localizations = self._localized(frame_score, heat, live)
         if not self.roi.is_whole_image:
             heat = np.where(self.roi.pixel_mask(frame.image_hw), heat, np.float32(live.scale.low))
         localizations = follow(live.tracker, frame.stamp_ns, localizations)
         decision = decide(localizations, live.threshold)
-        end = time.perf_counter()
-        stages = dict(stage_ms or {})
-        stages["search"] = (searched - begin) * 1e3
-        stages["localize"] = (end - searched) * 1e3
-        # Other stages given may be parts of 'embed', such as the preparation of the image.
-        stages["total"] = stages.get("embed", 0.0) + (end - begin) * 1e3
+        search_ms = searching_ms.get(SEARCH, 0.0)
+        times_ms = {DECODE: frame.decode_ms, **(stage_ms or {})}
+        times_ms[SEARCH] = search_ms
+        times_ms[SCORE] = scored_ms - search_ms
+        times_ms[LOCALIZE] = elapsed_ms(begin_s) - scored_ms
+        times_ms[TOTAL] = sum(times_ms.values())
         return AnomalyResult(
             score=score,
             decision=decision,
@@ -434,7 +458,7 @@ class AnomalyDetector:
             scale=live.scale,
             label_map=labels,
             localizations=localizations,
-            stage_ms=stages,
+            stage_ms=times_ms,
             reason=_UNCALIBRATED if live.threshold is None else "",
             stage_scores=frame_score.stage_scores,
             coarse=frame_score.coarse,

@@ -36,6 +36,7 @@ from semantic_anomaly.errors import BackboneError, ModelOutputError, SettingsErr
 from semantic_anomaly.settings import OPENVINO, Settings
 from semantic_anomaly.stages import StageSpec
 from semantic_anomaly.structures import PatchGrid, check_rgb
+from semantic_anomaly.timing import PREPARE, timed
 
 POSITION_DIM = 4
 # Radians over the image: a scene changes far more with the height than from side to side.
@@ -227,7 +228,9 @@ class Backbone:
             ModelOutputError: closed, or tokens of another number than the grid has patches.
         """
         with torch.inference_mode():
-            return self._run(self._resized(batch, input_hw), layers)
+            with timed(PREPARE):
+                pixels = self._resized(batch, input_hw)
+            return self._run(pixels, layers)
 
     def prepare(self, batch: np.ndarray, input_hw: tuple[int, int]) -> torch.Tensor:
         """Return (n, 3, *input_hw) of (n, h, w, 3) uint8, resized and normalised."""
@@ -471,7 +474,8 @@ class PatchEmbedder:
             numbers_of_size[image.shape].append(number)
         grids: dict[int, PatchGrid] = {}
         for (height, width, _), numbers in numbers_of_size.items():
-            batch = np.stack([images[number] for number in numbers])
+            with timed(PREPARE):
+                batch = np.stack([images[number] for number in numbers])
             features = self._features(batch)  # by stage: (n, rows, cols, dim)
             for row, number in enumerate(numbers):
                 first, *further = (

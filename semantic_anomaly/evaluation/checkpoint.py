@@ -202,6 +202,7 @@ def result_row(frame: Frame, result: AnomalyResult) -> dict[str, Any]:
         "p_value": result.p_value,
         "boxes": [list(component.box_xyxy) for component in result.localizations],
         "decision": result.decision.value,
+        "coarse": result.coarse,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -25,6 +26,7 @@ from semantic_anomaly.io.bags import BagSource
 from semantic_anomaly.io.images import read_image
 from semantic_anomaly.io.sources import is_bag, natural
 from semantic_anomaly.structures import Frame
+from semantic_anomaly.timing import elapsed_ms
 
 _MEANINGS = {"normal": NORMAL, "anomaly": ANOMALY, "ignore": IGNORE}
 
@@ -222,8 +224,10 @@ class LayoutDataset(Dataset):
 
     def _frames(self) -> Iterator[tuple[Frame, FrameTruth]]:
         for number, truth in enumerate(self.truths):
+            begin_s = time.perf_counter()
             image = read_image(self.path / truth.file)
-            yield Frame(image, number, name=f"{self.name}/{truth.file}"), truth
+            name = f"{self.name}/{truth.file}"
+            yield Frame(image, number, name=name, decode_ms=elapsed_ms(begin_s)), truth
 
     def _labels(self, truth: FrameTruth, image_hw: tuple[int, int]) -> np.ndarray:
         assert truth.mask is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import struct
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -14,6 +15,7 @@ from semantic_anomaly.errors import ImageError, SourceError, first_line
 from semantic_anomaly.io.images import decode_compressed, decode_raw
 from semantic_anomaly.io.sources import FrameSource
 from semantic_anomaly.structures import Frame
+from semantic_anomaly.timing import elapsed_ms
 
 if TYPE_CHECKING:
     from rosbags.rosbag2 import Reader
@@ -105,6 +107,7 @@ class BagSource(FrameSource):
     def _frame(self, index: int, bag_time_ns: int, message: Any) -> Frame:
         stamp = message.header.stamp
         stamp_ns = stamp.sec * 1_000_000_000 + stamp.nanosec
+        begin_s = time.perf_counter()
         try:
             if self.compressed:
                 image = decode_compressed(message.data, message.format)
@@ -118,7 +121,8 @@ class BagSource(FrameSource):
                 f"bag '{self.path}', topic '{self.topic}', image {index}: {error}"
             ) from error
         name = f"{self.name}/{index:06d}"
-        return Frame(image, stamp_ns or bag_time_ns, message.header.frame_id, name)
+        decode_ms = elapsed_ms(begin_s)
+        return Frame(image, stamp_ns or bag_time_ns, message.header.frame_id, name, decode_ms)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import sys
+import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ import numpy as np
 from semantic_anomaly.errors import ImageError, SourceError
 from semantic_anomaly.io.images import read_image
 from semantic_anomaly.structures import Frame
+from semantic_anomaly.timing import elapsed_ms
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm")
@@ -185,8 +187,10 @@ class ImageFiles(FrameSource):
 
     def _read(self, wanted: range) -> Iterator[Frame]:
         for index in range(wanted.start, min(wanted.stop, len(self.files)), wanted.step):
+            begin_s = time.perf_counter()
             image = read_image(self.files[index])
-            yield Frame(image, self._stamps_ns[index], name=self._names[index])
+            stamp_ns, name = self._stamps_ns[index], self._names[index]
+            yield Frame(image, stamp_ns, name=name, decode_ms=elapsed_ms(begin_s))
 
 
 class Arrays(FrameSource):
@@ -255,15 +259,17 @@ class Video(FrameSource):
     def _read(self, wanted: range) -> Iterator[Frame]:
         capture, index = self._open(), 0
         try:
-            while index < wanted.stop and capture.grab():
+            while index < wanted.stop:
+                begin_s = time.perf_counter()
+                if not capture.grab():
+                    break
                 if index in wanted:
                     done, image = capture.retrieve()
                     if not done or image is None or image.ndim != 3:
                         raise ImageError(f"video '{self.path}': frame {index} cannot be decoded")
                     rgb = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-                    yield Frame(
-                        rgb, round(index * self._period_ns), name=f"{self.name}/{index:06d}"
-                    )
+                    stamp_ns, name = round(index * self._period_ns), f"{self.name}/{index:06d}"
+                    yield Frame(rgb, stamp_ns, name=name, decode_ms=elapsed_ms(begin_s))
                 index += 1
         finally:
             capture.release()

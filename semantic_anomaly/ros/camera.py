@@ -6,12 +6,15 @@ replaced are counted by the executor's thread, the others by the worker.
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 from diagnostic_msgs.msg import DiagnosticStatus
 from rclpy.lifecycle import LifecycleNode
 from std_msgs.msg import Header
@@ -25,6 +28,10 @@ from semantic_anomaly.structures import Frame, PatchGrid
 
 # Period of the status of a silent camera.
 REPEAT_SILENCE_S = 1.0
+# Time from the stamp of an image to its status, beside the processing stages.
+LATENCY = "latency"
+# Diagnostics describe so many seconds, and so many frames of them.
+_RECENT_S, _MOST_RECENT = 10.0, 1000
 
 
 @dataclass
@@ -54,6 +61,32 @@ class RateMeter:
         return (count - last[1]) / (now - last[0])
 
 
+class RecentTimes:
+    """Milliseconds by stage of the frames of the last seconds; written and read by two threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._frames: deque[tuple[float, dict[str, float]]] = deque(maxlen=_MOST_RECENT)
+
+    def add(self, times_ms: Mapping[str, float | None]) -> None:
+        """Add the times of a frame; None: not known."""
+        known = {stage: ms for stage, ms in times_ms.items() if ms is not None}
+        with self._lock:
+            self._frames.append((time.monotonic(), known))
+
+    def summary(self) -> dict[str, float]:
+        """Return median and 95th percentile by stage, as `<stage>_p50_ms` and `<stage>_p95_ms`."""
+        since_s = time.monotonic() - _RECENT_S
+        with self._lock:
+            frames = [times_ms for added_s, times_ms in self._frames if added_s >= since_s]
+        summary = {}
+        for stage in dict.fromkeys(stage for times_ms in frames for stage in times_ms):
+            of_stage = [times_ms[stage] for times_ms in frames if stage in times_ms]
+            for percent in (50, 95):
+                summary[f"{stage}_p{percent}_ms"] = float(np.percentile(of_stage, percent))
+        return summary
+
+
 class Camera:
     """Publishers, subscriptions and counters of one camera."""
 
@@ -74,7 +107,7 @@ class Camera:
 
     def _start_counting(self) -> None:
         self.counts = CameraCounts()
-        self.last_latency_ms: float | None = None
+        self.times = RecentTimes()
         self._rate_in, self._rate_processed = RateMeter(), RateMeter()
         self._silent = False
         self._published_s = time.monotonic()
@@ -144,7 +177,6 @@ class Camera:
         rates = {
             "rate_in_hz": self._rate_in.rate_hz(self.counts.frames_received),
             "rate_processed_hz": self._rate_processed.rate_hz(self.counts.frames_processed),
-            "last_latency_ms": self.last_latency_ms,
         }
         level, text = DiagnosticStatus.OK, "inactive"
         if self.inputs is not None:
@@ -156,7 +188,7 @@ class Camera:
             elif values.get("stale_calibration"):
                 level, text = DiagnosticStatus.WARN, f"{text}; stale calibration"
         name = f"{self._node.get_name()}: {self.name} camera"
-        values = {**rates, **asdict(self.counts), **values}
+        values = {**rates, **self.times.summary(), **asdict(self.counts), **values}
         return messages.diagnostic_status(name, level, text, values)
 
     def _publish_unknown_now(self, level: bytes, kind: str, reason: str) -> None:

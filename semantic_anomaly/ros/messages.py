@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -30,6 +31,7 @@ from semantic_anomaly.io.images import (
     encode_jpeg,
 )
 from semantic_anomaly.structures import ComponentState, Frame, Localization
+from semantic_anomaly.timing import elapsed_ms
 
 # dtype and channels of the encodings that are published.
 _PUBLISHED = {
@@ -58,6 +60,7 @@ def frame_of(message: Image | CompressedImage, name: str = "") -> Frame:
     Raises:
         ImageError: a damaged image, or an encoding that neither this package nor cv_bridge knows.
     """
+    begin_s = time.perf_counter()
     if isinstance(message, CompressedImage):
         image = decode_compressed(message.data, message.format)
     else:
@@ -65,7 +68,8 @@ def frame_of(message: Image | CompressedImage, name: str = "") -> Frame:
             image = decode_raw(*_raw_image(message))
         except UnsupportedEncodingError as error:
             image = _decode_by_cv_bridge(message, error)
-    return Frame(image, stamp_ns(message.header), message.header.frame_id, name)
+    frame_id, decode_ms = message.header.frame_id, elapsed_ms(begin_s)
+    return Frame(image, stamp_ns(message.header), frame_id, name, decode_ms)
 
 
 def depth_of(message: Image) -> np.ndarray:

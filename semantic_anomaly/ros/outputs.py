@@ -84,6 +84,7 @@ class CameraOutputs:
             "p_value": result.p_value,
             "threshold": result.threshold,
             "reason": result.reason,
+            "coarse": result.coarse,
             **{
                 f"stage_{number}_deviation": value
                 for number, value in enumerate(result.stage_scores.values())

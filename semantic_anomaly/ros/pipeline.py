@@ -18,14 +18,16 @@ from diagnostic_msgs.msg import DiagnosticStatus
 from rclpy.clock import Clock
 from std_msgs.msg import Header
 
+from semantic_anomaly.detection.detector import embed_timed
 from semantic_anomaly.detection.geometry import place_box
 from semantic_anomaly.errors import ImageError, SemanticAnomalyError
 from semantic_anomaly.ros import messages
-from semantic_anomaly.ros.camera import Camera
+from semantic_anomaly.ros.camera import LATENCY, Camera
 from semantic_anomaly.ros.logs import ThrottledLog
 from semantic_anomaly.ros.models import Models
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import AnomalyResult, Frame, PatchGrid
+from semantic_anomaly.timing import PUBLISH, elapsed_ms
 
 # An age above this is not a delay: the clocks are unrelated.
 OTHER_CLOCK_S = 60.0
@@ -107,6 +109,10 @@ class _Job:
     frame: Frame
 
 
+# With the milliseconds by stage that embedding the whole batch took.
+_Embedded = tuple[_Job, PatchGrid, Mapping[str, float]]
+
+
 class Pipeline:
     """Publishes the results of batches of messages; `models` returns the models in force."""
 
@@ -130,12 +136,9 @@ class Pipeline:
         jobs = [job for job in accepted if job is not None]
         if not jobs:
             return
-        begin = time.perf_counter()
-        grids = self._embed(models, jobs)
-        embed_ms = (time.perf_counter() - begin) * 1e3
-        for job, grid in grids:
+        for job, grid, stage_ms in self._embed(models, jobs):
             try:
-                self._assess(models, job, grid, embed_ms)
+                self._assess(models, job, grid, stage_ms)
             except Exception as error:
                 self._fail(job, error)
 
@@ -165,10 +168,11 @@ class Pipeline:
             return None
         return _Job(camera, header, frame)
 
-    def _embed(self, models: Models, jobs: Sequence[_Job]) -> list[tuple[_Job, PatchGrid]]:
+    def _embed(self, models: Models, jobs: Sequence[_Job]) -> list[_Embedded]:
         images = [job.frame.image for job in jobs]
         try:
-            return list(zip(jobs, models.embedder.embed(images), strict=True))
+            grids, stage_ms = embed_timed(models.embedder, images)
+            return [(job, grid, stage_ms) for job, grid in zip(jobs, grids, strict=True)]
         except Exception as error:
             if _is_out_of_memory(error):
                 self._log.warning("memory", f"out of memory, trying once more: {error}")
@@ -176,24 +180,27 @@ class Pipeline:
                 self._fail(jobs[0], error)
                 return []
         # Single images take less memory, and the failure of one camera does not affect the others.
-        grids = []
+        embedded: list[_Embedded] = []
         for job in jobs:
             try:
-                grids.append((job, models.embedder.embed([job.frame.image])[0]))
+                [grid], stage_ms = embed_timed(models.embedder, [job.frame.image])
+                embedded.append((job, grid, stage_ms))
             except Exception as error:
                 self._fail(job, error)
-        return grids
+        return embedded
 
-    def _assess(self, models: Models, job: _Job, grid: PatchGrid, embed_ms: float) -> None:
+    def _assess(
+        self, models: Models, job: _Job, grid: PatchGrid, stage_ms: Mapping[str, float]
+    ) -> None:
         camera, detector = job.camera, models.detectors[job.camera.name]
         settings = detector.settings
-        result = detector.assess(job.frame, grid, {"embed": embed_ms})
+        result = detector.assess(job.frame, grid, stage_ms)
         if result.threshold is not None and result.score > result.threshold:
             camera.exceeding = job.frame, grid
         camera.counts.frames_processed += 1
         now_ns = self._clock.now().nanoseconds
         latency_ms = (now_ns - job.frame.stamp_ns) / 1e6 if now_ns else None
-        camera.last_latency_ms = latency_ms
+        begin_s = time.perf_counter()
         # The decision first: pictures take longer, and control does not depend on them.
         values = {"latency_ms": latency_ms, **asdict(camera.counts)}
         camera.outputs.publish_result(job.header, result, values)
@@ -204,6 +211,7 @@ class Pipeline:
         camera.outputs.publish_pictures(
             job.header, job.frame, result, detector.roi, settings.overlay_alpha
         )
+        camera.times.add({**result.stage_ms, PUBLISH: elapsed_ms(begin_s), LATENCY: latency_ms})
 
     def _publish_markers(self, job: _Job, result: AnomalyResult, settings: Settings) -> None:
         inputs, boxes = job.camera.inputs, []

@@ -23,6 +23,7 @@ from semantic_anomaly.scoring.normalisation import ScoreNormalisation
 from semantic_anomaly.segmentation.masks import StageEmbeddings, stage_embeddings
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import PatchGrid
+from semantic_anomaly.timing import SEARCH, timed
 
 # A patch of the finest grid has a value of a stage where so much of the interpolation is inside.
 _LEAST_WEIGHT = 1e-3
@@ -277,7 +278,10 @@ class _Frame:
         docs/method.md has the proof.
         """
         for stage in self.stages:
-            stage.distances = stage.index.distances(stage.embeddings.embeddings, stage.neighbours)
+            with timed(SEARCH):
+                stage.distances = stage.index.distances(
+                    stage.embeddings.embeddings, stage.neighbours
+                )
             stage.exact[:] = stage.index.search_is_exact
         if all(stage.exact.all() for stage in self.stages):
             return
@@ -318,12 +322,13 @@ class _Frame:
             if not unproven.any():
                 return True
             if not least:
-                least = [
-                    stage.index.least_distances(stage.embeddings.embeddings)
-                    if stage.weight
-                    else stage.distances
-                    for stage in self.stages
-                ]
+                with timed(SEARCH):
+                    least = [
+                        stage.index.least_distances(stage.embeddings.embeddings)
+                        if stage.weight
+                        else stage.distances
+                        for stage in self.stages
+                    ]
                 if not self._is_few(self._least_map(least)[self.inside] > threshold):
                     return True
                 self._tighten(above)
@@ -379,14 +384,16 @@ class _Frame:
         """Make exact what the chosen values of the map inside the region of interest depend on."""
         for stage, rows in self._rows_behind(chosen):
             queries = stage.embeddings.embeddings[rows]
-            stage.distances[rows] = stage.index.exact_distances(queries, stage.neighbours)
+            with timed(SEARCH):
+                stage.distances[rows] = stage.index.exact_distances(queries, stage.neighbours)
             stage.exact[rows] = True
 
     def _tighten(self, chosen: np.ndarray) -> None:
         """Take tighter bounds of what the chosen values depend on, so that fewer remain large."""
         for stage, rows in self._rows_behind(chosen):
             queries = stage.embeddings.embeddings[rows]
-            bounds = stage.index.tight_distances(queries, stage.neighbours)
+            with timed(SEARCH):
+                bounds = stage.index.tight_distances(queries, stage.neighbours)
             stage.distances[rows] = np.minimum(stage.distances[rows], bounds)
 
     def _rows_behind(self, chosen: np.ndarray) -> Iterator[tuple[_Stage, np.ndarray]]:

@@ -14,6 +14,7 @@ from semantic_anomaly.segmentation.masks import InstanceSegmenter, patch_shares
 from semantic_anomaly.settings import SEGMENTER_FAMILIES, TOKENS
 from semantic_anomaly.stages import INSTANCES
 from semantic_anomaly.structures import PatchGrid
+from semantic_anomaly.timing import SEGMENT, timed
 
 if TYPE_CHECKING:
     from semantic_anomaly.embedding.backbone import PatchEmbedder
@@ -123,7 +124,8 @@ class RunningEmbedder:
         """Return the grid of a stage with the instances of the image."""
         if self._segmenter is None:
             raise SettingsError("stages of instances: expected a segmenter, found none")
-        shares = patch_shares(self._segmenter.segment(image, grid), grid.grid_hw)
+        with timed(SEGMENT):
+            shares = patch_shares(self._segmenter.segment(image, grid), grid.grid_hw)
         return replace(grid, instances=shares, further=())
 
     def warm_up(self, image_hw: tuple[int, int]) -> None:

@@ -38,6 +38,7 @@ from semantic_anomaly.errors import (
 )
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import Decision, PatchGrid
+from semantic_anomaly.timing import DECODE, FORWARD, STAGES, TOTAL
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +95,10 @@ def test_shapes_types_and_stages(detector: AnomalyDetector) -> None:
     result = detector.detect(street(2000, odd=True))
     assert result.heatmap.shape == result.label_map.shape == IMAGE_HW
     assert result.heatmap.dtype == np.float32 and result.label_map.dtype == np.uint16
-    assert set(result.stage_ms) == {"embed", "search", "localize", "total"}
-    parts = sum(result.stage_ms[name] for name in ("embed", "search", "localize"))
-    assert result.stage_ms["total"] == pytest.approx(parts)
+    assert set(result.stage_ms) == set(STAGES)
+    parts_ms = [ms for stage, ms in result.stage_ms.items() if stage != TOTAL]
+    assert result.stage_ms[TOTAL] == pytest.approx(sum(parts_ms))
+    assert result.stage_ms[DECODE] == 0 < result.stage_ms[FORWARD]
     assert all(value >= 0 for value in result.stage_ms.values())
 
 

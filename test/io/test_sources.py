@@ -24,6 +24,7 @@ def test_a_folder_is_read_in_natural_order(tmp_path: Path) -> None:
     frames = list(source)
     assert [frame.name for frame in frames] == [f"drive/{n}.png" for n in range(12)]
     assert [frame.stamp_ns for frame in frames] == [n * 100_000_000 for n in range(12)]
+    assert all(frame.decode_ms > 0 for frame in frames)
     assert gray_levels(source) == list(range(12))
     assert gray_levels(source) == list(range(12)), "a source can be read again"
 

@@ -12,7 +12,8 @@ from diagnostic_msgs.msg import DiagnosticStatus
 from worlds.ros import Gate, bench, nominal_image, odd_image, values_of
 
 from semantic_anomaly.ros import camera
-from semantic_anomaly.ros.camera import RateMeter
+from semantic_anomaly.ros.camera import LATENCY, RateMeter, RecentTimes
+from semantic_anomaly.timing import PUBLISH, STAGES
 
 
 def test_a_rate_is_measured_between_two_readings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,9 +57,24 @@ def test_diagnostics_are_published_every_second(values: dict[str, Any]) -> None:
     assert status["frames_received"] == "1" and status["frames_processed"] == "1"
     assert len(status["index_fingerprint"]) == 64
     assert "stale_calibration" not in status
-    assert "rate_in_hz" in status and "rate_processed_hz" in status and "last_latency_ms" in status
+    assert "rate_in_hz" in status and "rate_processed_hz" in status
+    for stage in (*STAGES, PUBLISH, LATENCY):
+        assert 0 <= float(status[f"{stage}_p50_ms"]) <= float(status[f"{stage}_p95_ms"])
     assert stale.level == DiagnosticStatus.WARN and "stale calibration" in stale.message
     assert values_of(stale)["stale_calibration"] == "1 edit"
+
+
+def test_times_are_summarised_for_the_last_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 100.0
+    monkeypatch.setattr(camera.time, "monotonic", lambda: now_s)
+    times = RecentTimes()
+    assert times.summary() == {}
+    for ms in range(101):
+        times.add({"forward": float(ms), LATENCY: None})
+    assert times.summary() == {"forward_p50_ms": 50.0, "forward_p95_ms": 95.0}
+    now_s += 11.0
+    times.add({"forward": 7.0, LATENCY: 9.0})
+    assert set(times.summary().values()) == {7.0, 9.0}
 
 
 def test_start_and_end_of_an_alarm_are_logged_once(

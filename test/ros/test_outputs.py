@@ -64,7 +64,9 @@ def test_an_anomalous_image_gives_the_results_of_the_detector(values: dict[str, 
     assert abs(float(reported["p_value"]) - expected.p_value) < 1e-9
     assert reported["decision"] == expected.decision.value == "anomaly"
     assert status.status[0].level == DiagnosticStatus.WARN
-    assert float(reported["latency_ms"]) > 0 and float(reported["embed_ms"]) > 0
+    for stage in ("latency", "decode", "prepare", "forward", "search", "score", "localize"):
+        assert float(reported[f"{stage}_ms"]) > 0
+    assert reported["coarse"] == str(expected.coarse)
 
     heat = expected.scale.normalise(expected.heatmap)
     np.testing.assert_allclose(pixels(got["heatmap"], np.float32), heat, atol=1e-4)
