@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Field assignments of messages are unchecked by default, and wrong scalars arrive as zero.
 os.environ.setdefault("ROS_PYTHON_CHECK_FIELDS", "1")
 os.environ.setdefault("FASTDDS_BUILTIN_TRANSPORTS", "LARGE_DATA")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _reference_precision() -> Iterator[None]:
+    """Compute in float32 by torch; tests of the choice set the limit again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("semantic_anomaly.embedding.precision._FAST_MS", float("inf"))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,11 @@ CPU = torch.device("cpu")
 HALF = ("bfloat16", TORCH)
 
 
+@pytest.fixture(autouse=True)
+def _measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "_FAST_MS", 5.0)
+
+
 @pytest.fixture
 def settings(tiny_backbone: Path) -> Settings:
     return Settings(stages=(f"{tiny_backbone} size=112",), device="cpu")

@@ -80,6 +80,7 @@ def test_precision_is_measured_recorded_and_used_again(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     half = "bfloat16", "torch"
+    monkeypatch.setattr(precision, "_FAST_MS", 5.0)
     ms = {"float32": 30.0, "bfloat16": 20.0}
     monkeypatch.setattr(precision, "candidates", lambda device: [REFERENCE, half])
     monkeypatch.setattr(
