@@ -231,11 +231,6 @@ class HeatmapScale:
         """
         return cls(typical if typical < high else high - 1.0, high, source)
 
-    @property
-    def visible_from(self) -> float:
-        """Return the value above which overlays show the heatmap: half-way to the threshold."""
-        return self.low + 0.5 * (self.high - self.low)
-
     def normalise(self, values: np.ndarray) -> np.ndarray:
         """Return max(0, (values - low) / (high - low)), float32 of the same shape."""
         scaled = (values - np.float32(self.low)) * np.float32(1.0 / (self.high - self.low))

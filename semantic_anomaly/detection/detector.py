@@ -388,7 +388,7 @@ class AnomalyDetector:
             ModelOutputError: a distance is not finite.
             SettingsError: no patch lies inside the region of interest.
         """
-        return self._frame_score(grid, self._live)
+        return self._scorer.score(grid, self.normalisations, self._live.threshold)
 
     def nearest(
         self, score: FrameScore, patches: Sequence[tuple[int, int]]
@@ -434,7 +434,7 @@ class AnomalyDetector:
                 f"found {grid.image_hw}"
             )
         with stage_times() as searching_ms:
-            frame_score = self._frame_score(grid, live)
+            frame_score = self._scorer.score(grid, self.normalisations, live.threshold)
         score = frame_score.score
         scored_ms = elapsed_ms(begin_s)
         heat = heatmap(frame_score.anomaly_map, self.roi, frame.image_hw)
@@ -489,10 +489,6 @@ class AnomalyDetector:
             specs = {**setting_specs(), **camera_setting_specs()}
             refuse_fixed(self._live.settings.to_parameters(), resolved.to_parameters(), specs)
             self._live = self._prepared(resolved, self._live)
-
-    def _frame_score(self, grid: PatchGrid, live: _Live) -> FrameScore:
-        visible_from = None if live.threshold is None else live.scale.visible_from
-        return self._scorer.score(grid, self.normalisations, live.threshold, visible_from)
 
     def _check_running(self) -> None:
         """Compare precision and execution with the calibration's, by scores of stored frames.

@@ -398,7 +398,7 @@ class NominalIndex:
     def distances(self, embeddings: np.ndarray, k: int) -> np.ndarray:
         """Return (n,) float32 mean cosine distances in [0, 2] to the k nearest entries.
 
-        Unless the search is exact, they are upper bounds, from the list nearest to each embedding
+        Unless the search is exact, they are upper bounds, from the lists nearest to each embedding
         or from the graph: they never hide an anomaly, and depend on nothing but embedding and
         index. Computing the large ones again with `exact_distances` gives the decisions of an
         exact search.
@@ -418,31 +418,24 @@ class NominalIndex:
             return to_distances(self._graph_similarities(queries, k))
         return to_distances(self._ready_lists().similarities(queries, k))
 
-    def tight_distances(self, embeddings: np.ndarray, k: int) -> np.ndarray:
-        """Return what `distances` returns; unless the search is exact, bounds of eight lists."""
-        if self.search_is_exact:
-            return self.exact_distances(embeddings, k)
-        queries = self._checked(embeddings, k)
-        return to_distances(self._ready_lists().similarities(queries, k, tight=True))
-
-    def exact_distances(self, embeddings: np.ndarray, k: int) -> np.ndarray:
-        """Return what `distances` returns, to 1e-5 those of a product with every entry."""
-        queries = self._checked(embeddings, k)
-        if self.search_is_exact:
-            return to_distances(nearest_similarities(queries, self._content.embeddings, k))
-        return to_distances(self._ready_lists().exact_similarities(queries, k))
-
-    def least_distances(self, embeddings: np.ndarray) -> np.ndarray:
-        """Return (n,) float32 lower bounds of the distances to any number of nearest entries.
+    def exact_distances(
+        self, embeddings: np.ndarray, k: int, bounds: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Return what `distances` returns, to 1e-5 those of a product with every entry.
 
         Args:
-            embeddings: (n, dim) float32, unit norm.
+            embeddings, k: as `distances`.
+            bounds: (n,) float32 that `distances` returned, to save their computation; or None.
 
         Raises:
             IndexMismatchError, ModelOutputError: as `distances`.
         """
-        queries = self._checked(embeddings, 1)
-        return to_distances(self._ready_lists().similarity_limits(queries)[:, None])
+        queries = self._checked(embeddings, k)
+        if self.search_is_exact:
+            return to_distances(nearest_similarities(queries, self._content.embeddings, k))
+        # The mean of several does not tell the farthest of them.
+        known = None if bounds is None or k > 1 else 1.0 - bounds[:, None]
+        return to_distances(self._ready_lists().exact_similarities(queries, k, known))
 
     def nearest(self, embedding: np.ndarray) -> NominalExample:
         """Return the entry nearest to an embedding (dim,), searched exactly.

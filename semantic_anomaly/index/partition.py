@@ -1,17 +1,17 @@
-"""A coarse partition of the entries: lists around centroids, and bounds of distances from them.
+"""A coarse partition of the entries into lists, and what a search reads of them.
 
 The nearest entry among some entries is never nearer than the nearest of all: a search of some lists
-gives upper bounds of distances. The angles between a query, a centroid and the farthest entry of
-its list give lower bounds (triangle inequality on the sphere).
+gives upper bounds of distances.
 
-An exact search projects onto the directions in which entries vary most. With the projection P and
-what it leaves over, R, the inequality of Cauchy and Schwarz gives q.x <= Pq.Px + |Rq||Rx|: one
-product of a few dimensions. Only entries whose limit reaches the best one known are compared in
-full.
+Both that search and the exact one compare projections: onto the directions in which entries vary
+most. With the projection P and what it leaves over, R, the inequality of Cauchy and Schwarz gives
+q.x <= Pq.Px + |Rq||Rx|: one product of a few dimensions. Only entries whose limit reaches the best
+similarity known are compared in full.
 """
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,16 +19,15 @@ import torch
 
 from semantic_anomaly.index.search import nearest_similarities
 
-# Lists of an index: _LISTS_PER_ROOT * sqrt(count), at most _MAX_LISTS. Bounds of 421 and of 1024
-# lists of 178 000 entries take the same time; smaller lists give higher lower bounds.
-_LISTS_PER_ROOT = 3.0
-_MAX_LISTS = 1024
+# Lists of an index: the root of its entries, at most _MAX_LISTS. Each list is one step of a loop,
+# so many short lists take longer than few long ones.
+_MAX_LISTS = 256
 _SAMPLES_PER_LIST = 64
 _ITERATIONS = 6
 _SEED = 100
 _BLOCK = 4096
-# Lists of the bounds that precede an exact search.
-_TIGHT_LISTS = 8
+# Lists that bounds come from.
+_NEAREST_LISTS = 4
 # Share of the squared norms that the projection keeps, and of the dimensions that it may have.
 _PROJECTED_SHARE = 0.97
 _MAX_PROJECTED_DIMS = 0.5
@@ -39,7 +38,7 @@ _GROUP = 64
 _EXACT_QUERIES = 128
 # A query that more of the entries could be nearest to takes part in one product with all of them.
 _MAX_SURVIVORS = 0.05
-# More than the rounding errors of float32 products and roots of unit vectors: bounds stay bounds.
+# More than the rounding errors of float32 products and roots of unit vectors: limits stay limits.
 _ROUNDING = 2e-6
 
 
@@ -91,72 +90,71 @@ class Partition:
 
 
 class PartitionedEntries:
-    """The entries in the order of their lists, and searches that read some lists.
+    """The entries in the order of their lists, and searches that read some of them.
 
-    Holds a second copy of the embeddings, so that a list is one contiguous factor of a product.
+    Holds the projections of the entries, 14 to 50 % of the size of the embeddings.
 
     Args:
-        embeddings: (count, dim) float32, unit norm.
+        embeddings: (count, dim) float32, unit norm; not copied.
         partition: of these entries.
     """
 
     def __init__(self, embeddings: np.ndarray, partition: Partition) -> None:
-        order = np.argsort(partition.lists, kind="stable")
-        ordered = embeddings[order]
+        self._embeddings = embeddings
+        with warnings.catch_warnings():
+            # Nothing here writes into it.
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            self._entries = torch.from_numpy(embeddings)
         lists = len(partition.centroids)
-        self._ordered = ordered
-        self._entries = torch.from_numpy(ordered)
-        self._centroids = torch.from_numpy(np.ascontiguousarray(partition.centroids.T))
+        # The rows of the entries, list by list.
+        self._order = torch.from_numpy(np.argsort(partition.lists, kind="stable"))
         sizes = np.bincount(partition.lists, minlength=lists)
-        self._sizes = torch.from_numpy(sizes)
         self._starts = [0, *np.cumsum(sizes).tolist()]
-        self._projection = _projection(ordered)
-        factors = [
-            self._limit_factors(self._entries[start : start + _BLOCK])
-            for start in range(0, len(ordered), _BLOCK)
-        ]
+        self._is_empty = torch.from_numpy(sizes == 0)
+        self._projection = _projection(embeddings)
+        count, dims = len(embeddings), self._projection.shape[1]
         # Whole groups: of the last entry there are several, which only the limits know.
-        missing = -len(ordered) % _GROUP
-        self._projected = torch.cat([*factors, factors[-1][-1:].expand(missing, -1)])
-        norms = np.linalg.norm(ordered, axis=1)
-        self._largest_norm = float(norms.max()) + _ROUNDING
-        cosines = np.empty(len(ordered), np.float32)
-        for start in range(0, len(ordered), _BLOCK):
-            rows = slice(start, start + _BLOCK)
-            own = partition.centroids[partition.lists[order[rows]]]
-            cosines[rows] = np.einsum("nd,nd->n", ordered[rows], own) / norms[rows]
-        least = np.ones(lists, np.float32)
-        np.minimum.at(least, partition.lists[order], cosines)
-        # Cosine and sine of the radius of each list, rounded to a larger radius.
-        cos_radius = np.clip(least - _ROUNDING, -1.0, 1.0)
-        self._cos_radius = torch.from_numpy(cos_radius)
-        self._sin_radius = torch.from_numpy(np.sqrt(1.0 - cos_radius**2))
+        self._projected = torch.empty(count + -count % _GROUP, dims + 1)
+        for start in range(0, count, _BLOCK):
+            rows = self._order[start : start + _BLOCK]
+            factors = self._limit_factors(self._entries[rows])
+            self._projected[start : start + len(rows)] = factors
+        self._projected[count:] = self._projected[count - 1]
+        centroids = torch.from_numpy(np.require(partition.centroids, requirements="W"))
+        self._centroids = self._limit_factors(centroids).T.contiguous()
 
-    def similarities(self, queries: np.ndarray, k: int, tight: bool = False) -> np.ndarray:
-        """Return (n, k) float32: the largest inner products within the lists nearest to a query.
+    def similarities(self, queries: np.ndarray, k: int) -> np.ndarray:
+        """Return (n, k) float32: large inner products within the lists nearest to a query.
 
-        They are those of k entries, so none exceeds the true one of its rank. Lists are added
-        until they have k entries.
+        They are those of k entries, so none exceeds the true one of its rank.
 
         Args:
             queries: (n, dim) float32, unit norm.
             k: 1 to count.
-            tight: search the nearest 8 lists instead of the nearest one.
         """
         vectors = torch.from_numpy(np.require(queries, requirements="W"))
-        best = torch.full((len(queries), k), -1.0)
-        products = torch.mm(vectors, self._centroids)
-        self._search(vectors, *self._nearest_lists(products, k, tight), best)
-        return best.numpy()
+        entries, is_found = self._likely(self._limit_factors(vectors), k)
+        similarities = torch.empty(len(vectors), k)
+        for start in range(0, len(vectors), _BLOCK):
+            piece = slice(start, start + _BLOCK)
+            candidates = self._entries[self._order[entries[piece]]]  # (n, k, dim)
+            torch.sum(candidates * vectors[piece, None], dim=2, out=similarities[piece])
+        if not is_found.all():
+            product = nearest_similarities(queries[~is_found.numpy()], self._embeddings, k)
+            similarities[~is_found] = torch.from_numpy(product)
+        return similarities.numpy()
 
-    def exact_similarities(self, queries: np.ndarray, k: int) -> np.ndarray:
+    def exact_similarities(
+        self, queries: np.ndarray, k: int, known: np.ndarray | None = None
+    ) -> np.ndarray:
         """Return (n, k) float32: the largest inner products with all entries.
 
         Args:
             queries: (n, dim) float32, unit norm.
             k: 1 to count.
+            known: (n, k) float32, what `similarities` returned; None: not computed yet.
         """
-        best = torch.from_numpy(self.similarities(queries, k, tight=True))
+        best = torch.from_numpy(self.similarities(queries, k) if known is None else known.copy())
         vectors = torch.from_numpy(np.require(queries, requirements="W"))
         is_wide = torch.zeros(len(queries), dtype=torch.bool)
         for start in range(0, len(queries), _EXACT_QUERIES):
@@ -164,56 +162,48 @@ class PartitionedEntries:
             pairs, is_wide[rows] = self._survivors(vectors[rows], best[rows].amin(dim=1))
             self._compare(vectors[rows], *pairs, best[rows])
         if is_wide.any():
-            product = nearest_similarities(queries[is_wide.numpy()], self._ordered, k)
+            product = nearest_similarities(queries[is_wide.numpy()], self._embeddings, k)
             best[is_wide] = torch.from_numpy(product)
         return best.numpy()
 
-    def similarity_limits(self, queries: np.ndarray) -> np.ndarray:
-        """Return (n,) float32: no entry has a larger inner product with the query.
+    def _likely(self, factors: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the entries with the largest limits within the lists nearest to queries.
 
         Args:
-            queries: (n, dim) float32, unit norm.
-        """
-        vectors = torch.from_numpy(np.require(queries, requirements="W"))
-        norms = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
-        # The limit grows with the cosine: rounded up, it stays a limit.
-        cosines = (torch.mm(vectors, self._centroids) / norms + _ROUNDING).clamp_(-1.0, 1.0)
-        sines = (1.0 - cosines**2).clamp_(min=0.0).sqrt_()
-        # cos(a - r) for the angle a to the centroid and the radius r; 1 inside the radius.
-        limits = cosines * self._cos_radius + sines * self._sin_radius
-        limits.masked_fill_(cosines >= self._cos_radius, 1.0)
-        limits[:, self._sizes == 0] = 0.0
-        # Norms are 1 only nearly; below 0 they would lower the limit.
-        largest = limits.amax(dim=1).clamp_(min=0.0) * norms[:, 0] * self._largest_norm
-        result: np.ndarray = (largest + _ROUNDING).numpy()
-        return result
+            factors: (n, dims + 1), limit factors of the queries.
+            k: entries of each.
 
-    def _nearest_lists(
-        self, products: torch.Tensor, k: int, tight: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return pairs of query and list: the nearest lists, and more until they have k entries.
-
-        Args:
-            products: (n, lists), of queries and centroids.
+        Returns:
+            (n, k) positions in the order of the lists; and (n,) bool, queries whose lists have k
+            entries, the positions of others mean nothing.
         """
-        products = torch.where(self._sizes > 0, products, -2.0)
-        count = min(_TIGHT_LISTS if tight else 1, products.shape[1])
-        if count == 1:
-            lists = products.argmax(dim=1, keepdim=True)
-        else:
-            lists = products.topk(count, dim=1).indices
-        rows = torch.arange(len(products))[:, None].expand(-1, count)
-        short = self._sizes[lists].sum(dim=1) < k
-        if not short.any():
-            return rows.reshape(-1), lists.reshape(-1)
-        order = products[short].argsort(dim=1, descending=True, stable=True)
-        sizes = self._sizes[order]
-        needed = (sizes.cumsum(dim=1) - sizes < k) & (sizes > 0)
-        short_rows, ranks = torch.nonzero(needed, as_tuple=True)
-        return (
-            torch.cat([rows[~short].reshape(-1), torch.nonzero(short)[:, 0][short_rows]]),
-            torch.cat([lists[~short].reshape(-1), order[short_rows, ranks]]),
-        )
+        products = torch.mm(factors, self._centroids)
+        products[:, self._is_empty] = -torch.inf
+        count = min(_NEAREST_LISTS, products.shape[1])
+        nearest = products.topk(count, dim=1).indices.reshape(-1)
+        order = torch.argsort(nearest, stable=True)
+        numbers, counts = torch.unique_consecutive(nearest[order], return_counts=True)
+        rows = order // count
+        values = torch.full((len(nearest), k), -torch.inf)
+        positions = torch.zeros((len(nearest), k), dtype=torch.int64)
+        end = 0
+        for number, of_list in zip(numbers.tolist(), counts.tolist(), strict=True):
+            begin, end = end, end + of_list
+            first, last = self._starts[number : number + 2]
+            if first == last:
+                continue
+            # Near entries have similar remainders too: limits come near to their similarities.
+            limits = torch.mm(factors[rows[begin:end]], self._projected[first:last].T)
+            own, size = order[begin:end], min(k, last - first)
+            if k == 1:
+                largest, columns = limits.max(dim=1, keepdim=True)
+            else:
+                largest, columns = limits.topk(size, dim=1)
+            values[own, :size] = largest
+            positions[own, :size] = columns + first
+        values, columns = values.view(len(factors), -1).topk(k, dim=1)
+        entries = positions.view(len(factors), -1).gather(1, columns)
+        return entries, values.isfinite().all(dim=1)
 
     def _limit_factors(self, vectors: torch.Tensor) -> torch.Tensor:
         """Return (n, dims + 1): projections, and norms of what they leave over, rounded up."""
@@ -242,7 +232,7 @@ class PartitionedEntries:
         for start in range(0, len(self._projected), _BLOCK):
             limits = torch.mm(self._projected[start : start + _BLOCK], factors)
             limits = limits.view(-1, _GROUP, len(queries))  # (groups, entries, n)
-            maxima = torch.from_numpy(limits.numpy().max(axis=1))
+            maxima = limits.amax(dim=1)
             groups, rows = torch.nonzero((maxima >= least) & (counts <= most), as_tuple=True)
             reaches = limits[groups, :, rows] >= least[rows, None]
             pairs, entries = torch.nonzero(reaches, as_tuple=True)
@@ -253,7 +243,7 @@ class PartitionedEntries:
                 break
         rows, entries = (torch.cat(parts) for parts in zip(*found, strict=True))
         kept = (counts <= most)[rows] & (entries < len(self._entries))
-        return (rows[kept], entries[kept]), counts > most
+        return (rows[kept], self._order[entries[kept]]), counts > most
 
     def _compare(
         self, queries: torch.Tensor, rows: torch.Tensor, entries: torch.Tensor, best: torch.Tensor
@@ -274,28 +264,6 @@ class PartitionedEntries:
         for number, of_row in zip(numbers.tolist(), of_rows, strict=True):
             best[number] = of_row.topk(k).values
 
-    def _search(
-        self, queries: torch.Tensor, rows: torch.Tensor, lists: torch.Tensor, best: torch.Tensor
-    ) -> None:
-        """Merge the similarities of pairs of query and list into (n, k) `best`, in place."""
-        order = torch.argsort(lists, stable=True)
-        rows = rows[order]
-        numbers, counts = torch.unique_consecutive(lists[order], return_counts=True)
-        k = best.shape[1]
-        largest = torch.empty(len(rows) if k == 1 else 0)
-        end = 0
-        for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
-            begin, end = end, end + count
-            entries = self._entries[self._starts[number] : self._starts[number + 1]]
-            products = torch.mm(queries[rows[begin:end]], entries.T)  # (count, size)
-            if k == 1:
-                torch.amax(products, 1, out=largest[begin:end])
-            else:
-                own = rows[begin:end]
-                best[own] = torch.cat([best[own], products], dim=1).topk(k, dim=1).values
-        if k == 1:
-            best[:, 0].scatter_reduce_(0, rows, largest, "amax")
-
 
 def _projection(embeddings: np.ndarray) -> torch.Tensor:
     """Return (dim, dims) float32, orthonormal: directions that keep most of the squared norms."""
@@ -310,7 +278,7 @@ def _projection(embeddings: np.ndarray) -> torch.Tensor:
 
 def list_count(count: int) -> int:
     """Return the number of lists that a number of entries, at least 1, is divided into."""
-    return min(count, _MAX_LISTS, round(_LISTS_PER_ROOT * count**0.5))
+    return min(_MAX_LISTS, round(count**0.5))
 
 
 def _nearest_centroids(vectors: np.ndarray, centroids: np.ndarray, dtype: type) -> np.ndarray:

@@ -29,8 +29,6 @@ from semantic_anomaly.timing import SEARCH, timed
 _LEAST_WEIGHT = 1e-3
 # Share of the patches up to which localizations are those of an exact search.
 _MAX_EXACT_SHARE = 0.05
-# Share of the patches, largest values first, whose bounds are tightened before any other step.
-_TIGHTENED_SHARE = 0.02
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +101,7 @@ class FrameScorer:
         ]
 
     def distance_maps(self, grid: PatchGrid) -> list[DistanceMap]:
-        """Return the distances of each stage, for calibration.
+        """Return the distances of each stage, for calibration; the largest are exact, others upper bounds.
 
         Raises:
             ModelOutputError: the image has grids of another number of stages.
@@ -125,18 +123,16 @@ class FrameScorer:
         grid: PatchGrid,
         normalisations: Sequence[ScoreNormalisation],
         threshold: float | None,
-        visible_from: float | None = None,
     ) -> FrameScore:
         """Return score and anomaly map of a frame.
 
         The score is that of an exact search, and so is every value of the map above the threshold
-        unless the result is coarse. Values above `visible_from` are then tight upper bounds.
+        unless the result is coarse.
 
         Args:
             grid: embeddings of the frame.
             normalisations: of each stage.
             threshold: of the score; None: there is none.
-            visible_from: value above which the map is shown; None: it does not matter.
 
         Raises:
             ModelOutputError: a distance is not finite, or the image has grids of another number of
@@ -158,7 +154,7 @@ class FrameScorer:
             )
         ]
         frame = _Frame(stages, settings)
-        frame.search(threshold, visible_from)
+        frame.search(threshold)
         anomaly_map = frame.anomaly_map()
         stage_maps = frame.stage_maps()
         stage_scores = {}
@@ -269,13 +265,12 @@ class _Frame:
         total[total == 0.0] = 1.0
         self._weights = [np.asarray(weight / total, np.float32) for weight in weights]
 
-    def search(self, threshold: float | None = None, visible_from: float | None = None) -> None:
+    def search(self, threshold: float | None = None) -> None:
         """Search all distances, exactly wherever score or decision depend on them.
 
-        Distances are upper bounds until they are exact, and the map grows with every distance.
-        When the K values of the map that were largest are exact, their minimum is a lower bound of
-        the K-th largest exact value, so any value that is not above it need not be exact:
-        docs/method.md has the proof.
+        Distances are upper bounds until they are exact, and the map grows with every distance. Once
+        the K largest values of the map are exact, no other value can exceed them: docs/method.md
+        has the proof.
         """
         for stage in self.stages:
             with timed(SEARCH):
@@ -287,69 +282,17 @@ class _Frame:
             return
         values = self.anomaly_map()[self.inside]
         count = tail_count(len(values), self._settings.tail_percent)
-        # A single bound that is far too large would lower the minimum of the exact values.
-        self._tighten(_largest(values, max(count, int(_TIGHTENED_SHARE * len(values)))))
-        largest = _largest(self.anomaly_map()[self.inside], count)
-        self._search_exactly(largest)
-        values = self.anomaly_map()[self.inside]
-        bound = float(values[largest].min())
-        shown = bound
-        if threshold is not None:
-            self.coarse = self._is_coarse(threshold)
-            if not self.coarse:
-                bound = min(bound, threshold)
-                shown = bound if visible_from is None else min(bound, visible_from)
-        self._tighten(self.anomaly_map()[self.inside] > shown)
-        self._search_exactly(self.anomaly_map()[self.inside] > bound)
-
-    def _is_few(self, chosen: np.ndarray) -> bool:
-        return bool(chosen.sum() <= _MAX_EXACT_SHARE * len(chosen))
-
-    def _is_coarse(self, threshold: float) -> bool:
-        """Return whether more than 5 % of the exact values of the map exceed the threshold.
-
-        Upper bounds show that they do not, lower bounds that they do. In between, the largest
-        values become exact, until one of both shows it.
-        """
-        least: list[np.ndarray] = []
-        exact = np.zeros(int(self.inside.sum()), bool)
+        most = int(_MAX_EXACT_SHARE * len(values))
         while True:
             values = self.anomaly_map()[self.inside]
-            above = values > threshold
-            if self._is_few(above):
-                return False
-            unproven = above & ~exact
-            if not unproven.any():
-                return True
-            if not least:
-                with timed(SEARCH):
-                    least = [
-                        stage.index.least_distances(stage.embeddings.embeddings)
-                        if stage.weight
-                        else stage.distances
-                        for stage in self.stages
-                    ]
-                if not self._is_few(self._least_map(least)[self.inside] > threshold):
-                    return True
-                self._tighten(above)
-                continue
-            if not self._is_few(self._least_map(least)[self.inside] > threshold):
-                return True
-            count = min(int(unproven.sum()), 1 + int(_MAX_EXACT_SHARE * len(values)))
-            chosen = _largest(np.where(unproven, values, -np.inf), count)
-            self._search_exactly(chosen)
-            exact |= chosen
-
-    def _least_map(self, least: Sequence[np.ndarray]) -> np.ndarray:
-        """Return the map of lower bounds of each stage, and of the distances that are exact."""
-        upper = [stage.distances for stage in self.stages]
-        for stage, distances in zip(self.stages, least, strict=True):
-            stage.distances = np.where(stage.exact, stage.distances, distances)
-        try:
-            return self.anomaly_map()
-        finally:
-            for stage, distances in zip(self.stages, upper, strict=True):
-                stage.distances = distances
+            needed = _largest(values, count)
+            if threshold is not None:
+                above = values > threshold
+                self.coarse = bool(above.sum() > most)
+                needed |= _largest(values, most + 1) if self.coarse else above
+            if not self._search_exactly(needed):
+                break
+        self.coarse &= not all(stage.exact.all() for stage in self.stages)
 
     def z_maps(self) -> list[np.ndarray]:
         """Return (rows, cols) float32 by stage: standardised distances on the finest grid."""
@@ -380,21 +323,22 @@ class _Frame:
             return values
         return cv2.resize(values, self.inside.shape[::-1], interpolation=cv2.INTER_LINEAR)
 
-    def _search_exactly(self, chosen: np.ndarray) -> None:
-        """Make exact what the chosen values of the map inside the region of interest depend on."""
-        for stage, rows in self._rows_behind(chosen):
-            queries = stage.embeddings.embeddings[rows]
-            with timed(SEARCH):
-                stage.distances[rows] = stage.index.exact_distances(queries, stage.neighbours)
-            stage.exact[rows] = True
+    def _search_exactly(self, chosen: np.ndarray) -> bool:
+        """Make exact what the chosen values of the map inside the region of interest depend on.
 
-    def _tighten(self, chosen: np.ndarray) -> None:
-        """Take tighter bounds of what the chosen values depend on, so that fewer remain large."""
+        Returns:
+            Whether anything of it was not exact yet.
+        """
+        is_new = False
         for stage, rows in self._rows_behind(chosen):
+            is_new = True
             queries = stage.embeddings.embeddings[rows]
             with timed(SEARCH):
-                bounds = stage.index.tight_distances(queries, stage.neighbours)
-            stage.distances[rows] = np.minimum(stage.distances[rows], bounds)
+                stage.distances[rows] = stage.index.exact_distances(
+                    queries, stage.neighbours, stage.distances[rows]
+                )
+            stage.exact[rows] = True
+        return is_new
 
     def _rows_behind(self, chosen: np.ndarray) -> Iterator[tuple[_Stage, np.ndarray]]:
         """Yield stages, and (n,) bool: distances behind chosen values that are not exact."""

@@ -53,7 +53,7 @@ def queries(rng: Rng, entries: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("lists", ["default", "one entry each", "one list"])
 @pytest.mark.parametrize("k", [1, 3, 5])
-def test_lower_and_upper_bounds_enclose_the_exact_distances(
+def test_bounds_never_exceed_the_exact_similarities(
     rng: Rng, entries: np.ndarray, lists: str, k: int
 ) -> None:
     partition = Partition.of(entries)
@@ -67,18 +67,21 @@ def test_lower_and_upper_bounds_enclose_the_exact_distances(
     expected = np.sort(asked.astype(np.float64) @ entries.T.astype(np.float64), axis=1)[:, -k:]
     exact = np.sort(searched.exact_similarities(asked, k), axis=1)
     np.testing.assert_allclose(exact, expected, atol=2e-6)
-    loose, tight = (np.sort(searched.similarities(asked, k, t), axis=1) for t in (False, True))
-    assert (loose <= tight + 2e-6).all() and (tight <= expected + 2e-6).all()
-    assert (loose >= -1.0).all()
-    assert (searched.similarity_limits(asked) >= expected[:, -1] - 1e-7).all()
+    bounds = searched.similarities(asked, k)
+    assert bounds.min() >= -1.0 - 2e-6
+    assert (np.sort(bounds, axis=1) <= expected + 2e-6).all()
+    again = np.sort(searched.exact_similarities(asked, k, bounds), axis=1)
+    np.testing.assert_allclose(again, expected, atol=2e-6)
 
 
 def test_few_entries_are_compared_in_full_where_they_are_clustered(
     rng: Rng, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # As real embeddings do, these vary mostly in a few dimensions.
     entries = clustered(rng)
+    entries[:, DIM // 2 :] *= 0.05
+    entries = unit(entries)
     searched = PartitionedEntries(entries, Partition.of(entries))
-    monkeypatch.setattr(partition_module, "_TIGHT_LISTS", 1)
     monkeypatch.setattr(partition_module, "_MAX_SURVIVORS", 0.1)
     monkeypatch.setattr(partition_module, "nearest_similarities", None)
     pairs: list[int] = []
@@ -123,7 +126,6 @@ def test_bounds_hold_for_norms_that_are_1_only_nearly(rng: Rng, entries: np.ndar
     searched = PartitionedEntries(stretched, Partition.of(entries))
     expected = (asked.astype(np.float64) @ stretched.T.astype(np.float64)).max(axis=1)
     np.testing.assert_allclose(searched.exact_similarities(asked, 1)[:, 0], expected, atol=2e-6)
-    assert (searched.similarity_limits(asked) >= expected - 1e-7).all()
 
 
 def test_every_entry_is_in_the_list_of_its_nearest_centroid(entries: np.ndarray) -> None:

@@ -285,12 +285,11 @@ def overestimate(index: NominalIndex, monkeypatch: pytest.MonkeyPatch) -> list[i
         errors = noise.exponential(0.05, len(embeddings)) * (noise.random(len(embeddings)) < 0.3)
         return np.minimum(true_distances(embeddings, k) + errors.astype(np.float32), 2.0)
 
-    def counted(embeddings: np.ndarray, k: int) -> np.ndarray:
+    def counted(embeddings: np.ndarray, k: int, bounds: np.ndarray) -> np.ndarray:
         searched.append(len(embeddings))
         return true_distances(embeddings, k)
 
     monkeypatch.setattr(index, "distances", overestimated)
-    monkeypatch.setattr(index, "tight_distances", overestimated)
     monkeypatch.setattr(index, "exact_distances", counted)
     return searched
 
@@ -416,7 +415,7 @@ def test_bounds_decide_as_an_exact_search_on_hard_entries(
     neighbours: int,
 ) -> None:
     if search == "lists of one entry":
-        monkeypatch.setattr(partition, "_LISTS_PER_ROOT", 1e6)
+        monkeypatch.setattr(partition, "list_count", lambda count: count)
     settings = Settings(dedup_distance=0.0, smoothing=0.8, tail_percent=1.0, neighbours=neighbours)
     index = hard_index(kind, rng, settings)
     known = index.content.embeddings[rng.integers(0, index.count, (12, 16))]
@@ -439,7 +438,7 @@ def test_bounds_decide_as_an_exact_search_on_hard_entries(
     assert found.score == pytest.approx(score, abs=5e-4) and not found.coarse
     for share in (0.01, 0.04, 0.06, 0.5, 1.0):
         threshold = float(np.quantile(exact_map, 1 - share)) - 1e-3
-        found = scorer_of_index.score(grid, of_stage, threshold, threshold - 1.0)
+        found = scorer_of_index.score(grid, of_stage, threshold)
         assert found.score == pytest.approx(score, abs=5e-4)
         above = exact_map > threshold
         if above.mean() <= 0.05:
@@ -447,5 +446,6 @@ def test_bounds_decide_as_an_exact_search_on_hard_entries(
             np.testing.assert_array_equal(found.anomaly_map > threshold, above)
             np.testing.assert_allclose(found.anomaly_map[above], exact_map[above], atol=5e-4)
         elif above.mean() > 0.055:
-            assert found.coarse
+            is_exact = np.allclose(found.anomaly_map, exact_map, atol=5e-4)
+            assert found.coarse or is_exact, "all patches may be near the largest ones"
         assert (found.anomaly_map >= exact_map - 5e-4).all()
