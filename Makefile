@@ -36,9 +36,8 @@ format: $(STAMP)
 docs: $(STAMP)  ## The documentation as a web site in site/.
 	$(BIN)/mkdocs build --strict
 
-bench: $(STAMP)  ## Stage times and search times.
-	$(BIN)/python benchmarks/stages.py
-	$(BIN)/python benchmarks/search.py
+bench: $(STAMP)  ## Where the time of a frame goes; tables and a picture in bench_output/.
+	$(BIN)/python benchmarks/speed.py --out bench_output
 
 $(STAMP): setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -46,4 +45,4 @@ $(STAMP): setup.py constraints.txt
 	touch $(VENV)/COLCON_IGNORE $@
 
 clean:
-	rm -rf $(VENV) build install log site demo_output *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build install log site bench_output demo_output *.egg-info .mypy_cache .pytest_cache .ruff_cache

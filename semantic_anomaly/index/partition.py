@@ -37,7 +37,7 @@ _GROUP = 64
 # Queries that are compared at once with the entries of a block.
 _EXACT_QUERIES = 128
 # A query that more of the entries could be nearest to takes part in one product with all of them.
-_MAX_SURVIVORS = 0.05
+_MAX_SURVIVORS = 0.01
 # More than the rounding errors of float32 products and roots of unit vectors: limits stay limits.
 _ROUNDING = 2e-6
 

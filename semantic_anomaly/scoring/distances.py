@@ -101,7 +101,7 @@ class FrameScorer:
         ]
 
     def distance_maps(self, grid: PatchGrid) -> list[DistanceMap]:
-        """Return the distances of each stage, for calibration; the largest are exact, others upper bounds.
+        """Return distances of each stage for calibration: the largest exact, others upper bounds.
 
         Raises:
             ModelOutputError: the image has grids of another number of stages.

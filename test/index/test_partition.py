@@ -110,6 +110,7 @@ def test_one_product_replaces_the_comparisons_where_too_many_entries_are_near(
         return product(asked, stored, k)
 
     monkeypatch.setattr(partition_module, "nearest_similarities", counted)
+    monkeypatch.setattr(partition_module, "_MAX_SURVIVORS", 0.05)
     monkeypatch.setattr(partition_module, "_BLOCK", 64)
     monkeypatch.setattr(partition_module, "_GROUP", 16)
     monkeypatch.setattr(partition_module, "_EXACT_QUERIES", 16)
