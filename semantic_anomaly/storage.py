@@ -22,6 +22,27 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
 
+def available_memory_bytes() -> int | None:
+    """Return the memory that this process may still take, None where the system does not tell.
+
+    It is the smaller one of the memory of the machine and of the limit of the container.
+    """
+    known = []
+    with suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                known.append(1024 * int(line.split()[1]))
+    # Without a limit the file is absent or says "max".
+    with suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        limit, taken = (
+            int((group / name).read_text(encoding="ascii"))
+            for name in ("memory.max", "memory.current")
+        )
+        known.append(max(0, limit - taken))
+    return min(known, default=None)
+
+
 def canonical_json(value: Any) -> str:
     """Return the JSON text of a value with sorted keys, without spaces, in ASCII.
 

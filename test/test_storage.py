@@ -168,3 +168,9 @@ def test_a_killed_process_leaves_the_old_folder(tmp_path: Path) -> None:
     assert names(path) == ["one"]
     temporary = [p for p in tmp_path.iterdir() if p != path]
     assert all(p.name.startswith(".index.") for p in temporary)
+
+
+def test_available_memory_is_less_than_all_of_it() -> None:
+    available = storage.available_memory_bytes()
+    assert available is not None
+    assert 0 < available <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -25,7 +25,12 @@ from semantic_anomaly.index.partition import Partition
 from semantic_anomaly.index.search import are_unit_vectors
 from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.stages import GRID, INSTANCES, StageSpec
-from semantic_anomaly.storage import canonical_json, sha256_bytes, sha256_file
+from semantic_anomaly.storage import (
+    available_memory_bytes,
+    canonical_json,
+    sha256_bytes,
+    sha256_file,
+)
 
 MANIFEST = "manifest.json"
 GRAPH = "graph.hnsw"
@@ -84,12 +89,14 @@ def read_content(folder: Path) -> tuple[IndexContent, dict[str, Any]]:
     """Return content and manifest of an index folder after every check but that of the graph.
 
     Raises:
-        IndexFormatError: missing, incomplete, damaged, tampered with, or of another version.
+        IndexFormatError: missing, incomplete, damaged, tampered with, of another version, or larger
+            than the memory available.
     """
     with _readable(folder):
         try:
             manifest = _read_manifest(folder)
             _check_files(folder, manifest["files"], manifest["content"])
+            _check_memory(folder, manifest["files"])
             return _read_content(folder, manifest), manifest
         # A manifest of other types and numbers may raise any of these.
         except _BAD_MANIFEST as error:
@@ -214,6 +221,22 @@ def _check_file(folder: Path, name: str, facts: Mapping[str, Any]) -> None:
         raise _wrong(folder, f"{name} of {facts['bytes']} bytes", size)
     if sha256_file(path) != facts["sha256"]:
         raise _wrong(folder, f"{name} with sha256 {facts['sha256']}", "another content")
+
+
+def _check_memory(folder: Path, files: Mapping[str, Any]) -> None:
+    """Refuse an index that does not fit into memory, before anything of it is read."""
+    # The graph is read where it is asked, and takes as much memory as on disk.
+    needed = sum(entry["bytes"] for name, entry in files.items() if name != GRAPH)
+    # Projections of the embeddings, for the search.
+    needed += files[EMBEDDINGS]["bytes"] // 2
+    available = available_memory_bytes()
+    if available is not None and needed > available:
+        raise _wrong(
+            folder,
+            f"{needed} bytes of memory for entries and search",
+            f"{available} bytes available; build it with a larger dedup_distance, fewer "
+            "max_entries, or smaller stages",
+        )
 
 
 def _read_content(folder: Path, manifest: Mapping[str, Any]) -> IndexContent:

@@ -136,11 +136,14 @@ class Pipeline:
         jobs = [job for job in accepted if job is not None]
         if not jobs:
             return
-        for job, grid, stage_ms in self._embed(models, jobs):
-            try:
-                self._assess(models, job, grid, stage_ms)
-            except Exception as error:
-                self._fail(job, error)
+        # On a CPU a batch gains nothing, and the first camera would wait for the others.
+        one_by_one = models.embedder.device == "cpu"
+        for batch_jobs in [[job] for job in jobs] if one_by_one else [jobs]:
+            for job, grid, stage_ms in self._embed(models, batch_jobs):
+                try:
+                    self._assess(models, job, grid, stage_ms)
+                except Exception as error:
+                    self._fail(job, error)
 
     def _accept(self, models: Models, camera: Camera, message: Any) -> _Job | None:
         header, settings = message.header, models.detectors[camera.name].settings

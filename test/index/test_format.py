@@ -14,6 +14,7 @@ import pytest
 from worlds.nominal_world import DIM, GRID, STAGES, build, make_frames, patches, sign_again
 
 from semantic_anomaly.errors import ArtefactError, IndexFormatError, IndexMismatchError
+from semantic_anomaly.index import format as format_module
 from semantic_anomaly.index.edits import add_nominal, retract
 from semantic_anomaly.index.format import fingerprint_of, is_calibration_file, refuse_existing
 from semantic_anomaly.index.hnsw import check_graph_file
@@ -362,3 +363,14 @@ def test_forged_stages_are_refused(
     forge_stage(stages_copy, change)
     with pytest.raises((IndexFormatError, IndexMismatchError), match=message):
         NominalIndex.load(stages_copy)
+
+
+def test_an_index_larger_than_memory_is_refused(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(format_module, "_read_content", lambda folder, _: read.append(folder.name))
+    monkeypatch.setattr(format_module, "available_memory_bytes", lambda: 1000)
+    with pytest.raises(IndexFormatError, match=r"expected \d+ bytes of memory .* 1000 bytes avail"):
+        NominalIndex.load(copy)
+    assert not read

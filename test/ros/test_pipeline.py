@@ -16,6 +16,7 @@ from worlds.ros import Bench, Gate, bench, nominal_image, odd_image, two_cameras
 
 from semantic_anomaly.errors import ModelOutputError
 from semantic_anomaly.ros.pipeline import Worker, age_problem
+from semantic_anomaly.segmentation.embedder import RunningEmbedder
 
 SECOND_NS = 10**9
 
@@ -66,9 +67,11 @@ def test_model_errors_give_unknown_and_out_of_memory_one_retry(
         assert b.answer(b.send(nominal_image(10)))["decision"] == "nominal"
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
 def test_a_failure_of_one_camera_does_not_affect_the_other(
-    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    values: dict[str, Any], device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(RunningEmbedder, "device", device)
     with bench(two_cameras(values, "left", "right"), ("left", "right")) as b:
         b.start("status")
         assert b.node.models is not None
@@ -76,10 +79,12 @@ def test_a_failure_of_one_camera_does_not_affect_the_other(
         embed = embedder.embed
 
         def failing(images: Any) -> Any:
+            batches.append(len(images))
             if any(image.shape[0] == 70 for image in images):
                 raise ModelOutputError("patch features: not finite")
             return embed(images)
 
+        batches: list[int] = []
         monkeypatch.setattr(embedder, "embed", failing)
         b.publisher("/left/image")
         b.publisher("/right/image")
@@ -87,6 +92,7 @@ def test_a_failure_of_one_camera_does_not_affect_the_other(
         good = b.send(nominal_image(10), "/right/image")
         assert b.answer(bad, "left")["decision"] == "unknown"
         assert b.answer(good, "right")["decision"] == "nominal"
+    assert max(batches) == 1 or device != "cpu"
 
 
 def test_only_the_newest_frame_waits(
