@@ -1,11 +1,12 @@
 """Measure where the time of a frame goes on this machine: forward, search, cameras and memory.
 
-Median and 95th percentile; what is compared takes turns, frame by frame, so that what else runs on
-the machine disturbs all of it alike. Writes speed.json, speed.md and speed.png.
+Median and, in brackets, 95th percentile. What is compared takes turns, frame by frame, so that what
+else runs on the machine disturbs all of it alike. Writes speed.json, speed.md and speed.png.
 
-The detector sees frames of the synthetic street at 1280x720; its index stores every patch. The
-search sees clustered unit vectors in place of features, in frames of three kinds. Needs no data.
-Half an hour on two CPU cores, 3 minutes with --quick; run it on an otherwise idle machine.
+The detector sees frames of the synthetic street at 1280x720; its index stores every patch. The node
+gets such frames from another process on the same machine. The search sees clustered unit vectors in
+place of features, in frames of three kinds. Needs no data. Half an hour on two CPU cores, 5 minutes
+with --quick; run it on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -24,9 +25,12 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+import yaml
 from tqdm import tqdm
 
 from semantic_anomaly import AnomalyDetector, Frame, Settings, build_index, calibrate
+from semantic_anomaly.demo.demo import play_to_node
+from semantic_anomaly.detection.detector import load_detector
 from semantic_anomaly.embedding.backbone import Backbone
 from semantic_anomaly.embedding.execution import candidates
 from semantic_anomaly.embedding.identity import EmbedderIdentity, StageIdentity
@@ -44,6 +48,7 @@ from semantic_anomaly.scoring.normalisation import constant_normalisation
 from semantic_anomaly.stages import StageSpec
 from semantic_anomaly.structures import PatchGrid
 from semantic_anomaly.synthetic import StreetDrive
+from semantic_anomaly.synthetic.export import write_folder
 from semantic_anomaly.timing import SEARCH, STAGES, elapsed_ms, stage_times
 
 IMAGE_HW = 720, 1280
@@ -111,25 +116,23 @@ def _forward(
 
 def street(seeds: Sequence[int], frames: int) -> dict[str, list[np.ndarray]]:
     """Return frames of synthetic drives by drive, (720, 1280, 3) uint8 RGB."""
+    drives = {seed: StreetDrive(seed, frames=STRIDE * frames, image_hw=IMAGE_HW) for seed in seeds}
     return {
-        f"drive {seed}": [
-            cv2.resize(view.image, IMAGE_HW[::-1])
-            for view in list(StreetDrive(seed, frames=STRIDE * frames))[::STRIDE]
-        ]
-        for seed in seeds
+        f"drive {seed}": [drive.frame(STRIDE * number).image for number in range(frames)]
+        for seed, drive in drives.items()
     }
 
 
-def make_detector(stages: Sequence[str], frames: int) -> AnomalyDetector:
-    """Return a detector whose index has every patch of so many frames of eleven drives."""
+def make_detector(folder: Path, stages: Sequence[str], frames: int) -> AnomalyDetector:
+    """Make an index of every patch of so many frames of eleven drives; return its detector."""
     settings = Settings(
         stages=tuple(stages), dedup_distance=0.0, target_false_alarm_rate=0.05
     ).with_build_defaults()
     nominal = [Arrays(images, name) for name, images in street(range(100, 111), frames).items()]
-    index = build_index(nominal, settings=settings, progress=True)
+    index = build_index(nominal, settings=settings, out=folder, force=True, progress=True)
     unseen = [Arrays(images, name) for name, images in street(range(200, 203), 8).items()]
-    calibration = calibrate(index, unseen, settings=settings, progress=True)
-    return AnomalyDetector(index, calibration, settings=settings)
+    calibrate(index, unseen, settings=settings, out=folder, progress=True)
+    return load_detector(Settings(index=str(folder)), "camera")
 
 
 def detector_rows(detectors: dict[str, AnomalyDetector], frames: int) -> Rows:
@@ -179,6 +182,38 @@ def camera_rows(detector: AnomalyDetector, cameras: Sequence[int], rounds: int) 
         {"cameras": count, **quantiles(times_ms)}
         for count, times_ms in zip(cameras, in_turn(calls, rounds, "cameras"), strict=True)
     ]
+
+
+def node_rows(out: Path, runs: Sequence[tuple[str, float, int, bool]], frames: int) -> Rows:
+    """Time the node, which another process sends frames to: detector, rate, threads, pictures."""
+    drive = out / "drive"
+    write_folder([StreetDrive(400, frames=frames, image_hw=IMAGE_HW)], drive, progress=True)
+    rows: Rows = []
+    for name, rate_hz, threads, pictures in runs:
+        parameters = {
+            "index": str((out / name).absolute()),
+            "threads": threads,
+            "camera": {"image_topic": "/camera/image_raw"},
+        }
+        document = {"/**": {"ros__parameters": parameters}}
+        (out / "settings.yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
+        records = play_to_node(out, drive, rate_hz, pictures)["frames"]
+        # The first frames compile the networks.
+        records = records[len(records) // 5 :]
+        scored = [record for record in records if "score" in record.get("status", {})]
+        seconds = (records[-1]["stamp_ns"] - records[0]["stamp_ns"]) / 1e9
+        rows.append(
+            {
+                "detector": name,
+                "sent_hz": rate_hz,
+                "threads": threads or "all",
+                "overlay listened to": pictures,
+                "scored_hz": round(len(scored) / seconds, 1),
+                "latency": quantiles([record["latency_ms"] for record in scored] or [np.nan]),
+            }
+        )
+        print(rows[-1], flush=True)
+    return rows
 
 
 def memory_rows(detector: AnomalyDetector, frames: int) -> Rows:
@@ -372,6 +407,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer frames, smaller indexes")
     args = parser.parse_args()
     quick = args.quick
+    args.out.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Any] = {
         "machine": {
             "cpu": _cpu(),
@@ -389,14 +425,21 @@ def main() -> None:
     }
     figures["forward"] = forward_rows(5 if quick else 20)
     detectors = {
-        "default": make_detector(tuple(map(str, Settings().stage_specs)), 1 if quick else 10),
-        "small": make_detector((SMALL,), 1 if quick else 10),
+        name: make_detector(args.out / name, stages, 1 if quick else 10)
+        for name, stages in (
+            ("default", tuple(map(str, Settings().stage_specs))),
+            ("small", (SMALL,)),
+        )
     }
     figures["detector"] = detector_rows(detectors, 8 if quick else 60)
     cameras = (1, 2) if quick else (1, 2, 4, 8)
     figures["cameras"] = camera_rows(detectors["default"], cameras, 2 if quick else 6)
     figures["memory"] = memory_rows(detectors["small"], 50 if quick else 1000)
     detectors.clear()
+    runs = [("default", 10.0, 0, False), ("default", 10.0, 0, True), ("small", 20.0, 0, False)]
+    if not quick:
+        runs += [("default", 10.0, 1, False), ("small", 20.0, 1, False), ("small", 20.0, 0, True)]
+    figures["node"] = node_rows(args.out, runs, 60 if quick else 200)
     world = World(DIM)
     counts = (10_000, 30_000) if quick else (10_000, 100_000, 178_000, 1_000_000)
     frames = 3 if quick else 6
@@ -407,7 +450,6 @@ def main() -> None:
     figures["search by patches"] = search_rows(
         world, [(counts[1], "lists", shape) for shape in shapes], frames
     )
-    args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "speed.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     tables = [markdown(name, rows) for name, rows in figures.items() if name != "machine"]
     (args.out / "speed.md").write_text("\n".join(tables), encoding="utf-8")

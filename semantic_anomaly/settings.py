@@ -166,6 +166,12 @@ class Settings:
         "What runs the backbones: torch, or openvino on a CPU (extra [cpu]). auto: as 'dtype'.",
         choices=("auto", *EXECUTIONS),
     )
+    threads: int = setting(
+        0,
+        "CPU threads of networks and search. 0: one for each core. With fewer, decoding and "
+        "middleware disturb them less where cores are few.",
+        bounds=(0, 1024),
+    )
     dedup_distance: float = setting(
         -1.0,
         "While an index is built, embeddings closer than this cosine distance to an entry are "

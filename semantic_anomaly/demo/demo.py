@@ -131,8 +131,14 @@ def _synthesise(folder: Path, plan: DemoPlan) -> tuple[list[Path], list[Path], P
     return nominal[: plan.index_drives], nominal[plan.index_drives :], driven
 
 
-def play_to_node(out: Path, drive: Path, rate_hz: float) -> dict[str, Any]:
+def play_to_node(out: Path, drive: Path, rate_hz: float, overlays: bool = True) -> dict[str, Any]:
     """Start the node with `out`/settings.yaml, play a drive to it, and return the recorded results.
+
+    Args:
+        out: folder of the settings and of the results.
+        drive: folder, video or bag.
+        rate_hz: frames per second.
+        overlays: listen to the overlay pictures, which are drawn for listeners only.
 
     Raises:
         DemoError: the node or the player failed; the log of the node is `out`/node.log.
@@ -150,7 +156,7 @@ def play_to_node(out: Path, drive: Path, rate_hz: float) -> dict[str, Any]:
     player_command = [
         *(sys.executable, "-m", "semantic_anomaly.ros.player", str(drive)),
         *("--out", str(out / "live"), "--rate-hz", str(rate_hz)),
-        *("--bring-up", "--overlays"),
+        *("--bring-up", *(["--overlays"] if overlays else [])),
     ]
     log_path = out / "node.log"
     with log_path.open("wb") as log:

@@ -450,6 +450,9 @@ class PatchEmbedder:
     def from_settings(cls, settings: Settings) -> PatchEmbedder:
         """Load the backbones of the settings; unset ones have the defaults of a new index."""
         settings = settings.with_build_defaults()
+        if settings.threads:
+            # Of the whole process; OpenVINO takes the same number.
+            torch.set_num_threads(settings.threads)
         names = "device", "dtype", "execution", "place_weight"
         return cls(settings.stage_specs, **{name: getattr(settings, name) for name in names})
 

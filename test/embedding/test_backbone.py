@@ -672,3 +672,15 @@ def test_damaged_folders_are_found_before_the_network_is_built(tmp_path: Path) -
     assert open_backbone(str(folder)).architecture == "dinov2"
     with pytest.raises(BackboneError, match="safetensors only"):
         make(folder)
+
+
+def test_threads_are_those_of_the_settings(tiny_backbone: Path) -> None:
+    before = torch.get_num_threads()
+    settings = Settings(stages=(f"{tiny_backbone} size=56",), device="cpu")
+    try:
+        PatchEmbedder.from_settings(settings.replace(threads=before + 1)).close()
+        assert torch.get_num_threads() == before + 1
+        PatchEmbedder.from_settings(settings).close()
+        assert torch.get_num_threads() == before + 1, "0 changes nothing"
+    finally:
+        torch.set_num_threads(before)
