@@ -70,7 +70,7 @@ def test_takes(name: str, value: Any, expected: Any, reason: str) -> None:
         ("tail_percent", 10**400, "finite"),
         ("tail_percent", 0.0, "at least 0.001"),
         ("tail_percent", False, "expected float, found False"),
-        ("search", "fast", "one of auto, exact, graph, found 'fast'"),
+        ("search", "fast", "one of auto, exact, lists, graph, found 'fast'"),
         ("layers", 3, "expected a list, found 3"),
         ("layers", {3, 6}, "expected a list"),
         ("layers", [3, 6.0], "expected int, found 6.0"),
