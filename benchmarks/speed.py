@@ -16,6 +16,7 @@ import gc
 import json
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -187,6 +188,7 @@ def camera_rows(detector: AnomalyDetector, cameras: Sequence[int], rounds: int) 
 def node_rows(out: Path, runs: Sequence[tuple[str, float, int, bool]], frames: int) -> Rows:
     """Time the node, which another process sends frames to: detector, rate, threads, pictures."""
     drive = out / "drive"
+    shutil.rmtree(drive, ignore_errors=True)
     write_folder([StreetDrive(400, frames=frames, image_hw=IMAGE_HW)], drive, progress=True)
     rows: Rows = []
     for name, rate_hz, threads, pictures in runs:
