@@ -4,7 +4,7 @@ Rows: the default stages; the same and one stage of instances; the instances alo
 over CamVid with a control (camvid.py) and CARLA composites (carla.py), each of a drive or town that
 is in neither index nor calibration.
 
-Needs a folder with camvid/, carla_frames/ and road_anomaly/. Half an hour on two CPU cores.
+Needs a folder with camvid/, carla_frames/ and road_anomaly/.
 """
 
 from __future__ import annotations

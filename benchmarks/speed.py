@@ -5,8 +5,8 @@ else runs on the machine disturbs all of it alike. Writes speed.json, speed.md a
 
 The detector sees frames of the synthetic street at 1280x720; its index stores every patch. The node
 gets such frames from another process on the same machine. The search sees clustered unit vectors in
-place of features, in frames of three kinds. Needs no data. Half an hour on two CPU cores, 5 minutes
-with --quick; run it on an otherwise idle machine.
+place of features, in frames of three kinds. Needs no data. With --quick it takes 5 minutes on two
+CPU cores; run it on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -308,6 +308,9 @@ KINDS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "all anomalous": all_shifted,
 }
 
+COLOURS = dict(zip(KINDS, ("tab:blue", "tab:orange", "tab:red"), strict=True))
+MARKERS = {"lists": "o", "graph": "^", "exact": "s"}
+
 
 def search_rows(world: World, cases: Sequence[tuple[int, str, tuple[int, int]]], n: int) -> Rows:
     """Time the search of frames for each case: number of entries, mode, and (rows, cols)."""
@@ -383,20 +386,22 @@ def draw(figures: dict[str, Any], path: Path) -> None:
                 axis.plot(
                     [row[key] for row in line],
                     [row["median_ms"] for row in line],
-                    marker="o",
+                    color=COLOURS[kind],
+                    marker=MARKERS[mode],
                     label=f"{kind}, {mode}",
                 )
         axis.set(title=f"Search by {key}", xlabel=key, ylabel="median ms", xscale="log")
         axis.set_yscale("log")
     cameras = figures["cameras"]
-    axes[3].plot(
-        [row["cameras"] for row in cameras],
-        [1e3 * row["cameras"] / row["median_ms"] for row in cameras],
-        marker="o",
-    )
-    axes[3].set(title="Cameras", xlabel="cameras", ylabel="frames/s of all", ylim=(0, None))
+    rates = [1e3 * row["cameras"] / row["median_ms"] for row in cameras]
+    axes[3].plot([row["cameras"] for row in cameras], rates, marker="o")
+    axes[3].set(title="Cameras", xlabel="cameras", ylabel="frames/s of all")
+    axes[3].set(ylim=(0, 1.2 * max(rates)), xticks=[row["cameras"] for row in cameras])
     for axis in axes[:3]:
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=6, loc="upper left", framealpha=0.6)
+        low, high = axis.get_ylim()
+        # Room for the legend.
+        axis.set_ylim(low, high * (1.4 if low <= 0 else (high / low) ** 0.7))
     figure.savefig(path, dpi=110)
 
 

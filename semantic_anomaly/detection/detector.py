@@ -266,7 +266,15 @@ def load_embedder(settings: Settings, given: Settings) -> RunningEmbedder:
 def embed_timed(
     embedder: Embedder, images: Sequence[np.ndarray]
 ) -> tuple[list[PatchGrid], dict[str, float]]:
-    """Return the patch grids of images, and the milliseconds spent on all of them by stage."""
+    """Return the patch grids of images, and the milliseconds spent on all of them by stage.
+
+    Args:
+        embedder: makes the grids.
+        images: (height, width, 3) uint8 RGB each.
+
+    Raises:
+        ImageError, ModelOutputError: as `Embedder.embed`.
+    """
     begin_s = time.perf_counter()
     with stage_times() as times_ms:
         times_ms[PREPARE] = 0.0

@@ -39,8 +39,8 @@ from semantic_anomaly.settings import Settings
 from semantic_anomaly.storage import atomic_folder
 from semantic_anomaly.structures import NominalExample
 
-# Entries times dimensions up to which a product with all of them is as quick as bounds with their
-# exact checks (5200 entries of 192 dimensions): benchmarks/stages.py.
+# Entries times dimensions up to which every distance is exact (5200 entries of 192 dimensions).
+# There a product with all entries was as quick as the graph; lists were not compared.
 _AUTO_EXACT_UP_TO = 1_000_000
 _SEED = 100
 
@@ -49,9 +49,9 @@ class NominalIndex:
     """Nominal embeddings, the frames that they come from, and the search for the nearest of them.
 
     k-nearest-neighbour distances as in AnomalyDINO (Damm et al. 2024), with lists around centroids
-    or a graph (HNSW, Malkov and Yashunin 2018) where there are many entries. An
-    index has one or more stages, each with its own entries: it is the index of its first stage, and
-    holds those of the further ones. Made by `build` or `load`.
+    or a graph (HNSW, Malkov and Yashunin 2018) where there are many entries. An index has one or
+    more stages, each with its own entries: it is the index of its first stage, and holds those of
+    the further ones. Made by `build` or `load`.
 
     Example:
         >>> index = NominalIndex.load("index")

@@ -109,7 +109,7 @@ class _Job:
     frame: Frame
 
 
-# With the milliseconds by stage that embedding the whole batch took.
+# Job, patch grid, and the milliseconds by stage that embedding the whole batch took.
 _Embedded = tuple[_Job, PatchGrid, Mapping[str, float]]
 
 
