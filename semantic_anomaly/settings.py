@@ -184,7 +184,8 @@ class Settings:
     search: str = setting(
         "auto",
         "Nearest-neighbour search: exact; lists or graph (hnswlib), which give bounds, and patches "
-        "that matter are searched exactly; or auto: exact for small indexes, lists for others.",
+        "that matter are searched exactly; or auto: exact for small indexes and on a GPU, lists for "
+        "others.",
         choices=("auto", "exact", "lists", "graph"),
     )
     search_ef: int = setting(

@@ -342,7 +342,7 @@ class AnomalyDetector:
         index.check_embedder(embedder.stages)
         if calibration is not None and calibration.stale_edits:
             _log.warning("%s", "; ".join(calibration.warnings))
-        index.configure_search(settings.search, settings.search_ef)
+        index.configure_search(settings.search, settings.search_ef, embedder.device)
         self.embedder = embedder
         self.index = index
         self.calibration = calibration

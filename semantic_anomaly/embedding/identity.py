@@ -197,6 +197,10 @@ class Embedder(Protocol):
     def stages(self) -> tuple[StageIdentity, ...]:
         """Return the stages whose grids it makes, at least one."""
 
+    @property
+    def device(self) -> str:
+        """Return the device of the backbones: cpu, or a GPU, which then searches the index too."""
+
     def grids_hw(self, image_hw: tuple[int, int]) -> list[tuple[int, int]]:
         """Return (rows, cols) of the patch grid of each stage, of an image of (height, width)."""
 

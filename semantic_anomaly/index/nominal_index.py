@@ -18,6 +18,7 @@ from semantic_anomaly.errors import (
 )
 from semantic_anomaly.index.build import BuildReport, NominalFrame, Selection, select
 from semantic_anomaly.index.content import Edit, IndexContent
+from semantic_anomaly.index.device import DeviceEntries
 from semantic_anomaly.index.format import (
     read_content,
     read_graph,
@@ -84,6 +85,7 @@ class NominalIndex:
         self._further = tuple(further)
         self._ef = content.search_ef
         self._partitioned: PartitionedEntries | None = None
+        self._on_device: DeviceEntries | None = None
         self._use_graph = False
         self.search_is_exact = content.embeddings.size <= _AUTO_EXACT_UP_TO
 
@@ -374,24 +376,31 @@ class NominalIndex:
                 "build the index again",
             )
 
-    def configure_search(self, search: str, ef: int) -> None:
+    def configure_search(self, search: str, ef: int, device: str = "cpu") -> None:
         """Choose how `distances` of all stages searches, reading graphs that are to be used.
 
         Args:
-            search: 'exact'; 'lists' or 'graph', where bounds come from; or 'auto': exact for small
-                indexes, lists for others.
+            search: 'exact'; 'lists' or 'graph', where bounds come from, on the CPU; or 'auto':
+                exact for small indexes and on a GPU, lists for others.
             ef: breadth of the graph search, >= 1.
+            device: that exact searches run on: cpu, cuda or cuda:N.
 
         Raises:
             IndexFormatError: the graph is not that of the index.
+            IndexMismatchError: the entries do not fit into the memory of the GPU.
         """
         for index in self.stages:
             small = index.content.embeddings.size <= _AUTO_EXACT_UP_TO
-            index.search_is_exact = search == "exact" or (search == "auto" and small)
+            on_gpu = device != "cpu" and search in ("auto", "exact")
+            index.search_is_exact = search == "exact" or (search == "auto" and small) or on_gpu
             index._ef = ef
             index._use_graph = search == "graph"
             if index._use_graph:
                 index._ready_graph()
+            if not on_gpu:
+                index._on_device = None
+            elif index._on_device is None or index._on_device.device != device:
+                index._on_device = DeviceEntries(index.content.embeddings, device)
             if not index.search_is_exact:
                 index._ready_lists()
 
@@ -431,6 +440,8 @@ class NominalIndex:
             IndexMismatchError, ModelOutputError: as `distances`.
         """
         queries = self._checked(embeddings, k)
+        if self._on_device is not None:
+            return to_distances(self._on_device.similarities(queries, k))
         if self.search_is_exact:
             return to_distances(nearest_similarities(queries, self._content.embeddings, k))
         # The mean of several does not tell the farthest of them.

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from semantic_anomaly.index.search import nearest_similarities
+from semantic_anomaly.index.search import largest_of_pairs, nearest_similarities
 
 # Lists of an index: the root of its entries, at most _MAX_LISTS. Each list is one step of a loop,
 # so many short lists take longer than few long ones.
@@ -254,15 +254,9 @@ class PartitionedEntries:
             piece = slice(start, start + _BLOCK)
             products = queries[rows[piece]] * self._entries[entries[piece]]
             torch.sum(products, dim=1, out=similarities[piece])
-        k = best.shape[1]
-        if k == 1:
-            best[:, 0].scatter_reduce_(0, rows, similarities, "amax")
-            return
-        order = torch.argsort(rows, stable=True)
-        numbers, counts = torch.unique_consecutive(rows[order], return_counts=True)
-        of_rows = similarities[order].split(counts.tolist())
-        for number, of_row in zip(numbers.tolist(), of_rows, strict=True):
-            best[number] = of_row.topk(k).values
+        largest = largest_of_pairs(rows, similarities, *best.shape)
+        is_compared = largest[:, -1] > -torch.inf
+        best[is_compared] = largest[is_compared]
 
 
 def _projection(embeddings: np.ndarray) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from semantic_anomaly.linalg import inner_products
 from semantic_anomaly.structures import UNIT_NORM_TOLERANCE
@@ -70,6 +71,31 @@ def nearest_similarities(queries: np.ndarray, entries: np.ndarray, k: int) -> np
             else:
                 _merge_largest(best_here, piece, k)
     return best.T
+
+
+def largest_of_pairs(
+    rows: torch.Tensor, similarities: torch.Tensor, count: int, k: int
+) -> torch.Tensor:
+    """Return (count, k) float32: the largest similarities of each row, -inf where it has fewer.
+
+    Args:
+        rows: (pairs,) int64, 0 to count - 1, in any order.
+        similarities: (pairs,) float32.
+        count: number of rows.
+        k: >= 1.
+    """
+    if k == 1:
+        best = torch.full((count,), -torch.inf, device=rows.device)
+        return best.scatter_reduce_(0, rows, similarities, "amax")[:, None]
+    order = torch.argsort(rows, stable=True)
+    rows, similarities = rows[order], similarities[order]
+    counts = torch.bincount(rows, minlength=count)
+    first = counts.cumsum(0) - counts
+    columns = torch.arange(len(rows), device=rows.device) - first[rows]
+    width = max(k, int(counts.max()) if len(rows) else 0)
+    padded = torch.full((count, width), -torch.inf, device=rows.device)
+    padded[rows, columns] = similarities
+    return padded.topk(k, dim=1).values
 
 
 def to_distances(similarities: np.ndarray) -> np.ndarray:

@@ -127,6 +127,8 @@ def calibrate(
             index.check_embedder(embedder.stages)
             names, running = drive_names(drives), embedder.stages[0].embedder
             frames = partial(_source_frames, index, drives, embedder, progress)
+        if embedder is not None:
+            index.configure_search(settings.search, settings.search_ef, embedder.device)
         scorer = FrameScorer(index, settings, roi)
         anchors = [class_anchors(stage.content.embeddings) for stage in index.stages]
         sums: dict[int, list[NormalisationSums]] = defaultdict(

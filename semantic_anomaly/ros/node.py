@@ -1,8 +1,8 @@
 """The lifecycle node.
 
-Threads: the executor's thread runs every callback and transition; a worker thread computes and
-publishes while the node is active; a reload loads in a thread of its own. They share the slots of
-the worker, the inputs with their locks, and `models`, which is replaced as a whole.
+Threads: the executor's thread runs every callback and transition; a worker thread, with a GPU two,
+computes and publishes while the node is active; a reload loads in a thread of its own. They share
+the slots of the worker, the inputs with their locks, and `models`, which is replaced as a whole.
 """
 
 from __future__ import annotations
@@ -115,6 +115,7 @@ class AnomalyNode(LifecycleNode):
         worker = Worker(pipeline.process, self._report_worker)
         for camera in self._cameras.values():
             undo.callback(camera.alarms.end)
+        undo.callback(pipeline.close)
         undo.callback(worker.stop)
         for camera in self._cameras.values():
             undo.callback(camera.deactivate)

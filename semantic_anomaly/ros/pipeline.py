@@ -2,7 +2,8 @@
 
 The executor's thread puts messages into the `Worker`, whose thread takes all new ones at once and
 gives them to the `Pipeline`. The models are read once for each batch, so a reload takes effect
-between two batches.
+between two batches. With a GPU a second thread assesses and publishes a batch while the next one is
+decoded and embedded.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -128,6 +130,13 @@ class Pipeline:
         self._clock = clock
         self._log = log
         self._last_stamp_ns: dict[str, int] = {}
+        # Its thread starts with the first batch that it gets.
+        self._assessor = ThreadPoolExecutor(1, "anomaly_assessor")
+        self._assessment: Future[None] | None = None
+
+    def close(self) -> None:
+        """Wait for the batch that is being assessed, and end the thread."""
+        self._assessor.shutdown()
 
     def process(self, batch: Mapping[str, Any]) -> None:
         """Process the newest message of each camera that has one."""
@@ -137,25 +146,41 @@ class Pipeline:
         if not jobs:
             return
         # On a CPU a batch gains nothing, and the first camera would wait for the others.
-        one_by_one = models.embedder.device == "cpu"
-        for batch_jobs in [[job] for job in jobs] if one_by_one else [jobs]:
-            for job, grid, stage_ms in self._embed(models, batch_jobs):
-                try:
-                    self._assess(models, job, grid, stage_ms)
-                except Exception as error:
-                    self._fail(job, error)
+        on_cpu = models.embedder.device == "cpu"
+        for batch_jobs in [[job] for job in jobs] if on_cpu else [jobs]:
+            embedded = self._embed(models, batch_jobs)
+            self._wait_for_assessment()
+            if on_cpu:
+                self._assess_all(models, embedded)
+            else:
+                self._assessment = self._assessor.submit(self._assess_all, models, embedded)
+
+    def _wait_for_assessment(self) -> None:
+        """Wait for the batch before: what is published keeps the order of the messages."""
+        if self._assessment is not None:
+            assessment, self._assessment = self._assessment, None
+            assessment.result()
+
+    def _assess_all(self, models: Models, embedded: Sequence[_Embedded]) -> None:
+        for job, grid, stage_ms in embedded:
+            try:
+                self._assess(models, job, grid, stage_ms)
+            except Exception as error:
+                self._fail(job, error)
 
     def _accept(self, models: Models, camera: Camera, message: Any) -> _Job | None:
         header, settings = message.header, models.detectors[camera.name].settings
         stamp_ns = messages.stamp_ns(header)
         reason = age_problem(self._clock.now().nanoseconds, stamp_ns, settings.max_age_s)
         if reason:
+            self._wait_for_assessment()
             camera.counts.frames_dropped_stale += 1
             camera.publish_unknown(header, DiagnosticStatus.STALE, "stale", reason)
             return None
         last_ns = self._last_stamp_ns.get(camera.name, stamp_ns)
         self._last_stamp_ns[camera.name] = stamp_ns
         if stamp_ns < last_ns:
+            self._wait_for_assessment()
             models.detectors[camera.name].reset()
             self._log.warning(
                 f"{camera.name} backward",
@@ -165,6 +190,7 @@ class Pipeline:
         try:
             frame = messages.frame_of(message, f"{camera.name}/{stamp_ns}")
         except ImageError as error:
+            self._wait_for_assessment()
             camera.counts.frames_bad += 1
             reason = f"bad image: {error}"
             camera.publish_unknown(header, DiagnosticStatus.ERROR, "bad image", reason)
@@ -180,6 +206,7 @@ class Pipeline:
             if _is_out_of_memory(error):
                 self._log.warning("memory", f"out of memory, trying once more: {error}")
             elif len(jobs) == 1:
+                self._wait_for_assessment()
                 self._fail(jobs[0], error)
                 return []
         # Single images take less memory, and the failure of one camera does not affect the others.
@@ -189,6 +216,7 @@ class Pipeline:
                 [grid], stage_ms = embed_timed(models.embedder, [job.frame.image])
                 embedded.append((job, grid, stage_ms))
             except Exception as error:
+                self._wait_for_assessment()
                 self._fail(job, error)
         return embedded
 

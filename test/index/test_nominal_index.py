@@ -186,11 +186,16 @@ def test_what_was_saved_is_what_is_loaded(index: NominalIndex, saved: Path, tmp_
     assert NominalIndex.load(tmp_path / "other").fingerprint == loaded.fingerprint
 
 
+# Torch takes 'cpu:0' for the CPU; the package takes it for a GPU.
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"])
 @pytest.mark.parametrize("mode", ["auto", "exact", "lists", "graph"])
 @pytest.mark.parametrize("k", [1, 4])
-def test_distances_are_those_of_the_plain_product(saved: Path, mode: str, k: int) -> None:
+def test_distances_are_those_of_the_plain_product(
+    saved: Path, mode: str, k: int, device: str
+) -> None:
     index = NominalIndex.load(saved)
-    index.configure_search(mode, 200)
+    index.configure_search(mode, 200, device)
+    assert (index._on_device is not None) == (device != "cpu" and mode in ("auto", "exact"))
     assert index.search_is_exact == (mode in ("auto", "exact"))
     assert (index._graph is None) == (mode != "graph"), "the graph is read if it is needed"
     queries = patches(2, seed=5)
@@ -215,6 +220,8 @@ def test_large_indexes_use_the_graph_by_themselves(
     assert large.search_is_exact
     large.configure_search("auto", 10)
     assert not large.search_is_exact
+    large.configure_search("auto", 10, "cpu:0")
+    assert large.search_is_exact
 
 
 @pytest.fixture

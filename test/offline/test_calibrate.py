@@ -132,7 +132,7 @@ def test_episodes_of_scores_below_zero(stages: tuple[StageIdentity, ...], tmp_pa
     # Every frame is an episode, and every score is confirmed.
     np.testing.assert_array_equal(frames.episodes.scores, frames.scores)
     assert Calibration.load(tmp_path).sha256 == frames.sha256
-    embedder: Any = SimpleNamespace(stages=stages)
+    embedder: Any = SimpleNamespace(device="cpu", stages=stages)
     loaded = load_detector(scoring.replace(index=str(tmp_path)), "camera", embedder=embedder)
     assert loaded.threshold == frames.threshold
     # A frame that is not confirmed counts as the least of its drive, not as 0.

@@ -71,9 +71,10 @@ def test_model_errors_give_unknown_and_out_of_memory_one_retry(
 def test_a_failure_of_one_camera_does_not_affect_the_other(
     values: dict[str, Any], device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(RunningEmbedder, "device", device)
     with bench(two_cameras(values, "left", "right"), ("left", "right")) as b:
         b.start("status")
+        # Later than the start, so that the index is searched without a GPU.
+        monkeypatch.setattr(RunningEmbedder, "device", device)
         assert b.node.models is not None
         embedder = b.node.models.embedder
         embed = embedder.embed
@@ -93,6 +94,47 @@ def test_a_failure_of_one_camera_does_not_affect_the_other(
         assert b.answer(bad, "left")["decision"] == "unknown"
         assert b.answer(good, "right")["decision"] == "nominal"
     assert max(batches) == 1 or device != "cpu"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_with_a_gpu_the_next_frame_is_embedded_while_one_is_assessed(
+    values: dict[str, Any], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    with bench(values) as b:
+        b.start("status")
+        monkeypatch.setattr(RunningEmbedder, "device", device)
+        assert b.node.models is not None
+        embedder, detector = b.node.models.embedder, b.node.models.detectors["camera"]
+        embed, assess = embedder.embed, detector.assess
+        is_assessing, goes_on = threading.Event(), threading.Event()
+
+        def recorded_embed(images: Any) -> Any:
+            events.append("embed")
+            return embed(images)
+
+        def held_assess(*args: Any) -> Any:
+            events.append("assess")
+            is_assessing.set()
+            assert goes_on.wait(20)
+            events.append("assessed")
+            return assess(*args)
+
+        monkeypatch.setattr(embedder, "embed", recorded_embed)
+        monkeypatch.setattr(detector, "assess", held_assess)
+        first = b.send(nominal_image(10))
+        b.spin_until(is_assessing.is_set)
+        second = b.send(nominal_image(11))
+        counts = b.node._cameras["camera"].counts
+        b.spin_until(lambda: counts.frames_received == 2)
+        if device != "cpu":
+            b.spin_until(lambda: events.count("embed") == 2)
+        goes_on.set()
+        assert [b.answer(stamp)["decision"] for stamp in (first, second)] == ["nominal"] * 2
+    order = ["embed", "assess", "assessed"] * 2
+    if device != "cpu":
+        order = ["embed", "assess", "embed", "assessed", "assess", "assessed"]
+    assert events == order
 
 
 def test_only_the_newest_frame_waits(

@@ -47,6 +47,10 @@ class ColourEmbedder:
         """Return its only stage."""
         return (StageIdentity(StageSpec("colours", 0, 128), self._identity),)
 
+    @property
+    def device(self) -> str:
+        return "cpu"
+
     def grid_hw(self, image_hw: tuple[int, int]) -> tuple[int, int]:
         """Return (rows, cols) of whole patches."""
         return image_hw[0] // PATCH, image_hw[1] // PATCH
