@@ -7,6 +7,7 @@ node through it.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,8 +185,8 @@ class Settings:
     search: str = setting(
         "auto",
         "Nearest-neighbour search: exact; lists or graph (hnswlib), which give bounds, and patches "
-        "that matter are searched exactly; or auto: exact for small indexes and on a GPU, lists for "
-        "others.",
+        "that matter are searched exactly; or auto: exact for small indexes and on a GPU, lists "
+        "for others.",
         choices=("auto", "exact", "lists", "graph"),
     )
     search_ef: int = setting(
@@ -214,6 +215,19 @@ class Settings:
         "Share of nominal frames that may be called anomalous. 0: the rate of the calibration.",
         bounds=(0.0, 0.5),
         live=True,
+    )
+    confidence: float = setting(
+        0.0,
+        "Probability, over new drives, that the target rates hold. 0: that of the calibration; a "
+        "new one takes 0.9, or as much as its number of drives D allows: D / (D + 1).",
+        bounds=(0.0, 0.999),
+        live=True,
+    )
+    recording_pattern: str = setting(
+        "",
+        "Regular expression with one group: names the recording that a drive is a part of, where "
+        "its name cannot show it. '(.+)_part' takes run_part1 and run_part2 for one recording. "
+        "Parts of one recording count as one drive.",
     )
     target_episode_rate: float = setting(
         0.0,
@@ -320,6 +334,7 @@ class Settings:
         for camera in (*self.camera_settings, *self.camera_overrides):
             if camera not in self.cameras:
                 raise UnknownNameError("camera", camera, self.cameras)
+        _check_recording_pattern(self.recording_pattern)
         specs = self.stage_specs
         if self.stages and (set_too := [n for n in SHORTHAND if getattr(self, n) != UNSET[n]]):
             raise SettingsError(
@@ -462,7 +477,23 @@ def camera_override_specs() -> dict[str, SettingSpec]:
 _SPECS = specs_of(Settings)
 _CAMERA_SPECS = specs_of(CameraSettings)
 _LIVE_SPECS = {name: spec for name, spec in _SPECS.items() if spec.live}
+
+
 # "Not given": the value of the index, or of the calibration, is used.
+def _check_recording_pattern(pattern: str) -> None:
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise SettingsError(
+            f"setting 'recording_pattern': expected a regular expression, found '{pattern}': "
+            f"{error}"
+        ) from error
+    if pattern and groups != 1:
+        raise SettingsError(
+            f"setting 'recording_pattern': expected one group, found {groups} in '{pattern}'"
+        )
+
+
 UNSET: Mapping[str, Any] = {
     name: _SPECS[name].default
     for name in (*BUILD_DEFAULTS, *SHORTHAND, "segmenter_model", "target_false_alarm_rate")

@@ -54,6 +54,7 @@ class Frame:
         frame_id: name of the optical frame, may be empty.
         name: identifies the frame for people: file name, or bag and message number.
         decode_ms: milliseconds that decoding the image took, 0 if it was there.
+        recording: name of the recording that it is a part of; empty if unknown.
 
     Raises:
         ImageError: wrong shape or dtype, or an empty image.
@@ -64,6 +65,7 @@ class Frame:
     frame_id: str = ""
     name: str = ""
     decode_ms: float = 0.0
+    recording: str = ""
 
     def __post_init__(self) -> None:
         check_rgb(self.image, f"frame '{self.name}'")
@@ -244,7 +246,7 @@ class AnomalyResult:
     Attributes:
         score: anomaly score, mean of the largest values of the anomaly map.
         decision: `unknown` without a threshold.
-        p_value: share of nominal frames that score at least as high, in (0, 1]; None without a
+        p_value: least false-alarm rate whose threshold the score exceeds, in [0, 1]; None without a
             calibration.
         threshold: score above which a frame is anomalous, calibrated or set; None without.
         heatmap: (height, width) float32, anomaly map at every pixel; the low end of the scale

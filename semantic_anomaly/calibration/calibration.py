@@ -1,14 +1,13 @@
 """Calibration: a threshold with a known false-alarm rate, and p-values, from nominal drives alone.
 
-By split conformal prediction (`conformal.py`), of frames and, if a rate is set, of episodes. Frames
-of one drive resemble each other, so many short drives are worth more than one long drive.
+By conformal prediction over drives (`conformal.py`), of frames and, if a rate is set, of episodes.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +16,15 @@ import numpy as np
 
 from semantic_anomaly.calibration import format as calibration_format
 from semantic_anomaly.calibration.conformal import (
+    DEFAULT_CONFIDENCE,
     EPISODE_SETTINGS,
     Episodes,
-    allowed,
+    check_scores,
     conformal_threshold,
-    scores_needed,
+    drive_rank,
+    drives_needed,
+    frames_needed,
+    p_value,
 )
 from semantic_anomaly.calibration.staleness import StaleEdit, edits_since, staleness_warning
 from semantic_anomaly.errors import CalibrationError, MismatchError, ModelOutputError
@@ -33,8 +36,30 @@ from semantic_anomaly.structures import HeatmapScale
 if TYPE_CHECKING:
     from semantic_anomaly.index.nominal_index import NominalIndex
 
-FEW_DRIVES = 5
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class DriveScores:
+    """The frame scores of a nominal drive; parts of one recording are one drive.
+
+    Attributes:
+        name: of the recording.
+        scores: (n,) float64, ascending, finite.
+        left_out: whether the index was built from the drive too, and it was compared with the
+            entries of the other drives only.
+
+    Raises:
+        CalibrationError: no scores, or scores out of range or order.
+    """
+
+    name: str
+    scores: np.ndarray
+    left_out: bool = False
+
+    def __post_init__(self) -> None:
+        check_scores(self.scores, f"calibration drive '{self.name}'")
+        self.scores.flags.writeable = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,10 +67,9 @@ class Calibration:
     """Nominal scores, and the conditions under which they hold.
 
     Attributes:
-        scores: (n,) float64, ascending: frame scores of nominal drives that the index has not
-            seen.
-        drives: name and number of frames of each drive.
-        target_false_alarm_rate: share of nominal frames that may exceed `threshold`.
+        drives: their frame scores, at least one drive.
+        target_false_alarm_rate: share of the frames of a nominal drive that may exceed `threshold`.
+        confidence: probability, over new drives, that they keep the rate; 0: as `drive_rank`.
         heatmap_low: median over frames of the median value of the anomaly map; drawn as 0 in the
             heatmap.
         index_fingerprint: digest of the index.
@@ -61,13 +85,13 @@ class Calibration:
         episodes: nominal scores of episodes; None: no rate of episodes was set.
 
     Raises:
-        CalibrationError: scores that are not finite, not sorted or not as many as the drives have,
-            or too few for the rate.
+        CalibrationError: no drives, two of one name, too few for the confidence, or numbers that
+            are not finite.
     """
 
-    scores: np.ndarray
-    drives: tuple[tuple[str, int], ...]
+    drives: tuple[DriveScores, ...]
     target_false_alarm_rate: float
+    confidence: float
     heatmap_low: float
     index_fingerprint: str
     scoring: Mapping[str, Any]
@@ -81,15 +105,6 @@ class Calibration:
     episodes: Episodes | None = None
 
     def __post_init__(self) -> None:
-        scores = self.scores
-        if scores.ndim != 1 or scores.dtype != np.float64:
-            raise CalibrationError(
-                f"calibration scores: expected (n,) float64, found {scores.shape} {scores.dtype}"
-            )
-        if not np.isfinite(scores).all():
-            raise CalibrationError("calibration scores: expected finite numbers")
-        if np.any(np.diff(scores) < 0):
-            raise CalibrationError("calibration scores: expected ascending order")
         if not math.isfinite(self.heatmap_low):
             raise CalibrationError(
                 f"calibration heatmap_low: expected a finite number, found {self.heatmap_low}"
@@ -103,21 +118,18 @@ class Calibration:
                 f"calibration execution: expected one of {', '.join(EXECUTIONS)}, found "
                 f"'{self.execution}'"
             )
-        counts = [count for _, count in self.drives]
-        if min(counts, default=0) < 1 or sum(counts) != len(scores):
-            raise CalibrationError(
-                f"calibration drives: expected frames of every drive, {len(scores)} in all, "
-                f"found {list(self.drives)}"
-            )
-        # Too few scores for the rate raise here.
+        names = [drive.name for drive in self.drives]
+        if not names or len(set(names)) < len(names):
+            raise CalibrationError(f"calibration: expected drives of distinct names, found {names}")
+        # Too few drives for the confidence raise here.
         _ = self.threshold
-        self.scores.flags.writeable = False
 
     @classmethod
     def fit(
         cls,
         scores_by_drive: Mapping[str, Sequence[float]],
         *,
+        left_out: Collection[str] = (),
         heatmap_low: float,
         index: NominalIndex,
         settings: Settings,
@@ -129,20 +141,23 @@ class Calibration:
         normalisations: Sequence[ScoreNormalisation],
         episodes: Episodes | None = None,
     ) -> Calibration:
-        """Make a calibration from the frame scores of nominal drives that the index has not seen.
+        """Make a calibration from the frame scores of nominal drives.
 
-        The other arguments are those of the attributes; `settings` has the target rate and the
-        settings that shape a score.
+        Those of `left_out` are in the index, and were compared with the entries of the others. The
+        other arguments are those of the attributes; `settings` has target rate and confidence, and
+        the settings that shape a score.
 
         Raises:
-            CalibrationError: a drive without scores, too few for the target rate, or scores out of
-                range.
+            CalibrationError: a drive without scores, too few drives for the confidence, or scores
+                that are not finite.
         """
-        pooled = [score for scores in scores_by_drive.values() for score in scores]
         return cls(
-            scores=np.sort(np.array(pooled, np.float64)),
-            drives=tuple((name, len(scores)) for name, scores in scores_by_drive.items()),
+            drives=tuple(
+                DriveScores(name, np.sort(np.array(scores, np.float64)), name in left_out)
+                for name, scores in scores_by_drive.items()
+            ),
             target_false_alarm_rate=settings.target_false_alarm_rate,
+            confidence=settings.confidence,
             heatmap_low=float(heatmap_low),
             index_fingerprint=index.fingerprint,
             scoring=settings.scoring,
@@ -156,22 +171,41 @@ class Calibration:
         )
 
     @property
+    def scores(self) -> np.ndarray:
+        """Return (n,) float64, ascending: the frame scores of all drives."""
+        return np.sort(np.concatenate(self._scores_by_drive))
+
+    @property
+    def frames_by_drive(self) -> dict[str, int]:
+        """Return the number of frames of each drive by its name."""
+        return {drive.name: len(drive.scores) for drive in self.drives}
+
+    @property
     def count(self) -> int:
         """Return the number of calibration frames."""
-        return len(self.scores)
+        return sum(map(len, self._scores_by_drive))
+
+    @property
+    def _scores_by_drive(self) -> list[np.ndarray]:
+        return [drive.scores for drive in self.drives]
 
     @property
     def threshold(self) -> float:
-        """Return the score above which a frame is anomalous at the target rate."""
+        """Return the score above which a frame is anomalous at target rate and confidence."""
         return self.threshold_for(self.target_false_alarm_rate)
 
-    def threshold_for(self, rate: float) -> float:
+    def threshold_for(self, rate: float, confidence: float | None = None) -> float:
         """Return the score above which a frame is anomalous at another rate.
 
+        Args:
+            rate: in (0, 1).
+            confidence: as `drive_rank`; None: that of the calibration.
+
         Raises:
-            CalibrationError: too few calibration scores for the rate.
+            CalibrationError: too few drives for the confidence.
         """
-        return conformal_threshold(self.scores, rate, "frames")
+        confidence = self.confidence if confidence is None else confidence
+        return conformal_threshold(self._scores_by_drive, rate, confidence)
 
     def resolve(self, settings: Settings) -> Settings:
         """Return settings with the rates of the calibration where none is set.
@@ -182,6 +216,8 @@ class Calibration:
         changes: dict[str, Any] = {}
         if not settings.target_false_alarm_rate:
             changes["target_false_alarm_rate"] = self.target_false_alarm_rate
+        if not settings.confidence:
+            changes["confidence"] = self.confidence
         if self.episodes is not None and not settings.target_episode_rate:
             changes["target_episode_rate"] = self.episodes.target_episode_rate
             defaults = Settings()
@@ -194,10 +230,10 @@ class Calibration:
         """Return the score that keeps the rates of frames and, if one is set, of episodes.
 
         Raises:
-            CalibrationError: too few frames or episodes for the rate, or no episodes.
+            CalibrationError: too few drives for the confidence, or no episodes.
             MismatchError: episodes of another length or confirmation.
         """
-        threshold = self.threshold_for(settings.target_false_alarm_rate)
+        threshold = self.threshold_for(settings.target_false_alarm_rate, settings.confidence)
         if settings.target_episode_rate:
             if self.episodes is None:
                 raise CalibrationError(
@@ -213,44 +249,65 @@ class Calibration:
             )
         return threshold
 
-    def p_value(self, score: float) -> float:
-        """Return the probability that a nominal frame scores at least as high, in (0, 1].
+    def p_value(self, score: float, confidence: float | None = None) -> float:
+        """Return the least rate whose threshold a score exceeds, in [0, 1].
 
-        A score exceeds `threshold_for(rate)` exactly when its p-value is at most `rate`.
+        A score exceeds `threshold_for(rate)` exactly when its p-value is at most `rate`. It is 0
+        above all scores of as many drives as the confidence asks for.
+
+        Args:
+            score: of a frame.
+            confidence: as `threshold_for`.
 
         Raises:
             ModelOutputError: the score is not finite.
         """
         if not math.isfinite(score):
             raise ModelOutputError(f"score: expected a finite number, found {score}")
-        as_high = self.count - int(np.searchsorted(self.scores, score, side="left"))
-        return (1 + as_high) / (self.count + 1)
+        confidence = self.confidence if confidence is None else confidence
+        return p_value(self._scores_by_drive, score, confidence)
 
     def scale(self, threshold: float) -> HeatmapScale:
         """Return the scale of heatmaps: 0 typical nominal, 1 the threshold."""
         return HeatmapScale.from_typical(self.heatmap_low, threshold)
 
     @property
+    def promise(self) -> str:
+        """Return in one sentence what the threshold promises."""
+        count = len(self.drives)
+        if count == 1:
+            return (
+                f"nothing is promised beyond drive '{self.drives[0].name}': calibrate with at "
+                f"least 2 drives, with {drives_needed(DEFAULT_CONFIDENCE)} for a probability of "
+                f"{DEFAULT_CONFIDENCE:g}"
+            )
+        rank = drive_rank(count, self.confidence)
+        estimated = any(drive.left_out for drive in self.drives)
+        return (
+            f"{'estimated by leaving one drive out: ' * estimated}on a new drive like "
+            f"these {count}, at most {100 * self.target_false_alarm_rate:g} % of the frames are "
+            f"above the threshold, with probability {rank}/{count + 1}"
+        )
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """Return warnings about the reliability of the false-alarm rate."""
         warnings = []
-        if len(self.drives) == 1:
+        count, wanted = len(self.drives), drives_needed(DEFAULT_CONFIDENCE)
+        if count == 1:
+            warnings.append(self.promise)
+        elif count < wanted and not self.confidence:
             warnings.append(
-                "all calibration frames come from one drive: they resemble each other, and the "
-                "false-alarm rate on other drives may be several times the target"
+                f"{count} calibration drives: new drives keep the rate with probability "
+                f"{count}/{count + 1}; {wanted} drives give {DEFAULT_CONFIDENCE:g}"
             )
-        elif len(self.drives) < FEW_DRIVES:
+        needed = frames_needed(self.target_false_alarm_rate)
+        short = [drive.name for drive in self.drives if len(drive.scores) < needed]
+        if short:
             warnings.append(
-                f"calibration frames come from only {len(self.drives)} drives: use {FEW_DRIVES} or "
-                "more for a false-alarm rate that holds on other drives"
-            )
-        may_exceed = allowed(self.count, self.target_false_alarm_rate)
-        if may_exceed < 3:
-            needed = scores_needed(self.target_false_alarm_rate)
-            warnings.append(
-                f"{self.count} calibration frames are few for a rate of "
-                f"{self.target_false_alarm_rate:g} (at least {needed}): the threshold depends on "
-                f"the {'largest score' if may_exceed == 1 else 'two largest scores'}"
+                f"{len(short)} of {count} calibration drives have fewer than the {needed} frames "
+                f"of a rate of {self.target_false_alarm_rate:g}, such as '{short[0]}': their "
+                "largest score counts"
             )
         if self.stale_edits:
             warnings.append(staleness_warning(self.stale_edits))
@@ -307,6 +364,8 @@ class Calibration:
         """Read a file of a calibration; raises as `load`."""
         values = calibration_format.read(path)
         try:
-            return cls(**values)
+            return cls(
+                **{**values, "drives": tuple(DriveScores(**drive) for drive in values["drives"])}
+            )
         except CalibrationError as error:
             raise CalibrationError(f"calibration of index '{path.parent}': {error}") from error

@@ -1,8 +1,10 @@
-"""Split conformal prediction: thresholds that nominal scores exceed at a known rate.
+"""Conformal prediction in two layers: thresholds that a new nominal drive keeps.
 
-If n calibration scores and the score of a new nominal frame are exchangeable, the new one exceeds
-the ceil((n + 1)(1 - alpha))-th smallest of them with probability at most alpha (Vovk, Gammerman and
-Shafer 2005; Laxhammar and Falkman 2010 for anomalies).
+Frames of one drive resemble each other, so drives are what is exchangeable. For each of D drives,
+the ceil(n (1 - alpha))-th smallest of its n scores is exceeded by at most a share alpha of its
+frames. If the drives and a new one are exchangeable, the ceil((D + 1)(1 - delta))-th smallest of
+these D quantiles is at least that of the new drive with probability 1 - delta or more (Dunn,
+Wasserman and Ramdas 2018, arXiv 1809.07441; Lee, Barber and Willett 2023, arXiv 2306.06342).
 
 The same holds for episodes, stretches of driving of fixed length. The score of an episode is the
 largest confirmed score of its frames. A component is confirmed by `confirm_count` detections within
@@ -27,38 +29,80 @@ from semantic_anomaly.settings import Settings
 
 # Least share of an episode that the frames of a drive must cover.
 _COVERED_SHARE = 0.9
+DEFAULT_CONFIDENCE = 0.9
 EPISODE_SETTINGS = ("episode_s", "confirm_count", "confirm_s", "silence_s")
 
 
-def scores_needed(rate: float) -> int:
-    """Return the least number of nominal scores for a rate: 1 / rate - 1, rounded up."""
-    return math.ceil(1 / _exact(rate)) - 1
+def frames_needed(rate: float) -> int:
+    """Return the least number of scores of a drive that a rate can be seen in: 1 / rate."""
+    return math.ceil(1 / _exact(rate))
 
 
-def allowed(count: int, rate: float) -> int:
-    """Return how many of count + 1 exchangeable scores may exceed the threshold."""
-    return min(count, math.floor((count + 1) * _exact(rate)))
+def drives_needed(confidence: float) -> int:
+    """Return the least number of drives for a confidence in (0, 1)."""
+    return math.ceil(_exact(confidence) / (1 - _exact(confidence)))
 
 
-def conformal_threshold(scores: np.ndarray, rate: float, unit: str) -> float:
-    """Return the score that new nominal scores exceed with a probability of at most `rate`.
+def drive_rank(drives: int, confidence: float) -> int:
+    """Return which of the quantiles of D drives, in ascending order from 1, is the threshold.
 
     Args:
-        scores: (n,) ascending.
-        rate: in (0, 1).
-        unit: of the scores, for the message: 'frames' or 'episodes of 10 s'.
+        drives: D, at least 1.
+        confidence: probability over new drives, in (0, 1); 0: 0.9, or D / (D + 1) if that is less.
 
     Raises:
-        CalibrationError: too few scores for the rate.
+        CalibrationError: too few drives for the confidence.
     """
-    may_exceed = allowed(len(scores), rate)
-    if may_exceed < 1:
+    if not confidence:
+        rank = math.ceil((drives + 1) * _exact(DEFAULT_CONFIDENCE))
+        return min(rank, drives)
+    rank = math.ceil((drives + 1) * _exact(confidence))
+    if rank > drives:
         raise CalibrationError(
-            f"a false-alarm rate of {rate:g} needs at least {scores_needed(rate)} nominal "
-            f"calibration {unit}, found {len(scores)}"
+            f"a confidence of {confidence:g} needs at least {drives_needed(confidence)} nominal "
+            f"calibration drives, found {drives}"
         )
-    # The (n + 1 - allowed)-th smallest is the ceil((n + 1)(1 - alpha))-th.
-    return float(scores[len(scores) - may_exceed])
+    return rank
+
+
+def conformal_threshold(
+    scores_by_drive: Sequence[np.ndarray], rate: float, confidence: float
+) -> float:
+    """Return the score that at most a share `rate` of a new nominal drive exceeds.
+
+    Args:
+        scores_by_drive: (n,) ascending for each drive, n >= 1.
+        rate: in (0, 1).
+        confidence: as `drive_rank`.
+
+    Raises:
+        CalibrationError: too few drives for the confidence.
+    """
+    rank = drive_rank(len(scores_by_drive), confidence)
+    quantiles = sorted(
+        # The (n - floor(n alpha))-th smallest is the ceil(n (1 - alpha))-th.
+        float(scores[len(scores) - 1 - math.floor(len(scores) * _exact(rate))])
+        for scores in scores_by_drive
+    )
+    return quantiles[rank - 1]
+
+
+def p_value(scores_by_drive: Sequence[np.ndarray], score: float, confidence: float) -> float:
+    """Return the least rate, in [0, 1], whose threshold a score exceeds.
+
+    Of each drive the share of its scores that are at least as high, and of these shares the one of
+    the rank of the threshold.
+
+    Args:
+        scores_by_drive: (n,) ascending for each drive, n >= 1.
+        score: finite.
+        confidence: as `drive_rank`.
+    """
+    shares = sorted(
+        (len(scores) - int(np.searchsorted(scores, score, side="left"))) / len(scores)
+        for scores in scores_by_drive
+    )
+    return shares[drive_rank(len(scores_by_drive), confidence) - 1]
 
 
 def _exact(rate: float) -> Fraction:
@@ -71,17 +115,16 @@ class Episodes:
     """The largest confirmed scores of nominal episodes.
 
     Attributes:
-        scores: (n,) float64, ascending, finite.
+        scores_by_drive: (n,) float64 for each drive that has any, ascending, finite.
         episode_s: length of an episode in seconds.
         confirm_count, confirm_s, silence_s: the confirmation that the scores hold for.
         target_episode_rate: share of nominal episodes that may raise an alarm.
 
     Raises:
-        CalibrationError: scores, lengths, count or rate out of range, or too few scores for the
-            rate.
+        CalibrationError: no scores, or scores, lengths, count or rate out of range.
     """
 
-    scores: np.ndarray
+    scores_by_drive: tuple[np.ndarray, ...]
     episode_s: float
     confirm_count: int
     confirm_s: float
@@ -89,10 +132,10 @@ class Episodes:
     target_episode_rate: float
 
     def __post_init__(self) -> None:
-        scores = self.scores
-        finite = scores.ndim == 1 and np.isfinite(scores).all()
-        if not finite or np.any(np.diff(scores) < 0):
-            raise CalibrationError("episodes: expected ascending finite scores")
+        if not self.scores_by_drive:
+            raise CalibrationError("episodes: expected complete episodes of a drive, found none")
+        for scores in self.scores_by_drive:
+            check_scores(scores, "episodes")
         lengths_s = self.episode_s, self.confirm_s, self.silence_s
         if not all(0 < length_s < np.inf for length_s in lengths_s):
             raise CalibrationError("episodes: expected lengths above 0 s")
@@ -104,45 +147,54 @@ class Episodes:
             raise CalibrationError(
                 f"episodes: expected a rate in (0, 1), found {self.target_episode_rate}"
             )
-        self._threshold_for(self.target_episode_rate)
 
     @classmethod
     def of_drives(
         cls,
-        scores_by_drive: Mapping[str, Sequence[float]],
-        stamps_by_drive: Mapping[str, Sequence[int]],
+        parts_by_drive: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[int]]]],
         settings: Settings,
     ) -> Episodes:
-        """Return the complete episodes of nominal drives, without the rest at the end of each.
+        """Return the complete episodes of nominal drives, without the rest at the end of each part.
 
         Args:
-            scores_by_drive: frame scores in the order of time.
-            stamps_by_drive: stamps of the frames in nanoseconds.
+            parts_by_drive: parts of each drive by name: frame scores in the order of time, and
+                stamps of the frames in nanoseconds.
             settings: `episode_s`, `target_episode_rate` and the confirmation.
 
         Raises:
-            CalibrationError: stamps that do not rise, frames too far apart to be confirmed, or too
-                few episodes for the rate.
+            CalibrationError: stamps that do not rise, frames too far apart to be confirmed, or no
+                complete episode.
         """
-        maxima: list[float] = []
-        for drive, scores in scores_by_drive.items():
-            stamps_s = np.array(stamps_by_drive[drive], np.int64) / 1e9
-            if np.any(np.diff(stamps_s) <= 0):
-                raise CalibrationError(f"episodes: drive '{drive}': expected stamps that rise")
-            confirmed = _confirmed_scores(np.array(scores, np.float64), stamps_s, settings, drive)
-            episodes = complete_episodes(stamps_s, settings.episode_s)
-            maxima += [float(confirmed[frames].max()) for frames in episodes]
+        maxima: list[np.ndarray] = []
+        for parts in parts_by_drive.values():
+            of_drive: list[float] = []
+            for part, (scores, stamps_ns) in parts.items():
+                stamps_s = np.array(stamps_ns, np.int64) / 1e9
+                if np.any(np.diff(stamps_s) <= 0):
+                    raise CalibrationError(f"episodes: drive '{part}': expected stamps that rise")
+                confirmed = _confirmed_scores(
+                    np.array(scores, np.float64), stamps_s, settings, part
+                )
+                episodes = complete_episodes(stamps_s, settings.episode_s)
+                of_drive += [float(confirmed[frames].max()) for frames in episodes]
+            if of_drive:
+                maxima.append(np.sort(of_drive))
         values = {
             name: getattr(settings, name) for name in (*EPISODE_SETTINGS, "target_episode_rate")
         }
-        return cls(np.sort(np.array(maxima)), **values)
+        return cls(tuple(maxima), **values)
+
+    @property
+    def count(self) -> int:
+        """Return the number of episodes."""
+        return sum(map(len, self.scores_by_drive))
 
     def threshold(self, settings: Settings) -> float:
-        """Return the score that nominal episodes exceed at most at `target_episode_rate`.
+        """Return the score that a share `target_episode_rate` of nominal episodes exceeds at most.
 
         Raises:
             MismatchError: another length or confirmation than was calibrated.
-            CalibrationError: too few episodes for the rate.
+            CalibrationError: too few drives for the confidence.
         """
         for name in EPISODE_SETTINGS:
             expected, given = getattr(self, name), getattr(settings, name)
@@ -150,14 +202,15 @@ class Episodes:
                 raise MismatchError(
                     f"calibration: episodes: setting '{name}'", expected, given, "calibrate again"
                 )
-        return self._threshold_for(settings.target_episode_rate)
+        return self.threshold_for(settings.target_episode_rate, settings.confidence)
 
-    def _threshold_for(self, rate: float) -> float:
-        return conformal_threshold(self.scores, rate, f"episodes of {self.episode_s:g} s")
+    def threshold_for(self, rate: float, confidence: float) -> float:
+        """Return the threshold of another rate; raises as `conformal_threshold`."""
+        return conformal_threshold(self.scores_by_drive, rate, confidence)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
-        return {**vars(self), "scores": self.scores.tolist()}
+        return {**vars(self), "scores_by_drive": [s.tolist() for s in self.scores_by_drive]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Episodes:
@@ -166,12 +219,32 @@ class Episodes:
         Raises:
             CalibrationError: keys missing or unknown, or values of another type or out of range.
         """
-        types = {**get_type_hints(cls), "scores": list}
+        types = {**get_type_hints(cls), "scores_by_drive": list}
         if {key: type(value) for key, value in values.items()} != types:
             raise CalibrationError(f"episodes: expected {', '.join(types)}")
-        if not all(type(score) is float for score in values["scores"]):
-            raise CalibrationError("episodes: expected scores that are numbers")
-        return cls(**{**values, "scores": np.array(values["scores"], np.float64)})
+        by_drive = values["scores_by_drive"]
+        return cls(**{**values, "scores_by_drive": tuple(map(scores_of_list, by_drive))})
+
+
+def check_scores(scores: np.ndarray, what: str) -> None:
+    """Raise CalibrationError unless scores are (n,) float64, n >= 1, finite and ascending."""
+    if scores.ndim != 1 or scores.dtype != np.float64 or not len(scores):
+        raise CalibrationError(
+            f"{what}: expected scores (n,) float64, found {scores.shape} {scores.dtype}"
+        )
+    if not np.isfinite(scores).all() or np.any(np.diff(scores) < 0):
+        raise CalibrationError(f"{what}: expected ascending finite scores")
+
+
+def scores_of_list(values: Any) -> np.ndarray:
+    """Return (n,) float64 of the numbers of a file.
+
+    Raises:
+        CalibrationError: no list, or something that is no number.
+    """
+    if not isinstance(values, list) or not all(type(score) is float for score in values):
+        raise CalibrationError("scores: expected a list of numbers")
+    return np.array(values, np.float64)
 
 
 def complete_episodes(stamps_s: np.ndarray, episode_s: float) -> list[np.ndarray]:

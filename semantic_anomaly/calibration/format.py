@@ -14,9 +14,7 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any, get_type_hints
 
-import numpy as np
-
-from semantic_anomaly.calibration.conformal import Episodes
+from semantic_anomaly.calibration.conformal import Episodes, scores_of_list
 from semantic_anomaly.calibration.staleness import StaleEdit
 from semantic_anomaly.errors import CalibrationError
 from semantic_anomaly.index.format import is_calibration_file
@@ -24,11 +22,11 @@ from semantic_anomaly.scoring.normalisation import ScoreNormalisation
 from semantic_anomaly.storage import atomic_write_bytes, canonical_json, sha256_bytes
 
 FILE_NAME = "calibration.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _TYPES: dict[str, tuple[type, ...]] = {
-    "scores": (list,),
     "drives": (list,),
     "target_false_alarm_rate": (float,),
+    "confidence": (float,),
     "heatmap_low": (float,),
     "index_fingerprint": (str,),
     "scoring": (dict,),
@@ -42,7 +40,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "episodes": (dict, type(None)),
 }
 _TYPES_OF_ROWS: dict[str, dict[str, type]] = {
-    "drives": {"name": str, "frames": int},
+    "drives": {"name": str, "scores": list, "left_out": bool},
     "stale_edits": get_type_hints(StaleEdit),
 }
 
@@ -113,9 +111,8 @@ def _to_body(values: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **values,
         "format": FORMAT_VERSION,
-        "scores": values["scores"].tolist(),
         "probe_scores": list(values["probe_scores"]),
-        "drives": [{"name": name, "frames": count} for name, count in values["drives"]],
+        "drives": [{**vars(drive), "scores": drive.scores.tolist()} for drive in values["drives"]],
         "normalisations": [values.to_dict() for values in values["normalisations"]],
         "stale_edits": [asdict(edit) for edit in values["stale_edits"]],
         "episodes": None if episodes is None else episodes.to_dict(),
@@ -141,11 +138,12 @@ def _from_body(body: Any) -> dict[str, Any]:
     for key, types in _TYPES.items():
         if type(body[key]) not in types:
             raise CalibrationError(f"'{key}' has the type {type(body[key]).__name__}")
-    for key in ("scores", "probe_scores"):
-        if not all(type(score) is float for score in body[key]):
-            raise CalibrationError(f"'{key}' contains something that is not a number")
+    if not all(type(score) is float for score in body["probe_scores"]):
+        raise CalibrationError("'probe_scores' contains something that is not a number")
     if not 0.0 < body["target_false_alarm_rate"] < 1.0:
         raise CalibrationError(f"'target_false_alarm_rate' is {body['target_false_alarm_rate']}")
+    if not 0.0 <= body["confidence"] < 1.0:
+        raise CalibrationError(f"'confidence' is {body['confidence']}")
     for key, row_types in _TYPES_OF_ROWS.items():
         for row in body[key]:
             if not isinstance(row, dict) or {k: type(v) for k, v in row.items()} != row_types:
@@ -155,9 +153,10 @@ def _from_body(body: Any) -> dict[str, Any]:
     episodes = body["episodes"]
     return {
         **body,
-        "scores": np.array(body["scores"], np.float64),
         "probe_scores": tuple(body["probe_scores"]),
-        "drives": tuple((drive["name"], drive["frames"]) for drive in body["drives"]),
+        "drives": tuple(
+            {**drive, "scores": scores_of_list(drive["scores"])} for drive in body["drives"]
+        ),
         "normalisations": tuple(map(ScoreNormalisation.from_dict, body["normalisations"])),
         "stale_edits": tuple(StaleEdit(**edit) for edit in body["stale_edits"]),
         "episodes": None if episodes is None else Episodes.from_dict(episodes),

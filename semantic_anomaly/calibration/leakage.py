@@ -30,7 +30,9 @@ def check_sources(index: NominalIndex, sources: Mapping[str, FrameSource]) -> No
     """
     for drive, source in sources.items():
         refuse_seen(index, next(iter(source)))
-        if source.files and _overlaps(source, index.content.source):
+        if source.files and _overlaps(
+            source, [recorded.name for recorded in index.content.sources]
+        ):
             _log.warning(
                 "calibration drive '%s' has the name of a drive in the index: if it is the "
                 "same drive, the false-alarm rate on other drives will exceed the target",

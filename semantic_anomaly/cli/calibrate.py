@@ -1,10 +1,13 @@
-"""Calibrate an index with nominal drives that it has not seen."""
+"""Calibrate an index, with its own drives or with others."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from semantic_anomaly.cli.options import add_detector_options, add_sources_argument, settings_of
 from semantic_anomaly.cli.tables import drives_listed, table
@@ -15,7 +18,28 @@ from semantic_anomaly.evaluation.measures import figure, interval
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `semantic-anomaly calibrate`."""
     parser.add_argument("index", type=Path, metavar="INDEX", help="folder of the index")
-    add_sources_argument(parser)
+    add_sources_argument(parser, needed=False)
+    parser.add_argument(
+        "--leave-one-drive-out",
+        action="store_true",
+        help="take the drives of the index besides SOURCE, each compared with the entries of the "
+        "others; the default without SOURCE",
+    )
+    parser.add_argument(
+        "--source",
+        action="append",
+        default=[],
+        metavar="OLD=NEW",
+        dest="moved",
+        help="new beginning of a path from which drives of the index have moved; may be repeated",
+    )
+    parser.add_argument(
+        "--confidence",
+        type=float,
+        metavar="P",
+        help="probability, over new drives, that the target rates hold (default 0.9, or as much "
+        "as the number of drives D allows: D / (D + 1))",
+    )
     parser.add_argument(
         "--target-false-alarm-rate",
         type=float,
@@ -55,12 +79,20 @@ def run(args: argparse.Namespace) -> int:
         args,
         args.index,
         target_false_alarm_rate=args.target_false_alarm_rate,
+        confidence=args.confidence,
         target_episode_rate=args.target_episode_rate,
         episode_s=args.episode_s,
     )
     index = NominalIndex.load(args.index)
     calibration = calibrate(
-        index, args.sources, settings=settings, camera=camera, topic=args.topic, progress=True
+        index,
+        args.sources or None,
+        leave_one_drive_out=args.leave_one_drive_out,
+        moved=moved_sources(args.moved),
+        settings=settings,
+        camera=camera,
+        topic=args.topic,
+        progress=True,
     )
     path = calibration.save(args.index)
     settings = calibration.resolve(settings.for_camera(camera))
@@ -69,29 +101,44 @@ def run(args: argparse.Namespace) -> int:
         target = f"{episodes.target_episode_rate:g} of episodes of {episodes.episode_s:g} s"
         episode_rows = [
             ("target of episodes", target),
-            ("nominal episodes", f"{len(episodes.scores)}"),
+            ("nominal episodes", f"{episodes.count}"),
         ]
+    least, median, most = np.quantile(calibration.scores, (0.0, 0.5, 1.0))
     rows = [
         ("threshold", f"{calibration.threshold_of(settings):.4f}"),
         ("target false-alarm rate", f"{calibration.target_false_alarm_rate:g}"),
         *episode_rows,
         ("nominal frames", f"{calibration.count}"),
-        ("drives", drives_listed(calibration.drives)),
-        (
-            "scores, least/median/most",
-            f"{calibration.scores[0]:.4f} / {calibration.scores[calibration.count // 2]:.4f} / "
-            f"{calibration.scores[-1]:.4f}",
-        ),
+        ("drives", drives_listed(calibration.frames_by_drive.items())),
+        ("scores, least/median/most", f"{least:.4f} / {median:.4f} / {most:.4f}"),
     ]
     print(table(rows))
+    print(f"{calibration.promise[0].upper()}{calibration.promise[1:]}.")
     print(f"wrote {path}")
     return 0
+
+
+def moved_sources(items: Sequence[str]) -> dict[str, str]:
+    """Return new beginnings of paths by old ones from OLD=NEW.
+
+    Raises:
+        InputError: an item of another form.
+    """
+    moved = {}
+    for item in items:
+        old, _, new = item.partition("=")
+        if not old or not new:
+            raise InputError(f"--source: expected OLD=NEW, found '{item}'")
+        moved[old] = new
+    return moved
 
 
 def _check(args: argparse.Namespace) -> int:
     from semantic_anomaly.detection.detector import load_detector
     from semantic_anomaly.evaluation.false_alarms import false_alarm_rates
 
+    if not args.sources:
+        raise InputError("--check: expected further nominal drives as SOURCE, found none")
     if args.target_false_alarm_rate is not None or args.target_episode_rate is not None:
         raise InputError(
             "--check: the target rates are those of the calibration, found others in the options"

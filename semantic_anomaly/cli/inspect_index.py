@@ -110,7 +110,8 @@ def _calibration_rows(calibration: Calibration) -> list[tuple[str, str]]:
         ("threshold", f"{calibration.threshold:.4f}"),
         ("target rate", f"{calibration.target_false_alarm_rate:g}"),
         ("nominal frames", f"{calibration.count}"),
-        ("drives", drives_listed(calibration.drives)),
+        ("drives", drives_listed(calibration.frames_by_drive.items())),
+        ("promise", calibration.promise),
         *((name, f"{value}") for name, value in calibration.scoring.items()),
         *_episode_rows(calibration),
         *(("warning", sentence) for sentence in calibration.warnings),
@@ -118,12 +119,10 @@ def _calibration_rows(calibration: Calibration) -> list[tuple[str, str]]:
 
 
 def _episode_rows(calibration: Calibration) -> list[tuple[str, str]]:
-    from semantic_anomaly.calibration.conformal import conformal_threshold
-
     episodes = calibration.episodes
     if episodes is None:
         return []
     rate = episodes.target_episode_rate
-    threshold = conformal_threshold(episodes.scores, rate, "episodes")
-    count = f"{len(episodes.scores)} of {episodes.episode_s:g} s, target {rate:g}"
+    threshold = episodes.threshold_for(rate, calibration.confidence)
+    count = f"{episodes.count} of {episodes.episode_s:g} s, target {rate:g}"
     return [("threshold of episodes", f"{threshold:.4f}"), ("nominal episodes", count)]

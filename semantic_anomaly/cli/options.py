@@ -131,11 +131,11 @@ def settings_of(
     return settings, camera
 
 
-def add_sources_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the positional argument for one or more sources."""
+def add_sources_argument(parser: argparse.ArgumentParser, *, needed: bool = True) -> None:
+    """Add the positional argument for one or more sources, or for none where none is needed."""
     parser.add_argument(
         "sources",
-        nargs="+",
+        nargs="+" if needed else "*",
         metavar="SOURCE",
         help="folder of images, video, rosbag2 bag, image files, 'pattern*.png' or @list.txt; "
         "'SOURCE[START:STOP]' selects frames",

@@ -460,7 +460,9 @@ class AnomalyDetector:
         return AnomalyResult(
             score=score,
             decision=decision,
-            p_value=self.calibration.p_value(score) if self.calibration else None,
+            p_value=self.calibration.p_value(score, live.settings.confidence)
+            if self.calibration
+            else None,
             threshold=live.threshold,
             heatmap=heat,
             scale=live.scale,

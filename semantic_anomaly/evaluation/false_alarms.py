@@ -63,7 +63,7 @@ def false_alarm_rates(
     drives = [
         drive for source in sources for drive in _drives(detector, source, topic, progress).items()
     ]
-    calibrated = {name for name, _ in calibration.drives}
+    calibrated = {drive.name for drive in calibration.drives}
     for name in sorted(calibrated & {name for name, _ in drives}):
         _log.warning("check: drive '%s' has the name of a drive of the calibration", name)
     above = np.concatenate([rows[:, 1] for _, rows in drives]).astype(bool)

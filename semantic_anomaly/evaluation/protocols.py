@@ -17,6 +17,7 @@ from semantic_anomaly.detection.detector import AnomalyDetector
 from semantic_anomaly.errors import InputError
 from semantic_anomaly.evaluation.datasets import NORMAL, FrameTruth
 from semantic_anomaly.evaluation.layouts import Dataset
+from semantic_anomaly.index.content import RecordedSource
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.offline.build_index import build_index
 from semantic_anomaly.offline.drives import Sources, camera_roi
@@ -122,7 +123,7 @@ class SelfNominal:
                 stages=self._embedder.stages,
                 roi=camera_roi(self._settings, self._camera),
                 settings=self._settings.with_build_defaults(),
-                source=[self._dataset.name],
+                sources=[RecordedSource(self._dataset.name)],
                 camera=self._camera,
             )
             detector = AnomalyDetector(

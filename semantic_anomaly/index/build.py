@@ -15,7 +15,7 @@ import numpy as np
 from semantic_anomaly.embedding.identity import StageIdentity
 from semantic_anomaly.errors import ArtefactError, IndexMismatchError
 from semantic_anomaly.index.hnsw import HnswGraph
-from semantic_anomaly.index.search import nearest_similarities
+from semantic_anomaly.index.search import nearest_entries
 from semantic_anomaly.io.images import encode_jpeg
 from semantic_anomaly.linalg import inner_products
 from semantic_anomaly.roi import RegionOfInterest
@@ -106,12 +106,14 @@ class FrameRecord:
         name: as its source calls it.
         rows, cols: its patch grid.
         thumbnail: JPEG of the frame, long side 320 pixels at most.
+        recording: that it is a part of.
     """
 
     name: str
     rows: int
     cols: int
     thumbnail: bytes = field(repr=False)
+    recording: str = ""
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,8 @@ class Selection:
         self._number, self._roi = number, roi
         self._in_graph = 0
         self._max_entries = max_entries
+        # (max_entries,) bool or less by recording: entries that suppressed its embeddings.
+        self._supported: dict[str, np.ndarray] = {}
         self._embeddings = np.empty((min(max_entries, 4096), dim), np.float32)
         self._entries = np.empty((len(self._embeddings), 3), np.int32)
         self._counts = {"frames": 0, "seen": 0, "stored": 0, "suppressed": 0, "dropped": 0}
@@ -190,6 +194,16 @@ class Selection:
     def entries(self) -> np.ndarray:
         """Return (count, 3) int32: frame, row, col."""
         return self._entries[: self.count]
+
+    @property
+    def support(self) -> dict[str, np.ndarray]:
+        """Return (n,) int64 by recording: entries of others that suppressed its embeddings."""
+        support = {}
+        for recording, is_supported in self._supported.items():
+            rows = np.flatnonzero(is_supported)
+            own = np.array([frame.recording == recording for frame in self.frames])
+            support[recording] = rows[~own[self.entries[rows, 0]]]
+        return support
 
     @property
     def report(self) -> BuildReport:
@@ -278,7 +292,7 @@ class Selection:
         entries = np.concatenate([frame_number, cells], axis=1)  # (n, 3)
         for start in range(0, len(entries), _BLOCK):
             block = frame_embeddings.embeddings[start : start + _BLOCK]
-            new = self._new_rows(block)
+            new = self._new_rows(block, frame_embeddings.frame.recording)
             stored = new[: self._max_entries - self.count]
             self._counts["suppressed"] += len(block) - len(new)
             self._counts["dropped"] += len(new) - len(stored)
@@ -286,14 +300,21 @@ class Selection:
         if self.count > before:
             thumbnail = _thumbnail(frame_embeddings.frame.image)
             name, grid_hw = frame_embeddings.frame.name, frame_embeddings.grid_hw
-            self.frames.append(FrameRecord(name, *grid_hw, thumbnail))
+            recording = frame_embeddings.frame.recording
+            self.frames.append(FrameRecord(name, *grid_hw, thumbnail, recording))
 
-    def _new_rows(self, embeddings: np.ndarray) -> np.ndarray:
-        """Return the rows that are far enough from all entries and from the rows before them."""
+    def _new_rows(self, embeddings: np.ndarray, recording: str) -> np.ndarray:
+        """Return the rows that are far enough from all entries and from the rows before them.
+
+        The nearest entries of the others are noted as supported by the recording.
+        """
         if self.dedup_distance == 0.0:
             return np.arange(len(embeddings))
         limit = np.float32(1.0 - self.dedup_distance)
-        candidates = np.flatnonzero(self._similarities(embeddings) <= limit)
+        nearest, similarities = self._nearest(embeddings)
+        is_far = similarities <= limit
+        self._note_support(recording, nearest[~is_far])
+        candidates = np.flatnonzero(is_far)
         products = inner_products(embeddings[candidates], embeddings[candidates].T)
         is_new = np.ones(len(candidates), bool)
         for position in range(len(candidates)):
@@ -301,14 +322,21 @@ class Selection:
                 is_new[position + 1 :] &= products[position, position + 1 :] <= limit
         return candidates[is_new]
 
-    def _similarities(self, embeddings: np.ndarray) -> np.ndarray:
-        """Return (n,) inner products with the nearest entry."""
+    def _note_support(self, recording: str, rows: np.ndarray) -> None:
+        is_supported = self._supported.get(recording, np.empty(0, bool))
+        if len(is_supported) < self.count:
+            is_supported = np.pad(is_supported, (0, len(self._embeddings) - len(is_supported)))
+            self._supported[recording] = is_supported
+        is_supported[rows] = True
+
+    def _nearest(self, embeddings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return (n,) int64 and (n,) float32: the nearest entry, and the inner product with it."""
         if not self.count:
-            return np.full(len(embeddings), -1.0, np.float32)
+            return np.zeros(len(embeddings), np.int64), np.full(len(embeddings), -1.0, np.float32)
         if self.count <= _EXACT_UP_TO:
-            return nearest_similarities(embeddings, self.embeddings, 1)[:, 0]
+            return nearest_entries(embeddings, self.embeddings)
         self._complete_graph()
-        return self.graph.similarities(embeddings, 1)[:, 0]
+        return self.graph.nearest(embeddings)
 
     def _complete_graph(self) -> None:
         if self._in_graph < self.count:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from typing import Any
 
@@ -18,7 +18,7 @@ from semantic_anomaly.index.partition import Partition
 from semantic_anomaly.storage import canonical_json, sha256_bytes
 
 FORMAT = "semantic_anomaly.index"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 ADD, RETRACT = "add", "retract"
 
 
@@ -66,6 +66,78 @@ class Retracted:
     entries: np.ndarray
 
 
+@dataclass(frozen=True)
+class RecordedSource:
+    """A source that an index was built from, as it can be opened again.
+
+    Attributes:
+        name: of the source, with its selection.
+        opened: what `open_source` takes, with absolute paths; empty for images in memory.
+        topic: image topic of a bag; empty for others.
+        recordings: recording of each of its drives, by the name that the source gives them.
+    """
+
+    name: str
+    opened: str | tuple[str, ...] = ""
+    topic: str = ""
+    recordings: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Support:
+    """Which recordings support entries of other recordings.
+
+    An entry is supported by the recording of its frame, and by those whose embeddings it
+    suppressed as near-duplicates.
+
+    Attributes:
+        recordings: names.
+        rows: (n, 3) int32: number of an entry, number of a recording in `recordings`, number of the
+            edit that brought it, 0 for the build; ascending.
+    """
+
+    recordings: tuple[str, ...] = ()
+    rows: np.ndarray = field(default_factory=lambda: np.empty((0, 3), np.int32))
+
+    @classmethod
+    def of(cls, entries_by_recording: Mapping[str, np.ndarray]) -> Support:
+        """Make the support of a build, from (n,) entries by recording."""
+        return cls().with_added(entries_by_recording, 0)
+
+    def with_added(self, entries_by_recording: Mapping[str, np.ndarray], edit: int) -> Support:
+        """Return the support with (n,) numbers of entries by recording, brought by an edit."""
+        recordings, rows = list(self.recordings), [self.rows]
+        for recording, numbers in entries_by_recording.items():
+            if recording not in recordings:
+                recordings.append(recording)
+            number = recordings.index(recording)
+            known = self.rows[self.rows[:, 1] == number, 0]
+            added = np.setdiff1d(numbers, known)
+            rows.append(np.column_stack([added, np.full((len(added), 2), (number, edit))]))
+        return Support(tuple(recordings), np.concatenate(rows))._canonical()
+
+    def without_addition(self, edit: int, first: int, count: int) -> Support:
+        """Return the support without an edit, which brought `count` entries from number `first`."""
+        rows = self.rows[self.rows[:, 2] != edit].copy()
+        rows = rows[(rows[:, 0] < first) | (rows[:, 0] >= first + count)]
+        rows[rows[:, 0] >= first + count, 0] -= count
+        return Support(self.recordings, rows)._canonical()
+
+    def by_others(self, recording: str) -> np.ndarray:
+        """Return (n,) int32: numbers of the entries that suppressed embeddings of others."""
+        numbers = [n for n, name in enumerate(self.recordings) if name != recording]
+        return np.unique(self.rows[np.isin(self.rows[:, 1], numbers), 0])
+
+    def _canonical(self) -> Support:
+        """Return the support with names in ascending order, without unused ones."""
+        used = sorted({self.recordings[number] for number in np.unique(self.rows[:, 1])})
+        numbers = {name: number for number, name in enumerate(used)}
+        rows = self.rows.astype(np.int32)
+        rows[:, 1] = [numbers[self.recordings[number]] for number in rows[:, 1].tolist()]
+        order = np.lexsort((rows[:, 2], rows[:, 1], rows[:, 0]))
+        return Support(tuple(used), np.ascontiguousarray(rows[order]))
+
+
 @dataclass(frozen=True, eq=False)
 class IndexContent:
     """Everything that one stage of an index holds, besides the graph made of it.
@@ -75,7 +147,8 @@ class IndexContent:
             in the settings nor on that of the segmenter's model.
         roi: `RegionOfInterest.describe()` of the camera.
         camera: its name.
-        source: names of the sources it was built from.
+        sources: that it was built from.
+        stride: every so many frames of the sources were used.
         segmenter_model: of the settings of the build; empty without.
         embeddings: (count, dim) float32, unit norm.
         entries: (count, 3) int32: frame, row, col.
@@ -87,12 +160,13 @@ class IndexContent:
         edits: made since the build and not undone, by number; all stages have the same.
         retracted: entries that edits took out; None: no entries.
         further: of the first stage, fingerprints of the further ones.
+        support: recordings that support entries of others.
     """
 
     stage: StageIdentity
     roi: Mapping[str, Any]
     camera: str
-    source: tuple[str, ...]
+    sources: tuple[RecordedSource, ...]
     segmenter_model: str
     embeddings: np.ndarray
     entries: np.ndarray
@@ -104,6 +178,21 @@ class IndexContent:
     edits: tuple[Edit, ...] = ()
     retracted: Retracted | None = None
     further: tuple[str, ...] = ()
+    support: Support = field(default_factory=Support)
+    stride: int = 1
+
+    @property
+    def recordings(self) -> tuple[str, ...]:
+        """Return the names of the recordings that support entries."""
+        own = [frame.recording for frame in self.frames]
+        return tuple(dict.fromkeys([*own, *self.support.recordings]))
+
+    def supported_without(self, recording: str) -> np.ndarray:
+        """Return (count,) bool: entries that other recordings support too."""
+        own = np.array([frame.recording == recording for frame in self.frames], bool)
+        is_supported = ~own[self.entries[:, 0]]
+        is_supported |= np.isin(self.numbers, self.support.by_others(recording))
+        return is_supported
 
     @property
     def numbers(self) -> np.ndarray:
@@ -143,7 +232,10 @@ class IndexContent:
             "lists": len(self.partition.centroids),
             "centroids_sha256": _array_sha256(self.partition.centroids),
             "lists_sha256": _array_sha256(self.partition.lists),
-            "frames": [[f.name, f.rows, f.cols] for f in self.frames],
+            "frames": [[f.name, f.rows, f.cols, f.recording] for f in self.frames],
+            "recordings": list(self.support.recordings),
+            "support": len(self.support.rows),
+            "support_sha256": _array_sha256(self.support.rows),
             "build": asdict(self.report),
             "graph": graph_parameters(),
             "search_ef": self.search_ef,
@@ -161,7 +253,8 @@ class IndexContent:
             "written": {
                 "package_version": __version__,
                 "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                "source": list(self.source),
+                "sources": [asdict(source) for source in self.sources],
+                "stride": self.stride,
                 "backbone": self.stage.spec.backbone,
                 "segmenter_model": self.segmenter_model,
                 "edits": [{"when": e.when, "note": e.note, "source": e.source} for e in self.edits],

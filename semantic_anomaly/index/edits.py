@@ -21,7 +21,7 @@ from semantic_anomaly.index.build import (
     Selection,
     select,
 )
-from semantic_anomaly.index.content import ADD, RETRACT, Edit, IndexContent, Retracted
+from semantic_anomaly.index.content import ADD, RETRACT, Edit, IndexContent, Retracted, Support
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.linalg import inner_products
 from semantic_anomaly.roi import RegionOfInterest
@@ -120,7 +120,7 @@ def add_nominal(
     """
     index.check_roi(roi)
     selections = [_resumed(number, stage, roi) for number, stage in enumerate(index.stages)]
-    select(frames, selections)
+    select((_of_recording(nominal_frame, source) for nominal_frame in frames), selections)
     reports = [
         replace(selection.report, stored=selection.count - stage.count)
         for selection, stage in zip(selections, index.stages, strict=True)
@@ -140,6 +140,9 @@ def add_nominal(
             entries=selection.entries.copy(),
             partition=stage.content.partition.with_entries(selection.embeddings),
             frames=tuple(selection.frames),
+            support=stage.content.support.with_added(
+                _numbered(stage.content, selection.support), edit.number
+            ),
             edits=(
                 *stage.content.edits,
                 replace(
@@ -152,6 +155,28 @@ def add_nominal(
         for selection, stage in zip(selections, index.stages, strict=True)
     ]
     return NominalIndex.of_stages(contents, [s.graph for s in selections]), report
+
+
+def _of_recording(nominal_frame: NominalFrame, source: str) -> NominalFrame:
+    """Return a frame that names a recording, else the source."""
+    frame = replace(nominal_frame[0], recording=nominal_frame[0].recording or source)
+    if len(nominal_frame) == 3:
+        return frame, nominal_frame[1], nominal_frame[2]
+    return frame, nominal_frame[1]
+
+
+def _numbered(
+    content: IndexContent, rows_by_recording: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Return the numbers of entries given by rows, of which those beyond the content are new."""
+    numbers = content.numbers
+    total = len(_retracting_edits(content))
+    numbered = {}
+    for recording, rows in rows_by_recording.items():
+        is_old = rows < len(numbers)
+        new = rows[~is_old] - len(numbers) + total
+        numbered[recording] = np.concatenate([numbers[rows[is_old]], new])
+    return numbered
 
 
 def retract(
@@ -268,12 +293,14 @@ class _Ledger:
         entries: (total, 3) int32: frame, row, col.
         edits: (total,) int32, number of the edit that retracted each entry, 0 for none.
         frames: the frames that entries point to.
+        support: of the entries.
     """
 
     embeddings: np.ndarray
     entries: np.ndarray
     edits: np.ndarray
     frames: tuple[FrameRecord, ...]
+    support: Support
 
     @classmethod
     def of(cls, content: IndexContent) -> _Ledger:
@@ -282,7 +309,8 @@ class _Ledger:
             order = np.argsort(np.concatenate([content.numbers, retracted.entries[:, 3]]))
             embeddings = np.concatenate([embeddings, retracted.embeddings])[order]
             entries = np.concatenate([entries, retracted.entries[:, :3]])[order]
-        return cls(embeddings, entries, _retracting_edits(content), content.frames)
+        edits = _retracting_edits(content)
+        return cls(embeddings, entries, edits, content.frames, content.support)
 
     def to_content(self, content: IndexContent, edits: tuple[Edit, ...]) -> IndexContent:
         """Return a content with these entries, frames and edits."""
@@ -300,6 +328,7 @@ class _Ledger:
             retracted=retracted,
             edits=edits,
             frames=self.frames,
+            support=self.support,
         )
 
     def without_addition(self, edits: Sequence[Edit], edit: Edit) -> _Ledger:
@@ -320,4 +349,5 @@ class _Ledger:
             entries,
             np.delete(self.edits, added),
             self.frames[:first_frame] + self.frames[first_frame + edit.frames :],
+            self.support.without_addition(edit.number, start, edit.entries),
         )

@@ -19,7 +19,15 @@ from semantic_anomaly.embedding.identity import (
 )
 from semantic_anomaly.errors import ArtefactError, IndexFormatError, SettingsError
 from semantic_anomaly.index.build import BuildReport, FrameRecord
-from semantic_anomaly.index.content import FORMAT, FORMAT_VERSION, Edit, IndexContent, Retracted
+from semantic_anomaly.index.content import (
+    FORMAT,
+    FORMAT_VERSION,
+    Edit,
+    IndexContent,
+    RecordedSource,
+    Retracted,
+    Support,
+)
 from semantic_anomaly.index.hnsw import HnswGraph, graph_parameters
 from semantic_anomaly.index.partition import Partition
 from semantic_anomaly.index.search import are_unit_vectors
@@ -37,9 +45,10 @@ GRAPH = "graph.hnsw"
 EMBEDDINGS = "embeddings.npy"
 ENTRIES = "entries.npy"
 CENTROIDS, LISTS = "centroids.npy", "lists.npy"
+SUPPORT = "support.npy"
 FRAMES = "frames"
 RETRACTED = ("retracted_embeddings.npy", "retracted_entries.npy")
-_ARRAYS = frozenset({EMBEDDINGS, ENTRIES, CENTROIDS, LISTS})
+_ARRAYS = frozenset({EMBEDDINGS, ENTRIES, CENTROIDS, LISTS, SUPPORT})
 _OWN_NAMES = frozenset({MANIFEST, GRAPH, FRAMES, *_ARRAYS, *RETRACTED})
 _STAGE_FOLDER = re.compile(r"stage_[1-9]\d?")
 _FRAME_FILE = re.compile(rf"{FRAMES}/\d{{6,}}\.jpg")
@@ -69,6 +78,7 @@ def write_content(folder: Path, content: IndexContent, graph: HnswGraph) -> None
     np.save(folder / ENTRIES, content.entries)
     np.save(folder / CENTROIDS, content.partition.centroids)
     np.save(folder / LISTS, content.partition.lists)
+    np.save(folder / SUPPORT, content.support.rows)
     (folder / FRAMES).mkdir()
     for number, frame in enumerate(content.frames):
         (folder / _frame_file(number)).write_bytes(frame.thumbnail)
@@ -262,13 +272,20 @@ def _read_content(folder: Path, manifest: Mapping[str, Any]) -> IndexContent:
         stage=StageIdentity(spec, identity, segmenter),
         roi=_read_roi(folder, described["roi"]),
         camera=str(described["camera"]),
-        source=tuple(map(str, written["source"])),
+        sources=tuple(map(_read_source, written["sources"])),
+        stride=int(written["stride"]),
         segmenter_model=str(written["segmenter_model"]),
         embeddings=_read_array(folder, EMBEDDINGS, (count, dim), np.float32),
         entries=_read_array(folder, ENTRIES, (count, 3), np.int32),
         frames=tuple(
-            FrameRecord(str(name), int(rows), int(cols), (folder / _frame_file(n)).read_bytes())
-            for n, (name, rows, cols) in enumerate(described["frames"])
+            FrameRecord(
+                str(name),
+                int(rows),
+                int(cols),
+                (folder / _frame_file(n)).read_bytes(),
+                str(recording),
+            )
+            for n, (name, rows, cols, recording) in enumerate(described["frames"])
         ),
         report=BuildReport(**{f.name: described["build"][f.name] for f in fields(BuildReport)}),
         search_ef=int(described["search_ef"]),
@@ -280,6 +297,10 @@ def _read_content(folder: Path, manifest: Mapping[str, Any]) -> IndexContent:
         edits=_read_edits(folder, manifest),
         retracted=_read_retracted(folder, described, dim),
         further=tuple(map(str, described.get("further", ()))),
+        support=Support(
+            tuple(map(str, described["recordings"])),
+            _read_array(folder, SUPPORT, (described["support"], 3), np.int32),
+        ),
     )
     if content.search_ef < 1:
         raise _wrong(folder, "search_ef of at least 1", content.search_ef)
@@ -292,6 +313,16 @@ def _read_content(folder: Path, manifest: Mapping[str, Any]) -> IndexContent:
     if content.manifest()["fingerprint"] != manifest["fingerprint"]:
         raise _wrong(folder, f"content of fingerprint {manifest['fingerprint']}", "another")
     return content
+
+
+def _read_source(values: Mapping[str, Any]) -> RecordedSource:
+    opened = values["opened"]
+    return RecordedSource(
+        name=str(values["name"]),
+        opened=tuple(map(str, opened)) if isinstance(opened, list) else str(opened),
+        topic=str(values["topic"]),
+        recordings={str(k): str(v) for k, v in dict(values["recordings"]).items()},
+    )
 
 
 def _read_roi(folder: Path, roi: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -342,6 +373,13 @@ def _check_arrays(folder: Path, content: IndexContent) -> None:
         raise _wrong(folder, "centroids of unit norm", "none or others")
     if not ((partition.lists >= 0) & (partition.lists < len(partition.centroids))).all():
         raise _wrong(folder, f"lists below {len(partition.centroids)}", "others")
+    total = len(content.embeddings)
+    if content.retracted is not None:
+        total += len(content.retracted.entries)
+    limits = total, len(content.support.recordings), np.iinfo(np.int32).max
+    rows = content.support.rows
+    if not ((rows >= 0) & (rows < np.array(limits))).all():
+        raise _wrong(folder, "support of its entries by its recordings", "others")
     arrays = [(content.embeddings, content.entries)]
     if content.retracted is not None:
         arrays.append((content.retracted.embeddings, content.retracted.entries[:, :3]))

@@ -84,6 +84,18 @@ class HnswGraph:
         """Free the room for more vectors. `load` accepts only files without such room."""
         self._index.resize_index(self._index.get_current_count())
 
+    def nearest(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return (n,) int64 and (n,) float32: the nearest vector found, and the inner product.
+
+        Args:
+            queries: (n, dim) float32, unit norm.
+        """
+        if not len(queries):
+            return np.empty(0, np.int64), np.empty(0, np.float32)
+        self._index.set_ef(_BUILD_EF)
+        rows, distances = self._index.knn_query(queries, 1)
+        return rows[:, 0].astype(np.int64), 1.0 - distances[:, 0]
+
     def similarities(self, queries: np.ndarray, k: int, ef: int = _BUILD_EF) -> np.ndarray:
         """Return (n, k) float32 inner products with the k nearest vectors that the graph finds.
 

@@ -17,7 +17,7 @@ from semantic_anomaly.errors import (
     ModelOutputError,
 )
 from semantic_anomaly.index.build import BuildReport, NominalFrame, Selection, select
-from semantic_anomaly.index.content import Edit, IndexContent
+from semantic_anomaly.index.content import Edit, IndexContent, RecordedSource, Support
 from semantic_anomaly.index.device import DeviceEntries
 from semantic_anomaly.index.format import (
     read_content,
@@ -30,7 +30,7 @@ from semantic_anomaly.index.hnsw import HnswGraph, predicted_graph_bytes
 from semantic_anomaly.index.partition import Partition, PartitionedEntries, list_count
 from semantic_anomaly.index.search import (
     are_unit_vectors,
-    nearest_rows,
+    nearest_entries,
     nearest_similarities,
     to_distances,
 )
@@ -119,7 +119,8 @@ class NominalIndex:
         stages: Sequence[StageIdentity],
         roi: RegionOfInterest,
         settings: Settings,
-        source: Sequence[str] = (),
+        sources: Sequence[RecordedSource] = (),
+        stride: int = 1,
         camera: str = "camera",
     ) -> NominalIndex:
         """Build an index in one pass; memory grows with what is stored, not with what is seen.
@@ -129,7 +130,8 @@ class NominalIndex:
             stages: of the embedder that made the grids, at least one.
             roi: patches outside take no part.
             settings: `dedup_distance`, `max_entries`, `search_ef` and `segmenter_model`.
-            source, camera: names of the sources and the camera, for the manifest.
+            sources, stride: where the frames come from, and of how many one was taken.
+            camera: its name.
 
         Raises:
             IndexMismatchError: a grid of other stages or of another dimension.
@@ -156,7 +158,9 @@ class NominalIndex:
                 ),
                 roi=roi.describe(),
                 camera=camera,
-                source=tuple(source),
+                sources=tuple(sources),
+                stride=stride,
+                support=Support.of(selection.support),
                 segmenter_model=settings.segmenter_model,
                 embeddings=selection.embeddings.copy(),
                 entries=selection.entries.copy(),
@@ -196,6 +200,37 @@ class NominalIndex:
                 )
             _check_stage(content, number, stage.content)
         return cls(content, manifest=manifest, folder=folder, further=further)
+
+    def without(self, recording: str) -> NominalIndex:
+        """Return the index without the entries that only one recording supports.
+
+        It covers what the other recordings showed as the index built without that recording does:
+        each of their embeddings lies within `dedup_distance` of an entry.
+
+        Raises:
+            ArtefactError: no entry of a stage would be left.
+        """
+        contents = []
+        for stage in self.stages:
+            content = stage.content
+            is_kept = content.supported_without(recording)
+            if not is_kept.any():
+                raise ArtefactError(
+                    f"{self._name}: stage '{stage.stage.name}': expected entries of other "
+                    f"recordings than '{recording}', found none"
+                )
+            partition = replace(content.partition, lists=content.partition.lists[is_kept])
+            contents.append(
+                replace(
+                    content,
+                    embeddings=content.embeddings[is_kept],
+                    entries=content.entries[is_kept],
+                    partition=partition,
+                    retracted=None,
+                    support=Support(),
+                )
+            )
+        return NominalIndex.of_stages(contents, [None] * len(contents))
 
     def save(
         self,
@@ -311,6 +346,11 @@ class NominalIndex:
     def dim(self) -> int:
         """Return the length of an embedding of the first stage."""
         return int(self._content.embeddings.shape[1])
+
+    @property
+    def recordings(self) -> tuple[str, ...]:
+        """Return the names of the recordings that support entries of any stage."""
+        return tuple(dict.fromkeys(r for stage in self.stages for r in stage.content.recordings))
 
     @property
     def frame_names(self) -> tuple[str, ...]:
@@ -459,9 +499,9 @@ class NominalIndex:
     def nearest_many(self, embeddings: np.ndarray) -> list[NominalExample]:
         """Return the entries nearest to embeddings (n, dim), reading the entries once for all."""
         queries = self._checked(embeddings, 1)
-        rows, similarities = nearest_rows(queries, self._content.embeddings, 1)
+        rows, similarities = nearest_entries(queries, self._content.embeddings)
         examples = []
-        for (entry,), (similarity,) in zip(rows.tolist(), similarities.tolist(), strict=True):
+        for entry, similarity in zip(rows.tolist(), similarities.tolist(), strict=True):
             number, row, col = self._content.entries[entry].tolist()
             frame = self._content.frames[number]
             distance = min(max(1.0 - similarity, 0.0), 2.0)

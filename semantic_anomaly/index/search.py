@@ -48,6 +48,30 @@ def nearest_rows(queries: np.ndarray, entries: np.ndarray, k: int) -> tuple[np.n
     return rows, best
 
 
+def nearest_entries(queries: np.ndarray, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the row of the nearest entry of each query, and the inner product with it.
+
+    Args:
+        queries: (n, dim) float32.
+        entries: (count, dim) float32, C order, count >= 1.
+
+    Returns:
+        (n,) int64, of equally near entries the first, and (n,) float32.
+    """
+    best = torch.full((len(queries),), -torch.inf)
+    rows = torch.zeros(len(queries), dtype=torch.int64)
+    for left in range(0, len(queries), _QUERY_ROWS):
+        columns = queries[left : left + _QUERY_ROWS].T
+        piece = slice(left, left + _QUERY_ROWS)
+        for top in range(0, len(entries), _ENTRY_ROWS):
+            products = torch.from_numpy(inner_products(entries[top : top + _ENTRY_ROWS], columns))
+            largest, row = products.max(dim=0)
+            is_nearer = largest > best[piece]
+            best[piece][is_nearer] = largest[is_nearer]
+            rows[piece][is_nearer] = row[is_nearer] + top
+    return rows.numpy(), best.numpy()
+
+
 def nearest_similarities(queries: np.ndarray, entries: np.ndarray, k: int) -> np.ndarray:
     """Return (n, k) float32, the largest inner products of each query, in no order.
 

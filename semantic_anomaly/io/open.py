@@ -65,7 +65,18 @@ def open_source(source: SourceLike, *, topic: str | None = None, name: str = "")
         raise SourceError(f"source '{source}': {error.strerror}") from error
     if opened.count == 0:
         raise opened.no_frames()
+    if isinstance(source, str | Path):
+        opened.opened = _absolute(source)
+    elif opened.files:
+        opened.opened = tuple(_absolute(entry) for entry in source if isinstance(entry, str | Path))
     return opened
+
+
+def _absolute(source: str | Path) -> str:
+    """Return a path, pattern, list or selection that means the same from every folder."""
+    text = str(source)
+    is_list = text.startswith("@") and not Path(text).exists()
+    return "@" * is_list + str(Path(text[is_list:]).expanduser().absolute())
 
 
 def split_selection(path: Path | str) -> tuple[Path, slice]:

@@ -45,6 +45,9 @@ class FrameSource(ABC):
             are read. The same for every selection.
         selection: slice of the frames to read, with a positive step.
         files: the files that hold the frames; those of a bag or video are its path.
+        opened: what `open_source` opens again, with absolute paths; empty if not opened by it, or
+            for arrays.
+        topic: image topic of a bag; empty for others.
 
     Raises:
         SourceError: while iterating, if the source is damaged or has no frames.
@@ -62,6 +65,8 @@ class FrameSource(ABC):
         self.name = name
         self.selection = selection
         self.files = self.paths if files is None else tuple(files)
+        self.opened: str | tuple[str, ...] = ""
+        self.topic = ""
 
     @property
     def path(self) -> Path:

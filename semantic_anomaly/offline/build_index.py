@@ -22,6 +22,8 @@ from semantic_anomaly.offline.drives import (
     embedded_frames,
     frame_total,
     open_drives,
+    recorded_sources,
+    recordings_of,
     sample_images,
     settings_of,
 )
@@ -88,15 +90,22 @@ def build_index(
             settings = choose_precision(settings, sample_images(drives), _median_distances)
             embedder = stack.enter_context(closing(RunningEmbedder.from_settings(settings)))
         _log_predicted_size(settings, roi, drives, embedder, stride)
+        recordings = recordings_of(drives, settings.recording_pattern)
         frames = embedded_frames(
-            drives, embedder, stride=stride, description="index", progress=progress
+            drives,
+            embedder,
+            recordings=recordings,
+            stride=stride,
+            description="index",
+            progress=progress,
         )
         index = NominalIndex.build(
             ((frame, grid) for _, _, frame, grid in frames),
             stages=embedder.stages,
             roi=roi,
             settings=settings,
-            source=list(drives),
+            sources=recorded_sources(drives, recordings),
+            stride=stride,
             camera=camera,
         )
     if out is not None:

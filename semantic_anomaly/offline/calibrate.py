@@ -1,11 +1,16 @@
-"""Calibrate an index with nominal drives that it has not seen, scored as the detector does."""
+"""Calibrate an index with nominal drives, scored as the detector does.
+
+Drives that the index was built from are compared with the entries of the other drives only.
+"""
 
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from semantic_anomaly.calibration.calibration import Calibration
-from semantic_anomaly.calibration.conformal import Episodes, scores_needed
-from semantic_anomaly.calibration.leakage import check_sources, refuse_seen
+from semantic_anomaly.calibration.conformal import Episodes
+from semantic_anomaly.calibration.leakage import check_sources, is_seen, refuse_seen
 from semantic_anomaly.detection.detector import probe_scores, resolve_roi, resolve_settings
 from semantic_anomaly.embedding.identity import Embedder
 from semantic_anomaly.errors import CalibrationError
@@ -22,13 +27,16 @@ from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.io.sources import FrameSource
 from semantic_anomaly.offline.drives import (
     Sources,
-    drive_names,
+    drive_name,
     embedded_frames,
-    frame_total,
     open_drives,
+    recorded_recording,
+    recordings_of,
+    reopened,
     sample_images,
     settings_of,
 )
+from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.scoring.distances import FrameScorer
 from semantic_anomaly.scoring.normalisation import (
     NormalisationSums,
@@ -37,9 +45,14 @@ from semantic_anomaly.scoring.normalisation import (
 )
 from semantic_anomaly.segmentation.embedder import RunningEmbedder
 from semantic_anomaly.settings import DEFAULT_FALSE_ALARM_RATE, Settings
-from semantic_anomaly.structures import PatchGrid
+from semantic_anomaly.storage import available_memory_bytes
+from semantic_anomaly.structures import Frame, PatchGrid
 
+# Folds of drives, and of parts of a single drive.
+DRIVE_FOLDS = 20
 FOLDS, FOLD_FRAMES = 5, 10
+# Embeddings that are kept for the second reading of the drives.
+_KEPT_BYTES = 2**30
 _SAMPLE_PATCHES = 1024
 _FRAME_PERIOD_NS = 100_000_000
 # Rounding leaves distances of this size between equal embeddings.
@@ -49,8 +62,10 @@ _log = logging.getLogger(__name__)
 
 def calibrate(
     index: NominalIndex,
-    sources: Sources | Mapping[str, Iterable[PatchGrid]],
+    sources: Sources | Mapping[str, Iterable[PatchGrid]] | None = None,
     *,
+    leave_one_drive_out: bool = False,
+    moved: Mapping[str, str] | None = None,
     settings: Settings | None = None,
     camera: str | None = None,
     out: str | Path | None = None,
@@ -59,20 +74,25 @@ def calibrate(
     progress: bool = False,
     **overrides: Any,
 ) -> Calibration:
-    """Calibrate an index with nominal drives that it has not seen.
+    """Calibrate an index with nominal drives.
 
-    Frames are scored twice: for the score normalisation, then for scores standardised by the drives
-    of the other folds (cross-conformal prediction, Vovk 2015). Precision and execution that are not
-    set are chosen by measurement on this machine, and recorded for detectors. Every source is one
-    drive; a folder whose labels name the drives of its images is as many drives.
+    Without sources, the drives of the index are read again, and each is compared with the entries
+    of the others (leave one drive out). Every source is one drive; parts of one recording are one
+    drive, and a folder whose labels name the drives of its images is as many drives.
+
+    Every frame is scored by the score normalisation of other drives (cross-conformal prediction,
+    Vovk 2015). Precision and execution that are not set are chosen by measurement on this machine,
+    and recorded for detectors.
 
     Example:
-        >>> calibration = calibrate(index, ["drives/b", "drives/c"], out="index")
+        >>> calibration = calibrate(index, out="index")
 
     Args:
         index: the index.
         sources: folders, videos, bags, image files or RGB arrays, see `open_drives`; or patch grids
-            by drive, in memory.
+            by drive, in memory; None: the drives of the index.
+        leave_one_drive_out: take the drives of the index besides the sources.
+        moved: new beginnings of paths by old ones, where drives of the index have moved.
         settings: None: all defaults.
         camera: one of the cameras of the settings; None: the first.
         out: index folder to which the calibration is written; None: it is not written.
@@ -84,9 +104,9 @@ def calibrate(
 
     Raises:
         UnknownNameError: no such camera or setting.
-        SourceError: a source has no usable frames.
-        CalibrationError: the index has seen frames of a source, or there are too few frames for
-            the target rate.
+        SourceError: a source has no usable frames, or a drive of the index has moved.
+        CalibrationError: the index has seen frames of a source, has frames of one drive only, or
+            was built from other frames; or there are too few drives for the confidence.
         SemanticAnomalyError: backbone, index and region of interest do not match.
     """
     settings = settings_of(settings, overrides)
@@ -98,69 +118,45 @@ def calibrate(
     roi = resolve_roi(settings.camera_settings[camera], index, None)
     index.check_roi(roi)
     index.configure_search(settings.search, settings.search_ef)
-    names: list[str]
     with ExitStack() as stack:
         if isinstance(sources, Mapping):
-            names = list(sources)
             running = (index.stage if embedder is None else embedder.stages[0]).embedder
-            frames = partial(_grid_frames, sources)
+            drives: _Drives = _GridDrives(sources)
         else:
-            drives = open_drives(sources, topic)
-            needed, total = scores_needed(settings.target_false_alarm_rate), frame_total(drives)
-            if total is not None and total < needed:
-                raise CalibrationError(
-                    f"the target false-alarm rate needs at least {needed} nominal calibration "
-                    f"frames, found {total}"
-                )
-            check_sources(index, drives)
+            drives = opened = _SourceDrives.of(
+                index,
+                sources,
+                leave_one_drive_out or sources is None,
+                moved or {},
+                topic,
+                settings,
+            )
             if embedder is None:
                 from semantic_anomaly.embedding.precision import choose_precision
 
                 chosen = choose_precision(
                     settings.replace(dtype=given.dtype, execution=given.execution),
-                    sample_images(drives),
+                    sample_images(opened.sources),
                     partial(_median_distances, index),
                     (settings.dtype, settings.execution),
                 )
                 settings = settings.replace(dtype=chosen.dtype, execution=chosen.execution)
                 embedder = stack.enter_context(closing(RunningEmbedder.from_settings(settings)))
             index.check_embedder(embedder.stages)
-            names, running = drive_names(drives), embedder.stages[0].embedder
-            frames = partial(_source_frames, index, drives, embedder, progress)
-        if embedder is not None:
-            index.configure_search(settings.search, settings.search_ef, embedder.device)
-        scorer = FrameScorer(index, settings, roi)
-        anchors = [class_anchors(stage.content.embeddings) for stage in index.stages]
-        sums: dict[int, list[NormalisationSums]] = defaultdict(
-            lambda: [NormalisationSums(of_stage) for of_stage in anchors]
-        )
-        largest = 0.0
-        for number, (drive, _, grid) in enumerate(frames("score normalisation")):
-            of_fold = sums[_fold(names, drive, number)]
-            for stage_sums, distances in zip(of_fold, scorer.distance_maps(grid), strict=True):
-                stage_sums.add(distances.values, distances.inside, distances.embeddings)
-                largest = max(largest, float(distances.values.max()))
-        if sums and largest < _SEEN_DISTANCE:
-            raise CalibrationError(
-                "calibration: all distances are 0: the index has seen these frames; calibrate with "
-                "other drives"
-            )
-        by_fold = {fold: normalisations_without(sums, fold) for fold in sums}
-        scores: dict[str, list[float]] = {}
-        stamps_ns: dict[str, list[int]] = {}
-        medians: list[float] = []
-        for number, (drive, stamp_ns, grid) in enumerate(frames("calibration scores")):
-            frame_score = scorer.score(grid, by_fold[_fold(names, drive, number)], None)
-            scores.setdefault(drive, []).append(frame_score.score)
-            stamps_ns.setdefault(drive, []).append(stamp_ns)
-            medians.append(float(np.median(frame_score.anomaly_map[frame_score.inside])))
-        normalisations = normalisations_without(sums, None) if sums else ()
+            opened.embedder, opened.progress = embedder, progress
+            running = embedder.stages[0].embedder
+        device = "cpu" if embedder is None else embedder.device
+        index.configure_search(settings.search, settings.search_ef, device)
+        scorers = _Scorers(index, settings, roi, device)
+        scores, by_fold = _scored(drives, scorers)
+        normalisations = normalisations_without(by_fold, None)
         probes: list[float] = []
-        if embedder is not None and normalisations:
-            probes = probe_scores(scorer, index, embedder, normalisations)
+        if embedder is not None:
+            probes = probe_scores(scorers.of(None), index, embedder, normalisations)
     calibration = Calibration.fit(
-        scores,
-        heatmap_low=float(np.median(medians)) if medians else 0.0,
+        {drive: rows.scores for drive, rows in scores.items()},
+        left_out=set(scores) & set(index.recordings),
+        heatmap_low=float(np.median([m for rows in scores.values() for m in rows.medians])),
         index=index,
         settings=settings,
         roi=roi,
@@ -169,7 +165,7 @@ def calibrate(
         execution=running.execution,
         probe_scores=probes,
         normalisations=normalisations,
-        episodes=Episodes.of_drives(scores, stamps_ns, settings)
+        episodes=Episodes.of_drives({d: rows.parts for d, rows in scores.items()}, settings)
         if settings.target_episode_rate
         else None,
     )
@@ -178,6 +174,244 @@ def calibrate(
     if out is not None:
         calibration.save(Path(out).expanduser())
     return calibration
+
+
+@dataclass
+class _Scores:
+    """The scores of a recording.
+
+    Attributes:
+        scores: of the frames.
+        parts: scores and stamps in nanoseconds of its parts by name, in order.
+        medians: of the anomaly maps of the frames.
+    """
+
+    scores: list[float] = field(default_factory=list)
+    parts: dict[str, tuple[list[float], list[int]]] = field(default_factory=dict)
+    medians: list[float] = field(default_factory=list)
+
+
+class _Scorers:
+    """Scorers against the index without one recording.
+
+    Args:
+        index, settings, roi: of the calibration.
+        device: that searches run on.
+    """
+
+    def __init__(
+        self, index: NominalIndex, settings: Settings, roi: RegionOfInterest, device: str
+    ) -> None:
+        self.index = index
+        self._settings, self._roi, self._device = settings, roi, device
+        self._whole = FrameScorer(index, settings, roi)
+        self._recordings = set(index.recordings)
+        # Of the last recording that was left out: a copy of the entries is large.
+        self._last: tuple[str, FrameScorer] | None = None
+
+    def of(self, recording: str | None) -> FrameScorer:
+        """Return the scorer for frames of a recording; None: against the whole index."""
+        if recording not in self._recordings or recording is None:
+            return self._whole
+        if self._last is None or self._last[0] != recording:
+            self._last = None
+            index = self.index.without(recording)
+            index.configure_search(self._settings.search, self._settings.search_ef, self._device)
+            self._last = recording, FrameScorer(index, self._settings, self._roi)
+        return self._last[1]
+
+
+def _scored(
+    drives: _Drives, scorers: _Scorers
+) -> tuple[dict[str, _Scores], dict[int, list[NormalisationSums]]]:
+    """Return the scores by recording, and the sums of the score normalisation by fold."""
+    anchors = [class_anchors(stage.content.embeddings) for stage in scorers.index.stages]
+    sums: dict[int, list[NormalisationSums]] = defaultdict(
+        lambda: [NormalisationSums(of_stage) for of_stage in anchors]
+    )
+    largest = 0.0
+    for frame in drives.frames("score normalisation"):
+        of_fold = sums[drives.fold(frame)]
+        maps = scorers.of(frame.recording).distance_maps(frame.grid)
+        for stage_sums, distances in zip(of_fold, maps, strict=True):
+            stage_sums.add(distances.values, distances.inside, distances.embeddings)
+            largest = max(largest, float(distances.values.max()))
+    if not sums:
+        raise CalibrationError("calibration: expected frames of nominal drives, found none")
+    if largest < _SEEN_DISTANCE:
+        raise CalibrationError(
+            "calibration: all distances are 0: the index has seen these frames; calibrate with "
+            "other drives"
+        )
+    by_fold = {fold: normalisations_without(sums, fold) for fold in sums}
+    scores: dict[str, _Scores] = defaultdict(_Scores)
+    for frame in drives.frames("calibration scores"):
+        scorer = scorers.of(frame.recording)
+        frame_score = scorer.score(frame.grid, by_fold[drives.fold(frame)], None)
+        of_recording = scores[frame.recording]
+        of_recording.scores.append(frame_score.score)
+        part = of_recording.parts.setdefault(frame.drive, ([], []))
+        part[0].append(frame_score.score)
+        part[1].append(frame.stamp_ns)
+        inside = frame_score.anomaly_map[frame_score.inside]
+        of_recording.medians.append(float(np.median(inside)))
+    return dict(scores), dict(sums)
+
+
+@dataclass(frozen=True, eq=False)
+class _EmbeddedFrame:
+    """A frame of a drive: its number among all, stamp and embeddings."""
+
+    drive: str
+    recording: str
+    number: int
+    stamp_ns: int
+    grid: PatchGrid
+
+
+class _Drives(ABC):
+    """Drives whose frames can be read several times.
+
+    Args:
+        recordings: names.
+    """
+
+    def __init__(self, recordings: Iterable[str]) -> None:
+        self._recordings = list(dict.fromkeys(recordings))
+
+    def fold(self, frame: _EmbeddedFrame) -> int:
+        """Return the fold of a frame: of its recording, or of parts of the only recording."""
+        if len(self._recordings) > 1:
+            return self._recordings.index(frame.recording) % DRIVE_FOLDS
+        return frame.number // FOLD_FRAMES % FOLDS
+
+    @abstractmethod
+    def frames(self, description: str) -> Iterator[_EmbeddedFrame]:
+        """Yield all frames, drive by drive."""
+
+
+class _GridDrives(_Drives):
+    """Patch grids by drive, 100 ms apart."""
+
+    def __init__(self, grids_by_drive: Mapping[str, Iterable[PatchGrid]]) -> None:
+        super().__init__(grids_by_drive)
+        self._grids_by_drive = grids_by_drive
+
+    def frames(self, description: str) -> Iterator[_EmbeddedFrame]:
+        for drive, grids in self._grids_by_drive.items():
+            for number, grid in enumerate(grids):
+                yield _EmbeddedFrame(drive, drive, number, number * _FRAME_PERIOD_NS, grid)
+
+
+class _SourceDrives(_Drives):
+    """Drives of opened sources.
+
+    Args:
+        index: that they calibrate.
+        own: sources that the index was built from, by name.
+        further: other sources, by name.
+        recordings: of every drive of both, by its name.
+        stride: of own.
+
+    Attributes:
+        sources: own and further ones, by name.
+        embedder, progress: to be set before frames are read.
+    """
+
+    def __init__(
+        self,
+        index: NominalIndex,
+        own: Mapping[str, FrameSource],
+        further: Mapping[str, FrameSource],
+        recordings: Mapping[str, str],
+        stride: int,
+    ) -> None:
+        super().__init__(recordings.values())
+        self._index, self._own, self._further = index, own, further
+        self._of_drive, self._stride = recordings, stride
+        self.sources = {**own, **further}
+        self.embedder: Embedder | None = None
+        self.progress = False
+        self._names = set(index.frame_names)
+        self._kept: list[_EmbeddedFrame] = []
+        self._room = min(_KEPT_BYTES, (available_memory_bytes() or 0) // 4)
+
+    @classmethod
+    def of(
+        cls,
+        index: NominalIndex,
+        sources: Sources | None,
+        leave_one_drive_out: bool,
+        moved: Mapping[str, str],
+        topic: str | None,
+        settings: Settings,
+    ) -> _SourceDrives:
+        """Open sources, and those of the index if a drive is to be left out at a time."""
+        own: dict[str, FrameSource] = {}
+        recordings: dict[str, str] = {}
+        if leave_one_drive_out:
+            if len(index.recordings) < 2:
+                raise CalibrationError(
+                    "calibration: expected an index of at least 2 drives, of which one is left "
+                    f"out, found {len(index.recordings)}; give calibration drives as sources"
+                )
+            own, recordings = reopened(index.content.sources, moved)
+        further: dict[str, FrameSource] = {}
+        if sources is not None:
+            opened = open_drives(sources, topic)
+            check_sources(index, opened)
+            of_further = recordings_of(opened, settings.recording_pattern)
+            for name, source in opened.items():
+                unique, number = name, 2
+                while unique in own:
+                    unique, number = f"{name} ({number})", number + 1
+                further[unique] = source
+                for drive in source.drives:
+                    known = recorded_recording(index.content.sources, source, drive)
+                    recordings[drive_name(unique, source, drive)] = (
+                        known or of_further[drive_name(name, source, drive)]
+                    )
+        # Episodes need every frame.
+        stride = 1 if settings.target_episode_rate else index.content.stride
+        return cls(index, own, further, recordings, stride)
+
+    def frames(self, description: str) -> Iterator[_EmbeddedFrame]:
+        assert self.embedder is not None
+        yield from self._kept
+        given: set[tuple[Path, str]] = set()
+        items = embedded_frames(
+            self.sources,
+            self.embedder,
+            recordings=self._of_drive,
+            strides=dict.fromkeys(self._own, self._stride),
+            skipped=len(self._kept),
+            description=description,
+            progress=self.progress,
+        )
+        for number, (drive, source, frame, grid) in enumerate(items, start=len(self._kept)):
+            if source in self._own.values():
+                self._check_unchanged(source, frame)
+            else:
+                refuse_seen(self._index, frame)
+                key = source.path.resolve(), frame.name
+                # Arrays have no files: equal names say nothing.
+                if source.files and key in given:
+                    raise CalibrationError(f"calibration frame '{frame.name}' is given twice")
+                given.add(key)
+            embedded = _EmbeddedFrame(drive, frame.recording, number, frame.stamp_ns, grid)
+            size = sum(part.features.nbytes for part in grid.stages)
+            if number == len(self._kept) and size <= self._room:
+                self._kept.append(embedded)
+                self._room -= size
+            yield embedded
+
+    def _check_unchanged(self, source: FrameSource, frame: Frame) -> None:
+        """Refuse a frame of the index whose image is another one now."""
+        if frame.name in self._names and not is_seen(self._index, frame):
+            raise CalibrationError(
+                f"source '{source.path}' of the index: expected the frame '{frame.name}' that the "
+                "index was built from, found another image of that name"
+            )
 
 
 def _median_distances(index: NominalIndex, grids: Sequence[PatchGrid]) -> list[float]:
@@ -189,43 +423,3 @@ def _median_distances(index: NominalIndex, grids: Sequence[PatchGrid]) -> list[f
         some = rng.choice(len(rows), min(len(rows), _SAMPLE_PATCHES), replace=False)
         medians.append(float(np.median(stage.distances(rows[some], k=1))))
     return medians
-
-
-def _fold(drives: Sequence[str], drive: str, number: int) -> int:
-    """Return the fold of a frame: the folds of drives, or of parts of a single drive."""
-    if len(drives) > 1:
-        return drives.index(drive) % FOLDS
-    return number // FOLD_FRAMES % FOLDS
-
-
-def _grid_frames(
-    grids_by_drive: Mapping[str, Iterable[PatchGrid]], description: str
-) -> Iterator[tuple[str, int, PatchGrid]]:
-    """Yield drive, stamp in nanoseconds and embeddings of every frame."""
-    for drive, grids in grids_by_drive.items():
-        for number, grid in enumerate(grids):
-            yield drive, number * _FRAME_PERIOD_NS, grid
-
-
-def _source_frames(
-    index: NominalIndex,
-    drives: Mapping[str, FrameSource],
-    embedder: Embedder,
-    progress: bool,
-    description: str,
-) -> Iterator[tuple[str, int, PatchGrid]]:
-    """Yield drive, stamp in nanoseconds and embeddings of every frame.
-
-    Raises:
-        CalibrationError: the index has seen a frame, or it is given twice.
-    """
-    given: set[tuple[Path, str]] = set()
-    items = embedded_frames(drives, embedder, description=description, progress=progress)
-    for drive, source, frame, grid in items:
-        refuse_seen(index, frame)
-        key = source.path.resolve(), frame.name
-        # Arrays have no files: equal names say nothing.
-        if source.files and key in given:
-            raise CalibrationError(f"calibration frame '{frame.name}' is given twice")
-        given.add(key)
-        yield drive, frame.stamp_ns, grid

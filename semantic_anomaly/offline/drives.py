@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -12,7 +14,8 @@ from tqdm import tqdm
 
 from semantic_anomaly.embedding.identity import Embedder
 from semantic_anomaly.errors import SourceError
-from semantic_anomaly.io.open import open_source
+from semantic_anomaly.index.content import RecordedSource
+from semantic_anomaly.io.open import open_source, split_selection
 from semantic_anomaly.io.sources import IMAGE_SUFFIXES, FrameSource
 from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.settings import Settings
@@ -24,6 +27,8 @@ Sources: TypeAlias = "str | Path | np.ndarray | FrameSource | Sequence[Any]"
 # Larger batches gain a few percent on a CPU and cost memory with every image.
 BATCH_FRAMES = 4
 _SAMPLE_IMAGES, _SAMPLE_STRIDE = 8, 10
+# A file of a split bag.
+_BAG_PART = re.compile(r"(.+)_\d+\.(?:mcap|db3)")
 
 
 def settings_of(settings: Settings | None, overrides: Mapping[str, Any]) -> Settings:
@@ -75,12 +80,135 @@ def open_drives(sources: Sources, topic: str | None = None) -> dict[str, FrameSo
     return drives
 
 
-def drive_names(sources: Mapping[str, FrameSource]) -> list[str]:
-    """Return the names of all drives; the labels of a folder may name several."""
+def drive_name(name: str, source: FrameSource, drive: str) -> str:
+    """Return the name of a drive of a source; the labels of a folder may name several."""
+    return f"{name}/{drive}" if len(source.drives) > 1 else name
+
+
+def recordings_of(drives: Mapping[str, FrameSource], pattern: str = "") -> dict[str, str]:
+    """Return the recording of every drive by its name.
+
+    Parts of one recording are parts of the same files by selection, and the files of a split bag:
+    `bag_0.mcap` and `bag_1.mcap`. Other drives are recordings of their own.
+
+    Args:
+        drives: opened sources by name, from `open_drives`.
+        pattern: regular expression; where it matches the name of a drive without its selection, the
+            first group names the recording. Empty: none.
+    """
+    recordings: dict[str, str] = {}
+    keys: dict[str, Any] = {}
+    for name, source in drives.items():
+        for drive in source.drives:
+            key, title = _recording_key(source, drive)
+            if pattern and (match := re.search(pattern, title)):
+                key = title = match[1]
+            recording, number = title, 2
+            while keys.setdefault(recording, key) != key:
+                recording, number = f"{title} ({number})", number + 1
+            recordings[drive_name(name, source, drive)] = recording
+    return recordings
+
+
+def reopened(
+    recorded: Sequence[RecordedSource], moved: Mapping[str, str]
+) -> tuple[dict[str, FrameSource], dict[str, str]]:
+    """Open the sources of an index again.
+
+    Args:
+        recorded: of the index.
+        moved: new beginnings of paths by old ones, where sources have moved.
+
+    Returns:
+        Sources by name, as from `open_drives`, and the recording of each drive by its name.
+
+    Raises:
+        SourceError: a source was in memory, cannot be opened, or has other drives than before.
+    """
+    drives: dict[str, FrameSource] = {}
+    recordings: dict[str, str] = {}
+    unused = set(moved)
+    for source in recorded:
+        if not source.opened:
+            raise SourceError(
+                f"source '{source.name}' of the index was in memory and cannot be read again; give "
+                "calibration drives as sources"
+            )
+        paths = [source.opened] if isinstance(source.opened, str) else [*source.opened]
+        for old, new in moved.items():
+            if any(_begins_with(path, old) for path in paths):
+                unused.discard(old)
+            paths = [new + p[len(old) :] if _begins_with(p, old) else p for p in paths]
+        try:
+            opened = open_source(
+                paths[0] if isinstance(source.opened, str) else paths, topic=source.topic or None
+            )
+        except SourceError as error:
+            raise SourceError(
+                f"source '{source.name}' of the index: {error}; if it has moved, pass --source "
+                "OLD=NEW"
+            ) from error
+        if set(opened.drives) != set(source.recordings):
+            raise SourceError(
+                f"source '{source.name}' of the index: expected the drives "
+                f"{sorted(source.recordings)}, found {sorted(opened.drives)}"
+            )
+        drives[source.name] = opened
+        for drive, recording in source.recordings.items():
+            recordings[drive_name(source.name, opened, drive)] = recording
+    for old in sorted(unused):
+        raise SourceError(
+            f"moved source '{old}': expected the beginning of a path of the index, found "
+            f"{', '.join(str(source.opened) for source in recorded[:3])}"
+        )
+    return drives, recordings
+
+
+def _begins_with(path: str, old: str) -> bool:
+    return path == old or path.startswith(old.rstrip("/") + "/") or path.startswith(old + "[")
+
+
+def recorded_recording(
+    recorded: Sequence[RecordedSource], source: FrameSource, drive: str
+) -> str | None:
+    """Return the recording of a drive if an index was built from another part of it, else None."""
+    for other in recorded:
+        if isinstance(other.opened, str) and other.opened and source.files:
+            path = split_selection(other.opened)[0]
+            if path.resolve() == source.path.resolve() and drive in other.recordings:
+                return other.recordings[drive]
+    return None
+
+
+def _recording_key(source: FrameSource, drive: str) -> tuple[Any, str]:
+    """Return what identifies the recording of a drive, and its name."""
+    if not source.files:
+        return (id(source), drive), drive_name(source.name, source, drive)
+    path = source.path.resolve()
+    part = _BAG_PART.fullmatch(path.name)
+    if part and path.is_file():
+        return (path.parent, part[1]), part[1]
+    paths = tuple(sorted({str(path.resolve()) for path in source.paths}))
+    return (paths, drive), drive_name(source.name, source, drive)
+
+
+def recorded_sources(
+    drives: Mapping[str, FrameSource], recordings: Mapping[str, str]
+) -> list[RecordedSource]:
+    """Return sources as an index remembers them.
+
+    Args:
+        drives: opened sources by name, from `open_drives`.
+        recordings: of every drive, from `recordings_of`.
+    """
     return [
-        _drive_name(name, source, drive)
-        for name, source in sources.items()
-        for drive in source.drives
+        RecordedSource(
+            name,
+            source.opened,
+            source.topic,
+            {drive: recordings[drive_name(name, source, drive)] for drive in source.drives},
+        )
+        for name, source in drives.items()
     ]
 
 
@@ -109,7 +237,10 @@ def embedded_frames(
     sources: Mapping[str, FrameSource],
     embedder: Embedder,
     *,
+    recordings: Mapping[str, str] | None = None,
     stride: int = 1,
+    strides: Mapping[str, int] | None = None,
+    skipped: int = 0,
     description: str = "frames",
     progress: bool = False,
 ) -> Iterator[tuple[str, FrameSource, Frame, PatchGrid]]:
@@ -118,21 +249,31 @@ def embedded_frames(
     Args:
         sources: by name, from `open_drives`.
         embedder: computes the embeddings.
+        recordings: of every drive, which frames then name; None: not known.
         stride: use every stride-th frame of each source.
+        strides: by source, where they differ.
+        skipped: number of the first of these frames that are not embedded again.
         description: of the progress bar.
         progress: show a progress bar on a terminal.
     """
+    recordings = recordings or {}
     # None shows the bar on a terminal only.
     disable = None if progress else True
-    total = frame_total(sources, stride)
+    strides = strides or {}
+    totals = [frame_total({n: s}, strides.get(n, stride)) for n, s in sources.items()]
+    total = None if None in totals else sum(filter(None, totals))
     with tqdm(total=total, desc=description, unit="frame", disable=disable) as bar:
         for name, source in sources.items():
             bar.set_postfix_str(name, refresh=False)
-            frames = itertools.islice(source, 0, None, stride)
+            frames = itertools.islice(source, 0, None, strides.get(name, stride))
+            while skipped and next(frames, None) is not None:
+                skipped -= 1
+                bar.update()
             while batch := list(itertools.islice(frames, BATCH_FRAMES)):
                 grids = embedder.embed([frame.image for frame in batch])
                 for frame, grid in zip(batch, grids, strict=True):
-                    yield _drive_name(name, source, source.drive_of(frame)), source, frame, grid
+                    drive = drive_name(name, source, source.drive_of(frame))
+                    yield drive, source, replace(frame, recording=recordings.get(drive, "")), grid
                 bar.update(len(batch))
 
 
@@ -146,10 +287,6 @@ def _is_several(sources: Sources) -> bool:
         isinstance(item, str | Path) and Path(item).suffix.lower() in IMAGE_SUFFIXES
         for item in sources
     )
-
-
-def _drive_name(name: str, source: FrameSource, drive: str) -> str:
-    return f"{name}/{drive}" if len(source.drives) > 1 else name
 
 
 def _selection_text(selection: slice) -> str:

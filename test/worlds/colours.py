@@ -11,6 +11,7 @@ import numpy as np
 from semantic_anomaly.calibration.calibration import Calibration
 from semantic_anomaly.detection.detector import AnomalyDetector
 from semantic_anomaly.embedding.identity import EmbedderIdentity, StageIdentity
+from semantic_anomaly.index.content import RecordedSource
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.scoring.normalisation import constant_normalisation
@@ -120,7 +121,7 @@ def make_detector(
         stages=embedder.stages,
         roi=roi,
         settings=base,
-        source=["drive"],
+        sources=[RecordedSource("drive")],
     )
     if not calibrated:
         return AnomalyDetector(index, settings=settings, embedder=embedder)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from semantic_anomaly.embedding.identity import EmbedderIdentity, SegmenterIdentity, StageIdentity
+from semantic_anomaly.index.content import RecordedSource
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.settings import Settings
@@ -83,7 +84,7 @@ def build(
         stages=stages,
         roi=roi or RegionOfInterest(),
         settings=Settings(**{"dedup_distance": 0.05, "search_ef": 77, **changes}),
-        source=["drive"],
+        sources=[RecordedSource("drive")],
     )
 
 
