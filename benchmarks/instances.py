@@ -49,6 +49,11 @@ class StagesOf:
         """Return the stages of the row."""
         return tuple(self._embedder.stages[number] for number in self._numbers)
 
+    @property
+    def device(self) -> str:
+        """Return the device of the backbones."""
+        return self._embedder.device
+
     def grids_hw(self, image_hw: tuple[int, int]) -> list[tuple[int, int]]:
         """Return (rows, cols) of the patch grid of each stage."""
         grids_hw = self._embedder.grids_hw(image_hw)

@@ -273,7 +273,7 @@ def make_index(embeddings: np.ndarray) -> NominalIndex:
         stage=StageIdentity(StageSpec("none", 0, 960), identity),
         roi=RegionOfInterest().describe(),
         camera="camera",
-        source=(),
+        sources=(),
         segmenter_model="",
         embeddings=embeddings,
         entries=np.zeros((count, 3), np.int32),

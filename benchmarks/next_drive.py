@@ -1,0 +1,255 @@
+"""Measure whether the promised false-alarm rate is kept on the next drive.
+
+Every drive is left out once as the next drive. From the others an index is built and calibrated in
+two ways:
+
+    pooled      one half of each drive is in the index, the other half calibrates: the usual split
+                conformal threshold of the pooled frame scores
+    next drive  the package's own: every drive scored against the entries of the others, threshold
+                over the drives
+
+The realised rate is the share of frames of the left-out drive above the threshold. Of CamVid the
+share of composites (camvid.py) above it is counted too, beside controls with pasted ordinary
+things.
+
+    street   ten drives of the synthetic street
+    carla    frames of four towns, each of them a drive
+    camvid   0001TP, 0006R0 and 0016E5 (train and val)
+
+Needs a folder with camvid/, carla_frames/ and road_anomaly/; street needs no data. On two CPU cores
+half an hour.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import camvid
+import matplotlib.pyplot as plt
+import numpy as np
+from carla import FRAMES, town_slice
+from tqdm import tqdm
+
+from semantic_anomaly import AnomalyDetector, Calibration, NominalIndex, Settings, calibrate
+from semantic_anomaly.evaluation.datasets import LabelledFolder
+from semantic_anomaly.io.open import open_source
+from semantic_anomaly.roi import RegionOfInterest
+from semantic_anomaly.segmentation.embedder import RunningEmbedder
+from semantic_anomaly.structures import Frame, PatchGrid
+from semantic_anomaly.synthetic.drive import StreetDrive
+
+TARGETS = (0.01, 0.05, 0.1)
+SEED, STREET_DRIVES, STREET_STRIDE = 500, 10, 6
+TOWNS = ("Town01", "Town02", "Town03", "Town04")
+CAMVID = {"0001TP": ["0001TP"], "0006R0": ["0006R0"], "0016E5": ["0016E5_train", "0016E5_val"]}
+OF_EACH_KIND = 5
+Embedded = list[tuple[Frame, PatchGrid]]
+
+
+@dataclass
+class Drives:
+    """The embedded drives of a set, and composites over each drive: anomalies and controls."""
+
+    frames: dict[str, Embedded] = field(default_factory=dict)
+    anomalies: dict[str, list[PatchGrid]] = field(default_factory=dict)
+    controls: dict[str, list[PatchGrid]] = field(default_factory=dict)
+
+
+def embedded(embedder: RunningEmbedder, frames: Sequence[Frame], drive: str) -> Embedded:
+    """Return frames of a drive with their embeddings."""
+    grids = (embedder.embed([f.image])[0] for f in tqdm(frames, drive, disable=None))
+    return [(replace(f, recording=drive), grid) for f, grid in zip(frames, grids, strict=True)]
+
+
+def street(embedder: RunningEmbedder, data: Path, size: float) -> Drives:
+    """Return drives of the synthetic street."""
+    count, drives = round(30 * size), Drives()
+    for seed in range(SEED, SEED + STREET_DRIVES):
+        drive = StreetDrive(seed, frames=count * STREET_STRIDE)
+        frames = [drive.frame(STREET_STRIDE * number) for number in range(count)]
+        named = [Frame(f.image, name=f"{seed}/{n}") for n, f in enumerate(frames)]
+        drives.frames[f"street {seed}"] = embedded(embedder, named, f"street {seed}")
+    return drives
+
+
+def carla(embedder: RunningEmbedder, data: Path, size: float) -> Drives:
+    """Return the frames of each town."""
+    drives = Drives()
+    for town in TOWNS:
+        frames = list(open_source(town_slice(data / FRAMES, town)))
+        drives.frames[town] = embedded(embedder, frames[:: round(1 / size)], town)
+    return drives
+
+
+def camvid_drives(embedder: RunningEmbedder, data: Path, size: float) -> Drives:
+    """Return the drives of CamVid, with composites over each."""
+    drives = Drives()
+    for number, (drive, folders) in enumerate(CAMVID.items()):
+        files = [str(data / "camvid" / folder) for folder in folders]
+        frames = [frame for folder in files for frame in open_source(folder)]
+        drives.frames[drive] = embedded(embedder, frames[:: round(2 / size)], drive)
+        with tempfile.TemporaryDirectory() as scratch:
+            out = Path(scratch) / "composites"
+            camvid.write_composites(data, out, folders, 1, 900 + number, OF_EACH_KIND)
+            dataset = LabelledFolder(out)
+            for frame, truth, _ in dataset:
+                kind = drives.anomalies if truth.anomaly else drives.controls
+                kind.setdefault(drive, []).append(embedder.embed([frame.image])[0])
+    return drives
+
+
+SETS = {"street": street, "carla": carla, "camvid": camvid_drives}
+
+
+def halves(frames: Embedded) -> tuple[Embedded, Embedded]:
+    """Return the first and the second half of a drive."""
+    return frames[: len(frames) // 2], frames[len(frames) // 2 :]
+
+
+class Fold:
+    """One drive left out: detectors of both calibrations, from the other drives.
+
+    Args:
+        frames: of the other drives.
+        settings: of index and calibration.
+        embedder: that made the embeddings.
+    """
+
+    def __init__(
+        self, frames: Mapping[str, Embedded], settings: Settings, embedder: RunningEmbedder
+    ) -> None:
+        common: dict[str, Any] = {"settings": settings, "embedder": embedder}
+        self.detectors: dict[str, AnomalyDetector] = {}
+        for way in ("pooled", "next drive"):
+            stored, scored = frames, frames
+            if way == "pooled":
+                stored = {drive: halves(rows)[0] for drive, rows in frames.items()}
+                scored = {f"{drive}, second half": halves(r)[1] for drive, r in frames.items()}
+            index = NominalIndex.build(
+                (row for rows in stored.values() for row in rows),
+                stages=embedder.stages,
+                roi=RegionOfInterest(),
+                settings=settings,
+            )
+            grids = {drive: [grid for _, grid in rows] for drive, rows in scored.items()}
+            calibration = calibrate(index, grids, **common)
+            self.detectors[way] = AnomalyDetector(index, calibration, **common)
+
+    def threshold(self, way: str, target: float) -> float:
+        """Return the threshold of a calibration at a target rate."""
+        calibration = self.detectors[way].calibration
+        assert isinstance(calibration, Calibration)
+        if way == "next drive":
+            return calibration.threshold_for(target)
+        scores = calibration.scores
+        rank = math.ceil((len(scores) + 1) * (1 - target) - 1e-9)
+        return float(scores[min(rank, len(scores)) - 1])
+
+
+def share_above(detector: AnomalyDetector, grids: Sequence[PatchGrid]) -> np.ndarray:
+    """Return (n,) float64 scores."""
+    return np.array([detector.score(grid).score for grid in grids])
+
+
+def measure(drives: Drives, settings: Settings, embedder: RunningEmbedder) -> list[dict[str, Any]]:
+    """Return a row for each left-out drive, calibration and target."""
+    rows = []
+    for drive in tqdm(drives.frames, "left out", disable=None):
+        others = {name: rows for name, rows in drives.frames.items() if name != drive}
+        fold = Fold(others, settings, embedder)
+        grids = [grid for _, grid in drives.frames[drive]]
+        for way, detector in fold.detectors.items():
+            scores = share_above(detector, grids)
+            found = share_above(detector, drives.anomalies.get(drive, []))
+            pasted = share_above(detector, drives.controls.get(drive, []))
+            for target in TARGETS:
+                threshold = fold.threshold(way, target)
+                row: dict[str, Any] = {
+                    "drive": drive,
+                    "calibration": way,
+                    "target": target,
+                    "frames": len(scores),
+                    "fewest frames of a drive": min(map(len, others.values())),
+                    "realised": float((scores > threshold).mean()),
+                }
+                if len(found):
+                    row["true positives"] = float((found > threshold).mean())
+                    row["controls"] = float((pasted > threshold).mean())
+                rows.append(row)
+    return rows
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return a Markdown table of realised rates by target and calibration."""
+    drives = list(dict.fromkeys(row["drive"] for row in rows))
+    titles = ["target", "calibration", "mean", "most", *drives]
+    with_anomalies = "true positives" in rows[0]
+    titles += ["true positives", "controls"] * with_anomalies
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for target in TARGETS:
+        for way in ("pooled", "next drive"):
+            of_way = [r for r in rows if r["target"] == target and r["calibration"] == way]
+            rates = [row["realised"] for row in of_way]
+            cells = [f"{value:.3f}" for value in (np.mean(rates), max(rates), *rates)]
+            if with_anomalies:
+                for name in ("true positives", "controls"):
+                    cells.append(f"{np.mean([row[name] for row in of_way]):.3f}")
+            lines.append(f"| {target:g} | {way} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(results: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
+    """Draw the realised rate of every left-out drive against the target, by set."""
+    figure, axes = plt.subplots(1, len(results), figsize=(4.2 * len(results), 4), squeeze=False)
+    colours = {"pooled": "#c0392b", "next drive": "#2471a3"}
+    for axis, (name, rows) in zip(axes[0], results.items(), strict=True):
+        axis.axline((0, 0), slope=1, color="#888888", linewidth=1, linestyle=":")
+        for way, shift in (("pooled", 0.985), ("next drive", 1.015)):
+            of_way = [row for row in rows if row["calibration"] == way]
+            x = [100 * shift * row["target"] for row in of_way]
+            y = [100 * row["realised"] for row in of_way]
+            axis.plot(x, y, "o", color=colours[way], alpha=0.4, markersize=5)
+            means = [
+                100 * np.mean([r["realised"] for r in of_way if r["target"] == target])
+                for target in TARGETS
+            ]
+            axis.plot([100 * t for t in TARGETS], means, color=colours[way], label=way)
+        axis.set(title=name, xlabel="target, % of frames", ylabel="realised on the next drive, %")
+        axis.set_ylim(bottom=-2)
+        axis.grid(alpha=0.25)
+    axes[0][0].legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Print the tables and write JSON and picture."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", type=Path, help="folder of the data sets")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--sets", nargs="+", default=list(SETS), choices=list(SETS))
+    parser.add_argument("--size", type=float, default=1.0, help="share of the frames, at most 1")
+    parser.add_argument("--stages", action="append", default=[], help="instead of the defaults")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    settings = Settings(stages=tuple(args.stages)).with_build_defaults()
+    embedder = RunningEmbedder.from_settings(settings)
+    results: dict[str, list[dict[str, Any]]] = {}
+    for name in args.sets:
+        results[name] = measure(SETS[name](embedder, args.data, args.size), settings, embedder)
+        print(f"\n{name}\n\n{table(results[name])}", flush=True)
+        (args.out / "next_drive.json").write_text(json.dumps(results, indent=1))
+    draw(results, args.out / "next_drive.png")
+
+
+if __name__ == "__main__":
+    main()
