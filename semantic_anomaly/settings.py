@@ -236,6 +236,12 @@ class Settings:
         bounds=(0.0, 0.5),
         live=True,
     )
+    drift_window: int = setting(
+        600,
+        "Frames of a window of the drift check: three windows in a row with more frames above the "
+        "calibration's 90th percentile than any calibration drive had are drift.",
+        bounds=(10, 1_000_000),
+    )
     episode_s: float = setting(10.0, "Length of an episode in seconds.", bounds=(0.1, 86400.0))
     threshold: float | None = setting(
         None,

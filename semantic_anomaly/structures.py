@@ -260,6 +260,7 @@ class AnomalyResult:
         reason: why the decision is `unknown`, empty otherwise.
         coarse: whether localizations and heatmap come from upper bounds of distances, because
             more than 5 % of the patches exceed the threshold; score and decision are exact.
+        drift: whether the scores of the last frames are unlike those of the calibration.
         stage_scores: score of each stage by its name, in deviations of nominal distances; empty
             for one stage.
 
@@ -280,6 +281,7 @@ class AnomalyResult:
     reason: str = ""
     stage_scores: Mapping[str, float] = field(default_factory=dict)
     coarse: bool = False
+    drift: bool = False
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.score):

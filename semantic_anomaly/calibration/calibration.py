@@ -26,6 +26,7 @@ from semantic_anomaly.calibration.conformal import (
     frames_needed,
     p_value,
 )
+from semantic_anomaly.calibration.drift import DriftCheck
 from semantic_anomaly.calibration.staleness import StaleEdit, edits_since, staleness_warning
 from semantic_anomaly.errors import CalibrationError, MismatchError, ModelOutputError
 from semantic_anomaly.roi import RegionOfInterest
@@ -266,6 +267,10 @@ class Calibration:
             raise ModelOutputError(f"score: expected a finite number, found {score}")
         confidence = self.confidence if confidence is None else confidence
         return p_value(self._scores_by_drive, score, confidence)
+
+    def drift_check(self, window: int) -> DriftCheck:
+        """Return a drift check against these scores, of windows of so many frames."""
+        return DriftCheck(self._scores_by_drive, window)
 
     def scale(self, threshold: float) -> HeatmapScale:
         """Return the scale of heatmaps: 0 typical nominal, 1 the threshold."""

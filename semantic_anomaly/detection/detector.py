@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from semantic_anomaly.calibration.calibration import Calibration
+from semantic_anomaly.calibration.drift import DRIFT, DriftCheck
 from semantic_anomaly.calibration.format import calibration_file
 from semantic_anomaly.detection.filters import reject
 from semantic_anomaly.detection.localization import heatmap, localize
@@ -359,6 +360,9 @@ class AnomalyDetector:
         self._next_stamp_ns = 0
         self._lock = threading.Lock()
         self._live = self._prepared(settings)
+        self._drift: DriftCheck | None = None
+        if calibration is not None:
+            self._drift = calibration.drift_check(settings.drift_window)
         self._check_running()
 
     @property
@@ -451,6 +455,7 @@ class AnomalyDetector:
             heat = np.where(self.roi.pixel_mask(frame.image_hw), heat, np.float32(live.scale.low))
         localizations = follow(live.tracker, frame.stamp_ns, localizations)
         decision = decide(localizations, live.threshold)
+        self._note_drift(score)
         search_ms = searching_ms.get(SEARCH, 0.0)
         times_ms = {DECODE: frame.decode_ms, **(stage_ms or {})}
         times_ms[SEARCH] = search_ms
@@ -472,16 +477,43 @@ class AnomalyDetector:
             reason=_UNCALIBRATED if live.threshold is None else "",
             stage_scores=frame_score.stage_scores,
             coarse=frame_score.coarse,
+            drift=self.is_drift,
         )
 
-    def reset(self) -> None:
-        """Forget the tracks of the frames seen so far."""
+    @property
+    def is_drift(self) -> bool:
+        """Return whether the frames seen last score unlike those of the calibration."""
+        return self._drift is not None and self._drift.is_drift
+
+    def _note_drift(self, score: float) -> None:
+        if self._drift is not None and self._drift.add(score):
+            _log.warning("camera '%s': %s", self.camera, DRIFT)
+
+    def reset(self, *, drift: bool = False) -> None:
+        """Forget the tracks of the frames seen so far.
+
+        Args:
+            drift: forget their scores in the drift check too. A gap or a jump of the clock says
+                nothing about the road, so it is kept otherwise.
+        """
         with self._lock:
             self._live = self._prepared(self._live.settings)
+            if drift and self._drift is not None:
+                self._drift.clear()
 
-    def recall(self, stamp_ns: int, boxes: Sequence[Sequence[float]]) -> None:
-        """Add a frame that was assessed before to the tracks; boxes are xyxy in pixels."""
+    def recall(
+        self, stamp_ns: int, boxes: Sequence[Sequence[float]], score: float | None = None
+    ) -> None:
+        """Add a frame that was assessed before to the tracks and to the drift check.
+
+        Args:
+            stamp_ns: stamp of the frame.
+            boxes: of its components, xyxy in pixels.
+            score: of the frame; None: it has none.
+        """
         self._live.tracker.update(stamp_ns, np.array(boxes, np.float64).reshape(-1, 4))
+        if score is not None:
+            self._note_drift(score)
 
     def update(self, settings: Settings) -> None:
         """Take changed live settings at once, or none of them.

@@ -203,6 +203,7 @@ def result_row(frame: Frame, result: AnomalyResult) -> dict[str, Any]:
         "boxes": [list(component.box_xyxy) for component in result.localizations],
         "decision": result.decision.value,
         "coarse": result.coarse,
+        "drift": result.drift,
     }
 
 
@@ -213,9 +214,9 @@ def restore_tracks(
     detector.reset()
     # The first call allocates and compiles; its time would be an outlier.
     detector.detect(frame)
-    detector.reset()
+    detector.reset(drift=True)
     for row in rows:
-        detector.recall(row["stamp_ns"], row["boxes"])
+        detector.recall(row["stamp_ns"], row["boxes"], row["score"])
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

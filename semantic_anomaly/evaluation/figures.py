@@ -49,12 +49,14 @@ class ScoredFrame:
         score: anomaly score, None when the frame was not scored.
         alarm: whether the decision was `anomaly`.
         truth: kind of the anomaly, '' for a nominal frame, None when unknown.
+        drift: whether the scores up to it are unlike those of the calibration.
     """
 
     stamp_ns: int
     score: float | None
     alarm: bool
     truth: str | None
+    drift: bool = False
 
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> ScoredFrame:
@@ -62,7 +64,10 @@ class ScoredFrame:
         truth = (row["kind"] or "anomaly") if row["anomaly"] else ""
         alarm = row["decision"] == Decision.ANOMALY.value
         ignored = row.get("ignored", False)
-        return cls(row.get("stamp_ns", 0), row["score"], alarm, None if ignored else truth)
+        truth_shown = None if ignored else truth
+        return cls(
+            row.get("stamp_ns", 0), row["score"], alarm, truth_shown, row.get("drift", False)
+        )
 
 
 def score_curve(
@@ -83,6 +88,11 @@ def score_curve(
     breaks = np.flatnonzero(np.diff(stamps_ns) < 0) + 1
     with _figure(path, (11, 4.2)) as (figure, (axes,)):
         _shade_truth(axes, x, [f.truth for f in frames])
+        drift = np.array([f.drift for f in frames], bool)
+        if drift.any():
+            axes.fill_between(x, 0, 1, where=drift, transform=axes.get_xaxis_transform(),
+                              facecolor="none", edgecolor="#888888", hatch="//", linewidth=0,
+                              label="drift: recalibrate")  # fmt: skip
         x_parts, score_parts = (np.insert(values, breaks, np.nan) for values in (x, scores))
         marker = "." if len(frames) <= 400 else ""
         axes.plot(x_parts, score_parts, color=_SCORE, linewidth=1.2, marker=marker, markersize=4,

@@ -119,7 +119,7 @@ def write_drive(
 
     Args:
         rows: one a frame in the order of stamps: name, stamp_ns, score (None if it was not
-            computed), p_value, decision, alarm, and ms by stage.
+            computed), p_value, decision, alarm, drift, and ms by stage.
         events: anomalies of the drive; None: not known.
         details: further entries of the summary, such as its provenance.
 
@@ -137,6 +137,7 @@ def write_drive(
         "score_min": min(scores, default=None),
         "score_max": max(scores, default=None),
         "alarms": _alarms(rows),
+        "drift": _drift(rows),
         # Without a threshold there are no decisions, so no event was missed either.
         "against_events": None if events is None or threshold is None else _against(rows, events),
         "latency_ms": latencies(row["ms"] for row in rows),
@@ -146,7 +147,7 @@ def write_drive(
     begin_ns, end_ns = rows[0]["stamp_ns"], rows[-1]["stamp_ns"]
     truths = [_truth((row["stamp_ns"] - begin_ns) / 1e9, events) for row in rows]
     frames = [
-        figures.ScoredFrame(row["stamp_ns"], row["score"], row["alarm"], truth)
+        figures.ScoredFrame(row["stamp_ns"], row["score"], row["alarm"], truth, row["drift"])
         for row, truth in zip(rows, truths, strict=True)
     ]
     count = len(summary["alarms"])
@@ -189,6 +190,20 @@ def _alarms(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 }
             )
     return alarms
+
+
+def _drift(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the stretches whose scores are unlike those of the calibration."""
+    runs = (list(group) for drift, group in groupby(rows, key=itemgetter("drift")) if drift)
+    return [
+        {
+            "first_frame": run[0]["name"],
+            "first_stamp_ns": run[0]["stamp_ns"],
+            "frames": len(run),
+            "last_frame": run[-1]["name"],
+        }
+        for run in runs
+    ]
 
 
 def _against(rows: Sequence[Mapping[str, Any]], events: Sequence[Event]) -> dict[str, Any]:

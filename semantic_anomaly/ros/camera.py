@@ -185,6 +185,8 @@ class Camera:
                 level, text = DiagnosticStatus.ERROR, "no frames"
             elif rates["rate_in_hz"] and not rates["rate_processed_hz"]:
                 level, text = DiagnosticStatus.WARN, "frames arrive, but none is processed"
+            elif values.get("drift"):
+                level, text = DiagnosticStatus.WARN, f"{text}; drift: recalibrate"
             elif values.get("stale_calibration"):
                 level, text = DiagnosticStatus.WARN, f"{text}; stale calibration"
         name = f"{self._node.get_name()}: {self.name} camera"

@@ -76,7 +76,7 @@ class Models:
                 detector.assess(*self.probe)
             except ModelOutputError as error:
                 raise ModelOutputError(f"self-test of camera '{camera}': {error}") from error
-            detector.reset()
+            detector.reset(drift=True)
 
     def reloaded(self, settings: Settings) -> Models:
         """Return models with indexes and calibrations read again, and the same embedder.

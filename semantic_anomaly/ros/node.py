@@ -27,6 +27,7 @@ from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackRet
 from rclpy.signals import SignalHandlerOptions
 from std_msgs.msg import Header
 
+from semantic_anomaly.calibration.drift import DRIFT
 from semantic_anomaly.errors import SemanticAnomalyError
 from semantic_anomaly.ros.camera import Camera
 from semantic_anomaly.ros.logs import RosLogHandler, ThrottledLog
@@ -236,7 +237,9 @@ class AnomalyNode(LifecycleNode):
                 "index_fingerprint": detector.index.fingerprint,
                 "stages": ", ".join(stage.stage.name for stage in detector.index.stages),
                 "threshold": detector.threshold,
+                "promise": detector.calibration.promise if detector.calibration else None,
                 "stale_calibration": stale_calibration(detector),
+                "drift": DRIFT if detector.is_drift else None,
             }
             statuses.append(camera.diagnostics(values))
         header = Header(stamp=self.get_clock().now().to_msg())

@@ -85,6 +85,7 @@ class CameraOutputs:
             "threshold": result.threshold,
             "reason": result.reason,
             "coarse": result.coarse,
+            "drift": result.drift,
             **{
                 f"stage_{number}_deviation": value
                 for number, value in enumerate(result.stage_scores.values())

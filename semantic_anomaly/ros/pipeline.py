@@ -234,6 +234,8 @@ class Pipeline:
         begin_s = time.perf_counter()
         # The decision first: pictures take longer, and control does not depend on them.
         values = {"latency_ms": latency_ms, **asdict(camera.counts)}
+        if detector.calibration is not None:
+            values["promise"] = detector.calibration.promise
         camera.outputs.publish_result(job.header, result, values)
         camera.note_published()
         camera.alarms.update(job.frame.stamp_ns, result, settings.silence_s)

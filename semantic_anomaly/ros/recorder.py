@@ -64,6 +64,7 @@ class ResultRecorder(Node):
             "score": score,
             "p_value": _number(values.get("p_value")),
             "decision": decision,
+            "drift": values.get("drift") == "True",
             "alarm": decision == Decision.ANOMALY.value and score is not None,
             "ms": {
                 key.removesuffix(_STAGE): float(value)

@@ -91,3 +91,15 @@ def test_replay_is_measured_against_events(tmp_path: Path) -> None:
     assert not (tmp_path / "o").exists()
     unknown = replay(make_detector(calibrated=False), source, tmp_path / "u", events=events)
     assert unknown["against_events"] is None
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_drift_is_in_the_report(tmp_path: Path) -> None:
+    root = make_dataset(tmp_path / "drive", "o" * 40)
+    detector = make_detector(drift_window=10)
+    summary = replay(detector, open_source(root), tmp_path / "out")
+    [stretch] = summary["drift"]
+    assert stretch["first_frame"] == "drive/00029.png" and stretch["frames"] == 11
+    assert "Recalibrate with drives like this one" in (tmp_path / "out/report.html").read_text()
+    usual = replay(detector, open_source(f"{root}[0:5]"), tmp_path / "usual")
+    assert usual["drift"] == []
