@@ -47,7 +47,7 @@ class DemoPlan:
     """The drives of the demo.
 
     Attributes:
-        index_drives, calibration_drives: numbers of nominal drives.
+        nominal_drives: number of drives of the index, each left out once by the calibration.
         nominal_frames: frames of each nominal drive.
         frames: frames of the drive that is played to the node.
         kinds: kinds of the anomalies on that drive, in this order.
@@ -56,14 +56,13 @@ class DemoPlan:
         target_false_alarm_rate: of the calibration.
     """
 
-    index_drives: int = 12
-    calibration_drives: int = 6
+    nominal_drives: int = 18
     nominal_frames: int = 20
-    frames: int = 300
-    kinds: tuple[str, ...] = KINDS[:3]
+    frames: int = 400
+    kinds: tuple[str, ...] = (*KINDS[:3], "stop_sign_on_billboard")
     seed: int = 4000
     rate_hz: float = 10.0
-    target_false_alarm_rate: float = 0.01
+    target_false_alarm_rate: float = 0.05
 
 
 def run_demo(out: Path, plan: DemoPlan, overrides: dict[str, Any]) -> dict[str, Any]:
@@ -78,7 +77,7 @@ def run_demo(out: Path, plan: DemoPlan, overrides: dict[str, Any]) -> dict[str, 
         DemoError: a process failed.
         SemanticAnomalyError: a setting or a backbone cannot be used.
     """
-    index_sources, calibration_sources, drive = _synthesise(out / "drives", plan)
+    nominal, drive = _synthesise(out / "drives", plan)
     # The node takes all other settings from the index and the calibration.
     parameters = {
         "index": str((out / "index").absolute()),
@@ -91,14 +90,14 @@ def run_demo(out: Path, plan: DemoPlan, overrides: dict[str, Any]) -> dict[str, 
     if "stages" not in overrides:
         overrides = {"backbone": BACKBONE, "input_size": INPUT_SIZE, **overrides}
     common: dict[str, Any] = {"settings": settings, "out": out / "index", "progress": True}
-    index = build_index(index_sources, force=True, **common, **overrides)
+    index = build_index(nominal, force=True, **common, **overrides)
     rate = plan.target_false_alarm_rate
-    calibration = calibrate(index, calibration_sources, target_false_alarm_rate=rate, **common)
+    calibration = calibrate(index, target_false_alarm_rate=rate, **common)
     live = play_to_node(out, drive, plan.rate_hz)
     labels = json.loads((drive / "labels.json").read_text(encoding="utf-8"))
     rows = [_row(record, labels) for record in live["frames"]]
     summary = _summarise(rows, live, calibration.threshold, plan)
-    summary["index_entries"] = index.count
+    summary |= {"index_entries": index.count, "promise": calibration.promise}
     atomic_write_bytes(out / "summary.json", json.dumps(summary, indent=1).encode())
     from semantic_anomaly.evaluation import figures
 
@@ -112,8 +111,8 @@ def _write_drive(seed: int, frames: int, kinds: Sequence[str], stride: int, out:
         write_folder([drive], out, progress=False, stride=stride)
 
 
-def _synthesise(folder: Path, plan: DemoPlan) -> tuple[list[Path], list[Path], Path]:
-    count = plan.index_drives + plan.calibration_drives
+def _synthesise(folder: Path, plan: DemoPlan) -> tuple[list[Path], Path]:
+    count = plan.nominal_drives
     nominal = [folder / f"nominal_{plan.seed + i}_{plan.nominal_frames}" for i in range(count)]
     driven = folder / f"driven_{plan.seed + count}_{plan.frames}_{'-'.join(plan.kinds)}"
     # Nominal frames are spread over a longer drive: consecutive frames resemble each other.
@@ -128,7 +127,7 @@ def _synthesise(folder: Path, plan: DemoPlan) -> tuple[list[Path], list[Path], P
         futures = [pool.submit(_write_drive, *job) for job in reversed(jobs)]
         for future in tqdm(futures, desc="synthesise drives", disable=None):
             future.result()
-    return nominal[: plan.index_drives], nominal[plan.index_drives :], driven
+    return nominal, driven
 
 
 def play_to_node(out: Path, drive: Path, rate_hz: float, overlays: bool = True) -> dict[str, Any]:

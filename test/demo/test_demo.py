@@ -20,7 +20,7 @@ pytest.importorskip("matplotlib")
 def test_demo_scores_what_it_sends_and_writes_its_pictures(
     tmp_path: Path, tiny_backbone: Path
 ) -> None:
-    plan = DemoPlan(1, 2, 6, frames=65, kinds=("cow",), rate_hz=20.0, target_false_alarm_rate=0.1)
+    plan = DemoPlan(3, 6, frames=65, kinds=("cow",), rate_hz=20.0, target_false_alarm_rate=0.1)
     summary = run_demo(tmp_path, plan, {"backbone": str(tiny_backbone), "input_size": 224})
     assert summary == json.loads((tmp_path / "summary.json").read_text())
     assert summary["frames_sent"] == 65
