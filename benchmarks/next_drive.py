@@ -10,7 +10,8 @@ two ways:
 
 The realised rate is the share of frames of the left-out drive above the threshold. Of CamVid the
 share of composites (camvid.py) above it is counted too, beside controls with pasted ordinary
-things.
+things. The drift check sees the left-out drive, which it should report if it is of another kind,
+and the second halves of drives whose first halves are in index and calibration.
 
     street   ten drives of the synthetic street
     carla    frames of four towns, each of them a drive
@@ -50,7 +51,11 @@ SEED, STREET_DRIVES, STREET_STRIDE = 500, 10, 6
 TOWNS = ("Town01", "Town02", "Town03", "Town04")
 CAMVID = {"0001TP": ["0001TP"], "0006R0": ["0006R0"], "0016E5": ["0016E5_train", "0016E5_val"]}
 OF_EACH_KIND = 5
+WAYS = ("pooled", "next drive")
+# Windows of the drift check in a drive: its default is longer than these drives.
+DRIFT_WINDOWS = 6
 Embedded = list[tuple[Frame, PatchGrid]]
+Row = dict[str, Any]
 
 
 @dataclass
@@ -120,14 +125,19 @@ class Fold:
         frames: of the other drives.
         settings: of index and calibration.
         embedder: that made the embeddings.
+        ways: of calibrating.
     """
 
     def __init__(
-        self, frames: Mapping[str, Embedded], settings: Settings, embedder: RunningEmbedder
+        self,
+        frames: Mapping[str, Embedded],
+        settings: Settings,
+        embedder: RunningEmbedder,
+        ways: Sequence[str] = WAYS,
     ) -> None:
         common: dict[str, Any] = {"settings": settings, "embedder": embedder}
         self.detectors: dict[str, AnomalyDetector] = {}
-        for way in ("pooled", "next drive"):
+        for way in ways:
             stored, scored = frames, frames
             if way == "pooled":
                 stored = {drive: halves(rows)[0] for drive, rows in frames.items()}
@@ -153,25 +163,62 @@ class Fold:
         return float(scores[min(rank, len(scores)) - 1])
 
 
-def share_above(detector: AnomalyDetector, grids: Sequence[PatchGrid]) -> np.ndarray:
+def scores_of(detector: AnomalyDetector, grids: Sequence[PatchGrid]) -> np.ndarray:
     """Return (n,) float64 scores."""
     return np.array([detector.score(grid).score for grid in grids])
 
 
-def measure(drives: Drives, settings: Settings, embedder: RunningEmbedder) -> list[dict[str, Any]]:
-    """Return a row for each left-out drive, calibration and target."""
-    rows = []
+def drift_row(detector: AnomalyDetector, scores: np.ndarray, drive: str, kind: str) -> Row:
+    """Return what the drift check says of the scores of a drive."""
+    assert detector.calibration is not None
+    window = max(1, len(scores) // DRIFT_WINDOWS)
+    check = detector.calibration.drift_check(window)
+    begins = [check.add(float(score)) for score in scores]
+    return {
+        "drive": drive,
+        "frames are": kind,
+        "window": window,
+        "share": float((scores > check.level).mean()),
+        "largest share": check.largest_share,
+        "drift": any(begins),
+    }
+
+
+def drift_of_same_drives(
+    drives: Drives, settings: Settings, embedder: RunningEmbedder
+) -> list[Row]:
+    """Return what the drift check says of second halves, calibrated with the first ones."""
+    first = {drive: halves(rows)[0] for drive, rows in drives.frames.items()}
+    [detector] = Fold(first, settings, embedder, WAYS[1:]).detectors.values()
+    return [
+        drift_row(
+            detector,
+            scores_of(detector, [grid for _, grid in halves(rows)[1]]),
+            drive,
+            "of a calibration drive",
+        )
+        for drive, rows in tqdm(drives.frames.items(), "same drives", disable=None)
+    ]
+
+
+def measure(
+    drives: Drives, settings: Settings, embedder: RunningEmbedder
+) -> tuple[list[Row], list[Row]]:
+    """Return a row for each left-out drive, calibration and target, and rows of the drift check."""
+    rows, drift = [], []
     for drive in tqdm(drives.frames, "left out", disable=None):
         others = {name: rows for name, rows in drives.frames.items() if name != drive}
         fold = Fold(others, settings, embedder)
         grids = [grid for _, grid in drives.frames[drive]]
         for way, detector in fold.detectors.items():
-            scores = share_above(detector, grids)
-            found = share_above(detector, drives.anomalies.get(drive, []))
-            pasted = share_above(detector, drives.controls.get(drive, []))
+            scores = scores_of(detector, grids)
+            found = scores_of(detector, drives.anomalies.get(drive, []))
+            pasted = scores_of(detector, drives.controls.get(drive, []))
+            if way == WAYS[1]:
+                drift.append(drift_row(detector, scores, drive, "of another drive"))
             for target in TARGETS:
                 threshold = fold.threshold(way, target)
-                row: dict[str, Any] = {
+                row: Row = {
                     "drive": drive,
                     "calibration": way,
                     "target": target,
@@ -183,7 +230,7 @@ def measure(drives: Drives, settings: Settings, embedder: RunningEmbedder) -> li
                     row["true positives"] = float((found > threshold).mean())
                     row["controls"] = float((pasted > threshold).mean())
                 rows.append(row)
-    return rows
+    return rows, drift + drift_of_same_drives(drives, settings, embedder)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -194,7 +241,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     titles += ["true positives", "controls"] * with_anomalies
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for target in TARGETS:
-        for way in ("pooled", "next drive"):
+        for way in WAYS:
             of_way = [r for r in rows if r["target"] == target and r["calibration"] == way]
             rates = [row["realised"] for row in of_way]
             cells = [f"{value:.3f}" for value in (np.mean(rates), max(rates), *rates)]
@@ -202,6 +249,17 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
                 for name in ("true positives", "controls"):
                     cells.append(f"{np.mean([row[name] for row in of_way]):.3f}")
             lines.append(f"| {target:g} | {way} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def drift_table(rows: Sequence[Row]) -> str:
+    """Return a Markdown table of the drift check."""
+    lines = ["| drive | its frames are | above the level | most of a calibration drive | drift |"]
+    lines.append("|---" * 5 + "|")
+    for row in rows:
+        share, largest = (f"{row[name]:.3f}" for name in ("share", "largest share"))
+        said = "yes" if row["drift"] else "no"
+        lines.append(f"| {row['drive']} | {row['frames are']} | {share} | {largest} | {said} |")
     return "\n".join(lines)
 
 
@@ -243,11 +301,15 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     settings = Settings(stages=tuple(args.stages)).with_build_defaults()
     embedder = RunningEmbedder.from_settings(settings)
-    results: dict[str, list[dict[str, Any]]] = {}
+    results: dict[str, list[Row]] = {}
+    drift: dict[str, list[Row]] = {}
     for name in args.sets:
-        results[name] = measure(SETS[name](embedder, args.data, args.size), settings, embedder)
-        print(f"\n{name}\n\n{table(results[name])}", flush=True)
-        (args.out / "next_drive.json").write_text(json.dumps(results, indent=1))
+        drives = SETS[name](embedder, args.data, args.size)
+        results[name], drift[name] = measure(drives, settings, embedder)
+        print(f"\n{name}\n\n{table(results[name])}\n", flush=True)
+        print(drift_table(drift[name]), flush=True)
+        figures = {"rates": results, "drift": drift}
+        (args.out / "next_drive.json").write_text(json.dumps(figures, indent=1))
     draw(results, args.out / "next_drive.png")
 
 

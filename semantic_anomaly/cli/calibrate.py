@@ -161,6 +161,12 @@ def _check(args: argparse.Namespace) -> int:
         ("false alarms", f"{rates['false_alarms']}", "", per_hour),
     ]
     print(table(rows, ("rate", "value", f"95 %, {rates['drives']} drives", "remark")))
+    of_drives = [
+        (row["drive"], f"{row['frames']}", figure(row["frame_rate"])) for row in rates["by_drive"]
+    ]
+    print(f"\n{table(of_drives, ('drive', 'frames', 'rate of frames'))}")
+    assert detector.calibration is not None
+    print(f"\npromise: {detector.calibration.promise}")
     if not rates["kept"]:
         print("warning: more false alarms than the target: calibrate with drives like these")
     return 0

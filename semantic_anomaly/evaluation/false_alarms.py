@@ -42,7 +42,8 @@ def false_alarm_rates(
         episode_s: length of an episode in s, > 0.
 
     Returns:
-        Numbers of `frames`, `drives`, `episodes` and `hours`; `frame_rate` of scores above the
+        Numbers of `frames`, `drives`, `episodes` and `hours`; `by_drive`: name, frames and
+        `frame_rate` of each; `frame_rate` of scores above the
         threshold, `alarm_rate` of frames in confirmed alarm and `episode_rate` of complete episodes
         with an alarm, each with its `_interval`, None when not defined; `false_alarms`,
         `false_alarms_per_hour`; `target`; `kept`: whether no target rate lies below its interval.
@@ -62,6 +63,10 @@ def false_alarm_rates(
         )
     drives = [
         drive for source in sources for drive in _drives(detector, source, topic, progress).items()
+    ]
+    by_drive = [
+        {"drive": name, "frames": len(rows), "frame_rate": float(rows[:, 1].mean())}
+        for name, rows in drives
     ]
     calibrated = {drive.name for drive in calibration.drives}
     for name in sorted(calibrated & {name for name, _ in drives}):
@@ -84,6 +89,7 @@ def false_alarm_rates(
         "false_alarms": false_alarms,
         "false_alarms_per_hour": false_alarms / hours if hours else None,
         "target": detector.settings.target_false_alarm_rate,
+        "by_drive": by_drive,
     }
     for name, flags in (("frame", above), ("alarm", alarms), ("episode", np.array(episodes))):
         rates[f"{name}_rate"] = share(flags)

@@ -23,6 +23,8 @@ def test_rates_by_frame_episode_and_hour(tmp_path: Path) -> None:
     rates = false_alarm_rates(make_detector(threshold=0.1), [one, two], episode_s=1.0)
     assert (rates["frames"], rates["drives"], rates["episodes"]) == (60, 2, 6)
     assert rates["frame_rate"] == rates["alarm_rate"] == pytest.approx(2 / 60)
+    by_drive = [(row["frames"], row["frame_rate"]) for row in rates["by_drive"]]
+    assert by_drive == [(40, pytest.approx(2 / 40)), (20, 0.0)]
     assert rates["episode_rate"] == pytest.approx(1 / 6)
     assert rates["false_alarms"] == 1
     assert rates["hours"] == pytest.approx((3.9 + 1.9) / 3600)
