@@ -155,7 +155,7 @@ def calibrate(
             probes = probe_scores(scorers.of(None), index, embedder, normalisations)
     calibration = Calibration.fit(
         {drive: rows.scores for drive, rows in scores.items()},
-        left_out=set(scores) & set(index.recordings),
+        left_out=set(scores) & scorers.recordings,
         heatmap_low=float(np.median([m for rows in scores.values() for m in rows.medians])),
         index=index,
         settings=settings,
@@ -197,6 +197,9 @@ class _Scorers:
     Args:
         index, settings, roi: of the calibration.
         device: that searches run on.
+
+    Attributes:
+        recordings: that can be left out.
     """
 
     def __init__(
@@ -205,13 +208,15 @@ class _Scorers:
         self.index = index
         self._settings, self._roi, self._device = settings, roi, device
         self._whole = FrameScorer(index, settings, roi)
-        self._recordings = set(index.recordings)
+        # Without its only recording an index is empty: a calibration with another part of it
+        # promises nothing beyond it.
+        self.recordings = set(index.recordings) if len(index.recordings) > 1 else set()
         # Of the last recording that was left out: a copy of the entries is large.
         self._last: tuple[str, FrameScorer] | None = None
 
     def of(self, recording: str | None) -> FrameScorer:
         """Return the scorer for frames of a recording; None: against the whole index."""
-        if recording not in self._recordings or recording is None:
+        if recording not in self.recordings or recording is None:
             return self._whole
         if self._last is None or self._last[0] != recording:
             self._last = None
