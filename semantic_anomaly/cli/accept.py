@@ -54,10 +54,9 @@ def run(args: argparse.Namespace) -> int:
     acceptance = accept(args.results, requirements, args.against, progress=True)
     if args.junit:
         atomic_write_bytes(args.junit, acceptance.junit())
-    print(f"index {acceptance.results.index[:12]}", end="")
-    if acceptance.baseline is not None:
-        print(f", compared with {acceptance.baseline.index[:12]}", end="")
-    print("\n")
+    compared = [acceptance.results, *([acceptance.baseline] if acceptance.baseline else [])]
+    print(", compared with ".join(f"index {r.index[:12]} (version {r.version})" for r in compared))
+    print()
     print(table([_row(verdict) for verdict in acceptance.verdicts], _HEADER))
     for verdict in acceptance.verdicts:
         if verdict.remark:

@@ -207,6 +207,7 @@ class Results:
         index: fingerprint of the index.
         calibration: digest of the calibration, None without one.
         threshold: threshold of the frame scores, None without one.
+        version: version of this package that computed them.
         outcomes: of frames, events and drives.
         warnings: sentences on how far the results can be relied on.
     """
@@ -215,6 +216,7 @@ class Results:
     index: str
     calibration: str | None
     threshold: float | None
+    version: str
     outcomes: tuple[Outcome, ...]
     warnings: tuple[str, ...]
 
@@ -267,11 +269,10 @@ class Acceptance:
         root = ElementTree.Element("testsuites", counts)
         suite = ElementTree.SubElement(root, "testsuite", {"name": "semantic-anomaly", **counts})
         properties = ElementTree.SubElement(suite, "properties")
-        facts = {"index": self.results.index, "calibration_sha256": self.results.calibration or ""}
-        if self.baseline is not None:
-            facts["baseline_index"] = self.baseline.index
-        for name, value in facts.items():
-            ElementTree.SubElement(properties, "property", {"name": name, "value": value})
+        for prefix, results in (("", self.results), ("baseline_", self.baseline)):
+            for name in ("index", "calibration", "version") if results is not None else ():
+                fact = {"name": f"{prefix}{name}", "value": getattr(results, name) or ""}
+                ElementTree.SubElement(properties, "property", fact)
         for verdict in self.verdicts:
             requirement = verdict.requirement
             name = f"{requirement.name}: {requirement.limit_text}"
@@ -301,7 +302,8 @@ def accept(
     """Check results of one index against requirements.
 
     Args:
-        results: folders written by `evaluate` or `replay`, of the same index and calibration.
+        results: folders written by `evaluate` or `replay`, of the same index, calibration,
+            threshold and version of the package.
         requirements: as `read_requirements` returns them.
         against: folders of the baseline, with results of the same frames.
         progress: show a progress bar on a terminal.
@@ -433,6 +435,7 @@ def read_results(path: Path | str) -> Results:
             _text(content["index"]["fingerprint"]),
             None if content["calibration_sha256"] is None else _text(content["calibration_sha256"]),
             content["threshold"],
+            _text(content["versions"]["semantic_anomaly"]),
             tuple(outcomes),
             tuple(map(str, content.get("warnings", []))),
         )
@@ -552,10 +555,10 @@ def _of_replay(content: Mapping[str, Any], file: Path) -> list[Outcome]:
 
 
 def _pool(parts: Sequence[Results]) -> Results:
-    """Return the results of one index together; refuse several indexes and repeated frames."""
+    """Return results together; refuse several indexes or versions, and repeated frames."""
     first = parts[0]
     for part in parts[1:]:
-        for name in ("index", "calibration", "threshold"):
+        for name in ("index", "calibration", "threshold", "version"):
             expected, found = getattr(first, name), getattr(part, name)
             if expected != found:
                 raise InputError(

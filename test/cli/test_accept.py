@@ -28,6 +28,7 @@ def write_results(folder: Path, found: int, **changes: Any) -> str:
         for number in (0, 1)
     ]
     content = {
+        **{"versions": {"semantic_anomaly": "1.2.3"}},
         **{"dataset": "town", "threshold": 1.0, "frames_seen": 0, "warnings": ["stale"]},
         **{"index": {"fingerprint": f"{found}" * 64}, "calibration_sha256": "b" * 64},
         "frames": frames,
@@ -53,7 +54,7 @@ def test_accepted(tmp_path: Path, requirements: str, capsys: pytest.CaptureFixtu
     argv = ["accept", results, "--requirements", requirements, "--junit", str(junit)]
     assert main(argv) == 0
     text = capsys.readouterr().out
-    assert text.startswith("index 333333333333\n")
+    assert text.startswith("index 333333333333 (version 1.2.3)\n")
     cells = row(text, "tpr, tag night").split()
     assert cells[-7:] == ["0.750", "0.194", "to", "0.994", "4", "4", "met"]
     assert row(text, "fpr").startswith("at most 0.61 (interval)  0.000  0.000 to 0.602")
@@ -81,7 +82,7 @@ def test_against_a_baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert main(["accept", old, "--requirements", str(file), "--against", new]) == 0
     assert main(["accept", new, "--requirements", str(file), "--against", old]) == 3
     text = capsys.readouterr().out
-    assert "index 222222222222, compared with 444444444444" in text
+    assert "index 222222222222 (version 1.2.3), compared with index 444444444444" in text
     assert "tpr: 0.500, of the baseline 1.000" in text
     assert any(" -0.500 " in line and "NOT MET" in line for line in text.splitlines())
 

@@ -52,6 +52,7 @@ def write(folder: Path, frames: list[dict[str, Any]], **changes: Any) -> Path:
     content = {
         **{"dataset": "town", "threshold": THRESHOLD, "frames_seen": 0, "warnings": []},
         **{"index": {"fingerprint": "a" * 64}, "calibration_sha256": "b" * 64},
+        "versions": {"semantic_anomaly": "1.2.3"},
         "frames": frames,
         **changes,
     }
@@ -327,6 +328,7 @@ def test_results_of_several_indexes_are_refused(results: Path, tmp_path: Path) -
             ({"index": {"fingerprint": "c" * 64}}, "index"),
             ({"calibration_sha256": "c" * 64}, "calibration"),
             ({"threshold": 3.0}, "threshold"),
+            ({"versions": {"semantic_anomaly": "2.0.0"}}, "version"),
         ]
     ):
         other = write(tmp_path / f"{number}", frames, **changes)
