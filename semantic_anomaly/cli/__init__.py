@@ -18,8 +18,8 @@ from semantic_anomaly.errors import InputError, SemanticAnomalyError
 
 DONE, FAILED, BAD_INPUT, INCOMPLETE, INTERRUPTED = 0, 1, 2, 3, 130
 _EXIT_CODES = (
-    "exit codes: 0 complete; 3 finished with losses, which are named; 2 bad input or usage; "
-    "1 any other failure"
+    "exit codes: 0 complete; 3 finished with losses, which are named, or requirements not met; "
+    "2 bad input or usage; 1 any other failure"
 )
 
 
@@ -45,6 +45,10 @@ VERBS = {
         "evaluate the anomaly maps of any method", "report/maps labelled --out scored"
     ),
     "compare": _Verb("compare the results of evaluations", "report_a report_b"),
+    "accept": _Verb(
+        "check the results of an index against requirements, for continuous integration",
+        "report replayed --requirements acceptance.yaml --junit acceptance.xml",
+    ),
     "judge": _Verb(
         "ask a vision-language model about every frame, for comparison",
         "labelled --base-url http://localhost:8000/v1 --model m --out judged",

@@ -37,6 +37,7 @@ class FrameTruth:
         sequence: drive of the frame; frames of different drives are independent.
         mask: file of the mask, or None.
         kind, family: kind and family of the anomaly, None when not labelled.
+        tags: conditions of the frame, such as 'night' and 'rain'; sorted, each once.
         has_pixels: whether pixels count; false for an anomaly that is labelled but not masked.
     """
 
@@ -49,6 +50,7 @@ class FrameTruth:
     kind: str | None = None
     family: str | None = None
     has_pixels: bool = True
+    tags: tuple[str, ...] = ()
 
     @classmethod
     def of_labels(
@@ -114,7 +116,7 @@ class LabelledFolder(Dataset):
 
     Masks are 8-bit PNG of the image's stem and size: 0 normal, 1 anomaly, 255 ignore. An image
     without a mask is normal throughout. labels.json maps file names to objects with `anomaly` and
-    optionally `kind`, `family`, `ignore`, `stamp_s`, `drive`. A frame without `anomaly` is
+    optionally `kind`, `family`, `ignore`, `stamp_s`, `drive`, `tags`. A frame without `anomaly` is
     anomalous if its mask has a 1. Frames without `drive` belong to one drive if they have stamps,
     otherwise each is a drive of its own. All masks are checked here.
 
@@ -241,6 +243,11 @@ def _read_labels(path: Path, files: set[str]) -> dict[str, Mapping[str, Any]]:
                     f"labels '{path}': '{name}': {key}: expected {expected}, found "
                     f"{label[key]!r:.60}"
                 )
+        tags = label.get("tags", [])
+        if not isinstance(tags, list) or not all(isinstance(tag, str) and tag for tag in tags):
+            raise InputError(
+                f"labels '{path}': '{name}': tags: expected a list of texts, found {tags!r:.60}"
+            )
     return labels
 
 
@@ -257,6 +264,7 @@ def _truth(file: str, mask_file: Path | None, label: Mapping[str, Any], dataset:
         kind=label.get("kind") if anomaly else None,
         family=label.get("family") if anomaly else None,
         has_pixels=not ignored and (mask_file is not None or not anomaly),
+        tags=tuple(sorted(set(label.get("tags", [])))),
     )
 
 

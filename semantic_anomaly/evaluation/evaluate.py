@@ -221,6 +221,7 @@ def _score_frames(
             **result_row(frame, result),
             # An alarm elsewhere in the image has not detected the anomaly.
             "localized": bool(result.label_map[mask == ANOMALY].any()) if detected else None,
+            "anomaly_px": int((mask == ANOMALY).sum()) if truth.has_pixels else None,
             "seen": seen,
             "ms": {stage: round(ms, 3) for stage, ms in result.stage_ms.items()},
             "sha256": sha256_bytes(frame.image.tobytes() + mask.tobytes()),

@@ -7,7 +7,7 @@ SegmentMeIfYouCan (Chan et al. 2021): average precision, and the false-positive 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -49,7 +49,10 @@ def frame_auroc(scores: np.ndarray, anomalous: np.ndarray) -> float | None:
     anomalous = np.asarray(anomalous, bool)
     if anomalous.all() or not anomalous.any():
         return None
-    return float(extras.load("sklearn.metrics").roc_auc_score(anomalous, scores))
+    # The Mann-Whitney statistic: scikit-learn takes 10 ms or more, at every draw of the bootstrap.
+    ranks = extras.load("scipy.stats").rankdata(scores)[anomalous]
+    least = len(ranks) * (len(ranks) + 1) / 2
+    return float((ranks.sum() - least) / (len(ranks) * (len(anomalous) - len(ranks))))
 
 
 def frame_rates(
@@ -103,18 +106,37 @@ def auroc_interval(
     Returns:
         Lower and upper bound; None when the AUROC is not defined or there is a single sequence.
     """
+    if frame_auroc(scores, anomalous) is None:
+        return None
+    return bootstrap_interval(lambda rows: frame_auroc(scores[rows], anomalous[rows]), sequences)
+
+
+def bootstrap_interval(
+    measure: Callable[[np.ndarray], float | None], sequences: Sequence[str]
+) -> tuple[float, float] | None:
+    """Return the 95 % cluster-bootstrap interval of a measure: sequences drawn with replacement.
+
+    Args:
+        measure: of drawn rows, given as (m,) positions; None where it is not defined.
+        sequences: (n,) names of the sequences that the rows come from.
+
+    Returns:
+        Lower and upper bound; None for a single sequence or when the measure is not defined.
+    """
     names, number = np.unique(sequences, return_inverse=True)
-    if len(names) < 2 or frame_auroc(scores, anomalous) is None:
+    if len(names) < 2:
         return None
     members = [np.flatnonzero(number == i) for i in range(len(names))]
     rng = np.random.default_rng(0)
     values = []
     for _ in range(_BOOTSTRAP_DRAWS):
         rows = np.concatenate([members[i] for i in rng.integers(len(names), size=len(names))])
-        value = frame_auroc(scores[rows], anomalous[rows])
+        value = measure(rows)
         if value is not None:
             values.append(value)
-    low, high = np.quantile(values, [_TAIL, 1 - _TAIL]) if values else (0.0, 1.0)
+    if not values:
+        return None
+    low, high = np.quantile(values, [_TAIL, 1 - _TAIL])
     return float(low), float(high)
 
 
@@ -282,7 +304,8 @@ class PixelGroups:
 def truth_row(truth: FrameTruth) -> dict[str, Any]:
     """Return the ground-truth fields of a frame's row in results.json."""
     names = "anomaly", "ignored", "kind", "family", "sequence"
-    return {"name": truth.file, **{name: getattr(truth, name) for name in names}}
+    row = {name: getattr(truth, name) for name in names}
+    return {"name": truth.file, **row, "tags": list(truth.tags)}
 
 
 def frame_measures(rows: Sequence[Row], threshold: float | None) -> dict[str, Any]:

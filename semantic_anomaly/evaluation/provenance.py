@@ -52,8 +52,8 @@ def files_state(*paths: Path) -> str:
 
 
 def rows_digest(rows: Sequence[dict[str, Any]]) -> str:
-    """Return one digest of names and contents of all frames; remove `sha256` from their rows."""
-    return sha256_bytes(canonical_json([(row["name"], row.pop("sha256")) for row in rows]).encode())
+    """Return one digest of names and contents of all frames, from `name` and `sha256` of rows."""
+    return sha256_bytes(canonical_json([(row["name"], row["sha256"]) for row in rows]).encode())
 
 
 def versions() -> dict[str, str]:

@@ -59,7 +59,7 @@ def test_labels_say_more_than_masks(dataset: Path) -> None:
     label(
         dataset,
         _00000={"anomaly": True, "kind": "cow", "family": "odd object", "stamp_s": 0.5, "odd": 1},
-        _00001={"anomaly": True, "ignore": True, "stamp_s": 0.6},
+        _00001={"anomaly": True, "ignore": True, "stamp_s": 0.6, "tags": ["rain", "dusk", "rain"]},
         _00002={"anomaly": False, "kind": None, "stamp_s": 0.7},
         _00003={"anomaly": True, "kind": "sofa", "stamp_s": 0.8},
     )
@@ -67,6 +67,7 @@ def test_labels_say_more_than_masks(dataset: Path) -> None:
     assert (first.anomaly, first.kind, first.family) == (True, "cow", "odd object")
     assert first.has_pixels, "an empty mask says that nothing of it is seen"
     assert (second.ignored, second.has_pixels) == (True, False)
+    assert (first.tags, second.tags) == ((), ("dusk", "rain"))
     assert third.ignored, "a mask that ignores everything"
     assert (fourth.kind, fourth.has_pixels) == ("sofa", False), "labelled, and never masked"
     frames = [frame for frame, _, _ in LabelledFolder(dataset)]
@@ -163,6 +164,7 @@ BAD_VALUE = written("masks/00001.png", mask((3, 4, 7)))
             r"'00001\.png': anomaly: expected true or false, found 'yes'",
         ),
         (labelled(_00001={"kind": 3}), r"'00001\.png': kind: expected a text, found 3"),
+        (labelled(_00001={"tags": "night"}), r"'00001\.png': tags: expected a list of texts"),
         (labelled(_00001=[1]), r"'00001\.png': expected an object"),
         (written("labels.json", "[]"), r"labels\.json'"),
         (written("labels.json", '{"00001.png"'), r"labels\.json' cannot be read"),
