@@ -34,6 +34,8 @@ _SMALLEST_PX = 4
 _LOOKS = 4
 _SOFTNESS_PX = 0.6
 _TRIES = 40
+# The control shows that of so many frames which fits best around the box.
+_DONORS, _LEAST_RING_PX = 5, 4
 # Share of a thing that must lie inside the region of interest.
 _INSIDE = 0.8
 # Mean brightness of daylight frames for which the colours of the library are made.
@@ -129,7 +131,7 @@ class Paste:
 
     Attributes:
         number: of the composite.
-        frame, donor: numbers of the frame, and of the frame whose pixels the control shows.
+        frame, donor: numbers of the frame, and of the one that the control shows in the box.
         kind: of the thing.
         size: as planned, in px or m.
         look: number of its look.
@@ -153,7 +155,8 @@ class CompositeMaker:
     """Makes the composites of a plan; they depend on frames, plan and region of interest alone.
 
     Args:
-        frames: nominal frames of one drive, of one size.
+        frames: nominal frames of one size.
+        drives: name of the drive of each frame; controls show pixels of the same drive.
         plan: what is pasted where.
         roi: things lie inside it.
         cutouts: things by kind that are used beside the rendered ones.
@@ -167,6 +170,7 @@ class CompositeMaker:
     def __init__(
         self,
         frames: Sequence[Frame],
+        drives: Sequence[str],
         plan: CompositePlan,
         roi: RegionOfInterest,
         cutouts: Mapping[str, Sequence[Cutout]] | None = None,
@@ -176,6 +180,14 @@ class CompositeMaker:
                 f"drive: expected at least {MIN_FRAMES} frames, found {len(frames)}: controls show "
                 "other frames of the drive"
             )
+        members = {name: [n for n, d in enumerate(drives) if d == name] for name in drives}
+        alone = [name for name, numbers in members.items() if len(numbers) < 2]
+        if alone:
+            raise InputError(
+                f"drive '{alone[0]}': expected at least two of the frames that are used, for the "
+                "controls, found one"
+            )
+        self._others = [[n for n in members[d] if n != i] for i, d in enumerate(drives)]
         self.frames, self.plan, self._cutouts = tuple(frames), plan, dict(cutouts or {})
         self.image_hw = frames[0].image_hw
         check_kinds(plan.kinds, self._cutouts)
@@ -208,19 +220,16 @@ class CompositeMaker:
         return blend(image, colours, cutout.alpha, cutout.shadow, paste.at_xy, _SOFTNESS_PX)
 
     def control(self, paste: Paste) -> np.ndarray:
-        """Return the frame with the same silhouette of another frame, at its own place.
+        """Return the frame with the box of the thing from another frame, at its own place.
 
-        Edges are blended as those of the thing; there is no shadow.
+        Edges are blended as those of the thing.
         """
-        cutout = self._cutout(paste.kind, paste.size, paste.look)
-        h, w = cutout.alpha.shape
-        x, y = paste.at_xy
-        rows = np.clip(np.arange(y, y + h), 0, self.image_hw[0] - 1)
-        cols = np.clip(np.arange(x, x + w), 0, self.image_hw[1] - 1)
-        colours = self._image(paste.donor)[np.ix_(rows, cols)]
-        shadow = np.zeros_like(cutout.alpha)
+        x0, y0, x1, y1 = paste.box_xyxy
+        colours = self._image(paste.donor)[y0:y1, x0:x1]
+        alpha = np.ones((y1 - y0, x1 - x0), np.float32)
+        shadow = np.zeros_like(alpha)
         image = self._image(paste.frame)
-        return blend(image, colours, cutout.alpha, shadow, paste.at_xy, _SOFTNESS_PX)[0]
+        return blend(image, colours, alpha, shadow, (x0, y0), _SOFTNESS_PX)[0]
 
     def _image(self, frame: int) -> np.ndarray:
         return self.frames[frame].image
@@ -278,11 +287,11 @@ class CompositeMaker:
         for number in range(count):
             kind, size = pairs[pair_of[number]]
             frame = int(frame_of[number])
-            donor = int((frame + rng.integers(1, frames)) % frames)
             look = int(rng.integers(_LOOKS))
             cutout = self._cutout(kind, size, look)
             wanted = int(box_of[number])
             at_xy, box = self._place(cutout, size, boxes, wanted, rng)
+            donor = self._donor(frame, box, rng)
             pastes.append(
                 Paste(number, frame, donor, kind, size, look, at_xy, box, self._cell(box))
             )
@@ -340,6 +349,25 @@ class CompositeMaker:
             f"places {self.plan.places_xyxy}: expected places inside the region of interest for "
             f"{x1 - x0}x{y1 - y0} px, found none"
         )
+
+    def _donor(self, frame: int, box: tuple[int, int, int, int], rng: np.random.Generator) -> int:
+        """Return the one of some frames of the drive that fits best around a box."""
+        others = self._others[frame]
+        candidates = rng.choice(others, min(_DONORS, len(others)), replace=False)
+        margin = max(_LEAST_RING_PX, max(box[2] - box[0], box[3] - box[1]) // 5)
+        height, width = self.image_hw
+        around = np.s_[
+            max(0, box[1] - margin) : min(height, box[3] + margin),
+            max(0, box[0] - margin) : min(width, box[2] + margin),
+        ]
+        ring = np.ones(self.image_hw, bool)
+        ring[box[1] : box[3], box[0] : box[2]] = False
+        ring = ring[around]
+        own = self._image(frame)[around]
+        # A box as wide and high as the image has no ring.
+        ring = ring if ring.any() else np.ones_like(ring)
+        misfits = [cv2.absdiff(own, self._image(int(n))[around])[ring].mean() for n in candidates]
+        return int(candidates[int(np.argmin(misfits))])
 
     def _cell(self, box_xyxy: tuple[int, int, int, int]) -> tuple[int, int]:
         (height, width), (rows, cols) = self.image_hw, self.plan.cells

@@ -246,16 +246,16 @@ def blind_map(
             shown = axes.imshow(recall, cmap="viridis", vmin=0, vmax=1, alpha=0.55,
                                 extent=(0, width, height, 0), interpolation="nearest")  # fmt: skip
             high, wide = height / counts.shape[0], width / counts.shape[1]
+            label = {"facecolor": "black", "alpha": 0.55, "pad": 1.5, "linewidth": 0}
             for row, col in np.argwhere(counts > 0):
                 axes.text((col + 0.5) * wide, (row + 0.5) * high,
                           f"{found[row, col]}/{counts[row, col]}", color="white", fontsize=9,
-                          ha="center", va="center",
-                          bbox={"facecolor": "black", "alpha": 0.55, "pad": 1.5, "linewidth": 0})  # fmt: skip
+                          ha="center", va="center", bbox=label)  # fmt: skip
             axes.set_title(name, loc="left", fontsize=11)
             axes.set(xlim=(0, width), ylim=(height, 0))
             axes.tick_params(labelsize=8)
-        figure.colorbar(shown, ax=panels[: len(cells_by_name)].tolist(),
-                        label="recall of the things that stand in the cell", shrink=0.85)  # fmt: skip
+        text = "recall of the things that stand in the cell"
+        figure.colorbar(shown, ax=list(panels[: len(cells_by_name)]), label=text, shrink=0.85)
 
 
 def recall_curve(path: Path, detectors: Sequence[Mapping[str, Any]], unit: str) -> None:

@@ -51,7 +51,7 @@ _PROVENANCE = (
 _EXAMPLES = (
     ("missed", "Largest things missed: untouched frame, composite, overlay of the detector"),
     ("found", "Smallest things found"),
-    ("control_found", "Controls found: nominal pixels of another frame, no thing"),
+    ("control_found", "Controls found: the box shows another frame of the drive, no thing"),
 )
 PANEL_WIDTH_PX = 640
 SHEET_WIDTH_PX = 480
@@ -136,7 +136,7 @@ def _sensitivity_cards(results: Mapping[str, Any]) -> list[tuple[str, str, str]]
     untouched, target = first["untouched"], first["target_false_alarm_rate"]
     aimed = "" if target is None else f"; target {target:.1%}"
     of = f"{first['found']} of {first['composites']} pasted"
-    places = "the same silhouettes with nominal pixels"
+    places = "the same boxes of another frame of the drive"
     return [
         ("things found", percent(first["recall"]), of),
         ("controls found", percent(first["control_rate"]), places),

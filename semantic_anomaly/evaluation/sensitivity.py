@@ -14,7 +14,7 @@ from semantic_anomaly.calibration.calibration import Calibration
 from semantic_anomaly.calibration.leakage import is_seen, refuse_calibrated, refuse_seen
 from semantic_anomaly.detection.detector import AnomalyDetector, load_detector
 from semantic_anomaly.detection.rendering import contact_sheet, draw_overlay
-from semantic_anomaly.errors import CalibrationError, InputError, SourceError
+from semantic_anomaly.errors import CalibrationError, SourceError
 from semantic_anomaly.evaluation import extras, figures, provenance, report
 from semantic_anomaly.evaluation.checkpoint import refuse_other_content, report_folder, write_json
 from semantic_anomaly.evaluation.composites import (
@@ -50,13 +50,13 @@ _STEP_PX = 2
 _SUSPECT_RATE = 0.1
 
 LIMITS = (
-    "Composites are no anomalies. Rendered things have flat colours, hard light and no motion blur; "
-    "real things of the same size may be easier or harder to see.",
+    "Composites are not real anomalies. Rendered things have flat colours, hard light and no "
+    "motion blur; real things of the same size may be easier or harder to see.",
     "Sizes are those of the rendered library. Only things of this kind are counted, and only "
     "standing alone: odd arrangements of usual things are not covered.",
-    "Controls show nominal pixels of other frames in the same silhouettes with the same edges. They "
-    "tell whether the silhouette or its edges are seen, not whether the rendering is: the kinds "
-    "'person' and 'car' show that.",
+    "Controls show the same boxes of another frame of the drive, with the same edges. They tell "
+    "whether the pasting is seen, not whether the rendering is: the kinds 'person' and 'car' tell "
+    "that where such things belong.",
     "All frames are of one drive: light, weather and road of other drives may change every figure.",
     "Each frame is judged by itself. In a drive a thing is seen in many frames, and a confirmation "
     "over time may delay its alarm or drop it.",
@@ -103,8 +103,8 @@ def sensitivity(
     """Paste things over held-out nominal frames and count which of them the detector finds.
 
     A thing is found when the score of the frame exceeds the threshold and a localization touches
-    the thing. The same is counted for controls (nominal pixels in the same silhouettes) and for the
-    untouched frames at the same places.
+    the thing. The same is counted in the boxes of the things for controls (these boxes of another
+    frame of the drive) and for the untouched frames.
 
     Args:
         index: folder of a calibrated index, or a detector with a threshold.
@@ -154,7 +154,8 @@ def sensitivity(
     names = _names(indexes)
     # Every detector is loaded when it is its turn: together they may not fit into memory.
     detector = loaded[0].detector()
-    maker = CompositeMaker(frames, plan, detector.roi, things)
+    drives = [source.drive_of(frame) for frame in frames]
+    maker = CompositeMaker(frames, drives, plan, detector.roi, things)
     pastes, warnings = maker.pastes, [text for item in loaded for text in item.warnings]
     described, measured, threshold_of = [], [], []
     steps = len(indexes) * (len(frames) + 2 * len(pastes))
@@ -197,9 +198,7 @@ def sensitivity(
         "composites": [
             {
                 **_paste_row(paste, frames),
-                **{
-                    name: rows[paste.number] for name, rows in zip(names, measured, strict=True)
-                },
+                **{name: rows[paste.number] for name, rows in zip(names, measured, strict=True)},
             }
             for paste in pastes
         ],
@@ -233,7 +232,9 @@ def _checked(
     if isinstance(item, AnomalyDetector):
         index, calibration, given = item.index, item.calibration, item
         if given.threshold is None:
-            raise CalibrationError("sensitivity: expected a calibrated detector, found no threshold")
+            raise CalibrationError(
+                "sensitivity: expected a calibrated detector, found no threshold"
+            )
 
         def load() -> AnomalyDetector:
             return given
@@ -306,6 +307,7 @@ def _measure(
         update(1)
         for paste in by_frame.get(number, ()):
             image, mask = maker.composite(paste)
+            box = _box_mask(paste, mask)
             with_thing = _detected(detector, image)
             control = _detected(detector, maker.control(paste))
             heat, odd = (a[::_STEP_PX, ::_STEP_PX] for a in (with_thing.heatmap, mask))
@@ -314,9 +316,9 @@ def _measure(
                 "score": with_thing.score,
                 "found": _touches(with_thing, mask),
                 "control_score": control.score,
-                "control_found": _touches(control, mask),
+                "control_found": _touches(control, box),
                 "untouched_score": plain.score,
-                "untouched_found": _touches(plain, mask),
+                "untouched_found": _touches(plain, box),
             }
             update(2)
     return [rows[number] for number in range(len(rows))], untouched, pixels
@@ -335,6 +337,13 @@ def _alarm(result: AnomalyResult) -> bool:
 def _touches(result: AnomalyResult, mask: np.ndarray) -> bool:
     """Return whether a localization, which a score above the threshold has, touches a mask."""
     return bool(result.label_map[mask].any())
+
+
+def _box_mask(paste: Paste, mask: np.ndarray) -> np.ndarray:
+    x0, y0, x1, y1 = paste.box_xyxy
+    box = np.zeros_like(mask)
+    box[y0:y1, x0:x1] = True
+    return box
 
 
 def _summary(
@@ -357,9 +366,7 @@ def _summary(
     return {
         **_rates(pastes, rows),
         "untouched": {"frames": len(untouched), "alarms": alarms, "rate": alarms / len(untouched)},
-        "by_size": {
-            f"{size:g}": _rates(*_part(pastes, rows, size=size)) for size in maker.sizes
-        },
+        "by_size": {f"{size:g}": _rates(*_part(pastes, rows, size=size)) for size in maker.sizes},
         "by_kind": {
             kind: {
                 **_rates(*_part(pastes, rows, kind=kind)),
@@ -493,9 +500,7 @@ def _write(
     report.write_sensitivity_html(folder, results)
 
 
-def _examples(
-    pastes: Sequence[Paste], rows: Sequence[Mapping[str, Any]]
-) -> dict[str, list[int]]:
+def _examples(pastes: Sequence[Paste], rows: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
     """Return the smallest found, the largest missed, and controls that were found."""
 
     def area(number: int) -> int:
@@ -517,14 +522,14 @@ def _example(
     paste = maker.pastes[number]
     image, mask = maker.composite(paste)
     if control:
-        image = maker.control(paste)
+        image, mask = maker.control(paste), _box_mask(paste, mask)
     result = _detected(detector, image)
     overlay = draw_overlay(image, result, detector.roi, detector.settings.overlay_alpha)
     truth = mask.astype(np.uint8)
     verdict = "FOUND" if _touches(result, mask) else "MISSED"
     if control:
         verdict = "FALSE ALARM"
-    what = f"control in the shape of a {paste.kind}" if control else paste.kind
+    what = f"control: box of a {paste.kind}" if control else paste.kind
     caption = (
         f"{maker.frames[paste.frame].name}   {what}, {paste.size:g} {maker.unit}   "
         f"score {result.score:.3f}   {verdict}"
