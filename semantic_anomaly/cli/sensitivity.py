@@ -74,8 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         nargs=4,
         metavar=("X0", "Y0", "X1", "Y1"),
-        default=(0.0, 0.5, 1.0, 1.0),
-        help="where things stand, relative image coordinates (default: the lower half, 0 .5 1 1)",
+        default=(0.0, 0.55, 1.0, 1.0),
+        help="where things stand, in relative image coordinates (default: 0 .55 1 1, below a "
+        "horizon in the middle)",
     )
     where.add_argument(
         "--cells",

@@ -38,9 +38,9 @@ _TRIES = 40
 _DONORS, _LEAST_RING_PX = 5, 4
 # Share of a thing that must lie inside the region of interest.
 _INSIDE = 0.8
-# Mean brightness of daylight frames for which the colours of the library are made.
-_LIGHT = 110.0
-_LIGHT_RANGE = (0.35, 1.3)
+# Mean brightness of the lower half of frames for which the colours of the library are made.
+_LIGHT = 100.0
+_LIGHT_RANGE = (0.35, 1.1)
 _LEAST_CUTOUT_PX = 200
 _MOST_CUTOUTS = 64
 # A cut-out that is enlarged more than this is blurred.
@@ -72,7 +72,7 @@ class CompositePlan:
     kinds: tuple[str, ...] = OBJECT_KINDS
     sizes_px: tuple[int, ...] = ()
     distances_m: tuple[float, ...] = ()
-    places_xyxy: tuple[float, float, float, float] = (0.0, 0.5, 1.0, 1.0)
+    places_xyxy: tuple[float, float, float, float] = (0.0, 0.55, 1.0, 1.0)
     cells: tuple[int, int] = (6, 8)
     composites: int = 240
     frames: int = 40
@@ -423,7 +423,8 @@ def cutouts_of(dataset: Dataset) -> dict[str, list[Cutout]]:
 def _light(image: np.ndarray) -> float:
     """Return the factor that makes the colours of the library as bright as a frame."""
     low, high = _LIGHT_RANGE
-    return float(np.clip(image.mean() / _LIGHT, low, high))
+    # A bright sky says little about the light on the ground.
+    return float(np.clip(image[len(image) // 2 :].mean() / _LIGHT, low, high))
 
 
 def _noise(image: np.ndarray) -> float:

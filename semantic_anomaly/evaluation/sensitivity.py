@@ -529,7 +529,7 @@ def _example(
     verdict = "FOUND" if _touches(result, mask) else "MISSED"
     if control:
         verdict = "FALSE ALARM"
-    what = f"control: box of a {paste.kind}" if control else paste.kind
+    what = f"control, box of {paste.kind}" if control else paste.kind
     caption = (
         f"{maker.frames[paste.frame].name}   {what}, {paste.size:g} {maker.unit}   "
         f"score {result.score:.3f}   {verdict}"

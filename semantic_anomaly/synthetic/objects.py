@@ -214,22 +214,23 @@ def blend(
     """
     height, width = image.shape[:2]
     h, w = alpha.shape
-    pad = int(np.ceil(3 * softness_px))
-    left, top = at_xy[0] - pad, at_xy[1] - pad
-    layers = [
-        cv2.copyMakeBorder(part.astype(np.float32), pad, pad, pad, pad, cv2.BORDER_CONSTANT)
-        for part in (alpha, shadow, colours * alpha[..., None])
-    ]
+    left, top = at_xy
+    weight = alpha
     if softness_px > 0:
-        layers = [cv2.GaussianBlur(layer, (0, 0), softness_px) for layer in layers]
+        # Only inside: outside, the cut-out has no colours. These stay as sharp as they are.
+        pad = int(np.ceil(3 * softness_px))
+        padded = cv2.copyMakeBorder(alpha, pad, pad, pad, pad, cv2.BORDER_CONSTANT)
+        blurred = cv2.GaussianBlur(padded, (0, 0), softness_px)[pad:-pad, pad:-pad]
+        weight = np.minimum(alpha, blurred)
     x0, y0 = max(left, 0), max(top, 0)
-    x1, y1 = min(left + w + 2 * pad, width), min(top + h + 2 * pad, height)
+    x1, y1 = min(left + w, width), min(top + h, height)
     canvas, mask = image.copy(), np.zeros((height, width), bool)
     if x0 < x1 and y0 < y1:
         cut = np.s_[y0 - top : y1 - top, x0 - left : x1 - left]
-        weight, dark, light = (layer[cut] for layer in layers)
-        under = image[y0:y1, x0:x1] * (1 - dark[..., None])
-        mixed = under * (1 - weight[..., None]) + light
+        share = weight[cut][..., None]
+        under = image[y0:y1, x0:x1] * (1 - shadow[cut][..., None])
+        mixed = under * (1 - share) + colours[cut] * share
         canvas[y0:y1, x0:x1] = np.clip(np.rint(mixed), 0, 255).astype(np.uint8)
-        mask[y0:y1, x0:x1] = weight > 0.5 if (weight > 0.5).any() else weight > 0.2
+        # Thin things cover less than half of any pixel.
+        mask[y0:y1, x0:x1] = weight[cut] > min(0.5, 0.5 * float(weight.max()))
     return canvas, mask
