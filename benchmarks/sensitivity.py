@@ -32,10 +32,10 @@ from semantic_anomaly.settings import BUILD_DEFAULTS
 from semantic_anomaly.storage import atomic_write_bytes, canonical_json
 
 STAGES = {
-    **{f"mobilenet_v1:{n}@640": f"mobilenet_v1 layer={n} size=640" for n in (9, 13, 21, 23)},
-    **{f"mobilenet_v1:21@{n}": f"mobilenet_v1 layer=21 size={n}" for n in (320, 960)},
-    **{f"efficientnet_lite2:{n}@640": f"efficientnet_lite2 layer={n} size=640" for n in (15, 20)},
-    "efficientnet_lite2:20@320": "efficientnet_lite2 layer=20 size=320",
+    "mobilenet_v1:9@320": "mobilenet_v1 layer=9 size=320",
+    **{f"mobilenet_v1:{n}@448": f"mobilenet_v1 layer={n} size=448" for n in (13, 21, 23)},
+    **{f"mobilenet_v1:21@{n}": f"mobilenet_v1 layer=21 size={n}" for n in (256, 800)},
+    **{f"efficientnet_lite2:{n}@448": f"efficientnet_lite2 layer={n} size=448" for n in (15, 20)},
 }
 DEFAULT = "default stages"
 RATE = 0.05
