@@ -125,6 +125,7 @@ def run(args: argparse.Namespace) -> int:
         frames=args.frames,
         focal_px=args.focal_px,
         horizon_px=args.horizon_px,
+        camera_height_m=settings.for_camera(camera).camera_settings[camera].camera_height_m,
         seed=args.seed,
     )
     found = sensitivity(

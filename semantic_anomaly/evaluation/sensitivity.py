@@ -109,8 +109,7 @@ def sensitivity(
     Args:
         index: folder of a calibrated index, or a detector with a threshold.
         drive: nominal frames of the camera that neither index nor calibration has seen.
-        plan: what is pasted where; None: all defaults. Its `camera_height_m` comes from the
-            settings if it is 0.
+        plan: what is pasted where; None: all defaults.
         compare: further indexes, measured on the same composites.
         cutouts: labelled images from which further things are cut; their kinds are added.
         layout: layout of the labelled images, as in `open_dataset`.
@@ -138,9 +137,6 @@ def sensitivity(
     plan = plan or CompositePlan()
     settings = settings_of(settings, overrides)
     camera = settings.cameras[0] if camera is None else camera
-    if not plan.camera_height_m:
-        height_m = settings.for_camera(camera).camera_settings[camera].camera_height_m
-        plan = replace(plan, camera_height_m=height_m)
     things = {} if cutouts is None else cutouts_of(open_dataset(cutouts, layout))
     plan = replace(plan, kinds=tuple(dict.fromkeys((*plan.kinds, *things))))
     check_kinds(plan.kinds, things)
@@ -163,7 +159,9 @@ def sensitivity(
     with tqdm(total=steps, desc="sensitivity", unit="image", disable=disable) as bar:
         for number, name in enumerate(names):
             if number:
-                detector = loaded[number].detector()
+                roi, detector = detector.roi, loaded[number].detector()
+                if detector.roi.describe() != roi.describe():
+                    warnings.append(f"{name}: its region of interest is another one")
             bar.set_postfix_str(name, refresh=False)
             rows, untouched, pixels = _measure(detector, maker, bar.update)
             measured.append(rows)
@@ -314,8 +312,10 @@ def _measure(
             pixels.add(heat[roi], odd[roi])
             rows[paste.number] = {
                 "score": with_thing.score,
+                "alarm": _alarm(with_thing),
                 "found": _touches(with_thing, mask),
                 "control_score": control.score,
+                "control_alarm": _alarm(control),
                 "control_found": _touches(control, box),
                 "untouched_score": plain.score,
                 "untouched_found": _touches(plain, box),
@@ -403,6 +403,9 @@ def _rates(pastes: Sequence[Paste], rows: Sequence[Mapping[str, Any]]) -> dict[s
         "found": sum(row["found"] for row in rows),
         "recall": recall,
         "recall_interval": None if bounds is None else list(bounds),
+        # Alarms anywhere in the frame, for the thing or not.
+        "alarm_rate": share([row["alarm"] for row in rows]),
+        "control_alarm_rate": share([row["control_alarm"] for row in rows]),
         "control_rate": share([row["control_found"] for row in rows]),
         "untouched_rate": share([row["untouched_found"] for row in rows]),
     }
