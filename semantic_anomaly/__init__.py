@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from semantic_anomaly.detection.detector import AnomalyDetector as AnomalyDetector
     from semantic_anomaly.detection.rendering import draw_overlay as draw_overlay
     from semantic_anomaly.errors import SemanticAnomalyError as SemanticAnomalyError
+    from semantic_anomaly.evaluation.composites import CompositePlan as CompositePlan
     from semantic_anomaly.evaluation.evaluate import evaluate as evaluate
+    from semantic_anomaly.evaluation.sensitivity import sensitivity as sensitivity
     from semantic_anomaly.index.nominal_index import NominalIndex as NominalIndex
     from semantic_anomaly.io.open import open_source as open_source
     from semantic_anomaly.offline.build_index import build_index as build_index
@@ -41,6 +43,7 @@ _MODULES = {
     "AnomalyDetector": "detection.detector",
     "AnomalyResult": "structures",
     "Calibration": "calibration.calibration",
+    "CompositePlan": "evaluation.composites",
     "Frame": "structures",
     "Localization": "structures",
     "NominalIndex": "index.nominal_index",
@@ -53,6 +56,7 @@ _MODULES = {
     "draw_overlay": "detection.rendering",
     "evaluate": "evaluation.evaluate",
     "open_source": "io.open",
+    "sensitivity": "evaluation.sensitivity",
 }
 
 __all__ = [*_MODULES, "__version__"]

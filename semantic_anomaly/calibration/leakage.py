@@ -64,6 +64,25 @@ def refuse_seen(index: NominalIndex, frame: Frame) -> None:
         )
 
 
+def refuse_calibrated(drives: Iterable[str], source: FrameSource) -> None:
+    """Refuse a source that has the name of a calibration drive, with overlapping frame numbers.
+
+    Args:
+        drives: names of the drives of the calibration.
+        source: of frames that the calibration should not have seen.
+
+    Raises:
+        CalibrationError: naming the drive.
+    """
+    for drive in drives if source.files else ():
+        # A folder whose labels name drives is several: 'folder/drive'.
+        if _overlaps(source, [drive]) or drive.startswith(f"{source.name}/"):
+            raise CalibrationError(
+                f"the calibration has seen a drive '{drive}', the name of the source "
+                f"'{source.path}': its false alarms say nothing about new drives; use another drive"
+            )
+
+
 def _overlaps(source: FrameSource, index_sources: Iterable[str]) -> bool:
     """Return whether the index has a source of the same name with overlapping frame numbers."""
     first, last = source.selection.start or 0, source.selection.stop

@@ -57,6 +57,10 @@ VERBS = {
         "run a bag, video or folder through the detector; write scores, curve and overlays",
         "drive_bag --index index --out replayed --topic /camera/image_raw",
     ),
+    "sensitivity": _Verb(
+        "paste things over held-out nominal frames; report which of them are found, and where",
+        "index drives/sunday --out seen --compare index_800",
+    ),
     "inspect-index": _Verb("check an index folder and print what it contains", "index --recall"),
     "backbone": _Verb(
         "load a backbone; print its hidden states, speed on this machine and recommended stages",

@@ -228,6 +228,84 @@ def _draw_calibration(
         axes.legend(loc="upper left", fontsize=9, frameon=False)
 
 
+def blind_map(
+    path: Path, image: np.ndarray, cells_by_name: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Draw the recall of each cell over a frame, one panel for each detector.
+
+    Args:
+        path: file to write.
+        image: (height, width, 3) uint8 RGB.
+        cells_by_name: `composites` and `found`, rows of columns of counts, by detector.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+    """
+    height, width = image.shape[:2]
+    grey = np.repeat(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None], 3, axis=2)
+    columns = min(2, len(cells_by_name))
+    rows = -(-len(cells_by_name) // columns)
+    size = (1.2 + 6.4 * columns, 0.5 + rows * (0.4 + 6.4 * height / width))
+    with _figure(path, size, rows=rows, columns=columns) as (figure, panels):
+        for axes in panels[len(cells_by_name) :]:
+            axes.set_visible(False)
+        for axes, (name, cells) in zip(panels, cells_by_name.items(), strict=False):
+            counts, found = np.array(cells["composites"]), np.array(cells["found"])
+            recall = np.where(counts > 0, found / np.maximum(counts, 1), np.nan)
+            axes.imshow(grey, extent=(0, width, height, 0))
+            shown = axes.imshow(recall, cmap="viridis", vmin=0, vmax=1, alpha=0.55,
+                                extent=(0, width, height, 0), interpolation="nearest")  # fmt: skip
+            high, wide = height / counts.shape[0], width / counts.shape[1]
+            label = {"facecolor": "black", "alpha": 0.55, "pad": 1.5, "linewidth": 0}
+            for row, col in np.argwhere(counts > 0):
+                axes.text((col + 0.5) * wide, (row + 0.5) * high,
+                          f"{found[row, col]}/{counts[row, col]}", color="white", fontsize=9,
+                          ha="center", va="center", bbox=label)  # fmt: skip
+            axes.set_title(name, loc="left", fontsize=11)
+            axes.set(xlim=(0, width), ylim=(height, 0))
+            axes.tick_params(labelsize=8)
+        text = "recall of the things that stand in the cell"
+        figure.colorbar(shown, ax=list(panels[: len(cells_by_name)]), label=text, shrink=0.85)
+
+
+def recall_curve(path: Path, detectors: Sequence[Mapping[str, Any]], unit: str) -> None:
+    """Draw recall against size or distance, with intervals and the rate of the controls.
+
+    Args:
+        path: file to write.
+        detectors: `name` and `by_size`, as in the results of `sensitivity`.
+        unit: of the sizes: px, or m for distances.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+    """
+    colours = (_SCORE, *_TRUTH)
+    with _figure(path, (9, 4.2)) as (figure, (axes,)):
+        for number, detector in enumerate(detectors):
+            points = {float(size): m for size, m in detector["by_size"].items() if m["composites"]}
+            sizes = sorted(points)
+            recall = np.array([points[size]["recall"] for size in sizes])
+            bounds = np.array([points[size]["recall_interval"] for size in sizes]).T
+            control = [points[size]["control_rate"] for size in sizes]
+            colour = colours[number % len(colours)]
+            # Intervals of several detectors would hide each other at the same place.
+            at = np.array(sizes) * (1 + 0.012 * number)
+            axes.errorbar(at, recall, np.maximum(np.abs(bounds - recall), 0), color=colour,
+                          marker="o", markersize=5, capsize=3, linewidth=1.6,
+                          label=detector["name"])  # fmt: skip
+            axes.plot(at, control, color=colour, linestyle=":", marker=".",
+                      label=f"{detector['name']}: controls")  # fmt: skip
+        label = "distance [m]" if unit == "m" else "longer side of the thing [px]"
+        axes.set_xscale("log")
+        axes.set(xlabel=label, ylabel="share found", ylim=(-0.02, 1.02))
+        axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
+        axes.minorticks_off()
+        axes.grid(alpha=0.25)
+        axes.set_title("recall at the calibrated threshold, 95 % intervals over frames",
+                       loc="left", fontsize=11)  # fmt: skip
+        figure.legend(**_BESIDE)
+
+
 @contextmanager
 def _figure(
     path: Path, size_inch: tuple[float, float], rows: int = 1, columns: int = 1

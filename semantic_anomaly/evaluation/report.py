@@ -31,6 +31,8 @@ _CURVES = (
     ("curves.png", "ROC of the frames; precision and recall of the pixels"),
     ("score_histogram.png", "Frame scores in deviations of nominal distances, with the threshold"),
     ("calibration.png", "Target against realised false-alarm rate of the nominal frames"),
+    ("blind_map.png", "Where things are found: found of pasted, by the cell in which they stand"),
+    ("recall.png", "Recall by size or distance, and the same for the controls"),
     (
         "score_curve.png",
         "Scores in deviations of nominal distances, by frame, with the ground truth",
@@ -44,7 +46,12 @@ _GROUPS = (
 _PROVENANCE = (
     *("protocol", "protocol_detail", "settings", "roi", "index", "stages", "device"),
     *("versions", "git_commit", "threshold", "threshold_from", "calibration", "pixels"),
-    *("data_sha256", "calibration_sha256"),
+    *("data_sha256", "calibration_sha256", "plan", "detectors"),
+)
+_EXAMPLES = (
+    ("missed", "Largest things missed: untouched frame, composite, overlay of the detector"),
+    ("found", "Smallest things found"),
+    ("control_found", "Controls found: the box shows another frame of the drive, no thing"),
 )
 PANEL_WIDTH_PX = 640
 SHEET_WIDTH_PX = 480
@@ -102,6 +109,46 @@ def write_drive_html(folder: Path, summary: Mapping[str, Any], begin_ns: int, en
     )
 
 
+def write_sensitivity_html(folder: Path, results: Mapping[str, Any]) -> None:
+    """Write report.html of the results of `sensitivity`; it embeds the pictures of the folder.
+
+    Raises:
+        MissingPackageError: jinja2 is not installed.
+    """
+    pictures = [
+        _pictures(title, sorted((folder / "examples").glob(f"{group}_[0-9]*.jpg")))
+        for group, title in _EXAMPLES
+    ]
+    sheet = _pictures("Some composites as the detector gets them", [folder / "composites.jpg"])
+    _write(
+        folder,
+        "sensitivity.html.j2",
+        r=results,
+        title=f"{results['drive']}: will it see it?",
+        cards=_sensitivity_cards(results),
+        warnings=results["warnings"],
+        frames=[*pictures, sheet],
+    )
+
+
+def _sensitivity_cards(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    first = results["detectors"][0]
+    untouched, target = first["untouched"], first["target_false_alarm_rate"]
+    aimed = "" if target is None else f"; target {target:.1%}"
+    of = f"{first['found']} of {first['composites']} pasted"
+    places = "the same boxes of another frame of the drive"
+    return [
+        ("things found", percent(first["recall"]), of),
+        ("controls found", percent(first["control_rate"]), places),
+        (
+            "untouched frames with an alarm",
+            percent(untouched["rate"]),
+            f"{untouched['alarms']} of {untouched['frames']}{aimed}",
+        ),
+        ("pixel AP", figure(first["pixel_ap"]), "of the things in the composites"),
+    ]
+
+
 def _write(folder: Path, template: str, r: Mapping[str, Any], **values: Any) -> None:
     jinja2 = extras.load("jinja2")
 
@@ -111,7 +158,7 @@ def _write(folder: Path, template: str, r: Mapping[str, Any], **values: Any) -> 
     environment = jinja2.Environment(
         autoescape=True, loader=jinja2.FunctionLoader(source), undefined=jinja2.StrictUndefined
     )
-    environment.filters["figure"] = figure
+    environment.filters |= {"figure": figure, "percent": percent}
     text = environment.get_template(template).render(
         r=r,
         curves=[
