@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from semantic_anomaly.calibration.calibration import Calibration
-from semantic_anomaly.calibration.conformal import Episodes
+from semantic_anomaly.calibration.conformal import Episodes, drive_rank
 from semantic_anomaly.calibration.leakage import check_sources, is_seen, refuse_seen
 from semantic_anomaly.detection.detector import probe_scores, resolve_roi, resolve_settings
 from semantic_anomaly.embedding.identity import Embedder
@@ -139,6 +139,8 @@ def calibrate(
                 topic,
                 settings,
             )
+            # Before the work rather than after it.
+            drive_rank(len(opened.recordings), settings.confidence)
             if embedder is None:
                 from semantic_anomaly.embedding.precision import choose_precision
 
@@ -304,15 +306,18 @@ class _Drives(ABC):
 
     Args:
         recordings: names.
+
+    Attributes:
+        recordings: distinct names.
     """
 
     def __init__(self, recordings: Iterable[str]) -> None:
-        self._recordings = list(dict.fromkeys(recordings))
+        self.recordings = list(dict.fromkeys(recordings))
 
     def fold(self, frame: _EmbeddedFrame) -> int:
         """Return the fold of a frame: of its recording, or of parts of the only recording."""
-        if len(self._recordings) > 1:
-            return self._recordings.index(frame.recording) % DRIVE_FOLDS
+        if len(self.recordings) > 1:
+            return self.recordings.index(frame.recording) % DRIVE_FOLDS
         return frame.number // FOLD_FRAMES % FOLDS
 
     @abstractmethod

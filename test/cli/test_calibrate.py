@@ -35,6 +35,7 @@ def test_without_sources_one_drive_of_the_index_is_left_out_at_a_time(
     )
     calibration = Calibration.load(index)
     assert all(drive.left_out for drive in calibration.drives)
+    # Sources may stand behind options.
     further = [world.at("calibration_11"), "--leave-one-drive-out", "--confidence", "0.5"]
     assert main([*argv, *further]) == 0
     printed = capsys.readouterr().out
@@ -91,3 +92,9 @@ def test_refusals(
 ) -> None:
     argv = ["calibrate", world.at("index"), world.at(source), *world.detector]
     refused([*argv, "--target-false-alarm-rate", *options], pattern, capsys, world.root)
+
+
+def test_unknown_options_are_refused(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    for more in (["--unknown"], ["--episode-s", "1", "drive", "--unknown"]):
+        assert main(["calibrate", world.at("index"), *more]) == 2
+        assert "unrecognized arguments" in capsys.readouterr().err
