@@ -253,7 +253,7 @@ def test_a_changed_image_is_refused(tmp_path: Path) -> None:
 
 
 def test_options_without_drives_of_the_index_are_refused(index: NominalIndex, drives: Path) -> None:
-    with pytest.raises(InputError, match="leave_one_drive_out: .* found patch grids"):
+    with pytest.raises(InputError, match=r"leave_one_drive_out: .* found patch grids"):
         calibrate(index, {"a": []}, leave_one_drive_out=True)
     with pytest.raises(InputError, match="moved sources: expected leave_one_drive_out"):
         calibrated(index, drives / "index", moved={"/old": "/new"})
