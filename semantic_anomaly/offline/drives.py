@@ -101,7 +101,7 @@ def recordings_of(
     """
     recordings: dict[str, str] = {}
     taken = {name for source in recorded for name in source.recordings.values()}
-    keys: dict[str, Any] = {}
+    names: dict[Any, str] = {}
     for name, source in drives.items():
         for drive in source.drives:
             key, title = _recording_key(source, drive)
@@ -111,10 +111,12 @@ def recordings_of(
                 continue
             if pattern and (match := re.search(pattern, title)) and match[1]:
                 key, title, avoided = match[1], match[1], set()
-            recording, number = title, 2
-            while recording in avoided or keys.setdefault(recording, key) != key:
-                recording, number = f"{title} ({number})", number + 1
-            recordings[drive_name(name, source, drive)] = recording
+            if key not in names:
+                recording, number = title, 2
+                while recording in avoided or recording in names.values():
+                    recording, number = f"{title} ({number})", number + 1
+                names[key] = recording
+            recordings[drive_name(name, source, drive)] = names[key]
     return recordings
 
 
@@ -174,12 +176,14 @@ def relocated(
     beginnings = {old.rstrip("/"): new.rstrip("/") for old, new in moved.items()}
     unused = set(beginnings)
 
-    def now(path: str) -> str:
+    def now(opened: str) -> str:
+        is_list = opened.startswith("@")
+        path = opened[is_list:]
         for old, new in beginnings.items():
             if path == old or path.startswith((f"{old}/", f"{old}[")):
                 unused.discard(old)
-                return new + path[len(old) :]
-        return path
+                return "@" * is_list + new + path[len(old) :]
+        return opened
 
     sources = tuple(
         replace(

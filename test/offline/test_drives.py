@@ -52,7 +52,7 @@ def test_a_folder_has_the_drives_that_its_labels_name(tmp_path: Path) -> None:
     assert list(recordings_of(selected)) == list(selected) == [f"{tmp_path.name}[0:4]"]
     # Two parts of it, of which one has both drives.
     parts = recordings_of(open_drives([f"{tmp_path}[0:3]", f"{tmp_path}[3:6]"]))
-    assert list(parts.values()) == [f"{tmp_path.name}", *names]
+    assert list(parts.values()) == [tmp_path.name, tmp_path.name, names[1]]
 
 
 def test_frames_are_embedded_in_batches_of_four(
@@ -184,7 +184,9 @@ def test_drives_of_labels_are_opened_again(tmp_path: Path) -> None:
 
 def test_moved_sources_are_found_by_their_new_beginning(folder: Path, tmp_path: Path) -> None:
     other = make_folder(tmp_path / "ab", 2)
-    recorded = [*recorded_of(f"{folder}[0:2]", other), *recorded_of(folder / "2.png")]
+    (folder / "list.txt").write_text("4.png\n5.png\n")
+    image = open_source([folder / "2.png"])
+    recorded = recorded_of(f"{folder}[0:2]", other, f"@{folder}/list.txt", image)
     levels = [gray_levels(source) for source in reopened(recorded, {})[0].values()]
     folder.rename(tmp_path / "moved")
     with pytest.raises(SourceError, match=rf"source 'a\[0:2\]' of the index: .*{folder}.*OLD=NEW"):
