@@ -485,7 +485,6 @@ _CAMERA_SPECS = specs_of(CameraSettings)
 _LIVE_SPECS = {name: spec for name, spec in _SPECS.items() if spec.live}
 
 
-# "Not given": the value of the index, or of the calibration, is used.
 def _check_recording_pattern(pattern: str) -> None:
     try:
         groups = re.compile(pattern).groups
@@ -500,6 +499,7 @@ def _check_recording_pattern(pattern: str) -> None:
         )
 
 
+# "Not given": the value of the index, or of the calibration, is used.
 UNSET: Mapping[str, Any] = {
     name: _SPECS[name].default
     for name in (*BUILD_DEFAULTS, *SHORTHAND, "segmenter_model", "target_false_alarm_rate")

@@ -233,10 +233,24 @@ def test_cameras_have_their_own_settings_and_the_common_index() -> None:
 
 def test_live_settings_are_those_that_need_no_new_model_or_topic() -> None:
     assert " ".join(sorted(name for name, spec in setting_specs().items() if spec.live)) == (
-        "confirm_count confirm_s max_age_s max_area max_aspect min_area_px overlay_alpha silence_s "
-        "target_episode_rate target_false_alarm_rate threshold"
+        "confidence confirm_count confirm_s max_age_s max_area max_aspect min_area_px "
+        "overlay_alpha silence_s target_episode_rate target_false_alarm_rate threshold"
     )
     assert not any(spec.live for spec in camera_setting_specs().values())
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("(run", "expected a regular expression, found '\\(run'"),
+        ("run", "expected one group, found 0 in 'run'"),
+        ("(a)(b)", "expected one group, found 2"),
+    ],
+)
+def test_a_recording_pattern_has_one_group(pattern: str, message: str) -> None:
+    assert Settings(recording_pattern="(?:x|y)(.+)_part").recording_pattern
+    with pytest.raises(SettingsError, match=f"'recording_pattern': {message}"):
+        Settings(recording_pattern=pattern)
 
 
 def test_relative_paths_of_a_file_are_relative_to_its_folder(tmp_path: Path) -> None:

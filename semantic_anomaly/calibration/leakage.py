@@ -43,12 +43,12 @@ def check_sources(index: NominalIndex, sources: Mapping[str, FrameSource]) -> No
 def is_seen(index: NominalIndex, frame: Frame) -> bool:
     """Return whether the index was built from a frame: the same name and the same image."""
     # Folders of different drives often have the same name, so the image decides.
-    thumbnail = index.thumbnail(frame.name) if frame.name in index.frame_names else None
-    if thumbnail is None:
-        return False
-    height, width = thumbnail.shape[:2]
-    small = cv2.resize(frame.image, (width, height), interpolation=cv2.INTER_AREA)
-    return float(cv2.absdiff(small, thumbnail).mean()) < _SAME_IMAGE
+    for thumbnail in index.thumbnails(frame.name):
+        height, width = thumbnail.shape[:2]
+        small = cv2.resize(frame.image, (width, height), interpolation=cv2.INTER_AREA)
+        if float(cv2.absdiff(small, thumbnail).mean()) < _SAME_IMAGE:
+            return True
+    return False
 
 
 def refuse_seen(index: NominalIndex, frame: Frame) -> None:

@@ -34,8 +34,8 @@ VERBS = {
         "drives/monday 'drives/tuesday[0:600]' --out index",
     ),
     "calibrate": _Verb(
-        "calibrate an index with nominal drives that it has not seen",
-        "index drives/wednesday --target-false-alarm-rate 0.01",
+        "calibrate an index with its own nominal drives, or with others",
+        "index --target-false-alarm-rate 0.01",
     ),
     "evaluate": _Verb(
         "evaluate the detector on labelled images; write results.json and a report",
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     try:
-        parsed = _parser(arguments).parse_args(arguments)
+        parsed = _parsed(arguments)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else BAD_INPUT
     with _messages_on_stderr():
@@ -121,6 +121,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def module_of(verb: str) -> ModuleType:
     """Return the module of a subcommand, imported when it is used: it has heavy imports."""
     return importlib.import_module(f"{__name__}.{verb.replace('-', '_')}")
+
+
+def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = _parser(arguments)
+    parsed, rest = parser.parse_known_args(arguments)
+    # Sources that may be left out are taken by argparse only where no option precedes them.
+    if getattr(parsed, "sources", None) == [] and not any(item.startswith("-") for item in rest):
+        parsed.sources = rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return parsed
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:

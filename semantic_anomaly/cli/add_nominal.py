@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
 def _chosen(args: argparse.Namespace, index: NominalIndex) -> Iterator[Frame]:
     from semantic_anomaly.calibration.leakage import refuse_seen
     from semantic_anomaly.io.open import open_source, split_selection
+    from semantic_anomaly.offline.drives import recorded_recording
 
     wanted = None if args.frames is None else set(numbers("--frames", args.frames))
     path, selection = split_selection(args.source)
@@ -74,7 +76,8 @@ def _chosen(args: argparse.Namespace, index: NominalIndex) -> Iterator[Frame]:
     part = f"{path}[{min(wanted)}:{max(wanted) + 1}]" if wanted else args.source
     first = min(wanted) if wanted else 0
     read = set()
-    for number, frame in enumerate(open_source(part, topic=args.topic), start=first):
+    source = open_source(part, topic=args.topic)
+    for number, frame in enumerate(source, start=first):
         if wanted is not None and number not in wanted:
             continue
         read.add(number)
@@ -82,6 +85,8 @@ def _chosen(args: argparse.Namespace, index: NominalIndex) -> Iterator[Frame]:
             refuse_seen(index, frame)
         except CalibrationError:
             raise InputError(f"frame '{frame.name}': the index was built from it already") from None
-        yield frame
+        drive = source.drive_of(frame)
+        recording = recorded_recording(index.content.sources, source, drive)
+        yield replace(frame, recording=recording or "")
     if missing := sorted((wanted or set()) - read):
         raise SourceError(f"source '{path}': frame {missing[0]}: there is no such frame")

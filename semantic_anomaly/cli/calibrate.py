@@ -139,10 +139,14 @@ def _check(args: argparse.Namespace) -> int:
 
     if not args.sources:
         raise InputError("--check: expected further nominal drives as SOURCE, found none")
-    if args.target_false_alarm_rate is not None or args.target_episode_rate is not None:
+    targets = args.target_false_alarm_rate, args.target_episode_rate, args.confidence
+    if any(target is not None for target in targets):
         raise InputError(
-            "--check: the target rates are those of the calibration, found others in the options"
+            "--check: the target rates and the confidence are those of the calibration, found "
+            "others in the options"
         )
+    if args.leave_one_drive_out or args.moved:
+        raise InputError("--check: expected no drives of the index, found options for them")
     settings, camera = settings_of(args, args.index)
     detector = load_detector(settings, camera, need_calibration=True)
     length = detector.settings.episode_s if args.episode_s is None else args.episode_s

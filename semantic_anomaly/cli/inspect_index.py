@@ -78,7 +78,7 @@ def _index_rows(folder: Path, index: NominalIndex) -> list[tuple[str, str]]:
         ("region of interest", whole or ", ".join(
             [*[f"polygon of {len(polygon)} corners"] * bool(polygon), *["ego mask"] * bool(mask)]
         )),
-        ("sources", listed(written["source"])),
+        ("sources", listed([source.name for source in index.content.sources])),
         ("frames", f"{index.report.frames} read, {len(index.frame_names)} contributed: "
          + drives_listed(drives.items())),
     ]  # fmt: skip

@@ -111,7 +111,8 @@ class Support:
             if recording not in recordings:
                 recordings.append(recording)
             number = recordings.index(recording)
-            known = self.rows[self.rows[:, 1] == number, 0]
+            # Another edit may be undone, and its support with it.
+            known = self.rows[(self.rows[:, 1] == number) & (self.rows[:, 2] == 0), 0]
             added = np.setdiff1d(numbers, known)
             rows.append(np.column_stack([added, np.full((len(added), 2), (number, edit))]))
         return Support(tuple(recordings), np.concatenate(rows))._canonical()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -360,11 +360,13 @@ class NominalIndex:
 
     def thumbnail(self, frame_name: str) -> np.ndarray | None:
         """Return (height, width, 3) uint8 RGB of a contributing frame, or None."""
-        for index in self.stages:
-            for frame in index.content.frames:
-                if frame.name == frame_name:
-                    return decode_compressed(frame.thumbnail, "jpeg")
-        return None
+        return next(self.thumbnails(frame_name), None)
+
+    def thumbnails(self, frame_name: str) -> Iterator[np.ndarray]:
+        """Yield (height, width, 3) uint8 RGB of the contributing frames of a name."""
+        of_name = (f for index in self.stages for f in index.content.frames if f.name == frame_name)
+        for jpeg in dict.fromkeys(frame.thumbnail for frame in of_name):
+            yield decode_compressed(jpeg, "jpeg")
 
     @staticmethod
     def predicted_bytes(count: int, dim: int) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 
 from semantic_anomaly.calibration.calibration import Calibration
-from semantic_anomaly.calibration.conformal import Episodes
+from semantic_anomaly.calibration.conformal import Episodes, drive_rank
 from semantic_anomaly.calibration.leakage import check_sources, is_seen, refuse_seen
 from semantic_anomaly.detection.detector import probe_scores, resolve_roi, resolve_settings
 from semantic_anomaly.embedding.identity import Embedder
-from semantic_anomaly.errors import CalibrationError
+from semantic_anomaly.errors import CalibrationError, InputError
+from semantic_anomaly.index.content import RecordedSource
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.io.sources import FrameSource
 from semantic_anomaly.offline.drives import (
@@ -30,8 +31,8 @@ from semantic_anomaly.offline.drives import (
     drive_name,
     embedded_frames,
     open_drives,
-    recorded_recording,
     recordings_of,
+    relocated,
     reopened,
     sample_images,
     settings_of,
@@ -106,9 +107,16 @@ def calibrate(
         UnknownNameError: no such camera or setting.
         SourceError: a source has no usable frames, or a drive of the index has moved.
         CalibrationError: the index has seen frames of a source, has frames of one drive only, or
-            was built from other frames; or there are too few drives for the confidence.
+            was built from other frames; a drive has one frame; or there are too few drives for the
+            confidence.
+        InputError: `leave_one_drive_out` or `moved` where no drive of the index is read.
         SemanticAnomalyError: backbone, index and region of interest do not match.
     """
+    if leave_one_drive_out and isinstance(sources, Mapping):
+        raise InputError("leave_one_drive_out: expected sources to be opened, found patch grids")
+    leave_one_drive_out |= sources is None
+    if moved and not leave_one_drive_out:
+        raise InputError("moved sources: expected leave_one_drive_out, or no sources")
     settings = settings_of(settings, overrides)
     camera = settings.cameras[0] if camera is None else camera
     if not settings.target_false_alarm_rate:
@@ -126,11 +134,13 @@ def calibrate(
             drives = opened = _SourceDrives.of(
                 index,
                 sources,
-                leave_one_drive_out or sources is None,
+                leave_one_drive_out,
                 moved or {},
                 topic,
                 settings,
             )
+            # Before the work rather than after it.
+            drive_rank(len(opened.recordings), settings.confidence)
             if embedder is None:
                 from semantic_anomaly.embedding.precision import choose_precision
 
@@ -155,7 +165,7 @@ def calibrate(
             probes = probe_scores(scorers.of(None), index, embedder, normalisations)
     calibration = Calibration.fit(
         {drive: rows.scores for drive, rows in scores.items()},
-        left_out=set(scores) & scorers.recordings,
+        left_out=scorers.left_out.intersection(scores),
         heatmap_low=float(np.median([m for rows in scores.values() for m in rows.medians])),
         index=index,
         settings=settings,
@@ -171,6 +181,12 @@ def calibrate(
     )
     for warning in calibration.warnings:
         _log.warning("%s", warning)
+    for recording in sorted(_built_from(index).intersection(scores) - scorers.left_out):
+        _log.warning(
+            "calibration drive '%s' is another part of the only drive of the index: its scores are "
+            "lower than those of other drives",
+            recording,
+        )
     if out is not None:
         calibration.save(Path(out).expanduser())
     return calibration
@@ -199,7 +215,8 @@ class _Scorers:
         device: that searches run on.
 
     Attributes:
-        recordings: that can be left out.
+        left_out: recordings whose frames are compared with the entries of the others; none if the
+            index was built from one recording.
     """
 
     def __init__(
@@ -208,15 +225,13 @@ class _Scorers:
         self.index = index
         self._settings, self._roi, self._device = settings, roi, device
         self._whole = FrameScorer(index, settings, roi)
-        # Without its only recording an index is empty: a calibration with another part of it
-        # promises nothing beyond it.
-        self.recordings = set(index.recordings) if len(index.recordings) > 1 else set()
+        self.left_out = set(index.recordings) if len(_built_from(index)) > 1 else set()
         # Of the last recording that was left out: a copy of the entries is large.
         self._last: tuple[str, FrameScorer] | None = None
 
     def of(self, recording: str | None) -> FrameScorer:
         """Return the scorer for frames of a recording; None: against the whole index."""
-        if recording not in self.recordings or recording is None:
+        if recording not in self.left_out or recording is None:
             return self._whole
         if self._last is None or self._last[0] != recording:
             self._last = None
@@ -224,6 +239,11 @@ class _Scorers:
             index.configure_search(self._settings.search, self._settings.search_ef, self._device)
             self._last = recording, FrameScorer(index, self._settings, self._roi)
         return self._last[1]
+
+
+def _built_from(index: NominalIndex) -> set[str]:
+    """Return the recordings that an index was built from, without those of added frames."""
+    return {name for source in index.content.sources for name in source.recordings.values()}
 
 
 def _scored(
@@ -234,8 +254,10 @@ def _scored(
     sums: dict[int, list[NormalisationSums]] = defaultdict(
         lambda: [NormalisationSums(of_stage) for of_stage in anchors]
     )
+    counts: Counter[str] = Counter()
     largest = 0.0
     for frame in drives.frames("score normalisation"):
+        counts[frame.recording] += 1
         of_fold = sums[drives.fold(frame)]
         maps = scorers.of(frame.recording).distance_maps(frame.grid)
         for stage_sums, distances in zip(of_fold, maps, strict=True):
@@ -243,6 +265,11 @@ def _scored(
             largest = max(largest, float(distances.values.max()))
     if not sums:
         raise CalibrationError("calibration: expected frames of nominal drives, found none")
+    for recording, count in counts.items():
+        if count < 2:
+            raise CalibrationError(
+                f"calibration drive '{recording}': expected at least 2 frames, found {count}"
+            )
     if largest < _SEEN_DISTANCE:
         raise CalibrationError(
             "calibration: all distances are 0: the index has seen these frames; calibrate with "
@@ -279,15 +306,18 @@ class _Drives(ABC):
 
     Args:
         recordings: names.
+
+    Attributes:
+        recordings: distinct names.
     """
 
     def __init__(self, recordings: Iterable[str]) -> None:
-        self._recordings = list(dict.fromkeys(recordings))
+        self.recordings = list(dict.fromkeys(recordings))
 
     def fold(self, frame: _EmbeddedFrame) -> int:
         """Return the fold of a frame: of its recording, or of parts of the only recording."""
-        if len(self._recordings) > 1:
-            return self._recordings.index(frame.recording) % DRIVE_FOLDS
+        if len(self.recordings) > 1:
+            return self.recordings.index(frame.recording) % DRIVE_FOLDS
         return frame.number // FOLD_FRAMES % FOLDS
 
     @abstractmethod
@@ -339,6 +369,7 @@ class _SourceDrives(_Drives):
         self.progress = False
         self._names = set(index.frame_names)
         self._kept: list[_EmbeddedFrame] = []
+        self._all_kept = False
         self._room = min(_KEPT_BYTES, (available_memory_bytes() or 0) // 4)
 
     @classmethod
@@ -354,28 +385,29 @@ class _SourceDrives(_Drives):
         """Open sources, and those of the index if a drive is to be left out at a time."""
         own: dict[str, FrameSource] = {}
         recordings: dict[str, str] = {}
+        recorded: Sequence[RecordedSource] = index.content.sources
         if leave_one_drive_out:
-            if len(index.recordings) < 2:
+            count = len(_built_from(index))
+            if count < 2:
                 raise CalibrationError(
                     "calibration: expected an index of at least 2 drives, of which one is left "
-                    f"out, found {len(index.recordings)}; give calibration drives as sources"
+                    f"out, found {count}; give calibration drives as sources"
                 )
-            own, recordings = reopened(index.content.sources, moved)
+            own, recordings = reopened(recorded, moved)
+            recorded = relocated(recorded, moved)
         further: dict[str, FrameSource] = {}
         if sources is not None:
             opened = open_drives(sources, topic)
             check_sources(index, opened)
-            of_further = recordings_of(opened, settings.recording_pattern)
+            of_further = recordings_of(opened, settings.recording_pattern, recorded)
             for name, source in opened.items():
                 unique, number = name, 2
                 while unique in own:
                     unique, number = f"{name} ({number})", number + 1
                 further[unique] = source
                 for drive in source.drives:
-                    known = recorded_recording(index.content.sources, source, drive)
-                    recordings[drive_name(unique, source, drive)] = (
-                        known or of_further[drive_name(name, source, drive)]
-                    )
+                    recording = of_further[drive_name(name, source, drive)]
+                    recordings[drive_name(unique, source, drive)] = recording
         # Episodes need every frame.
         stride = 1 if settings.target_episode_rate else index.content.stride
         return cls(index, own, further, recordings, stride)
@@ -383,7 +415,10 @@ class _SourceDrives(_Drives):
     def frames(self, description: str) -> Iterator[_EmbeddedFrame]:
         assert self.embedder is not None
         yield from self._kept
+        if self._all_kept:
+            return
         given: set[tuple[Path, str]] = set()
+        total = len(self._kept)
         items = embedded_frames(
             self.sources,
             self.embedder,
@@ -408,7 +443,9 @@ class _SourceDrives(_Drives):
             if number == len(self._kept) and size <= self._room:
                 self._kept.append(embedded)
                 self._room -= size
+            total = number + 1
             yield embedded
+        self._all_kept = len(self._kept) == total
 
     def _check_unchanged(self, source: FrameSource, frame: Frame) -> None:
         """Refuse a frame of the index whose image is another one now."""
@@ -426,5 +463,8 @@ def _median_distances(index: NominalIndex, grids: Sequence[PatchGrid]) -> list[f
     for number, stage in enumerate(index.stages):
         rows = np.concatenate([g.stages[number].features.reshape(-1, stage.dim) for g in grids])
         some = rng.choice(len(rows), min(len(rows), _SAMPLE_PATCHES), replace=False)
-        medians.append(float(np.median(stage.distances(rows[some], k=1))))
+        distances = stage.distances(rows[some], k=1)
+        # Of frames of the index, entries themselves say nothing.
+        others = distances[distances > _SEEN_DISTANCE]
+        medians.append(float(np.median(others)) if len(others) else 0.0)
     return medians

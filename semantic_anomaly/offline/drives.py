@@ -28,7 +28,7 @@ Sources: TypeAlias = "str | Path | np.ndarray | FrameSource | Sequence[Any]"
 BATCH_FRAMES = 4
 _SAMPLE_IMAGES, _SAMPLE_STRIDE = 8, 10
 # A file of a split bag.
-_BAG_PART = re.compile(r"(.+)_\d+\.(?:mcap|db3)")
+_BAG_PART = re.compile(r"(?P<recording>.+)_\d+\.(?:mcap|db3)")
 
 
 def settings_of(settings: Settings | None, overrides: Mapping[str, Any]) -> Settings:
@@ -85,7 +85,9 @@ def drive_name(name: str, source: FrameSource, drive: str) -> str:
     return f"{name}/{drive}" if len(source.drives) > 1 else name
 
 
-def recordings_of(drives: Mapping[str, FrameSource], pattern: str = "") -> dict[str, str]:
+def recordings_of(
+    drives: Mapping[str, FrameSource], pattern: str = "", recorded: Sequence[RecordedSource] = ()
+) -> dict[str, str]:
     """Return the recording of every drive by its name.
 
     Parts of one recording are parts of the same files by selection, and the files of a split bag:
@@ -95,18 +97,26 @@ def recordings_of(drives: Mapping[str, FrameSource], pattern: str = "") -> dict[
         drives: opened sources by name, from `open_drives`.
         pattern: regular expression; where it matches the name of a drive without its selection, the
             first group names the recording. Empty: none.
+        recorded: sources of an index; other parts of its recordings have their names.
     """
     recordings: dict[str, str] = {}
-    keys: dict[str, Any] = {}
+    taken = {name for source in recorded for name in source.recordings.values()}
+    names: dict[Any, str] = {}
     for name, source in drives.items():
         for drive in source.drives:
             key, title = _recording_key(source, drive)
-            if pattern and (match := re.search(pattern, title)):
-                key = title = match[1]
-            recording, number = title, 2
-            while keys.setdefault(recording, key) != key:
-                recording, number = f"{title} ({number})", number + 1
-            recordings[drive_name(name, source, drive)] = recording
+            avoided = taken
+            if known := recorded_recording(recorded, source, drive):
+                recordings[drive_name(name, source, drive)] = known
+                continue
+            if pattern and (match := re.search(pattern, title)) and match[1]:
+                key, title, avoided = match[1], match[1], set()
+            if key not in names:
+                recording, number = title, 2
+                while recording in avoided or recording in names.values():
+                    recording, number = f"{title} ({number})", number + 1
+                names[key] = recording
+            recordings[drive_name(name, source, drive)] = names[key]
     return recordings
 
 
@@ -127,22 +137,14 @@ def reopened(
     """
     drives: dict[str, FrameSource] = {}
     recordings: dict[str, str] = {}
-    unused = set(moved)
-    for source in recorded:
+    for source in relocated(recorded, moved):
         if not source.opened:
             raise SourceError(
                 f"source '{source.name}' of the index was in memory and cannot be read again; give "
                 "calibration drives as sources"
             )
-        paths = [source.opened] if isinstance(source.opened, str) else [*source.opened]
-        for old, new in moved.items():
-            if any(_begins_with(path, old) for path in paths):
-                unused.discard(old)
-            paths = [new + p[len(old) :] if _begins_with(p, old) else p for p in paths]
         try:
-            opened = open_source(
-                paths[0] if isinstance(source.opened, str) else paths, topic=source.topic or None
-            )
+            opened = open_source(source.opened, topic=source.topic or None)
         except SourceError as error:
             raise SourceError(
                 f"source '{source.name}' of the index: {error}; if it has moved, pass --source "
@@ -156,16 +158,48 @@ def reopened(
         drives[source.name] = opened
         for drive, recording in source.recordings.items():
             recordings[drive_name(source.name, opened, drive)] = recording
+    return drives, recordings
+
+
+def relocated(
+    recorded: Sequence[RecordedSource], moved: Mapping[str, str]
+) -> tuple[RecordedSource, ...]:
+    """Return the sources of an index where they are now.
+
+    Args:
+        recorded: of the index.
+        moved: new beginnings of paths by old ones.
+
+    Raises:
+        SourceError: an old beginning is that of no path.
+    """
+    beginnings = {old.rstrip("/"): new.rstrip("/") for old, new in moved.items()}
+    unused = set(beginnings)
+
+    def now(opened: str) -> str:
+        is_list = opened.startswith("@")
+        path = opened[is_list:]
+        for old, new in beginnings.items():
+            if path == old or path.startswith((f"{old}/", f"{old}[")):
+                unused.discard(old)
+                return "@" * is_list + new + path[len(old) :]
+        return opened
+
+    sources = tuple(
+        replace(
+            source,
+            opened=now(source.opened)
+            if isinstance(source.opened, str)
+            else tuple(map(now, source.opened)),
+        )
+        for source in recorded
+    )
     for old in sorted(unused):
         raise SourceError(
             f"moved source '{old}': expected the beginning of a path of the index, found "
             f"{', '.join(str(source.opened) for source in recorded[:3])}"
         )
-    return drives, recordings
-
-
-def _begins_with(path: str, old: str) -> bool:
-    return path == old or path.startswith(old.rstrip("/") + "/") or path.startswith(old + "[")
+    return sources
 
 
 def recorded_recording(
@@ -175,19 +209,26 @@ def recorded_recording(
     for other in recorded:
         if isinstance(other.opened, str) and other.opened and source.files:
             path = split_selection(other.opened)[0]
-            if path.resolve() == source.path.resolve() and drive in other.recordings:
+            same = _file_of_recording(path) == _file_of_recording(source.path)
+            if same and drive in other.recordings:
                 return other.recordings[drive]
     return None
+
+
+def _file_of_recording(path: Path) -> tuple[Path, str]:
+    """Return folder and name of a source, of a split bag without the number of its file."""
+    path = path.resolve()
+    part = None if path.is_dir() else _BAG_PART.fullmatch(path.name)
+    return path.parent, part["recording"] if part else path.name
 
 
 def _recording_key(source: FrameSource, drive: str) -> tuple[Any, str]:
     """Return what identifies the recording of a drive, and its name."""
     if not source.files:
         return (id(source), drive), drive_name(source.name, source, drive)
-    path = source.path.resolve()
-    part = _BAG_PART.fullmatch(path.name)
-    if part and path.is_file():
-        return (path.parent, part[1]), part[1]
+    folder, name = _file_of_recording(source.path)
+    if len(source.paths) == 1 and name != source.path.resolve().name:
+        return (folder, name), name
     paths = tuple(sorted({str(path.resolve()) for path in source.paths}))
     return (paths, drive), drive_name(source.name, source, drive)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,27 +22,40 @@ def steps(count: int) -> np.ndarray:
     return np.random.default_rng(1).permutation(np.arange(1, count + 1) / 1000)
 
 
-def test_thresholds_of_other_rates_as_far_as_the_scores_suffice() -> None:
-    calibration = fitted(steps(99), 0.1)
+def test_thresholds_of_other_rates_and_confidences() -> None:
+    calibration = fitted(steps(100), 0.1)
     assert calibration.threshold == 0.090
     assert calibration.threshold_for(0.01) == 0.099
-    with pytest.raises(CalibrationError, match="needs at least 999 nominal calibration frames"):
-        calibration.threshold_for(0.001)
+    assert calibration.threshold_for(0.001) == 0.1
+    four = fitted(np.arange(40) / 40, 0.1, drives=4)
+    assert four.threshold == four.threshold_for(0.1, 0.8) == 38 / 40
+    assert four.threshold_for(0.1, 0.4) == 18 / 40
+    with pytest.raises(CalibrationError, match=r"0\.9 needs at least 9 .* drives, found 4"):
+        four.threshold_for(0.1, 0.9)
 
 
 @pytest.mark.parametrize(
     ("score", "expected", "reason"),
     [
-        (0.5, 1 / 11, "above all: never zero"),
-        (0.0, 11 / 11, "below all"),
-        (0.4, 4 / 11, "ties count as at least as high: three of 0.4"),
-        (0.4000001, 1 / 11, "just above the ties"),
-        (0.15, 6 / 11, "between scores: two of 0.2 and three of 0.4"),
+        (0.5, 0.0, "above all"),
+        (0.0, 1.0, "below all"),
+        (0.4, 3 / 10, "ties count as at least as high: three of 0.4"),
+        (0.4000001, 0.0, "just above the ties"),
+        (0.15, 5 / 10, "between scores: two of 0.2 and three of 0.4"),
     ],
 )
-def test_p_value_is_a_rank(score: float, expected: float, reason: str) -> None:
+def test_p_value_of_one_drive_is_a_share(score: float, expected: float, reason: str) -> None:
     calibration = fitted([0.4, 0.1, 0.2, 0.4, 0.1, 0.1, 0.4, 0.2, 0.1, 0.1])
     assert calibration.p_value(score) == pytest.approx(expected, abs=1e-12)
+
+
+def test_p_value_of_several_drives_is_that_of_the_rank_of_the_threshold() -> None:
+    # Shares of the drives at least as high as 0.25: 0, 1/2 and 1.
+    calibration = fitted([0.1, 0.2, 0.2, 0.3, 0.3, 0.4], drives=3)
+    assert calibration.p_value(0.25) == 1.0, "the highest of the default"
+    assert calibration.p_value(0.25, 0.5) == 0.5
+    assert calibration.p_value(0.25, 0.25) == 0.0
+    assert fitted([0.1, 0.2, 0.2, 0.3, 0.3, 0.4], drives=3, confidence=0.5).p_value(0.25) == 0.5
 
 
 @pytest.mark.parametrize("score", [float("nan"), float("inf")])
@@ -54,43 +69,112 @@ def test_score_exceeds_the_threshold_exactly_when_its_p_value_is_at_most_the_rat
 ) -> None:
     for _ in range(40):
         rate = float(rng.choice([0.05, 0.07, 0.1, 0.29, 0.5]))
+        drives = int(rng.integers(1, 7))
+        confidence = float(rng.choice([0.0, 0.5])) if drives > 1 else 0.0
         # Few distinct values, so that ties are common.
-        calibration = fitted(rng.integers(1, 30, rng.integers(20, 120)) / 30, rate)
+        scores = rng.integers(1, 30, rng.integers(20, 120)) / 30
+        calibration = fitted(scores, rate, drives=drives, confidence=confidence)
         for score in rng.integers(1, 31, 20) / 30:
             exceeds = score > calibration.threshold
             assert exceeds == (calibration.p_value(score) <= rate)
 
 
 @pytest.mark.parametrize(
-    ("count", "rate", "drives", "expected"),
+    ("count", "rate", "drives", "confidence", "expected"),
     [
-        (500, 0.1, 3, ["only 3 drives"]),
-        (500, 0.1, 5, []),
-        (250, 0.01, 5, ["depends on the two largest scores"]),
-        (300, 0.01, 5, []),
-        (9, 0.1, 1, ["one drive", "depends on the largest score"]),
+        (500, 0.1, 3, 0.0, ["3 calibration drives: .* with probability 3/4; 9 drives give 0.9"]),
+        (500, 0.1, 9, 0.0, []),
+        (500, 0.1, 3, 0.5, []),
+        (900, 0.01, 9, 0.0, []),
+        (899, 0.01, 9, 0.0, ["1 of 9 calibration drives have fewer than the 100 frames .*drive_8"]),
+        (
+            9,
+            0.1,
+            1,
+            0.0,
+            ["nothing is promised beyond drive 'drive_0'", "fewer than the 10 frames"],
+        ),
     ],
 )
-def test_warnings(count: int, rate: float, drives: int, expected: list[str]) -> None:
-    warnings = fitted(np.linspace(0.1, 0.2, count), rate, drives=drives).warnings
+def test_warnings(
+    count: int, rate: float, drives: int, confidence: float, expected: list[str]
+) -> None:
+    scores = np.linspace(0.1, 0.2, count)
+    warnings = fitted(scores, rate, drives=drives, confidence=confidence).warnings
     assert len(warnings) == len(expected)
-    for warning, part in zip(warnings, expected, strict=True):
-        assert part in warning
+    for warning, pattern in zip(warnings, expected, strict=True):
+        assert re.search(pattern, warning)
 
 
 @pytest.mark.parametrize(
-    ("scores", "drives", "message"),
+    ("drives", "confidence", "left_out", "expected"),
     [
-        ([], 1, r"0 in all, found \[\('drive_0', 0\)\]"),
-        ([0.1], 2, "'drive_1', 0"),
-        ([0.1] * 20 + [float("nan")], 1, "finite"),
-        ([0.1] * 20 + [float("-inf")], 1, "finite"),
-        ([0.1] * 8, 1, "needs at least 9 nominal calibration frames, found 8"),
+        (
+            7,
+            0.0,
+            [],
+            "on a new drive like these 7, at most 1 % of the frames are above the threshold, with "
+            "probability 7/8",
+        ),
+        (
+            9,
+            0.65,
+            ["drive_3"],
+            "estimated by leaving one drive out: on a new drive like these 9, at most 1 % of the "
+            "frames are above the threshold, with probability 7/10",
+        ),
+        (
+            1,
+            0.0,
+            ["drive_0"],
+            "nothing is promised beyond drive 'drive_0': calibrate with at least 2 drives, with 9 "
+            "for a probability of 0.9",
+        ),
     ],
 )
-def test_impossible_scores_are_refused(scores: list[float], drives: int, message: str) -> None:
+def test_the_promise_in_one_sentence(
+    drives: int, confidence: float, left_out: list[str], expected: str
+) -> None:
+    calibration = fitted(
+        steps(100 * drives), 0.01, drives=drives, confidence=confidence, left_out=left_out
+    )
+    assert calibration.promise == expected
+    assert [drive.name for drive in calibration.drives if drive.left_out] == left_out
+
+
+@pytest.mark.parametrize(
+    ("scores", "drives", "more", "message"),
+    [
+        ([], 1, {}, r"calibration drive 'drive_0': expected scores .* found \(0,\)"),
+        ([0.1], 2, {}, r"calibration drive 'drive_1': .* found \(0,\)"),
+        ([0.1] * 20 + [float("nan")], 1, {}, "finite"),
+        ([0.1] * 20 + [float("-inf")], 1, {}, "finite"),
+        ([0.1] * 20, 8, {"confidence": 0.9}, "needs at least 9 .* drives, found 8"),
+        ([0.1] * 20, 1, {"heatmap_low": float("nan")}, "heatmap_low: expected a finite number"),
+    ],
+)
+def test_impossible_scores_are_refused(
+    scores: list[float], drives: int, more: dict[str, Any], message: str
+) -> None:
     with pytest.raises(CalibrationError, match=message):
-        fitted(scores, drives=drives)
+        fitted(scores, drives=drives, **more)
+
+
+def test_drives_have_distinct_names() -> None:
+    calibration = fitted(steps(20), drives=2)
+    for drives in ((), calibration.drives[:1] * 2):
+        with pytest.raises(CalibrationError, match="expected drives of distinct names"):
+            replace(calibration, drives=drives)
+
+
+def test_settings_take_rate_and_confidence_of_the_calibration_unless_set() -> None:
+    calibration = fitted(np.arange(40) / 40, 0.25, drives=4, confidence=0.5)
+    resolved = calibration.resolve(Settings())
+    assert (resolved.target_false_alarm_rate, resolved.confidence) == (0.25, 0.5)
+    assert calibration.threshold_of(resolved) == calibration.threshold == 27 / 40
+    own = Settings(target_false_alarm_rate=0.1, confidence=0.75)
+    assert calibration.resolve(own) == own
+    assert calibration.threshold_of(own) == 38 / 40
 
 
 @pytest.mark.parametrize(
@@ -110,7 +194,7 @@ def test_scores_below_zero_calibrate() -> None:
     calibration = fitted(np.linspace(-3.0, -1.0, 20), heatmap_low=-4.0)
     assert calibration.threshold < 0.0
     assert calibration.p_value(-3.5) == 1.0
-    assert calibration.p_value(-0.5) == pytest.approx(1 / 21)
+    assert calibration.p_value(-0.5) == 0.0
     scale = calibration.scale(calibration.threshold)
     assert (scale.low, scale.high) == (-4.0, calibration.threshold)
 
@@ -136,13 +220,13 @@ def test_check_names_what_differs(
 
 def test_scores_cannot_be_written_to() -> None:
     with pytest.raises(ValueError, match="read-only"):
-        fitted(steps(20)).scores[0] = 0.0
+        fitted(steps(20)).drives[0].scores[0] = 0.0
 
 
 def test_the_larger_threshold_of_frames_and_episodes_is_used(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    episodes = Episodes(np.linspace(0.09, 0.89, 9), 1.0, 1, 1.0, 1.0, 0.3)
+    episodes = Episodes((np.linspace(0.09, 0.89, 9),), 1.0, 1, 1.0, 1.0, 0.3)
     frames = np.linspace(0.0, 0.89, 90)
     calibration = fitted(frames, 0.5, episodes=episodes)
     settings = Settings(target_false_alarm_rate=0.5, target_episode_rate=0.3, episode_s=1.0)

@@ -10,7 +10,14 @@ import pytest
 from worlds.colours import make_detector, street
 
 from semantic_anomaly.calibration.calibration import Calibration
-from semantic_anomaly.calibration.conformal import Episodes, conformal_threshold, scores_needed
+from semantic_anomaly.calibration.conformal import (
+    Episodes,
+    conformal_threshold,
+    drive_rank,
+    drives_needed,
+    frames_needed,
+    p_value,
+)
 from semantic_anomaly.cli import main
 from semantic_anomaly.detection.tracking import ComponentTracker
 from semantic_anomaly.errors import CalibrationError, MismatchError
@@ -24,38 +31,101 @@ PERIOD_NS = 100_000_000
 @pytest.mark.parametrize(
     ("count", "rate", "rank", "reason"),
     [
-        (99, 0.01, 99, "exactly the minimum: the largest"),
-        (198, 0.01, 198, "ceil(199 * 0.99) = ceil(197.01)"),
-        (199, 0.01, 198, "200 * 0.99 is whole"),
-        (99, 0.07, 93, "100 * 0.93 is whole, though not in floating point"),
-        (99, 0.29, 71, "100 * 0.71 is whole, though not in floating point"),
+        (100, 0.01, 99, "one of a hundred may exceed"),
+        (99, 0.01, 99, "no whole frame: the largest"),
+        (199, 0.01, 198, "ceil(199 * 0.99) = ceil(197.01)"),
+        (100, 0.07, 93, "100 * 0.93 is whole, though not in floating point"),
+        (100, 0.29, 71, "100 * 0.71 is whole, though not in floating point"),
         (99, 0.5, 50, "the median"),
         (1, 0.5, 1, "a single score"),
     ],
 )
-def test_threshold_is_the_score_of_that_rank(
+def test_the_quantile_of_a_drive_is_the_score_of_that_rank(
     count: int, rate: float, rank: int, reason: str
 ) -> None:
-    assert conformal_threshold(np.arange(1.0, count + 1), rate, "frames") == rank
+    assert conformal_threshold([np.arange(1.0, count + 1)], rate, 0.0) == rank
 
 
-@pytest.mark.parametrize(("rate", "needed"), [(0.01, 99), (0.3, 3), (0.07, 14)])
-def test_one_score_too_few_is_refused_with_the_number_needed(rate: float, needed: int) -> None:
-    assert scores_needed(rate) == needed
-    assert conformal_threshold(np.arange(1.0, needed + 1), rate, "frames") == needed
-    with pytest.raises(CalibrationError, match=f"at least {needed} .*frames, found {needed - 1}$"):
-        conformal_threshold(np.arange(1.0, needed), rate, "frames")
+@pytest.mark.parametrize(
+    ("drives", "confidence", "rank"),
+    [
+        (1, 0.0, 1),
+        (7, 0.0, 7),
+        (9, 0.0, 9),
+        (19, 0.0, 18),
+        (1, 0.5, 1),
+        (3, 0.5, 2),
+        (4, 0.8, 4),
+        (9, 0.9, 9),
+        (9, 0.7, 7),
+        (99, 0.93, 93),
+    ],
+)
+def test_the_threshold_is_the_quantile_of_the_drive_of_that_rank(
+    drives: int, confidence: float, rank: int
+) -> None:
+    assert drive_rank(drives, confidence) == rank
+    # Drive n has the quantile n, and they are given in another order.
+    scores = [np.array([0.0, number, 1000.0]) for number in range(drives, 0, -1)]
+    assert conformal_threshold(scores, 0.4, confidence) == rank
 
 
-@pytest.mark.parametrize(("count", "rate"), [(19, 0.05), (60, 0.05), (30, 0.25)])
-def test_realised_rate_is_at_most_the_target_on_average(count: int, rate: float) -> None:
-    # For continuous exchangeable scores the expected rate is floor((n + 1) alpha) / (n + 1).
-    scores = np.random.default_rng(7).gamma(2.0, 0.05, (2000, count + 1))
-    alarms = [row[-1] > conformal_threshold(np.sort(row[:-1]), rate, "frames") for row in scores]
-    expected = np.floor((count + 1) * rate) / (count + 1)
-    assert expected <= rate
-    # Four standard errors of 2000 draws.
-    assert np.mean(alarms) == pytest.approx(expected, abs=4 * np.sqrt(rate / 2000))
+@pytest.mark.parametrize(
+    ("confidence", "needed"), [(0.9, 9), (0.5, 1), (0.8, 4), (0.75, 3), (0.99, 99), (0.93, 14)]
+)
+def test_one_drive_too_few_is_refused_with_the_number_needed(
+    confidence: float, needed: int
+) -> None:
+    assert drives_needed(confidence) == needed
+    assert drive_rank(needed, confidence) == needed
+    message = f"at least {needed} nominal calibration drives, found {needed - 1}$"
+    with pytest.raises(CalibrationError, match=message):
+        conformal_threshold([np.zeros(5)] * (needed - 1), 0.1, confidence)
+
+
+@pytest.mark.parametrize(("rate", "needed"), [(0.01, 100), (0.3, 4), (0.07, 15), (0.5, 2)])
+def test_a_rate_needs_so_many_frames_to_be_seen(rate: float, needed: int) -> None:
+    assert frames_needed(rate) == needed
+    scores = np.arange(float(needed))
+    assert conformal_threshold([scores], rate, 0.0) < scores[-1]
+    assert conformal_threshold([scores[1:]], rate, 0.0) == scores[-1]
+
+
+@pytest.mark.parametrize(
+    ("drives", "confidence", "promised"),
+    [(3, 0.0, 3 / 4), (7, 0.0, 7 / 8), (9, 0.9, 9 / 10), (9, 0.6, 6 / 10), (4, 0.5, 3 / 5)],
+)
+def test_new_drives_keep_the_rate_with_the_stated_probability(
+    drives: int, confidence: float, promised: float
+) -> None:
+    # Frames of a drive share an offset and a spread: pooled frames would promise far too much.
+    rng, draws, frames, rate = np.random.default_rng(7), 3000, 40, 0.1
+    offsets, spreads = rng.normal(0.0, 1.0, (2, draws, drives + 1, 1))
+    noise = rng.standard_normal((draws, drives + 1, frames))
+    scores = np.sort(offsets + np.exp(spreads) * noise, axis=-1)
+    thresholds = [conformal_threshold(list(draw[:-1]), rate, confidence) for draw in scores]
+    realised = (scores[:, -1] > np.array(thresholds)[:, None]).mean(axis=1)
+    # For continuous exchangeable quantiles the probability is exact. Four standard errors.
+    error = np.sqrt(promised * (1 - promised) / draws)
+    assert np.mean(realised <= rate) == pytest.approx(promised, abs=4 * error)
+
+
+@pytest.mark.parametrize("confidence", [0.0, 0.4, 0.5, 0.66])
+def test_a_score_exceeds_a_threshold_exactly_when_its_p_value_is_at_most_the_rate(
+    rng: np.random.Generator, confidence: float
+) -> None:
+    for _ in range(60):
+        rate = float(rng.choice([0.01, 0.05, 0.07, 0.1, 0.29, 0.5, 0.93]))
+        # Few distinct values, so that ties are common; drives of unequal length.
+        drives = [
+            np.sort(rng.integers(1, 30, rng.integers(1, 120)) / 30)
+            for _ in range(rng.integers(2, 8))
+        ]
+        threshold = conformal_threshold(drives, rate, confidence)
+        for score in rng.integers(0, 32, 20) / 30:
+            of_score = p_value(drives, score, confidence)
+            assert 0.0 <= of_score <= 1.0
+            assert (score > threshold) == (of_score <= rate)
 
 
 def settings(**changes: Any) -> Settings:
@@ -65,30 +135,36 @@ def settings(**changes: Any) -> Settings:
 def episodes(scores: list[float], periods: list[int] | None = None, **changes: Any) -> Episodes:
     """Return the episodes of a drive with a frame every 0.1 s, or at these multiples of it."""
     stamps = [number * PERIOD_NS for number in periods or range(len(scores))]
-    return Episodes.of_drives({"a": scores}, {"a": stamps}, settings(**changes))
+    return Episodes.of_drives({"a": {"a": (scores, stamps)}}, settings(**changes))
+
+
+def maxima(episodes: Episodes) -> list[float]:
+    """Return the scores of the episodes of the only drive."""
+    [scores] = episodes.scores_by_drive
+    return scores.tolist()
 
 
 def test_an_episode_has_its_largest_score() -> None:
     # The rest at the end is no episode, nor is a drive that is shorter than one.
     scores = [0.1] * 9 + [0.3] + [0.2] * 10 + [0.4] + [0.1] * 9 + [0.9] * 8
-    assert episodes(scores).scores.tolist() == [0.2, 0.3, 0.4]
-    assert len(episodes([*scores, 0.9]).scores) == 4, "nine tenths count as complete"
-    with pytest.raises(CalibrationError, match=r"at least 3 .* episodes of 1 s, found 0"):
+    assert maxima(episodes(scores)) == [0.2, 0.3, 0.4]
+    assert episodes([*scores, 0.9]).count == 4, "nine tenths count as complete"
+    with pytest.raises(CalibrationError, match="expected complete episodes of a drive, found none"):
         episodes([0.1] * 8)
 
 
 def test_a_confirmed_score_is_reached_by_enough_frames() -> None:
     # The spike of one frame is never confirmed, the two of 0.3 are, 0.2 s apart.
     scores = [0.1, 0.9, 0.1, 0.3, 0.1, 0.3, 0.1, 0.1, 0.1, 0.1] * 3
-    assert episodes(scores, confirm_count=2, confirm_s=0.2).scores.tolist() == [0.3] * 3
-    assert episodes(scores, confirm_count=2, confirm_s=0.1).scores.tolist() == [0.1] * 3
+    assert maxima(episodes(scores, confirm_count=2, confirm_s=0.2)) == [0.3] * 3
+    assert maxima(episodes(scores, confirm_count=2, confirm_s=0.1)) == [0.1] * 3
 
 
 def test_frames_with_gaps_are_judged_by_their_stamps() -> None:
     periods = [0, 1, 20, 21, 22, 40, 41, 58, 59]
     scores = [0.1, 0.2, 0.3, 0.4, 0.1, 0.5, 0.2, 0.1, 0.6]
-    assert episodes(scores, periods).scores.tolist() == [0.2, 0.4, 0.5, 0.6]
-    assert episodes(scores, periods, confirm_count=2).scores.tolist() == [0.1, 0.1, 0.2, 0.3]
+    assert maxima(episodes(scores, periods)) == [0.2, 0.4, 0.5, 0.6]
+    assert maxima(episodes(scores, periods, confirm_count=2)) == [0.1, 0.1, 0.2, 0.3]
 
 
 def test_a_confirmed_score_lasts_while_it_is_detected_again() -> None:
@@ -97,8 +173,8 @@ def test_a_confirmed_score_lasts_while_it_is_detected_again() -> None:
     for number in (10, 11, 12, 22, 32, 42):
         scores[number] = 0.9
     three = {"confirm_count": 3, "confirm_s": 1.0, "episode_s": 1.0}
-    assert episodes(scores, silence_s=1.0, **three).scores.tolist() == [0.1, 0.1, *[0.9] * 4]
-    assert episodes(scores, silence_s=0.5, **three).scores.tolist() == [*[0.1] * 5, 0.9]
+    assert maxima(episodes(scores, silence_s=1.0, **three)) == [0.1, 0.1, *[0.9] * 4]
+    assert maxima(episodes(scores, silence_s=0.5, **three)) == [*[0.1] * 5, 0.9]
     tracker = ComponentTracker(3, 1.0, 1.0)
     box = np.array([[0.0, 0.0, 9.0, 9.0]])
     for number, score in enumerate(scores):
@@ -126,34 +202,60 @@ def test_drives_with_unsuitable_stamps_are_refused(
         episodes(scores, periods, **changes)
 
 
+def test_parts_of_a_drive_are_one_drive_and_have_times_of_their_own() -> None:
+    parts = {
+        # Equal stamps: parts of different files begin anew.
+        "run[0:15]": ([0.1] * 9 + [0.5] + [0.9] * 5, [n * PERIOD_NS for n in range(15)]),
+        "run[15:]": ([0.9, 0.1] * 5, [n * PERIOD_NS for n in range(10)]),
+    }
+    other = {"other": ([0.2] * 20, [n * PERIOD_NS for n in range(20)])}
+    short = {"short": ([0.3] * 5, [n * PERIOD_NS for n in range(5)])}
+    running = settings(confirm_count=2, confirm_s=0.1)
+    calibrated = Episodes.of_drives({"run": parts, "other": other, "short": short}, running)
+    # The rest of a part is no episode, nor confirms the next part; a drive without any is none.
+    assert [scores.tolist() for scores in calibrated.scores_by_drive] == [[0.1, 0.1], [0.2, 0.2]]
+    assert calibrated.count == 4
+    bad = {**parts, "run[15:]": ([0.1, 0.2], [5, 5])}
+    with pytest.raises(CalibrationError, match=r"drive 'run\[15:\]': expected stamps that rise"):
+        Episodes.of_drives({"run": bad}, running)
+
+
 def test_threshold_of_episodes() -> None:
     calibrated = episodes([number / 100 for number in range(90)], target_episode_rate=0.3)
     running = settings(target_episode_rate=0.3)
-    # Of 9 maxima .09, .19, ... .89, 3 of 10 exchangeable ones may exceed.
+    # Of the 9 maxima .09, .19, ... .89, two may exceed.
     assert calibrated.threshold(running) == pytest.approx(0.69)
+    assert calibrated.threshold_for(0.4, 0.0) == pytest.approx(0.59)
     for name in ("confirm_count", "silence_s", "episode_s"):
         with pytest.raises(MismatchError, match=name):
             calibrated.threshold(running.replace(**{name: 2}))
-    with pytest.raises(CalibrationError, match="needs at least 99 nominal calibration episodes"):
-        calibrated.threshold(running.replace(target_episode_rate=0.01))
+    with pytest.raises(CalibrationError, match="needs at least 9 nominal calibration drives"):
+        calibrated.threshold(running.replace(confidence=0.9))
 
 
-def test_the_rate_holds_on_new_episodes() -> None:
+def test_new_drives_keep_the_rate_of_episodes() -> None:
     rng = np.random.default_rng(3)
-    changes = {"target_episode_rate": 0.1, "episode_s": 0.2}
-    exceeded = []
-    for _ in range(200):
-        calibrated, new = (episodes(scores.tolist(), **changes) for scores in rng.random((2, 78)))
-        exceeded += (new.scores > calibrated.threshold(settings(**changes))).tolist()
-    assert 0.05 < np.mean(exceeded) < 0.115
+    running = settings(target_episode_rate=0.2, episode_s=0.2)
+    stamps = [number * PERIOD_NS for number in range(40)]
+    kept = []
+    for _ in range(150):
+        drives = rng.normal(0.0, 1.0, (5, 1)) + rng.random((5, 40))
+        parts = [{"a": (scores.tolist(), stamps)} for scores in drives]
+        calibrated = Episodes.of_drives(dict(zip("abcd", parts[:4], strict=True)), running)
+        [new] = Episodes.of_drives({"new": parts[4]}, running).scores_by_drive
+        kept.append(np.mean(new > calibrated.threshold(running)) <= 0.2)
+    # Four of five drives. Four standard errors.
+    assert np.mean(kept) == pytest.approx(0.8, abs=4 * 0.4 / np.sqrt(150))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"scores": np.zeros(0)}, "needs at least 9"),
-        ({"scores": np.array([0.2, 0.1])}, "ascending"),
-        ({"scores": np.array([0.1, np.nan])}, "ascending"),
+        ({"scores_by_drive": ()}, "found none"),
+        ({"scores_by_drive": (np.zeros(0),)}, r"found \(0,\) float64"),
+        ({"scores_by_drive": (np.zeros(3, np.float32),)}, r"found \(3,\) float32"),
+        ({"scores_by_drive": (np.zeros(3), np.array([0.2, 0.1]))}, "ascending"),
+        ({"scores_by_drive": (np.array([0.1, np.nan]),)}, "ascending"),
         ({"episode_s": 0.0}, "lengths"),
         ({"confirm_s": float("nan")}, "lengths"),
         ({"silence_s": float("inf")}, "lengths"),
@@ -163,7 +265,7 @@ def test_the_rate_holds_on_new_episodes() -> None:
 )
 def test_impossible_episodes_are_refused(changes: dict[str, Any], message: str) -> None:
     values = {
-        **{"scores": np.linspace(0, 1, 20), "episode_s": 10.0, "confirm_count": 1},
+        **{"scores_by_drive": (np.linspace(0, 1, 20),), "episode_s": 10.0, "confirm_count": 1},
         **{"confirm_s": 1.0, "silence_s": 1.0, "target_episode_rate": 0.1, **changes},
     }
     with pytest.raises(CalibrationError, match=message):
@@ -187,12 +289,19 @@ def test_the_command_calibrates_episodes_and_checks_them(
     output = capsys.readouterr().out
     assert "0.2 of episodes of 0.5 s" in output and "nominal episodes" in output
     calibrated = Calibration.load(Path(index)).episodes
-    assert calibrated is not None and len(calibrated.scores) == 4
+    assert calibrated is not None and calibrated.count == 4
     assert main(["calibrate", index, c, "--check", *options]) == 0
     output = capsys.readouterr().out
     assert "2 complete episodes of 0.5 s" in output and "target 0.2" in output
-    assert main(["calibrate", index, a, "--check", *rates, *options]) == 2
-    assert "the target rates are those of the calibration" in capsys.readouterr().err
+    for refused, message in (
+        ([a, *rates], "those of the calibration"),
+        ([a, "--confidence", "0.5"], "those of the calibration"),
+        ([a, "--leave-one-drive-out"], "no drives of the index"),
+        ([a, "--source", "/old=/new"], "no drives of the index"),
+        ([], "expected further nominal drives as SOURCE, found none"),
+    ):
+        assert main(["calibrate", index, *refused, "--check", *options]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_confirmed_scores_agree_with_the_detector() -> None:
@@ -206,4 +315,4 @@ def test_confirmed_scores_agree_with_the_detector() -> None:
         **{"episode_s": 0.5, "confirm_count": 2, "confirm_s": 0.15, "target_episode_rate": 0.4},
     )
     assert alarms == [8]
-    assert (confirmed.scores > detector.threshold).tolist() == [False, False, True]
+    assert [score > detector.threshold for score in maxima(confirmed)] == [False, False, True]

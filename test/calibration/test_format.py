@@ -26,25 +26,32 @@ SCORES = np.arange(1, 21) / 1000
 
 def test_round_trip_keeps_every_bit(tmp_path: Path) -> None:
     scores = np.random.default_rng(2).normal(0.0, 2.0, 333)
-    episodes = Episodes(np.linspace(-1.0, 1.0, 9), 1.0, 1, 1.0, 1.0, 0.3)
+    episodes = Episodes((np.linspace(-1.0, 1.0, 9), np.zeros(1)), 1.0, 1, 1.0, 1.0, 0.3)
     edit = StaleEdit(1, "retract 2 entries", False, True)
     probes = {"probe_scores": [0.5, 1.25], "execution": "openvino"}
-    written = fitted(scores, drives=4, episodes=episodes, **probes).carried(
+    more = {"confidence": 0.4, "left_out": ["drive_1"], "episodes": episodes, **probes}
+    written = fitted(scores, drives=4, **more).carried(
         SimpleNamespace(fingerprint=FINGERPRINT), [edit]
     )
     assert written.save(tmp_path) == tmp_path / FILE_NAME
     loaded = Calibration.load(tmp_path)
     np.testing.assert_array_equal(loaded.scores, np.sort(scores))
-    assert loaded.scores.dtype == np.float64
+    for found, expected in zip(loaded.drives, written.drives, strict=True):
+        np.testing.assert_array_equal(found.scores, expected.scores)
+        assert found.scores.dtype == np.float64
+        assert (found.name, found.left_out) == (expected.name, expected.left_out)
     for name, value in vars(written).items():
-        if name not in ("scores", "normalisations", "episodes"):
+        if name not in ("drives", "normalisations", "episodes"):
             assert getattr(loaded, name) == value, name
     assert loaded.scores[0] < 0 and len(loaded.normalisations) == 1
     for name in ("mean", "deviation"):
         expected = getattr(written.normalisations[0], name)
         np.testing.assert_array_equal(getattr(loaded.normalisations[0], name), expected)
     assert loaded.episodes is not None
-    np.testing.assert_array_equal(loaded.episodes.scores, episodes.scores)
+    for found, expected in zip(
+        loaded.episodes.scores_by_drive, episodes.scores_by_drive, strict=True
+    ):
+        np.testing.assert_array_equal(found, expected)
     assert (
         loaded.sha256 == written.sha256 == json.loads((tmp_path / FILE_NAME).read_text())["sha256"]
     )
@@ -104,30 +111,34 @@ def edited(pattern: bytes, replacement: bytes) -> Callable[[bytes], bytes]:
         (lambda content: content[: len(content) // 2], "not JSON"),
         (lambda content: b"\x80" + content, "not JSON"),
         (lambda content: b"[" * 100000, "not JSON"),
-        (lambda content: b"[]", "expected format 2, found 'list'"),
+        (lambda content: b"[]", "expected format 3, found 'list'"),
         (edited(rb"0\.012", b"0.013"), "altered or damaged"),
         (edited(rb"0\.012", b"NaN"), "NaN is not a finite number"),
         (edited(rb"0\.012", b"1e999"), "not a finite number"),
-        (resealed(lambda b: b.update(format=1)), "expected format 2, found 1"),
+        (resealed(lambda b: b.update(format=2)), "expected format 3, found 2"),
         (resealed(lambda b: b.pop("camera")), "differing: camera"),
         (resealed(lambda b: b.update(extra=1)), "differing: extra"),
         (resealed(lambda b: b.update(heatmap_low=1)), "'heatmap_low' has the type int"),
         (resealed(lambda b: b.update(episodes=[])), "'episodes' has the type list"),
         (resealed(lambda b: b.update(stale_edits=[{"edit": 1}])), "'stale_edits' contains"),
         (resealed(lambda b: b.update(stale_edits=[1])), "'stale_edits' contains 1"),
-        (resealed(lambda b: b["scores"].reverse()), "ascending order"),
-        (resealed(lambda b: b["scores"].append(None)), "not a number"),
-        (resealed(lambda b: b["scores"].append(True)), "not a number"),
-        (resealed(lambda b: b["scores"].append(10**400)), "not a number"),
-        (resealed(lambda b: b["scores"].append(0.9)), "21 in all"),
+        (resealed(lambda b: b["drives"][0]["scores"].reverse()), "'drive_0': expected ascending"),
+        (resealed(lambda b: b["drives"][0]["scores"].append(None)), "expected a list of numbers"),
+        (resealed(lambda b: b["drives"][0]["scores"].append(True)), "expected a list of numbers"),
+        (resealed(lambda b: b["drives"][0]["scores"].append(10**400)), "a list of numbers"),
+        (resealed(lambda b: b["drives"][0]["scores"].clear()), r"'drive_0': .* found \(0,\)"),
         (resealed(lambda b: b["probe_scores"].append(1)), "'probe_scores' contains"),
         (resealed(lambda b: b.update(execution="cuda")), "execution: expected one of torch, open"),
         (resealed(lambda b: b.update(normalisations=[])), "normalisations"),
         (resealed(lambda b: b.update(target_false_alarm_rate=0.0)), "target_false_alarm_rate"),
-        (resealed(lambda b: b.update(target_false_alarm_rate=0.001)), "needs at least 999"),
+        (resealed(lambda b: b.update(confidence=1.0)), "'confidence' is 1.0"),
+        (resealed(lambda b: b.update(confidence=0.9)), "needs at least 9 .* drives, found 1"),
+        (resealed(lambda b: b.update(drives=[])), "drives of distinct names"),
+        (resealed(lambda b: b["drives"].append(b["drives"][0])), "drives of distinct names"),
         (resealed(lambda b: b.update(drives=[["drive_0", 20]])), "'drives' contains"),
-        (resealed(lambda b: b["drives"][0].update(frames=20.0)), "'drives' contains"),
-        (resealed(lambda b: b["drives"][0].update(frames=-20)), "'drive_0', -20"),
+        (resealed(lambda b: b["drives"][0].update(left_out=1)), "'drives' contains"),
+        (resealed(lambda b: b["drives"][0].update(name=None)), "'drives' contains"),
+        (resealed(lambda b: b["drives"][0].pop("left_out")), "'drives' contains"),
     ],
 )
 def test_damaged_or_altered_files_are_refused(

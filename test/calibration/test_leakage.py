@@ -11,6 +11,7 @@ from worlds.nominal_drives import build, write_drives
 from semantic_anomaly.calibration.leakage import check_sources, is_seen
 from semantic_anomaly.errors import CalibrationError
 from semantic_anomaly.index.nominal_index import NominalIndex
+from semantic_anomaly.io.images import write_image
 from semantic_anomaly.offline.drives import open_drives
 from semantic_anomaly.structures import Frame
 
@@ -30,6 +31,17 @@ def test_name_and_image_decide(index: NominalIndex) -> None:
     assert is_seen(index, Frame(image, name="index/000.png"))
     assert not is_seen(index, Frame(image, name="other/000.png"))
     assert not is_seen(index, Frame(255 - image, name="index/000.png")), "another drive's frame"
+
+
+def test_each_of_several_frames_of_one_name_is_known(tmp_path: Path) -> None:
+    for number, name in enumerate("xy"):
+        write_image(tmp_path / name / "a" / "0.png", street(number).image)
+    index = build([tmp_path / name / "a" for name in "xy"])
+    for number in (0, 1):
+        assert is_seen(index, Frame(street(number).image, name="a/0.png"))
+    assert not is_seen(index, Frame(255 - street(1).image, name="a/0.png"))
+    assert len(list(index.thumbnails("a/0.png"))) == 2 and not list(index.thumbnails("a/1.png"))
+    assert index.thumbnail("a/1.png") is None
 
 
 def test_a_source_whose_first_frame_was_seen_is_refused(index: NominalIndex, drives: Path) -> None:

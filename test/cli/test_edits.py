@@ -84,6 +84,24 @@ def test_edits_that_cannot_be(
     refused([str(index) if a == "INDEX" else a for a in argv], pattern, capsys, index)
 
 
+def test_frames_of_a_recording_of_the_index_are_a_part_of_it(world: World, tmp_path: Path) -> None:
+    index = str(tmp_path / "index")
+    drives = [f"{world.at('index_1')}[0:2]", world.at("index_2")]
+    assert main(["build-index", *drives, "--out", index, *world.detector]) == 0
+    before = NominalIndex.load(index)
+    for source, recording in (
+        ("index_1", "index_1"),
+        ("calibration_11", world.at("calibration_11")),
+    ):
+        more = [world.at(source), "--frames", "3,4", *world.detector]
+        assert main(["add-nominal", index, *more]) == 0
+        assert NominalIndex.load(index).content.frames[-1].recording == recording
+    assert before.recordings == ("index_1", "index_2")
+    edited = NominalIndex.load(index)
+    assert edited.recordings == ("index_1", "index_2", world.at("calibration_11"))
+    assert edited.without("index_1").count < edited.count
+
+
 @pytest.mark.parametrize(
     ("source", "more", "pattern"),
     [

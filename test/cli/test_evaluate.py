@@ -78,7 +78,7 @@ def test_seen_frames_need_permission_and_missing_measures_have_a_reason(
         ),
         (["--set", "neighbours=2"], r"setting 'neighbours': expected 1, found 2.*calibrate again"),
         (["--set", "variant=combined"], r"'variant': expected grid, found combined"),
-        (["--set", "target_false_alarm_rate=0.001"], r"0\.001 needs at least 999.*found 20"),
+        (["--set", "confidence=0.9"], r"0\.9 needs at least 9 .*drives, found 2"),
         (["--set", "camera.ego_mask=absent.png"], r"absent\.png"),
         (["--camera", "rear"], r"unknown camera 'rear'.*expected one of: camera"),
     ],

@@ -28,7 +28,9 @@ def test_inspect_index(world: World, capsys: pytest.CaptureFixture[str]) -> None
         assert row(section, "entries") == f"{stage.count} of dimension {stage.dim}"
     assert row(text, "threshold") == f"{Calibration.load(folder).threshold:.4f}"
     assert row(text, "drives") == "calibration_11 (10), calibration_12 (10)"
-    assert "only 2 drives" in row(text, "warning")
+    assert "2 calibration drives" in row(text, "warning")
+    assert row(text, "promise") == Calibration.load(folder).promise
+    assert "on a new drive like these 2, at most 10 %" in row(text, "promise")
     assert 0.5 < float(row(text, "recall")) <= 1.0
 
 

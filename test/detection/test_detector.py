@@ -20,7 +20,7 @@ from worlds.colours import (
     street,
 )
 
-from semantic_anomaly.calibration.calibration import Calibration
+from semantic_anomaly.calibration.calibration import Calibration, DriveScores
 from semantic_anomaly.detection.detector import (
     AnomalyDetector,
     load_detector,
@@ -59,7 +59,7 @@ def test_an_odd_object_is_localized_and_explained(detector: AnomalyDetector) -> 
     result = detector.detect(street(2000, odd=True))
     assert result.decision is Decision.ANOMALY and result.reason == ""
     assert result.threshold == detector.threshold is not None
-    assert result.score > result.threshold and result.p_value == pytest.approx(1 / 41)
+    assert result.score > result.threshold and result.p_value == 0.0
     localization = result.localizations[0]
     assert np.abs(np.subtract(localization.box_xyxy, ODD_BOX)).max() <= PATCH / 2 + 1
     nearest = localization.nearest
@@ -148,7 +148,7 @@ def test_threshold_set_by_hand_decides_with_and_without_calibration() -> None:
     assert (result.scale.low, result.scale.high) == (0.0, 0.05) and result.localizations
     calibrated = make_detector(threshold=1.9).detect(street(2000, odd=True))
     assert calibrated.decision is Decision.NOMINAL and calibrated.threshold == 1.9
-    assert calibrated.p_value == pytest.approx(1 / 41)
+    assert calibrated.p_value == 0.0
 
 
 def test_patches_outside_the_region_of_interest_are_ignored() -> None:
@@ -165,7 +165,8 @@ def test_patches_outside_the_region_of_interest_are_ignored() -> None:
     [({}, 1), ({"max_area": 0.001}, 0), ({"max_aspect": 2.0}, 1), ({"min_area_px": 2000}, 0)],
 )
 def test_components_are_filtered_by_size_and_shape(changes: dict[str, float], count: int) -> None:
-    result = make_detector(**changes).detect(street(2000, odd=True))
+    # The largest calibration score: no other patch exceeds it.
+    result = make_detector(target_false_alarm_rate=0.04, **changes).detect(street(2000, odd=True))
     assert len(result.localizations) == count == len(set(np.unique(result.label_map)) - {0})
     assert (result.decision is Decision.ANOMALY) == bool(count)
     assert result.threshold is not None and result.score > result.threshold
@@ -274,17 +275,35 @@ def test_update_refuses_fixed_settings_and_changes_nothing(
     assert (detector.settings, detector.threshold) == before
 
 
-def test_update_refuses_a_rate_that_needs_more_scores(detector: AnomalyDetector) -> None:
+def test_update_refuses_a_confidence_that_needs_more_drives(detector: AnomalyDetector) -> None:
     before = detector.settings, detector.threshold
-    with pytest.raises(CalibrationError, match=r"needs at least 99 .*found 40"):
-        detector.update(detector.settings.replace(target_false_alarm_rate=0.01))
+    with pytest.raises(CalibrationError, match=r"0\.9 needs at least 9 .*found 2"):
+        detector.update(detector.settings.replace(confidence=0.9))
     assert (detector.settings, detector.threshold) == before
 
 
-def test_a_rate_that_needs_more_scores_is_refused_at_the_start() -> None:
-    with pytest.raises(CalibrationError, match="needs at least 99"):
-        make_detector(target_false_alarm_rate=0.01)
-    assert make_detector(target_false_alarm_rate=0.01, threshold=0.5).threshold == 0.5
+def test_a_confidence_that_needs_more_drives_is_refused_at_the_start() -> None:
+    with pytest.raises(CalibrationError, match="needs at least 9"):
+        make_detector(confidence=0.9)
+
+
+def test_confidence_is_live_and_shapes_threshold_and_p_value() -> None:
+    detector = make_detector()
+    calibration = detector.calibration
+    assert calibration is not None
+    quantiles = sorted(np.quantile(d.scores, 0.95, method="lower") for d in calibration.drives)
+    assert detector.threshold == quantiles[1] and quantiles[0] < quantiles[1]
+    frame = street(1010)
+    before = detector.detect(frame)
+    detector.update(detector.settings.replace(confidence=0.3))
+    after = detector.detect(frame)
+    assert after.threshold == quantiles[0] and after.score == before.score
+    assert (before.p_value, after.p_value) == (
+        calibration.p_value(after.score),
+        calibration.p_value(after.score, 0.3),
+    )
+    assert after.p_value is not None and before.p_value is not None
+    assert after.p_value < before.p_value
 
 
 def test_parts_that_do_not_match_are_refused(detector: AnomalyDetector) -> None:
@@ -453,8 +472,8 @@ def test_cameras_of_one_index_have_calibrations_of_their_own_or_share_the_first(
     folder = tmp_path / "index"
     detector.index.save(folder)
     for camera, highest in (("front", 0.01), ("rear", 0.9)):
-        scores = np.linspace(0.001, highest, 40)
-        replace(detector.calibration, camera=camera, scores=scores).save(folder)
+        drives = (DriveScores("a", np.linspace(0.001, highest, 40)),)
+        replace(detector.calibration, camera=camera, drives=drives).save(folder)
     settings = Settings.from_parameters(
         {
             "cameras": ["front", "rear", "left"],

@@ -25,6 +25,8 @@ TWO = (PATCHES, COARSE)
 class GivenEmbedder:
     """Has stages but embeds nothing."""
 
+    device = "cpu"
+
     def __init__(self, stages: Sequence[StageIdentity]) -> None:
         self.stages = tuple(stages)
 

@@ -88,7 +88,7 @@ def test_the_nearest_nominal_frame_is_of_the_stage_and_patch_that_are_most_anoma
     odd[0, 0] *= -1.0
     odd[5, 7] *= -1.0
     odd_grid = replace(grid, further=(replace(grid.further[0], features=odd),))
-    embedder: Any = SimpleNamespace(stages=stages, embed=lambda images: [odd_grid])
+    embedder: Any = SimpleNamespace(device="cpu", stages=stages, embed=lambda images: [odd_grid])
     detector = AnomalyDetector(index, settings=settings, embedder=embedder)
     marked: list[tuple[Any, ...]] = []
     monkeypatch.setattr(report, "mark_patch", lambda _, *where: marked.append(where))

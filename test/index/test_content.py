@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 from worlds.nominal_world import COARSE, PATCHES, POOLED, build, make_frames, weighted
 
-from semantic_anomaly.index.content import ADD, RETRACT, Edit, IndexContent
+from semantic_anomaly.index.content import (
+    ADD,
+    RETRACT,
+    Edit,
+    IndexContent,
+    RecordedSource,
+    Support,
+)
 from semantic_anomaly.index.edits import add_nominal, retract
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.roi import RegionOfInterest
@@ -49,14 +56,19 @@ def test_the_fingerprint_is_that_of_the_content(index: NominalIndex) -> None:
 
     assert index.fingerprint == fingerprint()
     named = replace(PATCHES, spec=replace(PATCHES.spec, backbone="/models/tiny"))
-    assert fingerprint(stage=named, segmenter_model="m", source=("other",)) == index.fingerprint
+    elsewhere = {"sources": (RecordedSource("other", "/other"),), "stride": 2}
+    assert fingerprint(stage=named, segmenter_model="m", **elsewhere) == index.fingerprint
     changes = [
         {"camera": "front"},
         {"embeddings": -content.embeddings},
         {"entries": content.entries[::-1].copy()},
         {"frames": content.frames[1:]},
+        {"frames": (replace(content.frames[0], recording="x"), *content.frames[1:])},
         {"search_ef": 78},
         {"limits": {}},
+        {"support": Support.of({"x": np.array([0])})},
+        {"support": Support.of({"y": np.array([0])})},
+        {"support": Support.of({"x": np.array([1])})},
         {"edits": (Edit(1, RETRACT, 1),)},
         {"stage": replace(PATCHES, embedder=replace(PATCHES.embedder, average=3))},
         {"stage": replace(PATCHES, embedder=replace(PATCHES.embedder, weights_sha256="3" * 64))},

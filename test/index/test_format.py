@@ -11,7 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from worlds.nominal_world import DIM, GRID, STAGES, build, make_frames, patches, sign_again
+from worlds.nominal_world import (
+    DIM,
+    GRID,
+    STAGES,
+    build,
+    build_of_drives,
+    make_frames,
+    patches,
+    sign_again,
+)
 
 from semantic_anomaly.errors import ArtefactError, IndexFormatError, IndexMismatchError
 from semantic_anomaly.index import format as format_module
@@ -24,8 +33,8 @@ from semantic_anomaly.roi import RegionOfInterest
 
 @pytest.fixture(scope="module")
 def index() -> NominalIndex:
-    """Two entries retracted by edit 1, two frames added by edit 2."""
-    edited = retract(build(), {0: [1, 5]})
+    """Of two drives; two entries retracted by edit 1, two frames added by edit 2."""
+    edited = retract(build_of_drives({"a": 0, "b": 1}), {0: [1, 5]})
     return add_nominal(edited, make_frames(2, 7), roi=RegionOfInterest(), source="s")[0]
 
 
@@ -69,6 +78,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
         *((f"{name}.npy", "flipped") for name in ("embeddings", "entries", "centroids")),
         *(("lists.npy", damage) for damage in ("missing", "flipped at the end")),
         ("frames/000000.jpg", "missing"),
+        *(("support.npy", damage) for damage in ("missing", "flipped at the end")),
         ("retracted_embeddings.npy", "missing"),
         ("retracted_entries.npy", "flipped at the end"),
     ],
@@ -115,7 +125,7 @@ CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "identity of another dim": lambda m: m["content"]["identity"].update(dim=DIM * 2),
     "no frames": lambda m: m["content"].update(frames=[]),
     "smaller grids": lambda m: m["content"].update(
-        frames=[[n, 1, 1] for n, _, _ in m["content"]["frames"]]
+        frames=[[n, 1, 1, r] for n, _, _, r in m["content"]["frames"]]
     ),
     "frames of another shape": lambda m: m["content"].update(frames=[1, 2]),
     "no content": lambda m: m.update(content={}),
@@ -130,6 +140,13 @@ CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "region of no area": lambda m: m["content"]["roi"].update(polygon_xy=[[0, 0], [1, 1], [0, 0]]),
     "no lists": lambda m: m["content"].update(lists=0),
     "lists of another type": lambda m: m["content"].update(lists="many"),
+    "no stride": lambda m: m["written"].pop("stride"),
+    "sources of another type": lambda m: m["written"].update(sources=["drive"]),
+    "a source without recordings": lambda m: m["written"]["sources"][0].pop("recordings"),
+    "recordings of another type": lambda m: m["written"]["sources"][0].update(recordings=[1]),
+    "fewer recordings": lambda m: m["content"]["recordings"].pop(),
+    "fewer rows of support": lambda m: m["content"].update(support=1),
+    "no support": lambda m: m["content"].pop("support"),
     "other graph": lambda m: m["content"]["graph"].update(m=8),
     "a further stage that is not there": lambda m: m["content"].update(further=["0" * 64]),
     "further stages of another type": lambda m: m["content"].update(further=1),
@@ -172,6 +189,12 @@ def test_forged_manifests_are_refused(copy: Path, change: str) -> None:
         ("lists", lambda n: n + np.int32(9999)),
         ("lists", lambda n: n[:-1]),
         ("lists", lambda n: n.astype(np.int64)),
+        ("support", lambda s: s - 1),
+        ("support", lambda s: s + np.array([9999, 0, 0], np.int32)),
+        ("support", lambda s: s + np.array([0, 3, 0], np.int32)),
+        ("support", lambda s: s[:-1]),
+        ("support", lambda s: s[:, :2]),
+        ("support", lambda s: s.astype(np.int64)),
     ],
 )
 def test_forged_arrays_are_refused(
@@ -226,10 +249,10 @@ def test_every_single_byte_of_the_manifest_counts(copy: Path) -> None:
             NominalIndex.load(copy)
 
 
-@pytest.mark.parametrize("version", [2, 4, "3", None])
+@pytest.mark.parametrize("version", [3, 5, "4", None])
 def test_another_version_is_to_be_built_again(copy: Path, version: object) -> None:
     sign_again(copy, lambda m: m.update(format_version=version))
-    with pytest.raises(IndexFormatError, match=f"version 3, found {version!r}; build it again"):
+    with pytest.raises(IndexFormatError, match=f"version 4, found {version!r}; build it again"):
         NominalIndex.load(copy)
 
 

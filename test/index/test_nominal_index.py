@@ -36,6 +36,7 @@ from semantic_anomaly.errors import (
     ModelOutputError,
 )
 from semantic_anomaly.index import hnsw, nominal_index
+from semantic_anomaly.index.content import RecordedSource
 from semantic_anomaly.index.edits import add_nominal, retract
 from semantic_anomaly.index.hnsw import HnswGraph
 from semantic_anomaly.index.nominal_index import NominalIndex
@@ -176,7 +177,7 @@ def test_what_was_saved_is_what_is_loaded(index: NominalIndex, saved: Path, tmp_
     assert (loaded.count, loaded.dim, loaded.camera) == (index.count, DIM, "camera")
     assert loaded.frame_names == index.frame_names
     assert loaded.roi_description == RegionOfInterest().describe()
-    assert loaded.manifest["written"]["source"] == ["drive"]
+    assert loaded.content.sources == index.content.sources == (RecordedSource("drive"),)
     assert json.loads((saved / "manifest.json").read_text()) == loaded.manifest
     queries = patches(2, seed=3)
     np.testing.assert_array_equal(

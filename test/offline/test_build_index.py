@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from semantic_anomaly.detection.detector import load_detector
 from semantic_anomaly.embedding import execution, precision
 from semantic_anomaly.embedding.execution import REFERENCE
 from semantic_anomaly.errors import ArtefactError, SourceError, UnknownNameError
+from semantic_anomaly.index.content import RecordedSource
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.io.open import open_source
 from semantic_anomaly.offline.build_index import _median_distances, build_index
@@ -37,11 +39,16 @@ def index(drives: Path) -> NominalIndex:
 def test_index_holds_the_drive_and_names_it(index: NominalIndex, drives: Path) -> None:
     assert index.report.frames == 10 and index.report.seen == 10 * 9 * 16
     assert index.frame_names[0] == "index/000.png"
-    assert index.manifest["written"]["source"] == ["index"]
-    assert str(drives) not in str(index.manifest), "no path of this machine"
+    source = RecordedSource("index", str(drives / "index"), "", {"": "index"})
+    assert index.content.sources == (source,) and index.content.stride == 1
+    assert index.recordings == ("index",)
+    assert str(drives) not in str(index.manifest["content"]), "no path of this machine"
     embedder = ColourEmbedder()
     direct = NominalIndex.build(
-        ((frame, embedder.embed([frame.image])[0]) for frame in open_source(drives / "index")),
+        (
+            (replace(frame, recording="index"), embedder.embed([frame.image])[0])
+            for frame in open_source(drives / "index")
+        ),
         stages=embedder.stages,
         roi=RegionOfInterest(),
         settings=SETTINGS,

@@ -20,7 +20,7 @@ from semantic_anomaly.embedding.identity import StageIdentity
 from semantic_anomaly.errors import CalibrationError, IndexMismatchError
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.io.open import open_source
-from semantic_anomaly.offline.calibrate import _fold, calibrate
+from semantic_anomaly.offline.calibrate import DRIVE_FOLDS, _EmbeddedFrame, _GridDrives, calibrate
 from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.scoring.distances import FrameScorer
 from semantic_anomaly.scoring.normalisation import NormalisationSums, class_anchors
@@ -54,8 +54,9 @@ def test_scores_are_standardised_by_the_other_drives(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     calibration = calibrated(index, [drives / "a", drives / "b"])
-    assert calibration.drives == (("a", 7), ("b", 6)) and calibration.dtype == "float32"
-    assert "only 2 drives" in caplog.text and "depends on the largest score" in caplog.text
+    assert calibration.frames_by_drive == {"a": 7, "b": 6} and calibration.dtype == "float32"
+    assert not any(drive.left_out for drive in calibration.drives)
+    assert "2 calibration drives" in caplog.text and "fewer than the 10 frames" in caplog.text
     scorer = FrameScorer(index, SETTINGS, RegionOfInterest())
     anchors = class_anchors(index.content.embeddings)
     assert anchors is not None
@@ -64,13 +65,12 @@ def test_scores_are_standardised_by_the_other_drives(
         for grid in grids_of_drive:
             distance_map = scorer.distance_maps(grid)[0]
             sums[name].add(distance_map.values, distance_map.inside, distance_map.embeddings)
-    scores, medians = [], []
-    for name, other in (("a", "b"), ("b", "a")):
+    medians = []
+    for drive, (name, other) in zip(calibration.drives, (("a", "b"), ("b", "a")), strict=True):
         normalisations = [sums[other].normalisation()]
         results = [scorer.score(grid, normalisations, None) for grid in grids[name]]
-        scores += [result.score for result in results]
+        np.testing.assert_array_equal(drive.scores, sorted(result.score for result in results))
         medians += [np.median(result.anomaly_map) for result in results]
-    np.testing.assert_array_equal(calibration.scores, sorted(scores))
     assert calibration.heatmap_low == pytest.approx(np.median(medians))
     assert len(calibration.normalisations) == 1
     whole, of_both = calibration.normalisations[0], (sums["a"] + sums["b"]).normalisation()
@@ -92,8 +92,26 @@ def test_patch_grids_in_memory_give_the_same_calibration(
     assert without.sha256 == replace(from_files, probe_scores=()).sha256
 
 
+UNIT = np.ones((1, 1, 1), np.float32)
+
+
+def folds_of(recordings: list[str], frames: list[tuple[str, int]]) -> list[int]:
+    """Return the folds of frames, by recording and number."""
+    drives, grid = _GridDrives(dict.fromkeys(recordings, ())), PatchGrid(UNIT, (8, 8))
+    return [drives.fold(_EmbeddedFrame(name, name, n, 0, grid)) for name, n in frames]
+
+
+def test_the_frames_of_a_drive_are_in_one_fold() -> None:
+    names = [f"drive_{n}" for n in range(2 * DRIVE_FOLDS + 1)]
+    for count in (2, 3, DRIVE_FOLDS, len(names)):
+        frames = [(name, n) for name in names[:count] for n in (0, 17, 1000)]
+        folds = np.array(folds_of(names[:count], frames)).reshape(count, 3)
+        assert (folds == folds[:, :1]).all()
+        assert len(set(folds[:, 0])) == min(count, DRIVE_FOLDS)
+
+
 def test_a_single_drive_is_split_into_folds(index: NominalIndex, drives: Path) -> None:
-    assert [_fold(["a"], "a", n) for n in (0, 9, 10, 49, 50)] == [0, 0, 1, 4, 0]
+    assert folds_of(["a"], [("a", n) for n in (0, 9, 10, 49, 50)]) == [0, 0, 1, 4, 0]
     # Too short for two folds: it is standardised by itself.
     calibration = calibrated(index, drives / "a", target_false_alarm_rate=0.2)
     assert calibration.normalisations and calibration.count == 7
@@ -122,7 +140,7 @@ def test_episodes_of_scores_below_zero(stages: tuple[StageIdentity, ...], tmp_pa
         for seed, name in enumerate("abcde", start=1)
     }
     # Means over the whole map: about half of them are below 0.
-    scoring = Settings(tail_percent=100.0)
+    scoring = Settings(tail_percent=100.0, confidence=0.3)
     settings = scoring.replace(
         **dict.fromkeys(("target_false_alarm_rate", "target_episode_rate"), 0.5),
         **dict.fromkeys(("episode_s", "confirm_s", "silence_s"), 0.1),
@@ -130,7 +148,9 @@ def test_episodes_of_scores_below_zero(stages: tuple[StageIdentity, ...], tmp_pa
     frames = calibrate(index, grids, settings=settings, out=tmp_path)
     assert frames.episodes is not None and frames.threshold < 0.0 < frames.scores[-1]
     # Every frame is an episode, and every score is confirmed.
-    np.testing.assert_array_equal(frames.episodes.scores, frames.scores)
+    of_episodes = frames.episodes.scores_by_drive
+    for episode_scores, drive in zip(of_episodes, frames.drives, strict=True):
+        np.testing.assert_array_equal(episode_scores, drive.scores)
     assert Calibration.load(tmp_path).sha256 == frames.sha256
     embedder: Any = SimpleNamespace(device="cpu", stages=stages)
     loaded = load_detector(scoring.replace(index=str(tmp_path)), "camera", embedder=embedder)
@@ -139,8 +159,8 @@ def test_episodes_of_scores_below_zero(stages: tuple[StageIdentity, ...], tmp_pa
     settings = settings.replace(confirm_count=2)
     pairs = calibrate(index, grids, settings=settings)
     assert pairs.episodes is not None
-    assert (pairs.episodes.scores <= frames.scores).all()
-    assert pairs.episodes.scores[0] == frames.scores[0]
+    for episode_scores, drive in zip(pairs.episodes.scores_by_drive, frames.drives, strict=True):
+        assert (episode_scores <= drive.scores).all() and episode_scores[0] == drive.scores[0]
     assert pairs.episodes.threshold(settings) < frames.threshold == pairs.threshold_of(settings)
 
 
@@ -158,13 +178,32 @@ def test_seen_and_repeated_frames_are_refused(
         calibrated(index, [f"{drives / source}" for source in sources])
 
 
-def test_too_few_frames_are_refused_before_any_is_embedded(
+def test_too_few_drives_are_refused_before_any_frame_is_embedded(
     index: NominalIndex, drives: Path
 ) -> None:
     embedder = CountingEmbedder()
-    with pytest.raises(CalibrationError, match=r"needs at least 9 .*found 7"):
-        calibrated(index, drives / "a", embedder=embedder)
+    parts = [f"{drives / 'a'}[0:4]", f"{drives / 'a'}[4:7]", drives / "b"]
+    with pytest.raises(CalibrationError, match=r"0\.7 needs at least 3 .*found 2"):
+        calibrated(index, parts, embedder=embedder, confidence=0.7)
     assert embedder.batches == []
+
+
+def test_a_drive_of_one_frame_is_refused(index: NominalIndex, drives: Path) -> None:
+    message = "calibration drive 'b': expected at least 2 frames, found 1"
+    with pytest.raises(CalibrationError, match=message):
+        calibrated(index, [drives / "a", f"{drives / 'b'}[3:4]"])
+    embedder = ColourEmbedder()
+    grids = {name: embedder.embed([street(n).image]) for n, name in enumerate("cb", start=500)}
+    with pytest.raises(CalibrationError, match="drive 'c': expected at least 2 frames, found 1"):
+        calibrate(index, grids, settings=SETTINGS)
+    # Frames count by recording: a part of one may have a single frame.
+    calibration = calibrated(index, [drives / "a", f"{drives / 'b'}[3:4]", f"{drives / 'b'}[4:]"])
+    assert calibration.frames_by_drive == {"a": 7, "b": 3}
+
+
+def test_no_frames_at_all_are_refused(index: NominalIndex) -> None:
+    with pytest.raises(CalibrationError, match="expected frames of nominal drives, found none"):
+        calibrate(index, {"a": []}, settings=SETTINGS)
 
 
 def test_another_backbone_is_refused(index: NominalIndex, drives: Path) -> None:

@@ -187,8 +187,8 @@ def test_live_parameters_of_one_camera(values: dict[str, Any]) -> None:
             refused = b.set(**{name: value})
             assert not refused.successful and name.replace("__", ".") in refused.reason
         unset = {"threshold": None, "rear__threshold": None}
-        refused = b.set(rear__target_false_alarm_rate=0.0001, **unset)
-        assert not refused.successful and "9999" in refused.reason
+        refused = b.set(rear__confidence=0.9, **unset)
+        assert not refused.successful and "at least 9 nominal" in refused.reason
         assert b.node.models.detectors["rear"].threshold == 1.0
 
 
@@ -218,9 +218,9 @@ def test_refused_live_parameters_change_nothing(values: dict[str, Any]) -> None:
         assert b.node.trigger_configure() == SUCCESS
         assert b.node.models is not None
         before = {n: d.threshold for n, d in b.node.models.detectors.items()}
-        # Twelve calibration frames cannot promise a rate of one in a thousand.
-        refused = b.set(overlay_alpha=0.1, target_false_alarm_rate=0.001)
-        assert not refused.successful and "999" in refused.reason
+        # Two calibration drives cannot promise a rate with a confidence of nine in ten.
+        refused = b.set(overlay_alpha=0.1, confidence=0.9)
+        assert not refused.successful and "at least 9 nominal" in refused.reason
         assert not b.set(threshold=float("inf")).successful
         assert not b.set(confirm_count=0).successful
         assert b.node.settings.overlay_alpha == 0.5

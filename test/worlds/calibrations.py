@@ -22,7 +22,13 @@ def normalisation() -> ScoreNormalisation:
 
 
 def fitted(
-    scores: Any, rate: float = 0.1, *, drives: int = 1, fingerprint: str = FINGERPRINT, **more: Any
+    scores: Any,
+    rate: float = 0.1,
+    *,
+    drives: int = 1,
+    confidence: float = 0.0,
+    fingerprint: str = FINGERPRINT,
+    **more: Any,
 ) -> Calibration:
     """Return the calibration of scores, split into drives of equal length."""
     parts = np.array_split(np.asarray(scores, np.float64), drives)
@@ -33,6 +39,6 @@ def fitted(
     return Calibration.fit(
         {f"drive_{number}": part.tolist() for number, part in enumerate(parts)},
         index=SimpleNamespace(fingerprint=fingerprint),
-        settings=Settings(target_false_alarm_rate=rate),
+        settings=Settings(target_false_alarm_rate=rate, confidence=confidence),
         **values,
     )

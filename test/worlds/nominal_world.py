@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from semantic_anomaly.embedding.identity import EmbedderIdentity, SegmenterIdentity, StageIdentity
+from semantic_anomaly.index.build import NominalFrame
 from semantic_anomaly.index.content import RecordedSource
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.roi import RegionOfInterest
@@ -88,6 +90,32 @@ def build(
     )
 
 
+def recorded(frames: Iterable[NominalFrame], recording: str) -> list[NominalFrame]:
+    """Return frames that are a part of a recording, named after it."""
+    return [
+        (replace(frame, recording=recording, name=f"{recording}/{frame.name[-3:]}"), *rest)
+        for frame, *rest in frames
+    ]
+
+
+def build_of_drives(
+    seeds: Mapping[str, int],
+    count: int = 4,
+    stages: Sequence[StageIdentity] = (PATCHES,),
+    **changes: Any,
+) -> NominalIndex:
+    """Return the index of drives of so many frames each, by name and seed."""
+    return NominalIndex.build(
+        itertools.chain.from_iterable(
+            recorded(make_frames(count, seed, stages), name) for name, seed in seeds.items()
+        ),
+        stages=stages,
+        roi=RegionOfInterest(),
+        settings=Settings(**{"dedup_distance": 0.15, **changes}),
+        sources=[RecordedSource(name, f"/{name}", "", {"": name}) for name in seeds],
+    )
+
+
 def patches(count: int, seed: int = 0) -> np.ndarray:
     return np.concatenate([g.features.reshape(-1, DIM) for _, g in make_frames(count, seed)])
 
@@ -98,7 +126,7 @@ def sign_again(folder: Path, change: Callable[[dict[str, Any]], object] = lambda
     for name, facts in manifest["files"].items():
         path = folder / name
         facts.update(bytes=path.stat().st_size, sha256=sha256_file(path))
-    for name in ("embeddings", "entries", "centroids", "lists"):
+    for name in ("embeddings", "entries", "centroids", "lists", "support"):
         data = (folder / f"{name}.npy").read_bytes()
         if b"'descr': '|O'" not in data:
             array = np.load(folder / f"{name}.npy", allow_pickle=False)
