@@ -20,6 +20,9 @@ from semantic_anomaly.evaluation.measures import HEADER, figure, measure_rows
 PROTOCOLS = ("drive", "one-reference", "n-reference", "self-nominal")
 
 
+_MOST_DRIVES = 20
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `semantic-anomaly evaluate`."""
     parser.add_argument(
@@ -115,4 +118,11 @@ def _summary(results: dict[str, Any]) -> str:
         ]
         if rows:
             lines += ["", table(rows, (group, "frames", "TPR", "AUROC", "pixel AP"))]
+    if by_drive := results["false_alarms_by_drive"]:
+        rates = [(name, f"{m['frames']}", figure(m["rate"])) for name, m in by_drive.items()]
+        header = "drive", "nominal frames", "false-alarm rate"
+        lines += ["", table(rates[:_MOST_DRIVES], header)]
+        lines += [f"and {len(rates) - _MOST_DRIVES} more"] * (len(rates) > _MOST_DRIVES)
+    if results["calibration"]:
+        lines += ["", f"promise: {results['calibration']['promise']}"]
     return "\n".join([*lines, *(f"warning: {sentence}" for sentence in results["warnings"])])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -295,13 +295,36 @@ def _results(
         if calibration and not by_hand
         else None,
         "threshold_from": "setting" if by_hand else "calibration" if calibration else None,
-        "calibration": {"frames": calibration.count, "warnings": list(calibration.warnings)}
+        "calibration": {
+            "frames": calibration.count,
+            "promise": calibration.promise,
+            "warnings": list(calibration.warnings),
+        }
         if calibration
         else None,
+        "false_alarms_by_drive": _false_alarms_by_drive(counted, detector.threshold),
         "frames_ignored": len(rows) - len(counted),
         "frames_seen": seen,
         "warnings": warnings,
         "latency_ms": latencies(row["ms"] for row in rows),
+    }
+
+
+def _false_alarms_by_drive(
+    rows: Sequence[Mapping[str, Any]], threshold: float | None
+) -> dict[str, dict[str, Any]]:
+    """Return number and realised false-alarm rate of the nominal frames by drive."""
+    if threshold is None:
+        return {}
+    above: dict[str, list[bool]] = {}
+    for row in rows:
+        if not row["anomaly"]:
+            above.setdefault(row["sequence"], []).append(row["score"] > threshold)
+    return {
+        drive: {"frames": len(of_drive), "rate": share(of_drive)}
+        for drive, of_drive in above.items()
+        # Single images are no drives.
+        if len(of_drive) > 1
     }
 
 

@@ -253,7 +253,7 @@ def _checked(
         for frame in frames:
             refuse_seen(index, frame)
         if calibration is not None:
-            refuse_calibrated([drive[0] for drive in calibration.drives], source)
+            refuse_calibrated([drive.name for drive in calibration.drives], source)
     except CalibrationError as error:
         if not allow_seen:
             raise CalibrationError(f"{error}, or measure it anyway with --allow-seen") from None

@@ -123,7 +123,13 @@ def test_the_results_hold_their_provenance(report: Report) -> None:
     assert results["settings"]["tail_percent"] == 2.0
     assert "numpy" in results["versions"]
     warnings = results["calibration"]["warnings"]
-    assert results["calibration"] == {"frames": 40, "warnings": warnings}
+    promise = results["calibration"]["promise"]
+    assert "on a new drive like these 2, at most 5 % of the frames" in promise
+    assert results["calibration"] == {"frames": 40, "promise": promise, "warnings": warnings}
+    nominal = [row for row in results["frames"] if not row["anomaly"] and not row["ignored"]]
+    above = sum(row["score"] > results["threshold"] for row in nominal)
+    [of_drive] = results["false_alarms_by_drive"].values()
+    assert of_drive == {"frames": len(nominal), "rate": pytest.approx(above / len(nominal))}
     assert any("2 calibration drives" in sentence for sentence in warnings)
 
 
@@ -157,6 +163,8 @@ def test_the_report_is_one_file_without_a_network(report: Report) -> None:
     for kind in results["by_kind"]:
         assert f"<td>{kind}</td>" in text
     assert results["calibration"]["warnings"][0] in unescape(text)
+    assert results["calibration"]["promise"] in unescape(text)
+    assert "False alarms by drive" in text
     assert results["index"]["fingerprint"] in text
 
 
