@@ -12,7 +12,7 @@ from semantic_anomaly.evaluation.measures import figure, interval
 if TYPE_CHECKING:
     from semantic_anomaly.evaluation.acceptance import Verdict
 
-_HEADER = ("requirement", "limit", "value", "95 %", "of", "drives", "verdict")
+_HEADER = ("requirement", "limit", "value", "95 %", "count", "drives", "verdict")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -280,7 +280,10 @@ class Acceptance:
             case = ElementTree.SubElement(suite, "testcase", names)
             bounds = verdict.interval
             interval = "" if bounds is None else f", 95 % {bounds[0]:.4f} to {bounds[1]:.4f}"
-            text = f"{verdict.value:.4f}{interval}, {verdict.count} of {verdict.drives} drives"
+            unit = MEASURES[requirement.measure].unit
+            text = (
+                f"{verdict.value:.4f}{interval}, {verdict.count} {unit}s of {verdict.drives} drives"
+            )
             if verdict.remark:
                 text += f"; {verdict.remark}"
             if verdict.met:

@@ -378,6 +378,7 @@ def test_junit_has_a_case_for_each_requirement(results: Path) -> None:
     assert [case.find("failure") is not None for case in cases] == [False, False, True]
     message = cases[2].find("failure").get("message")  # type: ignore[union-attr]
     assert message is not None and message.startswith("0.1667, 95 % ")
+    assert message.endswith("6 frames of 3 drives")
     properties = {p.get("name"): p.get("value") for p in suite.iter("property")}
     assert properties["index"] == "a" * 64
 
