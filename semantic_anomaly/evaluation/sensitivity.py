@@ -54,7 +54,7 @@ LIMITS = (
     "Composites are not real anomalies. Rendered things have flat colours, hard light and no "
     "motion blur; real things of the same size may be easier or harder to see.",
     "Things are pasted in front of everything: also of things that are nearer to the camera.",
-    "Only things of this kind are counted, and only "
+    "Only things of the library or of the cut-outs are counted, and only "
     "standing alone: odd arrangements of usual things are not covered.",
     "Controls show the same boxes of another frame of the drive, with the same edges. They tell "
     "whether the pasting is seen, not whether the rendering is: the kinds 'person' and 'car' tell "
