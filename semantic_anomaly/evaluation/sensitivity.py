@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from semantic_anomaly.calibration.calibration import Calibration
 from semantic_anomaly.calibration.leakage import is_seen, refuse_calibrated, refuse_seen
-from semantic_anomaly.detection.detector import AnomalyDetector, load_detector
+from semantic_anomaly.detection.detector import AnomalyDetector, load_detector, resolve_roi
 from semantic_anomaly.detection.rendering import contact_sheet, draw_overlay
 from semantic_anomaly.errors import CalibrationError, SourceError
 from semantic_anomaly.evaluation import extras, figures, provenance, report
@@ -32,6 +32,7 @@ from semantic_anomaly.io.images import encode_jpeg
 from semantic_anomaly.io.open import open_source
 from semantic_anomaly.io.sources import FrameSource
 from semantic_anomaly.offline.drives import settings_of
+from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import AnomalyResult, Frame
 
@@ -52,7 +53,8 @@ _SUSPECT_RATE = 0.1
 LIMITS = (
     "Composites are not real anomalies. Rendered things have flat colours, hard light and no "
     "motion blur; real things of the same size may be easier or harder to see.",
-    "Sizes are those of the rendered library. Only things of this kind are counted, and only "
+    "Things are pasted in front of everything: also of things that are nearer to the camera.",
+    "Only things of the library or of the cut-outs are counted, and only "
     "standing alone: odd arrangements of usual things are not covered.",
     "Controls show the same boxes of another frame of the drive, with the same edges. They tell "
     "whether the pasting is seen, not whether the rendering is: the kinds 'person' and 'car' tell "
@@ -148,24 +150,22 @@ def sensitivity(
         for n, item in enumerate(indexes)
     ]
     names = _names(indexes)
-    # Every detector is loaded when it is its turn: together they may not fit into memory.
-    detector = loaded[0].detector()
     drives = [source.drive_of(frame) for frame in frames]
-    maker = CompositeMaker(frames, drives, plan, detector.roi, things)
+    maker = CompositeMaker(frames, drives, plan, loaded[0].roi, things)
     pastes, warnings = maker.pastes, [text for item in loaded for text in item.warnings]
-    described, measured, threshold_of = [], [], []
+    for name, item in zip(names, loaded, strict=True):
+        if item.roi.describe() != loaded[0].roi.describe():
+            warnings.append(f"{name}: its region of interest is another one than of {names[0]}")
+    described, measured = [], []
     steps = len(indexes) * (len(frames) + 2 * len(pastes))
     disable = None if progress else True
     with tqdm(total=steps, desc="sensitivity", unit="image", disable=disable) as bar:
         for number, name in enumerate(names):
-            if number:
-                roi, detector = detector.roi, loaded[number].detector()
-                if detector.roi.describe() != roi.describe():
-                    warnings.append(f"{name}: its region of interest is another one")
+            # Each is loaded when it is its turn: together they may not fit into memory.
+            detector = loaded[number].detector()
             bar.set_postfix_str(name, refresh=False)
             rows, untouched, pixels = _measure(detector, maker, bar.update)
             measured.append(rows)
-            threshold_of.append(detector.threshold)
             described.append(
                 {
                     "name": name,
@@ -214,6 +214,7 @@ class _Loadable:
     """A detector that was checked and can be loaded; `warnings` of what was allowed."""
 
     detector: Callable[[], AnomalyDetector]
+    roi: RegionOfInterest
     warnings: tuple[str, ...]
 
 
@@ -228,7 +229,7 @@ def _checked(
 ) -> _Loadable:
     """Check index and calibration against the drive, before a backbone is loaded."""
     if isinstance(item, AnomalyDetector):
-        index, calibration, given = item.index, item.calibration, item
+        index, calibration, given, roi = item.index, item.calibration, item, item.roi
         if given.threshold is None:
             raise CalibrationError(
                 "sensitivity: expected a calibrated detector, found no threshold"
@@ -242,6 +243,8 @@ def _checked(
         path = Path(item).expanduser()
         index = NominalIndex.load(path)
         calibration = Calibration.load(path, camera)
+        of_camera = folder.for_camera(camera).camera_settings[camera]
+        roi = resolve_roi(of_camera, index, calibration)
 
         def load() -> AnomalyDetector:
             return load_detector(
@@ -260,7 +263,7 @@ def _checked(
         seen = sum(is_seen(index, frame) for frame in frames)
         found = f"{seen} of the {len(frames)} frames" if seen else "a drive of this name"
         warnings.append(f"data leakage: index or calibration have seen {found}")
-    return _Loadable(load, tuple(warnings))
+    return _Loadable(load, roi, tuple(warnings))
 
 
 def _chosen(source: FrameSource, count: int) -> list[Frame]:
