@@ -174,6 +174,10 @@ def test_drives_of_equal_names_are_told_apart(tmp_path: Path) -> None:
     left_out = {drive.name: drive.left_out for drive in calibration.drives}
     assert left_out == {"a": True, "a (2)": True, "a (3)": False}
     assert calibrated(index, third).frames_by_drive == {"a (3)": 4}
+    # Of the second, no frame is stored: frames of its names are other images.
+    index = build([first, second], dedup_distance=2.0)
+    assert index.frame_names == ("a/000.png",)
+    assert calibrated(index, None).frames_by_drive == {"a": 4, "a (2)": 4}
 
 
 def test_a_pattern_joins_parts_of_a_recording(tmp_path: Path) -> None:
