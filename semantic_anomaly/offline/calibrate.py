@@ -403,7 +403,7 @@ class _SourceDrives(_Drives):
             of_further = recordings_of(opened, settings.recording_pattern, recorded)
             for name, source in opened.items():
                 unique, number = name, 2
-                while unique in own:
+                while unique in own or unique in further:
                     unique, number = f"{name} ({number})", number + 1
                 further[unique] = source
                 for drive in source.drives:
