@@ -367,7 +367,8 @@ class _SourceDrives(_Drives):
         self.sources = {**own, **further}
         self.embedder: Embedder | None = None
         self.progress = False
-        self._names = set(index.frame_names)
+        frames = (frame for stage in index.stages for frame in stage.content.frames)
+        self._stored = {(frame.recording, frame.name) for frame in frames}
         self._kept: list[_EmbeddedFrame] = []
         self._all_kept = False
         self._room = min(_KEPT_BYTES, (available_memory_bytes() or 0) // 4)
@@ -402,7 +403,7 @@ class _SourceDrives(_Drives):
             of_further = recordings_of(opened, settings.recording_pattern, recorded)
             for name, source in opened.items():
                 unique, number = name, 2
-                while unique in own:
+                while unique in own or unique in further:
                     unique, number = f"{name} ({number})", number + 1
                 further[unique] = source
                 for drive in source.drives:
@@ -449,7 +450,8 @@ class _SourceDrives(_Drives):
 
     def _check_unchanged(self, source: FrameSource, frame: Frame) -> None:
         """Refuse a frame of the index whose image is another one now."""
-        if frame.name in self._names and not is_seen(self._index, frame):
+        is_stored = (frame.recording, frame.name) in self._stored
+        if is_stored and not is_seen(self._index, frame):
             raise CalibrationError(
                 f"source '{source.path}' of the index: expected the frame '{frame.name}' that the "
                 "index was built from, found another image of that name"

@@ -168,12 +168,21 @@ def test_drives_of_equal_names_are_told_apart(tmp_path: Path) -> None:
         write_drive(tmp_path / name / "a", number)
         for number, name in ((600, "x"), (700, "y"), (800, "z"))
     )
+    fourth = write_drive(tmp_path / "w" / "a", 900, count=3)
     index = build([first, second])
     assert index.recordings == ("a", "a (2)")
-    calibration = calibrated(index, third, leave_one_drive_out=True)
+    one = build([first, write_drive(tmp_path / "x" / "b", 950)])
+    counts = calibrated(one, [third, fourth], leave_one_drive_out=True).frames_by_drive
+    assert counts == {"a": 4, "b": 4, "a (2)": 4, "a (3)": 3}
+    calibration = calibrated(index, [third, fourth], leave_one_drive_out=True)
     left_out = {drive.name: drive.left_out for drive in calibration.drives}
-    assert left_out == {"a": True, "a (2)": True, "a (3)": False}
+    assert left_out == {"a": True, "a (2)": True, "a (3)": False, "a (4)": False}
+    assert calibration.frames_by_drive == {"a": 4, "a (2)": 4, "a (3)": 4, "a (4)": 3}
     assert calibrated(index, third).frames_by_drive == {"a (3)": 4}
+    # Of the second, no frame is stored: frames of its names are other images.
+    index = build([first, second], dedup_distance=2.0)
+    assert index.frame_names == ("a/000.png",)
+    assert calibrated(index, None).frames_by_drive == {"a": 4, "a (2)": 4}
 
 
 def test_a_pattern_joins_parts_of_a_recording(tmp_path: Path) -> None:
