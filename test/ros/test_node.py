@@ -170,7 +170,7 @@ def test_an_unusable_setting_fails_in_one_line_and_configure_may_be_tried_again(
         ("backbone", "/nowhere/backbone", "/nowhere/backbone"),
         ("input_size", 280, "input_size"),
         ("tail_percent", 7.0, "tail_percent"),
-        ("target_false_alarm_rate", 0.0001, "9999"),
+        ("confidence", 0.9, "at least 9 nominal"),
         ("camera.region_of_interest", [0.0, 0.0, 1.0, 0.0, 1.0, 0.5], "polygon_xy"),
         ("camera.ego_mask", "/nowhere/mask.png", "/nowhere/mask.png"),
         ("device", "abacus", "abacus"),
