@@ -28,11 +28,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stride", type=positive, default=1, metavar="N", help="use every N-th frame (default 1)"
     )
+    parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="calibrate it too, each drive against the others, without embedding frames again that "
+        "fit into memory; rates: --set target_false_alarm_rate=0.05",
+    )
     add_detector_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Build and write an index and print a summary."""
+    from semantic_anomaly.calibration.calibration import Calibration
     from semantic_anomaly.offline.build_index import build_index
 
     settings, camera = settings_of(args)
@@ -44,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
         force=args.force,
         topic=args.topic,
         stride=args.stride,
+        calibrated=args.calibrate,
         progress=True,
     )
     names = {
@@ -59,5 +67,9 @@ def run(args: argparse.Namespace) -> int:
     ]
     rows.append(("size on disk", folder_size(args.out)))
     print(table(rows))
-    print(f"wrote {args.out}; next: semantic-anomaly calibrate {args.out} OTHER_DRIVES...")
+    if not args.calibrate:
+        print(f"wrote {args.out}; next: semantic-anomaly calibrate {args.out}")
+        return 0
+    calibration = Calibration.load(args.out, camera)
+    print(f"wrote {args.out}; threshold {calibration.threshold:.4f}; {calibration.promise}")
     return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 
 from semantic_anomaly.embedding.identity import Embedder
-from semantic_anomaly.errors import SourceError
+from semantic_anomaly.errors import CalibrationError, SourceError
 from semantic_anomaly.index.format import refuse_existing
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.io.sources import FrameSource
 from semantic_anomaly.linalg import inner_products
+from semantic_anomaly.offline.calibrate import calibrate
 from semantic_anomaly.offline.drives import (
+    EmbeddedFrame,
+    KeptFrames,
     Sources,
     camera_roi,
     embedded_frames,
@@ -30,7 +33,7 @@ from semantic_anomaly.offline.drives import (
 from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.segmentation.embedder import RunningEmbedder
 from semantic_anomaly.settings import Settings
-from semantic_anomaly.structures import PatchGrid
+from semantic_anomaly.structures import Frame, PatchGrid
 
 _SAMPLE_PATCHES = 256
 _log = logging.getLogger(__name__)
@@ -46,6 +49,7 @@ def build_index(
     topic: str | None = None,
     embedder: Embedder | None = None,
     stride: int = 1,
+    calibrated: bool = False,
     progress: bool = False,
     **overrides: Any,
 ) -> NominalIndex:
@@ -65,12 +69,15 @@ def build_index(
         topic: image topic of bags that have several.
         embedder: already loaded; None: loaded from the settings.
         stride: use every stride-th frame.
+        calibrated: calibrate the index in `out` too, by leaving one drive out; frames that fit into
+            memory are not embedded again.
         progress: show a progress bar on a terminal.
         **overrides: values of single settings, such as `backbone` or `input_size`.
 
     Raises:
         UnknownNameError: no such camera or setting.
         SourceError: a source has no usable frames.
+        CalibrationError: `calibrated` without `out`, or with fewer than two drives.
         ArtefactError: `out` has an index and `force` is false, or it cannot be written.
         SemanticAnomalyError: the backbone cannot be loaded, or returns values that are not finite.
     """
@@ -79,9 +86,17 @@ def build_index(
     if out is not None:
         # Before the work rather than after it.
         refuse_existing(Path(out).expanduser(), force)
-    settings = settings_of(settings, overrides).with_build_defaults()
+    given = settings_of(settings, overrides)
+    settings = given.with_build_defaults()
     roi = camera_roi(settings, camera)
     drives = open_drives(sources, topic)
+    recordings = recordings_of(drives, settings.recording_pattern)
+    if calibrated and (out is None or len(set(recordings.values())) < 2):
+        raise CalibrationError(
+            f"calibrated: expected an index folder and at least 2 drives, found {out} and "
+            f"{len(set(recordings.values()))}"
+        )
+    kept = KeptFrames()
     with ExitStack() as stack:
         if embedder is None:
             # Other commands import no torch.
@@ -90,7 +105,6 @@ def build_index(
             settings = choose_precision(settings, sample_images(drives), _median_distances)
             embedder = stack.enter_context(closing(RunningEmbedder.from_settings(settings)))
         _log_predicted_size(settings, roi, drives, embedder, stride)
-        recordings = recordings_of(drives, settings.recording_pattern)
         frames = embedded_frames(
             drives,
             embedder,
@@ -100,7 +114,7 @@ def build_index(
             progress=progress,
         )
         index = NominalIndex.build(
-            ((frame, grid) for _, _, frame, grid in frames),
+            _keeping(frames, kept if calibrated else None),
             stages=embedder.stages,
             roi=roi,
             settings=settings,
@@ -108,9 +122,28 @@ def build_index(
             stride=stride,
             camera=camera,
         )
-    if out is not None:
-        index.save(Path(out), force=force)
+        if out is not None:
+            index.save(Path(out), force=force)
+        if calibrated:
+            # Episodes need every frame.
+            if settings.target_episode_rate and stride > 1:
+                kept = KeptFrames()
+            common: dict[str, Any] = {"camera": camera, "embedder": embedder, "kept": kept}
+            calibrate(index, settings=given, out=out, progress=progress, **common)
     return index
+
+
+def _keeping(
+    frames: Iterable[tuple[str, FrameSource, Frame, PatchGrid]], kept: KeptFrames | None
+) -> Iterator[tuple[Frame, PatchGrid]]:
+    """Yield frames and embeddings, and keep what fits."""
+    number = 0
+    for number, (drive, _, frame, grid) in enumerate(frames, start=1):
+        if kept is not None:
+            kept.offer(EmbeddedFrame(drive, frame.recording, number - 1, frame.stamp_ns, grid))
+        yield frame, grid
+    if kept is not None:
+        kept.are_all = len(kept.frames) == number
 
 
 def _median_distances(grids: Sequence[PatchGrid]) -> list[float]:

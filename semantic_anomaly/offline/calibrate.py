@@ -27,6 +27,8 @@ from semantic_anomaly.index.content import RecordedSource
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.io.sources import FrameSource
 from semantic_anomaly.offline.drives import (
+    EmbeddedFrame,
+    KeptFrames,
     Sources,
     drive_name,
     embedded_frames,
@@ -46,14 +48,11 @@ from semantic_anomaly.scoring.normalisation import (
 )
 from semantic_anomaly.segmentation.embedder import RunningEmbedder
 from semantic_anomaly.settings import DEFAULT_FALSE_ALARM_RATE, Settings
-from semantic_anomaly.storage import available_memory_bytes
 from semantic_anomaly.structures import Frame, PatchGrid
 
 # Folds of drives, and of parts of a single drive.
 DRIVE_FOLDS = 20
 FOLDS, FOLD_FRAMES = 5, 10
-# Embeddings that are kept for the second reading of the drives.
-_KEPT_BYTES = 2**30
 _SAMPLE_PATCHES = 1024
 _FRAME_PERIOD_NS = 100_000_000
 # Rounding leaves distances of this size between equal embeddings.
@@ -72,6 +71,7 @@ def calibrate(
     out: str | Path | None = None,
     topic: str | None = None,
     embedder: Embedder | None = None,
+    kept: KeptFrames | None = None,
     progress: bool = False,
     **overrides: Any,
 ) -> Calibration:
@@ -100,6 +100,7 @@ def calibrate(
         topic: image topic of bags that have several.
         embedder: already loaded, or that made the patch grids; None: loaded from the backbone of
             the index.
+        kept: first frames of the drives of the index, embedded with its stride; None: none.
         progress: show a progress bar on a terminal.
         **overrides: values of single settings, such as `target_false_alarm_rate`.
 
@@ -154,6 +155,7 @@ def calibrate(
                 embedder = stack.enter_context(closing(RunningEmbedder.from_settings(settings)))
             index.check_embedder(embedder.stages)
             opened.embedder, opened.progress = embedder, progress
+            opened.kept = kept or opened.kept
             running = embedder.stages[0].embedder
         device = "cpu" if embedder is None else embedder.device
         index.configure_search(settings.search, settings.search_ef, device)
@@ -290,17 +292,6 @@ def _scored(
     return dict(scores), dict(sums)
 
 
-@dataclass(frozen=True, eq=False)
-class _EmbeddedFrame:
-    """A frame of a drive: its number among all, stamp and embeddings."""
-
-    drive: str
-    recording: str
-    number: int
-    stamp_ns: int
-    grid: PatchGrid
-
-
 class _Drives(ABC):
     """Drives whose frames can be read several times.
 
@@ -314,14 +305,14 @@ class _Drives(ABC):
     def __init__(self, recordings: Iterable[str]) -> None:
         self.recordings = list(dict.fromkeys(recordings))
 
-    def fold(self, frame: _EmbeddedFrame) -> int:
+    def fold(self, frame: EmbeddedFrame) -> int:
         """Return the fold of a frame: of its recording, or of parts of the only recording."""
         if len(self.recordings) > 1:
             return self.recordings.index(frame.recording) % DRIVE_FOLDS
         return frame.number // FOLD_FRAMES % FOLDS
 
     @abstractmethod
-    def frames(self, description: str) -> Iterator[_EmbeddedFrame]:
+    def frames(self, description: str) -> Iterator[EmbeddedFrame]:
         """Yield all frames, drive by drive."""
 
 
@@ -332,10 +323,10 @@ class _GridDrives(_Drives):
         super().__init__(grids_by_drive)
         self._grids_by_drive = grids_by_drive
 
-    def frames(self, description: str) -> Iterator[_EmbeddedFrame]:
+    def frames(self, description: str) -> Iterator[EmbeddedFrame]:
         for drive, grids in self._grids_by_drive.items():
             for number, grid in enumerate(grids):
-                yield _EmbeddedFrame(drive, drive, number, number * _FRAME_PERIOD_NS, grid)
+                yield EmbeddedFrame(drive, drive, number, number * _FRAME_PERIOD_NS, grid)
 
 
 class _SourceDrives(_Drives):
@@ -351,6 +342,7 @@ class _SourceDrives(_Drives):
     Attributes:
         sources: own and further ones, by name.
         embedder, progress: to be set before frames are read.
+        kept: frames that are not read again.
     """
 
     def __init__(
@@ -369,9 +361,7 @@ class _SourceDrives(_Drives):
         self.progress = False
         frames = (frame for stage in index.stages for frame in stage.content.frames)
         self._stored = {(frame.recording, frame.name) for frame in frames}
-        self._kept: list[_EmbeddedFrame] = []
-        self._all_kept = False
-        self._room = min(_KEPT_BYTES, (available_memory_bytes() or 0) // 4)
+        self.kept = KeptFrames()
 
     @classmethod
     def of(
@@ -413,23 +403,23 @@ class _SourceDrives(_Drives):
         stride = 1 if settings.target_episode_rate else index.content.stride
         return cls(index, own, further, recordings, stride)
 
-    def frames(self, description: str) -> Iterator[_EmbeddedFrame]:
+    def frames(self, description: str) -> Iterator[EmbeddedFrame]:
         assert self.embedder is not None
-        yield from self._kept
-        if self._all_kept:
+        yield from self.kept.frames
+        if self.kept.are_all:
             return
         given: set[tuple[Path, str]] = set()
-        total = len(self._kept)
+        total = len(self.kept.frames)
         items = embedded_frames(
             self.sources,
             self.embedder,
             recordings=self._of_drive,
             strides=dict.fromkeys(self._own, self._stride),
-            skipped=len(self._kept),
+            skipped=len(self.kept.frames),
             description=description,
             progress=self.progress,
         )
-        for number, (drive, source, frame, grid) in enumerate(items, start=len(self._kept)):
+        for number, (drive, source, frame, grid) in enumerate(items, start=total):
             if source in self._own.values():
                 self._check_unchanged(source, frame)
             else:
@@ -439,14 +429,11 @@ class _SourceDrives(_Drives):
                 if source.files and key in given:
                     raise CalibrationError(f"calibration frame '{frame.name}' is given twice")
                 given.add(key)
-            embedded = _EmbeddedFrame(drive, frame.recording, number, frame.stamp_ns, grid)
-            size = sum(part.features.nbytes for part in grid.stages)
-            if number == len(self._kept) and size <= self._room:
-                self._kept.append(embedded)
-                self._room -= size
+            embedded = EmbeddedFrame(drive, frame.recording, number, frame.stamp_ns, grid)
+            self.kept.offer(embedded)
             total = number + 1
             yield embedded
-        self._all_kept = len(self._kept) == total
+        self.kept.are_all = len(self.kept.frames) == total
 
     def _check_unchanged(self, source: FrameSource, frame: Frame) -> None:
         """Refuse a frame of the index whose image is another one now."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,6 +19,7 @@ from semantic_anomaly.io.open import open_source, split_selection
 from semantic_anomaly.io.sources import IMAGE_SUFFIXES, FrameSource
 from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.settings import Settings
+from semantic_anomaly.storage import available_memory_bytes
 from semantic_anomaly.structures import Frame, PatchGrid
 
 # One source, several sources, or images: as files or as (height, width, 3) uint8 RGB arrays.
@@ -27,8 +28,42 @@ Sources: TypeAlias = "str | Path | np.ndarray | FrameSource | Sequence[Any]"
 # Larger batches gain a few percent on a CPU and cost memory with every image.
 BATCH_FRAMES = 4
 _SAMPLE_IMAGES, _SAMPLE_STRIDE = 8, 10
+# Embeddings that are kept for another reading of the drives.
+_KEPT_BYTES = 2**30
 # A file of a split bag.
 _BAG_PART = re.compile(r"(?P<recording>.+)_\d+\.(?:mcap|db3)")
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddedFrame:
+    """A frame of a drive: its number among all, stamp in nanoseconds and embeddings."""
+
+    drive: str
+    recording: str
+    number: int
+    stamp_ns: int
+    grid: PatchGrid
+
+
+class KeptFrames:
+    """The first embedded frames of drives, as many as fit: 1 GiB, or a quarter of what is free.
+
+    Attributes:
+        frames: in order, without gaps.
+        are_all: whether they are all frames of the drives.
+    """
+
+    def __init__(self) -> None:
+        self.frames: list[EmbeddedFrame] = []
+        self.are_all = False
+        self._room = min(_KEPT_BYTES, (available_memory_bytes() or 0) // 4)
+
+    def offer(self, frame: EmbeddedFrame) -> None:
+        """Keep a frame if it is the next one and fits."""
+        size = sum(part.features.nbytes for part in frame.grid.stages)
+        if frame.number == len(self.frames) and size <= self._room:
+            self.frames.append(frame)
+            self._room -= size
 
 
 def settings_of(settings: Settings | None, overrides: Mapping[str, Any]) -> Settings:

@@ -20,7 +20,8 @@ from semantic_anomaly.embedding.identity import StageIdentity
 from semantic_anomaly.errors import CalibrationError, IndexMismatchError
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.io.open import open_source
-from semantic_anomaly.offline.calibrate import DRIVE_FOLDS, _EmbeddedFrame, _GridDrives, calibrate
+from semantic_anomaly.offline.calibrate import DRIVE_FOLDS, _GridDrives, calibrate
+from semantic_anomaly.offline.drives import EmbeddedFrame
 from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.scoring.distances import FrameScorer
 from semantic_anomaly.scoring.normalisation import NormalisationSums, class_anchors
@@ -98,7 +99,7 @@ UNIT = np.ones((1, 1, 1), np.float32)
 def folds_of(recordings: list[str], frames: list[tuple[str, int]]) -> list[int]:
     """Return the folds of frames, by recording and number."""
     drives, grid = _GridDrives(dict.fromkeys(recordings, ())), PatchGrid(UNIT, (8, 8))
-    return [drives.fold(_EmbeddedFrame(name, name, n, 0, grid)) for name, n in frames]
+    return [drives.fold(EmbeddedFrame(name, name, n, 0, grid)) for name, n in frames]
 
 
 def test_the_frames_of_a_drive_are_in_one_fold() -> None:

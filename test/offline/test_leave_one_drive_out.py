@@ -17,7 +17,8 @@ from semantic_anomaly.index.edits import add_nominal
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.io.open import open_source
 from semantic_anomaly.io.sources import Arrays
-from semantic_anomaly.offline import calibrate as calibrate_module
+from semantic_anomaly.offline import drives as drives_module
+from semantic_anomaly.offline.build_index import build_index
 from semantic_anomaly.offline.calibrate import _median_distances, calibrate
 from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.scoring.distances import FrameScorer
@@ -117,12 +118,43 @@ def test_frames_that_are_kept_give_the_same_as_those_read_again(
     embedded: int,
 ) -> None:
     # A frame takes 9 x 16 x 4 numbers.
-    monkeypatch.setattr(calibrate_module, "_KEPT_BYTES", kept_bytes)
+    monkeypatch.setattr(drives_module, "_KEPT_BYTES", kept_bytes)
     embedder = CountingEmbedder()
     again = calibrated(index, None, embedder=embedder)
     assert again.sha256 == calibration.sha256
     # Eight thumbnails are embedded for the probe scores.
     assert sum(embedder.batches) - 8 == embedded
+
+
+@pytest.mark.parametrize(("kept_bytes", "embedded"), [(20_000, 18 + 2 * 10), (2**30, 18)])
+def test_build_index_calibrates_without_embedding_again_what_it_kept(
+    index: NominalIndex,
+    calibration: Calibration,
+    drives: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kept_bytes: int,
+    embedded: int,
+) -> None:
+    monkeypatch.setattr(drives_module, "_KEPT_BYTES", kept_bytes)
+    embedder = CountingEmbedder()
+    sources, options = [drives / name for name in "abc"], {"settings": SETTINGS}
+    built = build_index(
+        sources, **options, embedder=embedder, out=tmp_path / "index", calibrated=True
+    )
+    assert built.fingerprint == index.fingerprint
+    written = Calibration.load(tmp_path / "index")
+    check_scores(written, {drive.name: drive.scores for drive in calibration.drives})
+    assert written.threshold == pytest.approx(calibration.threshold)
+    assert sum(embedder.batches) - 8 == embedded
+
+
+def test_build_index_calibrates_several_drives_only(drives: Path, tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match=r"at least 2 drives, found .*index and 1"):
+        build_index(
+            drives / "a", embedder=ColourEmbedder(), out=tmp_path / "index", calibrated=True
+        )
+    assert not (tmp_path / "index").exists()
 
 
 def test_another_part_of_a_recording_is_compared_without_it(drives: Path) -> None:
