@@ -113,12 +113,6 @@ class CompositePlan:
                 )
             if not all(math.isfinite(d) and d > 0 for d in self.distances_m):
                 raise InputError(f"distances: expected > 0 m, found {self.distances_m}")
-        needed = len(self.kinds) * max(1, len(self.sizes_px or self.distances_m))
-        if self.composites < needed:
-            raise InputError(
-                f"composites: expected at least {needed}, one of each kind and size, found "
-                f"{self.composites}"
-            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON values."""
@@ -195,6 +189,12 @@ class CompositeMaker:
         sizes = tuple(max(_SMALLEST_PX, round(share * height)) for share in _DEFAULT_SIZES)
         self.sizes = plan.distances_m or plan.sizes_px or tuple(dict.fromkeys(sizes))
         self.unit = "m" if plan.distances_m else "px"
+        needed = len(plan.kinds) * len(self.sizes)
+        if plan.composites < needed:
+            raise InputError(
+                f"composites: expected at least {needed}, one of each kind and size, found "
+                f"{plan.composites}"
+            )
         if self.unit == "px" and max(self.sizes) > min(self.image_hw):
             raise InputError(
                 f"sizes: expected at most {min(self.image_hw)} px, the shorter side of the images "

@@ -45,7 +45,6 @@ def maker(roi: RegionOfInterest | None = None, **plan: Any) -> CompositeMaker:
         ({"places_xyxy": (0.0, 0.9, 1.0, 0.5)}, "places: expected left < right"),
         ({"frames": 3}, "frames: expected at least 10, found 3"),
         ({"cells": (0, 4)}, "row and column"),
-        ({"composites": 5}, "composites: expected at least 8"),
         ({**METRES, "focal_px": 0.0}, r"'camera_height_m', found 0 px and 1\.5 m"),
         ({**METRES, "camera_height_m": 0.0}, r"found 100 px and 0 m"),
         ({**METRES, "distances_m": (-1.0,)}, "distances: expected > 0 m"),
@@ -59,6 +58,10 @@ def test_a_plan_refuses_what_cannot_be(changes: dict[str, Any], pattern: str) ->
 @pytest.mark.parametrize(
     ("changes", "pattern"),
     [
+        (
+            {"composites": 31},
+            "composites: expected at least 32, one of each kind and size, found 31",
+        ),
         ({"sizes_px": (20, 121)}, r"at most 120 px, the shorter side .* 160x120, found 121"),
         ({**METRES, "distances_m": (1.9,)}, r"ground at 1\.9 m .* 120 rows, found it in row 138"),
         ({**METRES, "kinds": ("car",), "distances_m": (3.0,)}, r"distance of at least 3\.\d m"),
