@@ -24,6 +24,7 @@ import numpy as np
 
 from semantic_anomaly.errors import CalibrationError, MismatchError
 from semantic_anomaly.settings import Settings
+from semantic_anomaly.stamps import LATE_S, first_jump, order_of
 
 # Least share of an episode that the frames of a drive must cover.
 _COVERED_SHARE = 0.9
@@ -116,20 +117,27 @@ class Episodes:
         """Return the complete episodes of nominal drives, without the rest at the end of each.
 
         Args:
-            scores_by_drive: frame scores in the order of time.
+            scores_by_drive: frame scores; late and equal ones are put in order.
             stamps_by_drive: stamps of the frames in nanoseconds.
             settings: `episode_s`, `target_episode_rate` and the confirmation.
 
         Raises:
-            CalibrationError: stamps that do not rise, frames too far apart to be confirmed, or too
+            CalibrationError: a jump back in the stamps, frames too far apart to be confirmed, or too
                 few episodes for the rate.
         """
         maxima: list[float] = []
         for drive, scores in scores_by_drive.items():
-            stamps_s = np.array(stamps_by_drive[drive], np.int64) / 1e9
-            if np.any(np.diff(stamps_s) <= 0):
-                raise CalibrationError(f"episodes: drive '{drive}': expected stamps that rise")
-            confirmed = _confirmed_scores(np.array(scores, np.float64), stamps_s, settings, drive)
+            stamps_ns = np.array(stamps_by_drive[drive], np.int64)
+            if (jump := first_jump(stamps_ns)) is not None:
+                raise CalibrationError(
+                    f"episodes: drive '{drive}': expected stamps that go back by at most "
+                    f"{LATE_S:g} s, found a jump back at frame {jump}"
+                )
+            order = order_of(stamps_ns)
+            stamps_s = stamps_ns[order] / 1e9
+            confirmed = _confirmed_scores(
+                np.array(scores, np.float64)[order], stamps_s, settings, drive
+            )
             episodes = complete_episodes(stamps_s, settings.episode_s)
             maxima += [float(confirmed[frames].max()) for frames in episodes]
         values = {

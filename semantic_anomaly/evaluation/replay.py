@@ -20,9 +20,10 @@ from semantic_anomaly.evaluation.checkpoint import (
     resumable_report,
     write_json,
 )
-from semantic_anomaly.evaluation.events import Event, drive_metrics
+from semantic_anomaly.evaluation.events import Event, drive_metrics, refuse_jump
 from semantic_anomaly.evaluation.metrics import latencies
 from semantic_anomaly.io.sources import FrameSource
+from semantic_anomaly.stamps import first_jump, order_of
 from semantic_anomaly.storage import sha256_bytes
 from semantic_anomaly.structures import Decision
 
@@ -51,15 +52,15 @@ def replay(
 
     Args:
         detector: with or without a calibration.
-        source: frames in the order of time.
+        source: frames in the order of time; late ones are put in order in the report.
         out: folder to write; an earlier replay is replaced.
         every: write pictures of every n-th frame, 0 for none; None: of about `PICTURES` frames.
         events: anomalies of the drive, for delays and false alarms; None: not known.
         progress: show a progress bar on a terminal.
 
     Raises:
-        InputError: a frame cannot be read, an event lies outside the drive, or `out` holds
-            something else.
+        InputError: a frame cannot be read, a jump back in the stamps of a drive with events, an
+            event lies outside the drive, or `out` holds something else.
         MissingPackageError: matplotlib or jinja2 is not installed.
     """
     extras.require("matplotlib.figure", "jinja2")
@@ -78,6 +79,9 @@ def replay(
         for number, frame in enumerate(bar):
             if number < done:
                 continue
+            if events is not None:
+                newest_ns = max((row["stamp_ns"] for row in checkpoint.rows), default=frame.stamp_ns)
+                refuse_jump([newest_ns, frame.stamp_ns])
             if number == done:
                 restore_tracks(detector, frame, checkpoint.rows)
             result = detector.detect(frame)
@@ -118,7 +122,7 @@ def write_drive(
     `replay` and the recorder of the running node both write their reports here.
 
     Args:
-        rows: one a frame in the order of stamps: name, stamp_ns, score (None if it was not
+        rows: one a frame; put in the order of stamps unless there is a jump back: name, stamp_ns, score (None if it was not
             computed), p_value, decision, alarm, and ms by stage.
         events: anomalies of the drive; None: not known.
         details: further entries of the summary, such as its provenance.
@@ -127,6 +131,9 @@ def write_drive(
         InputError: an event lies outside the drive.
         MissingPackageError: matplotlib or jinja2 is not installed.
     """
+    stamps_ns = [row["stamp_ns"] for row in rows]
+    if first_jump(stamps_ns) is None:
+        rows = [rows[number] for number in order_of(stamps_ns).tolist()]
     scores = [row["score"] for row in rows if row["score"] is not None]
     decisions = [row["decision"] for row in rows]
     summary = {

@@ -110,7 +110,7 @@ def test_a_confirmed_score_lasts_while_it_is_detected_again() -> None:
 @pytest.mark.parametrize(
     ("scores", "periods", "changes", "message"),
     [
-        ([0.1] * 3, [0, 2, 1], {}, "drive 'a': expected stamps that rise"),
+        ([0.1] * 3, [0, 20, 9], {}, "drive 'a': expected stamps that go back by at most 1 s"),
         (
             [0.1] * 40,
             list(range(0, 400, 10)),
@@ -124,6 +124,15 @@ def test_drives_with_unsuitable_stamps_are_refused(
 ) -> None:
     with pytest.raises(CalibrationError, match=message):
         episodes(scores, periods, **changes)
+
+
+def test_late_and_equal_stamps_give_the_same_episodes() -> None:
+    scores = [number / 100 for number in range(40)]
+    swapped = [number ^ 1 for number in range(40)]
+    expected = episodes(scores, confirm_count=2).scores
+    late = episodes([scores[number] for number in swapped], swapped, confirm_count=2).scores
+    np.testing.assert_array_equal(late, expected)
+    assert len(episodes(scores, [number // 2 * 2 for number in range(40)]).scores) == 4
 
 
 def test_threshold_of_episodes() -> None:

@@ -116,6 +116,22 @@ def test_a_topic_of_another_type_is_named(values: dict[str, Any]) -> None:
     assert "sensor_msgs/msg/CompressedImage" in reason
 
 
+def test_late_frames_are_counted_and_keep_the_confirmation(
+    values: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with bench({**values, "confirm_count": 2, "confirm_s": 30.0, "silence_s": 30.0}) as b:
+        b.start("status")
+        # By their own stamps: from an offset of more than the time between two sendings.
+        statuses = [
+            b.answer(b.send(odd_image(seed), ahead_s=ahead_s))
+            for seed, ahead_s in enumerate((0.0, 0.4, -0.2, 0.4, -0.2))
+        ]
+    assert [status["decision"] for status in statuses] == ["nominal", *["anomaly"] * 4]
+    assert int(statuses[-1]["frames_late"]) >= 1
+    log = capfd.readouterr().err
+    assert "older than one before it" in log and "tracks are cleared" not in log
+
+
 def test_a_backward_stamp_clears_the_confirmation(
     values: dict[str, Any], capfd: pytest.CaptureFixture[str]
 ) -> None:
