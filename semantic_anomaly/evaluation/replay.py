@@ -80,7 +80,9 @@ def replay(
             if number < done:
                 continue
             if events is not None:
-                newest_ns = max((row["stamp_ns"] for row in checkpoint.rows), default=frame.stamp_ns)
+                newest_ns = max(
+                    (row["stamp_ns"] for row in checkpoint.rows), default=frame.stamp_ns
+                )
                 refuse_jump([newest_ns, frame.stamp_ns])
             if number == done:
                 restore_tracks(detector, frame, checkpoint.rows)
