@@ -188,7 +188,9 @@ def complete_episodes(stamps_s: np.ndarray, episode_s: float) -> list[np.ndarray
     A frame stands for the time up to the next one; an episode is complete when nine tenths of it
     are covered. Stamps are (n,) rising seconds.
     """
-    period_s = float(np.median(np.diff(stamps_s))) if len(stamps_s) > 1 else 0.0
+    # Frames of one stamp, as of two publishers, say nothing about the period.
+    periods_s = np.diff(np.unique(stamps_s))
+    period_s = float(np.median(periods_s)) if len(periods_s) else 0.0
     covered_s = stamps_s[-1] - stamps_s[0] + period_s
     # Tenths of a second have no exact binary form.
     numbers = ((stamps_s - stamps_s[0]) / episode_s + 1e-9).astype(int)
