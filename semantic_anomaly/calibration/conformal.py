@@ -122,8 +122,8 @@ class Episodes:
             settings: `episode_s`, `target_episode_rate` and the confirmation.
 
         Raises:
-            CalibrationError: a jump back in the stamps, frames too far apart to be confirmed, or too
-                few episodes for the rate.
+            CalibrationError: a jump back in the stamps, frames too far apart to be confirmed, or
+                too few episodes for the rate.
         """
         maxima: list[float] = []
         for drive, scores in scores_by_drive.items():

@@ -11,7 +11,7 @@ from semantic_anomaly.cli.options import (
     positive,
     settings_of,
 )
-from semantic_anomaly.cli.tables import folder_size, table
+from semantic_anomaly.cli.tables import folder_size, report_losses, table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,15 +34,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Build and write an index and print a summary."""
     from semantic_anomaly.offline.build_index import build_index
+    from semantic_anomaly.offline.drives import open_drives
 
     settings, camera = settings_of(args)
+    # Opened here, so that their losses can be reported.
+    sources = list(open_drives(args.sources, args.topic).values())
     index = build_index(
-        args.sources,
+        sources,
         settings=settings,
         camera=camera,
         out=args.out,
         force=args.force,
-        topic=args.topic,
         stride=args.stride,
         progress=True,
     )
@@ -60,4 +62,4 @@ def run(args: argparse.Namespace) -> int:
     rows.append(("size on disk", folder_size(args.out)))
     print(table(rows))
     print(f"wrote {args.out}; next: semantic-anomaly calibrate {args.out} OTHER_DRIVES...")
-    return 0
+    return report_losses(sources)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from semantic_anomaly.cli.options import add_detector_options, add_sources_argument, settings_of
-from semantic_anomaly.cli.tables import drives_listed, table
+from semantic_anomaly.cli.tables import drives_listed, report_losses, table
 from semantic_anomaly.errors import InputError
 from semantic_anomaly.evaluation.measures import figure, interval
 
@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
         return _check(args)
     from semantic_anomaly.index.nominal_index import NominalIndex
     from semantic_anomaly.offline.calibrate import calibrate
+    from semantic_anomaly.offline.drives import open_drives
 
     settings, camera = settings_of(
         args,
@@ -58,10 +59,10 @@ def run(args: argparse.Namespace) -> int:
         target_episode_rate=args.target_episode_rate,
         episode_s=args.episode_s,
     )
+    # Opened here, so that their losses can be reported.
+    sources = list(open_drives(args.sources, args.topic).values())
     index = NominalIndex.load(args.index)
-    calibration = calibrate(
-        index, args.sources, settings=settings, camera=camera, topic=args.topic, progress=True
-    )
+    calibration = calibrate(index, sources, settings=settings, camera=camera, progress=True)
     path = calibration.save(args.index)
     settings = calibration.resolve(settings.for_camera(camera))
     episode_rows = []
@@ -85,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     ]
     print(table(rows))
     print(f"wrote {path}")
-    return 0
+    return report_losses(sources)
 
 
 def _check(args: argparse.Namespace) -> int:

@@ -119,8 +119,9 @@ class LabelledFolder(Dataset):
 
     Masks are 8-bit PNG of the image's stem and size: 0 normal, 1 anomaly, 255 ignore; of a palette
     the indices count. An image without a mask is normal throughout. Masks of 0 and 255 without any
-    1 are refused: most tools write anomalies as white. labels.json maps file names to objects with `anomaly` and
-    optionally `kind`, `family`, `ignore`, `stamp_s`, `drive`. A frame without `anomaly` is
+    1 are refused: most tools write anomalies as white.
+
+    labels.json maps file names to objects with `anomaly` and optionally `kind`, `family`, `ignore`, `stamp_s`, `drive`. A frame without `anomaly` is
     anomalous if its mask has a 1. Frames without `drive` belong to one drive if they have stamps,
     otherwise each is a drive of its own. All masks are checked here.
 
@@ -187,7 +188,8 @@ def refuse_white_masks(
     raise InputError(
         f"masks '{suspect.parent}': expected values {CONVENTION}, found {NORMAL} and {IGNORE} (in "
         f"'{suspect.name}') and no {ANOMALY} in any mask; if white means anomaly, give a layout "
-        f"with --layout whose values are {{0: normal, 255: anomaly}}, or write {ANOMALY} for {IGNORE}"
+        f"with --layout whose values are {{0: normal, 255: anomaly}}, or write {ANOMALY} for "
+        f"{IGNORE}"
     )
 
 

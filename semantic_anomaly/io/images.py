@@ -50,7 +50,7 @@ _PLANAR = {"nv12": cv2.COLOR_YUV2RGB_NV12, "nv21": cv2.COLOR_YUV2RGB_NV21}
 _DEPTH = {"32FC1": ("f4", 1.0), "16UC1": ("u2", 1e-3), "mono16": ("u2", 1e-3)}
 RAW_ENCODINGS = (*_PACKED, *_PLANAR)
 DEPTH_ENCODINGS = tuple(_DEPTH)
-# 16-bit images of which fewer levels remain in 8 bits, and which had so many times more, are refused.
+# 16-bit images of which fewer levels remain in 8 bits and that had so many times more are refused.
 _FEW_LEVELS, _LOSS = 32, 4
 # How an image with an EXIF orientation is turned upright.
 _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
@@ -276,9 +276,9 @@ def _upper_byte(values: np.ndarray, what: str) -> np.ndarray:
     if after < _FEW_LEVELS and before >= _LOSS * after:
         low, high = int(values.min()), int(values.max())
         raise ImageError(
-            f"{what}: expected 16-bit values that fill the range 0 to 65535, found {low} to {high}: "
-            f"{after} of {before} grey levels would remain in 8 bits; scale the images to 8 bits by "
-            "one fixed range, the same for index, calibration and camera"
+            f"{what}: expected 16-bit values that fill the range 0 to 65535, found {low} to "
+            f"{high}: {after} of {before} grey levels would remain in 8 bits; scale the images to "
+            "8 bits by one fixed range, the same for index, calibration and camera"
         )
     return (values >> 8).astype(np.uint8)
 

@@ -152,7 +152,7 @@ def test_an_unknown_index_of_a_palette_is_refused(dataset: Path) -> None:
     with pytest.raises(InputError, match="found also 7"):
         LabelledFolder(dataset)
     (dataset / "masks/00001.png").write_bytes(palette_png(mask())[:80] + b"IEND\xaeB`\x82")
-    with pytest.raises(InputError, match="00001.*damaged"):
+    with pytest.raises(InputError, match=r"00001.*damaged"):
         LabelledFolder(dataset)
 
 
