@@ -121,9 +121,10 @@ class LabelledFolder(Dataset):
     the indices count. An image without a mask is normal throughout. Masks of 0 and 255 without any
     1 are refused: most tools write anomalies as white.
 
-    labels.json maps file names to objects with `anomaly` and optionally `kind`, `family`, `ignore`, `stamp_s`, `drive`. A frame without `anomaly` is
-    anomalous if its mask has a 1. Frames without `drive` belong to one drive if they have stamps,
-    otherwise each is a drive of its own. All masks are checked here.
+    labels.json maps file names to objects with `anomaly` and optionally `kind`, `family`, `ignore`,
+    `stamp_s`, `drive`. A frame without `anomaly` is anomalous if its mask has a 1. Frames without
+    `drive` belong to one drive if they have stamps, otherwise each is a drive of its own. All masks
+    are checked here.
 
     Raises:
         InputError: no images, masks with other values, of another convention or without an image,
