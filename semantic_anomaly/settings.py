@@ -455,14 +455,17 @@ class Settings:
         return self.camera_settings[camera].index or self.index
 
 
-def read_settings_file(path: Path) -> dict[str, Any]:
+def read_settings_file(path: Path, node: str = "") -> dict[str, Any]:
     """Return flat parameters of a parameter file; relative paths are relative to its folder.
+
+    Args:
+        path, node: as of `read_parameters_yaml`.
 
     Raises:
         SettingsError: as `read_parameters_yaml`.
     """
     specs = {**_SPECS, **_CAMERA_SPECS}
-    return resolve_paths(read_parameters_yaml(path), specs, path.parent)
+    return resolve_paths(read_parameters_yaml(path, node), specs, path.parent)
 
 
 def setting_specs() -> dict[str, SettingSpec]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from array import array
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import Repr
@@ -19,6 +20,11 @@ from semantic_anomaly.errors import SettingsError
 _REPR = Repr()
 _REPR.maxlevel = 2
 short = _REPR.repr
+DEFAULT_NODE = "semantic_anomaly"
+# Parameters that ROS itself declares or reads.
+FOREIGN = ("use_sim_time", "start_type_description_service")
+FOREIGN_PREFIXES = ("qos_overrides.",)
+_MAX_NAMESPACES, _MAX_SECTIONS = 8, 1000
 
 
 def setting(
@@ -125,14 +131,22 @@ def refuse_fixed(
             )
 
 
-def read_parameters_yaml(path: Path) -> dict[str, Any]:
+def read_parameters_yaml(path: Path, node: str = "") -> dict[str, Any]:
     """Return the flat parameters ('front.index') of a ROS parameter file or a plain YAML mapping.
 
-    Paths are returned as written; see `resolve_paths`.
+    Sections are chosen as by rcl: node names may have namespaces, in one key or nested, and the
+    wildcards `*` and `**`; of several sections that match, later values win. `qos_overrides` and
+    `use_sim_time` are left out: they are not settings. Paths are returned as written; see
+    `resolve_paths`.
+
+    Args:
+        path: the file.
+        node: name of the node with its namespace; empty: the node `semantic_anomaly` in any
+            namespace, or else the only node of the file.
 
     Raises:
-        SettingsError: unreadable, not YAML, not a mapping, a name given twice, or parameters of
-            several nodes.
+        SettingsError: unreadable, not YAML, not a mapping, a name given twice, no section of the
+            node, or several nodes that may be meant.
     """
     import yaml
 
@@ -152,20 +166,72 @@ def read_parameters_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(document, dict):
         raise SettingsError(f"settings file '{path}': expected a mapping, found {short(document)}")
-    nodes = [v for v in document.values() if isinstance(v, dict) and "ros__parameters" in v]
-    if len(nodes) > 1:
-        raise SettingsError(f"settings file '{path}': expected one node, found {len(nodes)}")
-    parameters = nodes[0]["ros__parameters"] or {} if nodes else document
-    if not isinstance(parameters, dict):
+    sections = _sections(document, "")
+    chosen = _sections_of(sections, node, path) if sections else [("", document)]
+    merged: dict[str, Any] = {}
+    for _, parameters in chosen:
+        if not isinstance(parameters or {}, dict):
+            raise SettingsError(
+                f"settings file '{path}': expected ros__parameters to be a mapping, "
+                f"found {short(parameters)}"
+            )
+        flat: dict[str, Any] = {}
+        _flatten(parameters or {}, "", flat)
+        merged |= flat
+    # Parameters of every ROS node, not of the detector.
+    return {
+        name: value
+        for name, value in merged.items()
+        if name not in FOREIGN and not name.startswith(FOREIGN_PREFIXES)
+    }
+
+
+def _sections(tree: Mapping[Any, Any], prefix: str, depth: int = 0) -> list[tuple[str, Any]]:
+    """Return name and parameters of every node in a parameter file, '/front/semantic_anomaly'."""
+    found = []
+    for key, value in tree.items():
+        if not isinstance(value, dict) or depth > _MAX_NAMESPACES:
+            continue
+        name = f"{prefix}/{str(key).strip('/')}"
+        if "ros__parameters" in value:
+            found.append((name, value["ros__parameters"]))
+        else:
+            found += _sections(value, name, depth + 1)
+        if len(found) > _MAX_SECTIONS:
+            raise SettingsError(f"settings nest too deep or repeat themselves at {short(name)}")
+    return found
+
+
+def _sections_of(
+    sections: Sequence[tuple[str, Any]], node: str, path: Path
+) -> list[tuple[str, Any]]:
+    """Return the sections of a node; for the arguments see `read_parameters_yaml`."""
+    exact = sorted({name for name, _ in sections if "*" not in name})
+    if not node:
+        own = [name for name in exact if name.rpartition("/")[2] == DEFAULT_NODE]
+        for_all = any(_matches(name, f"/{DEFAULT_NODE}") for name, _ in sections)
+        candidates = own or ([] if for_all else exact)
+        if len(candidates) > 1:
+            raise SettingsError(
+                f"settings file '{path}': expected one node, found {len(candidates)}: "
+                f"{', '.join(candidates[:8])}; choose one with --node"
+            )
+        node = candidates[0] if candidates else DEFAULT_NODE
+    node = "/" + node.strip("/")
+    matching = [section for section in sections if _matches(section[0], node)]
+    if not matching:
         raise SettingsError(
-            f"settings file '{path}': expected ros__parameters to be a mapping, "
-            f"found {short(parameters)}"
+            f"settings file '{path}': expected parameters of the node '{node}', found those of "
+            f"{', '.join(sorted({name for name, _ in sections})[:8])}"
         )
-    flat: dict[str, Any] = {}
-    _flatten(parameters, "", flat)
-    # A parameter of every ROS node, not of the detector.
-    flat.pop("use_sim_time", None)
-    return flat
+    return matching
+
+
+def _matches(pattern: str, node: str) -> bool:
+    # In rcl, * stands for one part of a name and ** for any number of parts.
+    parts = [re.escape(part) for part in pattern.strip("/").split("/")]
+    texts = {r"\*": "/[^/]+", r"\*\*": "(?:/[^/]+)*"}
+    return bool(re.fullmatch("".join(texts.get(part, f"/{part}") for part in parts), node))
 
 
 def resolve_paths(

@@ -93,6 +93,47 @@ def test_parameter_files_and_plain_mappings_become_flat(tmp_path: Path) -> None:
         assert read_parameters_yaml(written(tmp_path, text)) == {}
 
 
+SECTION = "{ros__parameters: {count: %d}}"
+
+
+@pytest.mark.parametrize(
+    ("text", "node", "expected"),
+    [
+        # A namespace in one key, nested, or both.
+        (f"/front/semantic_anomaly: {SECTION % 3}", "", 3),
+        (f"front: {{semantic_anomaly: {SECTION % 3}}}", "", 3),
+        (f"a: {{b/c: {{semantic_anomaly: {SECTION % 3}}}}}", "/a/b/c/semantic_anomaly", 3),
+        # The file of a whole robot.
+        (f"driver: {SECTION % 1}\nsemantic_anomaly: {SECTION % 3}\nnav: {SECTION % 2}", "", 3),
+        # A node with another name.
+        (f"watcher: {SECTION % 3}", "", 3),
+        (f"a: {SECTION % 1}\nb: {SECTION % 3}", "b", 3),
+        # Wildcards; later values win.
+        (f"/**: {SECTION % 1}\nsemantic_anomaly: {SECTION % 3}", "", 3),
+        (f"semantic_anomaly: {SECTION % 1}\n/**: {SECTION % 3}", "", 3),
+        (f"/*/semantic_anomaly: {SECTION % 3}\n/**: {SECTION % 1}", "/a/b/semantic_anomaly", 1),
+        (f"/**: {SECTION % 1}\n/*/semantic_anomaly: {SECTION % 3}", "/a/semantic_anomaly", 3),
+        (f"/**/semantic_anomaly: {SECTION % 3}", "", 3),
+        (f"/**: {SECTION % 3}\ndriver: {SECTION % 1}", "semantic_anomaly", 3),
+        (f"/**: {SECTION % 3}\ndriver: {SECTION % 1}", "", 3),
+    ],
+)
+def test_sections_are_chosen_as_by_rcl(tmp_path: Path, text: str, node: str, expected: int) -> None:
+    assert read_parameters_yaml(written(tmp_path, text), node) == {"count": expected}
+
+
+def test_a_node_without_a_section_is_named(tmp_path: Path) -> None:
+    path = written(tmp_path, f"driver: {SECTION % 1}")
+    with pytest.raises(SettingsError, match=r"of the node '/rear', found those of /driver"):
+        read_parameters_yaml(path, "rear")
+
+
+def test_parameters_of_ros_itself_are_left_out(tmp_path: Path) -> None:
+    qos = "qos_overrides: {/camera/image_raw: {subscription: {reliability: reliable}}}"
+    text = f"/**: {{ros__parameters: {{count: 3, use_sim_time: true, {qos}}}}}"
+    assert read_parameters_yaml(written(tmp_path, text)) == {"count": 3}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -107,7 +148,12 @@ def test_parameter_files_and_plain_mappings_become_flat(tmp_path: Path) -> None:
         ("/**:\n  ros__parameters: [1]", "to be a mapping"),
         ("count: 1\ncount: 2", "'count' is given twice"),
         ("front: {index: a}\nfront.index: b", "'front.index' is given twice"),
-        ("a:\n  ros__parameters: {}\nb:\n  ros__parameters: {}", "expected one node, found 2"),
+        ("a:\n  ros__parameters: {}\nb:\n  ros__parameters: {}", "found 2: /a, /b; .* --node"),
+        (
+            "f: {semantic_anomaly: {ros__parameters: {}}}\n"
+            "r/semantic_anomaly: {ros__parameters: {}}",
+            "one node, found 2: /f/semantic_anomaly, /r/semantic_anomaly",
+        ),
         ("x: &x\n  y: *x", "nest too deep"),
     ],
 )

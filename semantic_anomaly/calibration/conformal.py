@@ -26,6 +26,7 @@ import numpy as np
 
 from semantic_anomaly.errors import CalibrationError, MismatchError
 from semantic_anomaly.settings import Settings
+from semantic_anomaly.stamps import LATE_S, first_jump, order_of
 
 # Least share of an episode that the frames of a drive must cover.
 _COVERED_SHARE = 0.9
@@ -157,23 +158,28 @@ class Episodes:
         """Return the complete episodes of nominal drives, without the rest at the end of each part.
 
         Args:
-            parts_by_drive: parts of each drive by name: frame scores in the order of time, and
-                stamps of the frames in nanoseconds.
+            parts_by_drive: parts of each drive by name: frame scores, of which late and equal ones
+                are put in order, and stamps of the frames in nanoseconds.
             settings: `episode_s`, `target_episode_rate` and the confirmation.
 
         Raises:
-            CalibrationError: stamps that do not rise, frames too far apart to be confirmed, or no
+            CalibrationError: a jump back in the stamps, frames too far apart to be confirmed, or no
                 complete episode.
         """
         maxima: list[np.ndarray] = []
         for parts in parts_by_drive.values():
             of_drive: list[float] = []
-            for part, (scores, stamps_ns) in parts.items():
-                stamps_s = np.array(stamps_ns, np.int64) / 1e9
-                if np.any(np.diff(stamps_s) <= 0):
-                    raise CalibrationError(f"episodes: drive '{part}': expected stamps that rise")
+            for part, (scores, stamps) in parts.items():
+                stamps_ns = np.array(stamps, np.int64)
+                if (jump := first_jump(stamps_ns)) is not None:
+                    raise CalibrationError(
+                        f"episodes: drive '{part}': expected stamps that go back by at most "
+                        f"{LATE_S:g} s, found a jump back at frame {jump}"
+                    )
+                order = order_of(stamps_ns)
+                stamps_s = stamps_ns[order] / 1e9
                 confirmed = _confirmed_scores(
-                    np.array(scores, np.float64), stamps_s, settings, part
+                    np.array(scores, np.float64)[order], stamps_s, settings, part
                 )
                 episodes = complete_episodes(stamps_s, settings.episode_s)
                 of_drive += [float(confirmed[frames].max()) for frames in episodes]
@@ -253,7 +259,9 @@ def complete_episodes(stamps_s: np.ndarray, episode_s: float) -> list[np.ndarray
     A frame stands for the time up to the next one; an episode is complete when nine tenths of it
     are covered. Stamps are (n,) rising seconds.
     """
-    period_s = float(np.median(np.diff(stamps_s))) if len(stamps_s) > 1 else 0.0
+    # Frames of one stamp, as of two publishers, say nothing about the period.
+    periods_s = np.diff(np.unique(stamps_s))
+    period_s = float(np.median(periods_s)) if len(periods_s) else 0.0
     covered_s = stamps_s[-1] - stamps_s[0] + period_s
     # Tenths of a second have no exact binary form.
     numbers = ((stamps_s - stamps_s[0]) / episode_s + 1e-9).astype(int)

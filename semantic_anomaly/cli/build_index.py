@@ -11,7 +11,7 @@ from semantic_anomaly.cli.options import (
     positive,
     settings_of,
 )
-from semantic_anomaly.cli.tables import folder_size, table
+from semantic_anomaly.cli.tables import folder_size, report_losses, table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,15 +41,17 @@ def run(args: argparse.Namespace) -> int:
     """Build and write an index and print a summary."""
     from semantic_anomaly.calibration.calibration import Calibration
     from semantic_anomaly.offline.build_index import build_index
+    from semantic_anomaly.offline.drives import open_drives
 
     settings, camera = settings_of(args)
+    # Opened here, so that their losses can be reported.
+    sources = list(open_drives(args.sources, args.topic).values())
     index = build_index(
-        args.sources,
+        sources,
         settings=settings,
         camera=camera,
         out=args.out,
         force=args.force,
-        topic=args.topic,
         stride=args.stride,
         calibrated=args.calibrate,
         progress=True,
@@ -69,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     print(table(rows))
     if not args.calibrate:
         print(f"wrote {args.out}; next: semantic-anomaly calibrate {args.out}")
-        return 0
+        return report_losses(sources)
     calibration = Calibration.load(args.out, camera)
     print(f"wrote {args.out}; threshold {calibration.threshold:.4f}; {calibration.promise}")
-    return 0
+    return report_losses(sources)

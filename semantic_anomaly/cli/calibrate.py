@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from semantic_anomaly.cli.options import add_detector_options, add_sources_argument, settings_of
-from semantic_anomaly.cli.tables import drives_listed, table
+from semantic_anomaly.cli.tables import drives_listed, report_losses, table
 from semantic_anomaly.errors import InputError
 from semantic_anomaly.evaluation.measures import figure, interval
 
@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
         return _check(args)
     from semantic_anomaly.index.nominal_index import NominalIndex
     from semantic_anomaly.offline.calibrate import calibrate
+    from semantic_anomaly.offline.drives import open_drives
 
     settings, camera = settings_of(
         args,
@@ -83,15 +84,16 @@ def run(args: argparse.Namespace) -> int:
         target_episode_rate=args.target_episode_rate,
         episode_s=args.episode_s,
     )
+    # Opened here, so that their losses can be reported.
+    sources = list(open_drives(args.sources, args.topic).values()) if args.sources else []
     index = NominalIndex.load(args.index)
     calibration = calibrate(
         index,
-        args.sources or None,
+        sources or None,
         leave_one_drive_out=args.leave_one_drive_out,
         moved=moved_sources(args.moved),
         settings=settings,
         camera=camera,
-        topic=args.topic,
         progress=True,
     )
     path = calibration.save(args.index)
@@ -115,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
     print(table(rows))
     print(f"{calibration.promise[0].upper()}{calibration.promise[1:]}.")
     print(f"wrote {path}")
-    return 0
+    return report_losses(sources)
 
 
 def moved_sources(items: Sequence[str]) -> dict[str, str]:

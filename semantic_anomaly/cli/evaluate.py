@@ -28,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "dataset",
         metavar="DATASET",
-        help="folder with images/, masks/ or labels_masks/ and labels.json; "
+        help="folder with images/, masks/ or labels_masks/ and labels.json; masks are 8-bit PNG of "
+        "0 normal, 1 anomaly, 255 ignore, others need --layout; "
         "'DATASET[START:STOP]' takes a part of it",
     )
     parser.add_argument("--index", type=Path, help="folder of the index (protocol drive)")

@@ -26,6 +26,13 @@ def add_detector_options(parser: argparse.ArgumentParser, *, topic: bool = True)
         "--settings", type=Path, metavar="FILE.yaml", help="parameter file of the node"
     )
     group.add_argument(
+        "--node",
+        default="",
+        metavar="NAME",
+        help="node in --settings, with its namespace (default: semantic_anomaly in any namespace, "
+        "or else the only node)",
+    )
+    group.add_argument(
         "--backbone",
         metavar="FOLDER-OR-ID",
         help="shipped name, Hugging Face folder or hub id already downloaded",
@@ -111,7 +118,9 @@ def settings_of(
         SettingsError: a file, name or value is not valid, or a camera must be chosen.
         UnknownNameError: no such setting or camera.
     """
-    parameters = read_settings_file(args.settings) if args.settings else {}
+    if args.node and not args.settings:
+        raise SettingsError("--node: needs --settings")
+    parameters = read_settings_file(args.settings, args.node) if args.settings else {}
     parameters.update(_override(item) for item in args.overrides)
     if args.backbone:
         parameters["backbone"] = args.backbone

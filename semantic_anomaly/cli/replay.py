@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from semantic_anomaly.cli.options import add_detector_options, count, settings_of
-from semantic_anomaly.cli.tables import table
+from semantic_anomaly.cli.tables import report_losses, table
 
 _LISTED_ALARMS = 20
 
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     summary = replay(detector, source, args.out, every=args.every, events=events, progress=True)
     print(_text(summary))
     print(f"wrote {args.out}")
-    return 0
+    return report_losses([source])
 
 
 def _text(summary: dict[str, Any]) -> str:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from semantic_anomaly.io.sources import FrameSource
 
 _LISTED = 10
 _NUMBER = re.compile(r"[-+]?[\d.,]+([eE][-+]?\d+)?( ?%)?|-")
@@ -44,6 +48,14 @@ def listed(names: Sequence[str]) -> str:
     """Return the first names, and how many more there are."""
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more
+
+
+def report_losses(sources: Iterable[FrameSource]) -> int:
+    """Print what sources left out; return the exit code: 3 if there was something, else 0."""
+    losses = [source.losses for source in sources if source.losses]
+    for loss in losses:
+        print(f"warning: left out: {loss}")
+    return 3 if losses else 0
 
 
 def drives_listed(drives: Iterable[tuple[str, int]]) -> str:

@@ -431,7 +431,7 @@ class AnomalyDetector:
         Without a threshold it is `unknown`.
 
         Args:
-            frame: size and stamp; a stamp before the last one clears the tracks.
+            frame: size and stamp; a jump back clears the tracks (see `stamps`).
             grid: its patch embeddings.
             stage_ms: milliseconds spent on its embeddings, by stage.
 

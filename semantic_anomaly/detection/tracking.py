@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from semantic_anomaly.stamps import jumps_back
 from semantic_anomaly.structures import ComponentState, Decision, Localization
 
 # Bounds the memory when stamps stand still or silence_s is long.
@@ -86,12 +87,13 @@ class ComponentTracker:
         """Return the track of each box of the next frame, in the order of the boxes.
 
         Args:
-            stamp_ns: stamp of the frame; an earlier one than before (a restarted bag or simulation)
-                resets, an equal one is another frame.
+            stamp_ns: stamp of the frame; a jump back resets, a late or equal one is another frame,
+                tracked as of the newest stamp (see `stamps`).
             boxes: (n, 4) float64 left, top, right, bottom in pixels; n may be 0.
         """
-        if self._last_ns is not None and stamp_ns < self._last_ns:
+        if jumps_back(stamp_ns, self._last_ns):
             self.reset()
+        own_ns, stamp_ns = stamp_ns, max(stamp_ns, self._last_ns or stamp_ns)
         self._last_ns = stamp_ns
         silence_ns, window_ns = round(self.silence_s * 1e9), round(self.window_s * 1e9)
         self._tracks = [t for t in self._tracks if stamp_ns - t.last_ns <= silence_ns]
@@ -106,8 +108,8 @@ class ComponentTracker:
                 track = _Track(self._next_number, box, stamp_ns, deque(maxlen=self.count))
                 self._tracks.append(track)
                 self._next_number += 1
-            track.stamps_ns.append(stamp_ns)
-            in_window = stamp_ns - track.stamps_ns[0] <= window_ns
+            track.stamps_ns.append(own_ns)
+            in_window = max(track.stamps_ns) - min(track.stamps_ns) <= window_ns
             track.confirmed |= len(track.stamps_ns) == self.count and in_window
             state = ComponentState.CONFIRMED if track.confirmed else ComponentState.CANDIDATE
             states.append(TrackState(track.number, state))

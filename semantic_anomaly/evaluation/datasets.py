@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,16 @@ import numpy as np
 import yaml
 
 from semantic_anomaly.errors import ImageError, InputError
+from semantic_anomaly.evaluation import extras
 from semantic_anomaly.io.images import inspect_image
 from semantic_anomaly.io.open import split_selection
 from semantic_anomaly.io.sources import IMAGE_SUFFIXES, ImageFiles, folder_images
 from semantic_anomaly.structures import Frame
 
 NORMAL, ANOMALY, IGNORE = 0, 1, 255
+CONVENTION = f"{NORMAL} normal, {ANOMALY} anomaly, {IGNORE} ignore"
+# Byte of the colour type in a PNG, and its value for palettes.
+_COLOUR_TYPE, _PALETTE = 25, 3
 MASK_FOLDERS = ("masks", "labels_masks")
 _FLAGS, _TEXTS = ("anomaly", "ignore"), ("kind", "family", "drive")
 
@@ -114,15 +119,18 @@ class Dataset(ABC):
 class LabelledFolder(Dataset):
     """A folder with `images/`, `masks/` or `labels_masks/`, and optionally `labels.json`.
 
-    Masks are 8-bit PNG of the image's stem and size: 0 normal, 1 anomaly, 255 ignore. An image
-    without a mask is normal throughout. labels.json maps file names to objects with `anomaly` and
-    optionally `kind`, `family`, `ignore`, `stamp_s`, `drive`, `tags`. A frame without `anomaly` is
-    anomalous if its mask has a 1. Frames without `drive` belong to one drive if they have stamps,
-    otherwise each is a drive of its own. All masks are checked here.
+    Masks are 8-bit PNG of the image's stem and size: 0 normal, 1 anomaly, 255 ignore; of a palette
+    the indices count. An image without a mask is normal throughout. Masks of 0 and 255 without any
+    1 are refused: most tools write anomalies as white.
+
+    labels.json maps file names to objects with `anomaly` and optionally `kind`, `family`, `ignore`,
+    `stamp_s`, `drive`, `tags`. A frame without `anomaly` is anomalous if its mask has a 1. Frames
+    without `drive` belong to one drive if they have stamps, otherwise each is a drive of its own.
+    All masks are checked here.
 
     Raises:
-        InputError: no images, masks with other values or without an image, labels of missing
-            files or of the wrong types.
+        InputError: no images, masks with other values, of another convention or without an image,
+            labels of missing files or of the wrong types.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -142,6 +150,11 @@ class LabelledFolder(Dataset):
             _truth(file.name, masks.get(file.stem), labels.get(file.name, {}), self.name)
             for file in files[selection]
         ]
+        refuse_white_masks(
+            (truth.mask for truth in self.truths if truth.mask is not None),
+            (masks[stem] for stem in sorted(masks)),
+            read_mask,
+        )
 
     def _frames(self) -> Iterable[tuple[Frame, FrameTruth]]:
         return zip(self._source, self.truths, strict=True)
@@ -150,11 +163,64 @@ class LabelledFolder(Dataset):
         return np.zeros(image_hw, np.uint8) if truth.mask is None else read_mask(truth.mask)
 
 
+def refuse_white_masks(
+    used: Iterable[Path], all_masks: Iterable[Path], read: Callable[[Path], np.ndarray]
+) -> None:
+    """Refuse masks that are probably 0 normal and 255 anomaly.
+
+    Some of them ignore a part of their image, and no mask of the folder has an anomaly: by the
+    convention every anomaly would count as a false alarm.
+
+    Args:
+        used, all_masks: files of the frames in use, and of the whole folder.
+        read: returns the labels of a file, (height, width) uint8.
+
+    Raises:
+        InputError: names a mask, the values found and the convention.
+    """
+    suspect: Path | None = None
+    for path in used:
+        labels = read(path)
+        if (labels == ANOMALY).any():
+            return
+        ignored = labels == IGNORE
+        if suspect is None and ignored.any() and not ignored.all():
+            suspect = path
+    if suspect is None or any((read(path) == ANOMALY).any() for path in all_masks):
+        return
+    raise InputError(
+        f"masks '{suspect.parent}': expected values {CONVENTION}, found {NORMAL} and {IGNORE} (in "
+        f"'{suspect.name}') and no {ANOMALY} in any mask; if white means anomaly, give a layout "
+        f"with --layout whose values are {{0: normal, 255: anomaly}}, or write {ANOMALY} for "
+        f"{IGNORE}"
+    )
+
+
+def read_palette(content: bytes, where: str) -> np.ndarray | None:
+    """Return the indices of a palette PNG, (height, width) uint8; None for other images.
+
+    Decoders return the colours of a palette, in which class numbers are lost.
+
+    Raises:
+        InputError: the image is damaged.
+    """
+    if content[:4] != b"\x89PNG" or content[_COLOUR_TYPE : _COLOUR_TYPE + 1] != bytes([_PALETTE]):
+        return None
+    pillow = extras.load("PIL.Image")
+    try:
+        with pillow.open(io.BytesIO(content)) as image:
+            return np.array(image, np.uint8)
+    # Pillow raises many kinds of errors.
+    except Exception as error:
+        raise InputError(f"{where}: the PNG is damaged and cannot be decoded") from error
+
+
 def read_mask(path: Path) -> np.ndarray:
     """Return a mask as (height, width) uint8 of 0 normal, 1 anomaly, 255 ignore.
 
     Raises:
-        InputError: not an 8-bit PNG of one channel, damaged, or with other values.
+        InputError: neither an 8-bit PNG of one channel nor one of a palette, damaged, or with other
+            values.
     """
     try:
         content = path.read_bytes()
@@ -162,22 +228,31 @@ def read_mask(path: Path) -> np.ndarray:
     except (OSError, ImageError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise InputError(f"mask '{path}': {reason}") from error
+    palette = read_palette(content, f"mask '{path}'")
     # Decoders expand 1-bit masks to 0 and 255, which would turn anomalies into ignored pixels.
-    if kind != "PNG" or content[24] != 8:
+    if kind != "PNG" or (content[24] != 8 and palette is None):
         found = f"PNG of {content[24]} bits" if kind == "PNG" else kind
-        raise InputError(f"mask '{path}': expected an 8-bit PNG, found {found}")
-    mask = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+        raise InputError(
+            f"mask '{path}': expected an 8-bit PNG, found {found}; values: {CONVENTION}"
+        )
+    mask: np.ndarray | None = palette
+    if mask is None:
+        mask = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
     if mask is None:
         raise InputError(f"mask '{path}': the PNG is damaged and cannot be decoded")
     if mask.ndim == 3:
         if np.any(mask[..., :3] != mask[..., :1]):
-            raise InputError(f"mask '{path}': expected one channel, found colours")
+            colours = np.unique(mask[..., 2::-1].reshape(-1, 3), axis=0)[:4].tolist()
+            raise InputError(
+                f"mask '{path}': expected one channel of {CONVENTION}, found colours "
+                f"{', '.join(map(str, colours))}; classes coded by colour need a layout (--layout)"
+            )
         mask = np.ascontiguousarray(mask[..., 0])
     others = sorted(set(np.unique(mask).tolist()) - {NORMAL, ANOMALY, IGNORE})
     if others:
         raise InputError(
-            f"mask '{path}': expected values {NORMAL} normal, {ANOMALY} anomaly, {IGNORE} ignore; "
-            f"found also {', '.join(map(str, others[:8]))}"
+            f"mask '{path}': expected values {CONVENTION}; found also "
+            f"{', '.join(map(str, others[:8]))}; other values need a layout (--layout)"
         )
     return mask
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from semantic_anomaly.errors import InputError
 from semantic_anomaly.evaluation.datasets import read_yaml
+from semantic_anomaly.stamps import LATE_S, first_jump, order_of
 
 # An alarm may outlast its event by this time: tracks last longer than the anomaly is visible.
 TAIL_S = 1.0
@@ -104,20 +105,23 @@ def drive_metrics(
     that continues after an event is not false for `TAIL_S`.
 
     Args:
-        stamps_ns: (n,) nanoseconds, rising.
+        stamps_ns: (n,) nanoseconds; late and equal ones are put in order.
         alarms: (n,) bool.
         events: may overlap.
 
     Raises:
-        InputError: no frames, stamps that do not rise, or an event without a frame in it.
+        InputError: no frames, a jump back in the stamps, or an event without a frame in it.
     """
     stamps = np.asarray(stamps_ns, np.int64)
     alarm = np.asarray(alarms, bool)
-    if not len(stamps) or len(stamps) != len(alarm) or (np.diff(stamps) <= 0).any():
+    if not len(stamps) or len(stamps) != len(alarm):
         raise InputError(
-            f"drive: expected rising stamps with an alarm each, found {len(stamps)} stamps and "
+            f"drive: expected stamps with an alarm each, found {len(stamps)} stamps and "
             f"{len(alarm)} alarms"
         )
+    refuse_jump(stamps)
+    order = order_of(stamps)
+    stamps, alarm = stamps[order], alarm[order]
     time_s = (stamps - stamps[0]) / _SECOND_NS
     inside = np.zeros(len(stamps), bool)
     delays = []
@@ -141,6 +145,17 @@ def drive_metrics(
         false_alarms * 3600 / nominal_s if nominal_s else None,
         false_frames / nominal if nominal else None,
     )
+
+
+def refuse_jump(stamps_ns: Sequence[int] | np.ndarray) -> None:
+    """Raise InputError for a jump back in the stamps of a drive: its events have no time then."""
+    number = first_jump(stamps_ns)
+    if number is not None:
+        back_s = (max(stamps_ns[:number]) - stamps_ns[number]) / _SECOND_NS
+        raise InputError(
+            f"drive: expected stamps that go back by at most {LATE_S:g} s, found a step back of "
+            f"{back_s:.3f} s at frame {number}; events need one drive: select it with [START:STOP]"
+        )
 
 
 def _false_alarms(time_s: np.ndarray, alarm: np.ndarray, inside: np.ndarray) -> tuple[int, int]:

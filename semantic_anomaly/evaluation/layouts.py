@@ -20,7 +20,9 @@ from semantic_anomaly.evaluation.datasets import (
     Dataset,
     FrameTruth,
     LabelledFolder,
+    read_palette,
     read_yaml,
+    refuse_white_masks,
 )
 from semantic_anomaly.io.bags import BagSource
 from semantic_anomaly.io.images import read_image
@@ -42,7 +44,7 @@ class Layout:
             they turn the image topic into the topic of the labels.
         values: meaning of a label value in 0..255: normal, anomaly or ignore.
         other: meaning of all other values, or 'refuse'.
-        channel: channel of colour labels: 0 red, 1 green, 2 blue.
+        channel: channel of colour labels: 0 red, 1 green, 2 blue; of a palette the indices count.
         sequence: regular expression whose first group in the image path is the drive; empty: each
             image is a drive of its own.
         leave_out: regular expression of images to leave out; empty: none.
@@ -221,6 +223,9 @@ class LayoutDataset(Dataset):
             sequence = match[1] if match else name
             labels = self._read(mask)
             self.truths.append(FrameTruth.of_labels(labels, name, stem, sequence, mask))
+        if not any(truth.anomaly for truth in self.truths):
+            files = [truth.mask for truth in self.truths if truth.mask is not None]
+            refuse_white_masks(files, files, self._read)
 
     def _frames(self) -> Iterator[tuple[Frame, FrameTruth]]:
         for number, truth in enumerate(self.truths):
@@ -235,9 +240,13 @@ class LayoutDataset(Dataset):
 
     def _read(self, file: Path) -> np.ndarray:
         try:
-            content = np.frombuffer(file.read_bytes(), np.uint8)
+            encoded = file.read_bytes()
         except OSError as error:
             raise InputError(f"labels '{file}': {error.strerror}") from error
+        palette = read_palette(encoded, f"labels '{file}'")
+        if palette is not None:
+            return self._layout.meanings(palette, str(file))
+        content = np.frombuffer(encoded, np.uint8)
         raw = cv2.imdecode(content, cv2.IMREAD_UNCHANGED) if len(content) else None
         if raw is None or raw.dtype != np.uint8:
             raise InputError(f"labels '{file}': expected an 8-bit image, found none")

@@ -20,9 +20,10 @@ from semantic_anomaly.evaluation.checkpoint import (
     resumable_report,
     write_json,
 )
-from semantic_anomaly.evaluation.events import Event, drive_metrics
+from semantic_anomaly.evaluation.events import Event, drive_metrics, refuse_jump
 from semantic_anomaly.evaluation.metrics import latencies
-from semantic_anomaly.io.sources import FrameSource
+from semantic_anomaly.io.sources import MAX_BAD_SHARE, BadFrame, FrameSource
+from semantic_anomaly.stamps import first_jump, order_of
 from semantic_anomaly.storage import sha256_bytes
 from semantic_anomaly.structures import Decision
 
@@ -46,20 +47,23 @@ def replay(
 ) -> dict[str, Any]:
     """Score every frame of a source, write the report of the drive and return its summary.
 
+    A frame that cannot be decoded is `unknown`, and is named in the summary; more than
+    `MAX_BAD_SHARE` of such frames end the replay.
+
     An alarm is a run of frames with the decision `anomaly`; its first frame always gets a picture.
     An interrupted run is resumed by the same call.
 
     Args:
         detector: with or without a calibration.
-        source: frames in the order of time.
+        source: frames in the order of time; late ones are put in order in the report.
         out: folder to write; an earlier replay is replaced.
         every: write pictures of every n-th frame, 0 for none; None: of about `PICTURES` frames.
         events: anomalies of the drive, for delays and false alarms; None: not known.
         progress: show a progress bar on a terminal.
 
     Raises:
-        InputError: a frame cannot be read, an event lies outside the drive, or `out` holds
-            something else.
+        InputError: too many frames cannot be read, a jump back in the stamps of a drive with
+            events, an event lies outside the drive, or `out` holds something else.
         MissingPackageError: matplotlib or jinja2 is not installed.
     """
     extras.require("matplotlib.figure", "jinja2")
@@ -73,12 +77,23 @@ def replay(
     }
     with resumable_report(out, SUMMARY, WRITTEN, key) as checkpoint:
         album = report.Album(checkpoint.folder, every)
-        done = len(checkpoint.rows)
-        bar = tqdm(source, "replay", count, unit="frame", disable=None if progress else True)
+        done, warm = len(checkpoint.rows), False
+        newest_ns: int | None = max((row["stamp_ns"] for row in checkpoint.rows), default=None)
+        # As the node, which calls a bad image unknown and goes on.
+        source.max_bad_share = MAX_BAD_SHARE
+        bar = tqdm(source.read(), "replay", count, unit="frame", disable=None if progress else True)
         for number, frame in enumerate(bar):
             if number < done:
                 continue
-            if number == done:
+            newest_ns = frame.stamp_ns if newest_ns is None else newest_ns
+            if events is not None:
+                refuse_jump([newest_ns, frame.stamp_ns])
+            newest_ns = max(newest_ns, frame.stamp_ns)
+            if isinstance(frame, BadFrame):
+                checkpoint.record(_unknown_row(frame))
+                continue
+            if not warm:
+                warm = True
                 restore_tracks(detector, frame, checkpoint.rows)
             result = detector.detect(frame)
             row = {
@@ -99,10 +114,29 @@ def replay(
             )
             checkpoint.record(row)
         album.finish()
-        details = {**described, "data_sha256": provenance.rows_digest(checkpoint.rows)}
+        losses = {
+            "bad_frames": [asdict(bad) for bad in source.bad_frames],
+            "frames_missing": source.shortfall,
+        }
+        details = {**losses, **described, "data_sha256": provenance.rows_digest(checkpoint.rows)}
         return write_drive(
             checkpoint.folder, source.name, checkpoint.rows, detector.threshold, events, details
         )
+
+
+def _unknown_row(bad: BadFrame) -> dict[str, Any]:
+    return {
+        "name": bad.name,
+        "stamp_ns": bad.stamp_ns,
+        "score": None,
+        "p_value": None,
+        "boxes": [],
+        "decision": Decision.UNKNOWN.value,
+        "coarse": False,
+        "alarm": False,
+        "ms": {},
+        "sha256": sha256_bytes(bad.reason.encode()),
+    }
 
 
 def write_drive(
@@ -118,8 +152,8 @@ def write_drive(
     `replay` and the recorder of the running node both write their reports here.
 
     Args:
-        rows: one a frame in the order of stamps: name, stamp_ns, score (None if it was not
-            computed), p_value, decision, alarm, drift, and ms by stage.
+        rows: one a frame; put in the order of stamps unless there is a jump back: name, stamp_ns,
+            score (None if it was not computed), p_value, decision, alarm, drift, and ms by stage.
         events: anomalies of the drive; None: not known.
         details: further entries of the summary, such as its provenance.
 
@@ -127,6 +161,9 @@ def write_drive(
         InputError: an event lies outside the drive.
         MissingPackageError: matplotlib or jinja2 is not installed.
     """
+    stamps_ns = [row["stamp_ns"] for row in rows]
+    if first_jump(stamps_ns) is None:
+        rows = [rows[number] for number in order_of(stamps_ns).tolist()]
     scores = [row["score"] for row in rows if row["score"] is not None]
     decisions = [row["decision"] for row in rows]
     summary = {

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from semantic_anomaly.errors import ImageError, SourceError, first_line
 from semantic_anomaly.io.images import decode_compressed, decode_raw
-from semantic_anomaly.io.sources import FrameSource
+from semantic_anomaly.io.sources import BadFrame, FrameSource
 from semantic_anomaly.structures import Frame
 from semantic_anomaly.timing import elapsed_ms
 
@@ -71,7 +71,7 @@ class BagSource(FrameSource):
     def _total(self, *, exact: bool) -> int:
         return self._announced
 
-    def _read(self, wanted: range) -> Iterator[Frame]:
+    def _read(self, wanted: range) -> Iterator[Frame | BadFrame]:
         index = -1
         for index, (bag_time_ns, message) in enumerate(self._messages(wanted)):
             if message is not None:
@@ -104,9 +104,10 @@ class BagSource(FrameSource):
                     ) from error
                 yield bag_time_ns, message
 
-    def _frame(self, index: int, bag_time_ns: int, message: Any) -> Frame:
+    def _frame(self, index: int, bag_time_ns: int, message: Any) -> Frame | BadFrame:
         stamp = message.header.stamp
-        stamp_ns = stamp.sec * 1_000_000_000 + stamp.nanosec
+        stamp_ns = stamp.sec * 1_000_000_000 + stamp.nanosec or bag_time_ns
+        name = f"{self.name}/{index:06d}"
         begin_s = time.perf_counter()
         try:
             if self.compressed:
@@ -117,12 +118,10 @@ class BagSource(FrameSource):
                     message.encoding, *size, bool(message.is_bigendian), message.data
                 )
         except ImageError as error:
-            raise ImageError(
-                f"bag '{self.path}', topic '{self.topic}', image {index}: {error}"
-            ) from error
-        name = f"{self.name}/{index:06d}"
+            reason = f"bag '{self.path}', topic '{self.topic}', image {index}: {error}"
+            return BadFrame(name, stamp_ns, reason)
         decode_ms = elapsed_ms(begin_s)
-        return Frame(image, stamp_ns or bag_time_ns, message.header.frame_id, name, decode_ms)
+        return Frame(image, stamp_ns, message.header.frame_id, name, decode_ms)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import struct
 from array import array
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -49,6 +50,18 @@ _PLANAR = {"nv12": cv2.COLOR_YUV2RGB_NV12, "nv21": cv2.COLOR_YUV2RGB_NV21}
 _DEPTH = {"32FC1": ("f4", 1.0), "16UC1": ("u2", 1e-3), "mono16": ("u2", 1e-3)}
 RAW_ENCODINGS = (*_PACKED, *_PLANAR)
 DEPTH_ENCODINGS = tuple(_DEPTH)
+# 16-bit images of which fewer levels remain in 8 bits and that had so many times more are refused.
+_FEW_LEVELS, _LOSS = 32, 4
+# How an image with an EXIF orientation is turned upright.
+_TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: np.fliplr,
+    3: lambda image: np.rot90(image, 2),
+    4: np.flipud,
+    5: lambda image: image.transpose(1, 0, 2),
+    6: lambda image: np.rot90(image, -1),
+    7: lambda image: np.rot90(image, 2).transpose(1, 0, 2),
+    8: np.rot90,
+}
 _TIFF_TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}
 
 
@@ -69,14 +82,15 @@ def decode_raw(
 
     `rgb8` is returned as a read-only view of `data`, possibly with padded rows; every other
     encoding gives a new array. 16-bit channels are reduced to their upper 8 bits. YUV is ITU-R
-    BT.601.
+    BT.601 of limited range (16 to 235); alpha is dropped.
 
     Arguments are the fields of sensor_msgs/Image. The encoding is one of `RAW_ENCODINGS`; the data
     are exactly height * step bytes (NV12 and NV21: height * 3 / 2 * step).
 
     Raises:
         UnsupportedEncodingError: another encoding.
-        ImageError: size, step and length of the data disagree or are out of bounds.
+        ImageError: size, step and length of the data disagree or are out of bounds, or few grey
+            levels of 16 bits would remain in 8.
     """
     if encoding in _PLANAR:
         _check_even(encoding, height, width, both=True)
@@ -93,12 +107,12 @@ def decode_raw(
         raise ImageError(
             f"encoding '{encoding}': expected at least 3x3 pixels, found {width}x{height}"
         )
-    # The more significant byte of each channel is the channel scaled to 8 bits.
-    first = channel_bytes - 1 if not is_bigendian else 0
-    pixels = rows[:, first:row_bytes:channel_bytes].reshape(height, width, channels)
-    pixels.flags.writeable = False
+    pixels = rows[:, :row_bytes]
     if channel_bytes > 1:
-        pixels = pixels.copy()
+        deep = np.ascontiguousarray(pixels).view(">u2" if is_bigendian else "<u2")
+        pixels = _upper_byte(deep, f"encoding '{encoding}'")
+    pixels = pixels.reshape(height, width, channels)
+    pixels.flags.writeable = False
     return pixels if conversion is None else cv2.cvtColor(pixels, conversion)
 
 
@@ -131,8 +145,8 @@ def decode_compressed(data: BytesLike, format: str = "") -> np.ndarray:
     """Return a compressed image as (height, width, 3) uint8 RGB.
 
     The format is recognised by content: JPEG, PNG, WebP, BMP, or the first image of a TIFF. Alpha
-    is dropped, grey becomes RGB, 16-bit channels are reduced to their upper 8 bits. An orientation
-    in EXIF is ignored; that of a TIFF is applied.
+    is dropped, grey becomes RGB, 16-bit channels are reduced to their upper 8 bits. The orientation
+    in EXIF or TIFF is applied, as OpenCV applies that of a video.
 
     Args:
         data: the whole compressed image.
@@ -140,17 +154,18 @@ def decode_compressed(data: BytesLike, format: str = "") -> np.ndarray:
 
     Raises:
         ImageError: a depth image, another format, truncated or damaged data, floating-point
-            channels, or more than `MAX_IMAGE_PIXELS` pixels.
+            channels, few grey levels of 16 bits that would remain in 8, or more than
+            `MAX_IMAGE_PIXELS` pixels.
     """
     if "compressedDepth" in format:
         raise ImageError(f"format {format[:60]!r}: expected a colour image, found a depth image")
     content = _as_bytes(data)
-    kind, width, height = inspect_image(content.tobytes())
+    whole = content.tobytes()
+    kind, width, height = inspect_image(whole)
     _check_size(height, width)
-    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-    if kind == "TIFF":
-        # Otherwise OpenCV scales 16 bits to 8 instead of keeping the upper ones.
-        flags |= cv2.IMREAD_ANYDEPTH
+    # With 16 bits, where there are: OpenCV scales those of a TIFF. Its versions differ in the EXIF
+    # that they read.
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION | cv2.IMREAD_ANYDEPTH
     try:
         image = cv2.imdecode(content, flags)
     except cv2.error as error:
@@ -163,9 +178,11 @@ def decode_compressed(data: BytesLike, format: str = "") -> np.ndarray:
             f"decoded {image.shape[1]}x{image.shape[0]}"
         )
     if image.dtype == np.uint16:
-        image = (image >> 8).astype(np.uint8)
+        image = _upper_byte(image, f"{kind} image")
     if image.dtype != np.uint8:
         raise ImageError(f"{kind} image: expected 8 or 16 bits per channel, found {image.dtype}")
+    if turn := _TURNS.get(_exif_orientation(kind, whole)):
+        image = np.ascontiguousarray(turn(image))
     # image_transport: after the semicolon stands the channel order that OpenCV's encoder was given;
     # the encoder takes every order for BGR.
     if "compressed rgb" in format:
@@ -245,6 +262,77 @@ def write_image(path: Path, rgb: np.ndarray) -> None:
     if suffix not in encoders:
         raise ImageError(f"image '{path}': expected a name ending in .png, .jpg or .jpeg")
     atomic_write_bytes(Path(path), encoders[suffix](rgb))
+
+
+def _upper_byte(values: np.ndarray, what: str) -> np.ndarray:
+    """Return the upper 8 bits of uint16 values.
+
+    Raises:
+        ImageError: few of the grey levels would remain, as of infrared counts in a part of the
+            range: the image would be scored without its content.
+    """
+    present = np.bincount(values.ravel(), minlength=1 << 16).reshape(256, 256) > 0
+    before, after = int(present.sum()), int(present.any(axis=1).sum())
+    if after < _FEW_LEVELS and before >= _LOSS * after:
+        low, high = int(values.min()), int(values.max())
+        raise ImageError(
+            f"{what}: expected 16-bit values that fill the range 0 to 65535, found {low} to "
+            f"{high}: {after} of {before} grey levels would remain in 8 bits; scale the images to "
+            "8 bits by one fixed range, the same for index, calibration and camera"
+        )
+    return (values >> 8).astype(np.uint8)
+
+
+def _exif_orientation(kind: str, data: bytes) -> int:
+    """Return the EXIF orientation 1 to 8 of a whole JPEG, PNG or WebP, 1 without one."""
+    try:
+        exif = _EXIF_OF[kind](data) if kind in _EXIF_OF else b""
+        exif = exif.removeprefix(b"Exif\0\0")
+        order = {b"II*\0": "<", b"MM\0*": ">"}[exif[:4]]
+        (start,) = struct.unpack_from(f"{order}I", exif, 4)
+        (entries,) = struct.unpack_from(f"{order}H", exif, start)
+        for entry in range(start + 2, start + 2 + 12 * entries, 12):
+            tag, type_, _, value = struct.unpack_from(f"{order}HHIH", exif, entry)
+            if (tag, type_) == (274, 3):
+                return int(value)
+    except (LookupError, ValueError, struct.error):
+        # Damaged metadata do not concern the pixels.
+        pass
+    return 1
+
+
+def _exif_of_jpeg(data: bytes) -> bytes:
+    position = 2
+    while data[position] == 0xFF and data[position + 1] != 0xDA:
+        (length,) = struct.unpack_from(">H", data, position + 2)
+        if data[position + 1] == 0xE1 and data[position + 4 : position + 10] == b"Exif\0\0":
+            return data[position + 4 : position + 2 + length]
+        position += 2 + length
+    return b""
+
+
+def _exif_of_png(data: bytes) -> bytes:
+    position = 8
+    while position < len(data):
+        (length,) = struct.unpack_from(">I", data, position)
+        if data[position + 4 : position + 8] == b"eXIf":
+            return data[position + 8 : position + 8 + length]
+        position += 12 + length
+    return b""
+
+
+def _exif_of_webp(data: bytes) -> bytes:
+    position = 12
+    while position < len(data):
+        (length,) = struct.unpack_from("<I", data, position + 4)
+        if data[position : position + 4] == b"EXIF":
+            return data[position + 8 : position + 8 + length]
+        # Chunks have an even number of bytes.
+        position += 8 + length + length % 2
+    return b""
+
+
+_EXIF_OF = {"JPEG": _exif_of_jpeg, "PNG": _exif_of_png, "WebP": _exif_of_webp}
 
 
 def _inspect_jpeg(data: bytes) -> tuple[int, int, bool]:

@@ -12,6 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,19 @@ _LISTED_LINKS = 5
 _log = logging.getLogger(__name__)
 
 
+# Share of bad frames up to which the commands go on, at least one frame.
+MAX_BAD_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class BadFrame:
+    """A frame that cannot be decoded: its name, stamp in nanoseconds, and what is wrong."""
+
+    name: str
+    stamp_ns: int
+    reason: str
+
+
 class FrameSource(ABC):
     """Frames of one size in order of time; can be iterated over any number of times.
 
@@ -48,11 +62,17 @@ class FrameSource(ABC):
         opened: what `open_source` opens again, with absolute paths; empty if not opened by it, or
             for arrays.
         topic: image topic of a bag; empty for others.
+        max_bad_share: share of frames, at least one, that may be bad: they are left out with a
+            warning. 0: the first bad frame ends the iteration.
+        bad_frames: the bad frames of the present or last iteration.
+        shortfall: how many frames fewer than announced it had; a video that was cut off.
 
     Raises:
-        SourceError: while iterating, if the source is damaged or has no frames.
+        SourceError: while iterating, if the source is damaged, has no frames or too many bad ones.
         ImageError: while iterating, if a frame cannot be decoded or differs in size.
     """
+
+    max_bad_share = 0.0
 
     def __init__(
         self,
@@ -67,6 +87,9 @@ class FrameSource(ABC):
         self.files = self.paths if files is None else tuple(files)
         self.opened: str | tuple[str, ...] = ""
         self.topic = ""
+        self.bad_frames: list[BadFrame] = []
+        self.shortfall = 0
+        self._warned: set[str] = set()
 
     @property
     def path(self) -> Path:
@@ -109,7 +132,26 @@ class FrameSource(ABC):
             text += "" if total is None else f" of {total}"
         return SourceError(text)
 
+    @property
+    def losses(self) -> str:
+        """Return what the last iteration left out, empty if nothing."""
+        parts = []
+        if self.bad_frames:
+            parts.append(f"{len(self.bad_frames)} bad frames ({self.bad_frames[0].name}, ...)")
+        if self.shortfall:
+            parts.append(f"{self.shortfall} frames fewer than announced")
+        return f"source '{self.path}': {' and '.join(parts)}" if parts else ""
+
     def __iter__(self) -> Iterator[Frame]:
+        return (item for item in self.read() if isinstance(item, Frame))
+
+    def read(self) -> Iterator[Frame | BadFrame]:
+        """Yield the frames with the bad ones among them, if some are allowed.
+
+        Raises:
+            SourceError, ImageError: as the class.
+        """
+        self.bad_frames, self.shortfall = [], 0
         start, stop, step = self.selection.start, self.selection.stop, self.selection.step or 1
         if (start or 0) < 0 or (stop or 0) < 0:
             wanted = range(*self.selection.indices(self._total(exact=True) or 0))
@@ -117,6 +159,10 @@ class FrameSource(ABC):
             wanted = range(start or 0, sys.maxsize if stop is None else stop, step)
         first: Frame | None = None
         for frame in self._read(wanted):
+            if isinstance(frame, BadFrame):
+                self._note(frame)
+                yield frame
+                continue
             first = first or frame
             if frame.image_hw != first.image_hw:
                 expected, found = (f"{f.image_hw[1]}x{f.image_hw[0]}" for f in (first, frame))
@@ -126,14 +172,45 @@ class FrameSource(ABC):
                 )
             yield frame
         if first is None:
+            if self.bad_frames:
+                raise ImageError(self.bad_frames[0].reason)
             raise self.no_frames()
+
+    def _note(self, bad: BadFrame) -> None:
+        """Count and name a bad frame.
+
+        Raises:
+            ImageError: none is allowed.
+            SourceError: more are bad than allowed.
+        """
+        if not self.max_bad_share:
+            raise ImageError(bad.reason)
+        self.bad_frames.append(bad)
+        if bad.name not in self._warned:
+            self._warned.add(bad.name)
+            _log.warning("frame '%s' is bad and left out: %s", bad.name, bad.reason)
+        allowed = max(1, int(self.max_bad_share * (self.count or 0)))
+        if len(self.bad_frames) > allowed:
+            raise SourceError(
+                f"source '{self.path}': expected at most {allowed} bad frames "
+                f"({self.max_bad_share:.0%}), found more; the last one: {bad.reason}"
+            )
+
+    def _warn_shortfall(self, found: int, announced: int) -> None:
+        self.shortfall = announced - found
+        if "" not in self._warned:
+            self._warned.add("")
+            _log.warning(
+                "source '%s': %d of about %d frames could be read: cut off or damaged",
+                *(self.path, found, announced),
+            )
 
     @abstractmethod
     def _total(self, *, exact: bool) -> int | None:
         """Return the number of frames without a selection; never None if it must be exact."""
 
     @abstractmethod
-    def _read(self, wanted: range) -> Iterator[Frame]:
+    def _read(self, wanted: range) -> Iterator[Frame | BadFrame]:
         """Yield the frames whose index is in `wanted`, which may reach beyond the end."""
 
 
@@ -190,11 +267,15 @@ class ImageFiles(FrameSource):
     def _total(self, *, exact: bool) -> int:
         return len(self.files)
 
-    def _read(self, wanted: range) -> Iterator[Frame]:
+    def _read(self, wanted: range) -> Iterator[Frame | BadFrame]:
         for index in range(wanted.start, min(wanted.stop, len(self.files)), wanted.step):
             begin_s = time.perf_counter()
-            image = read_image(self.files[index])
             stamp_ns, name = self._stamps_ns[index], self._names[index]
+            try:
+                image = read_image(self.files[index])
+            except ImageError as error:
+                yield BadFrame(name, stamp_ns, str(error))
+                continue
             yield Frame(image, stamp_ns, name=name, decode_ms=elapsed_ms(begin_s))
 
 
@@ -226,7 +307,10 @@ class Arrays(FrameSource):
 
 
 class Video(FrameSource):
-    """The frames of a video file, stamped by its frame rate, or by 10 Hz if it has none.
+    """The frames of a video file.
+
+    Stamps are those of the container, from 0 on. Where it has none, or they do not rise, they
+    follow by the frame rate, or by 10 Hz.
 
     Raises:
         SourceError: the file cannot be opened as a video.
@@ -261,21 +345,33 @@ class Video(FrameSource):
         capture.release()
         return total
 
-    def _read(self, wanted: range) -> Iterator[Frame]:
+    def _read(self, wanted: range) -> Iterator[Frame | BadFrame]:
         capture, index = self._open(), 0
+        first_ms, stamp_ns = 0.0, -1
         try:
             while index < wanted.stop:
                 begin_s = time.perf_counter()
                 if not capture.grab():
                     break
+                time_ms = capture.get(cv2.CAP_PROP_POS_MSEC)
+                first_ms = time_ms if index == 0 else first_ms
+                # Videos of variable frame rate have no period.
+                own_ns = round((time_ms - first_ms) * 1e6)
+                stamp_ns = own_ns if own_ns > stamp_ns else round(stamp_ns + self._period_ns)
                 if index in wanted:
                     done, image = capture.retrieve()
-                    if not done or image is None or image.ndim != 3:
-                        raise ImageError(f"video '{self.path}': frame {index} cannot be decoded")
-                    rgb = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-                    stamp_ns, name = round(index * self._period_ns), f"{self.name}/{index:06d}"
-                    yield Frame(rgb, stamp_ns, name=name, decode_ms=elapsed_ms(begin_s))
+                    name = f"{self.name}/{index:06d}"
+                    if done and image is not None and image.ndim == 3:
+                        rgb = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+                        yield Frame(rgb, stamp_ns, name=name, decode_ms=elapsed_ms(begin_s))
+                    else:
+                        reason = f"video '{self.path}': frame {index} cannot be decoded"
+                        yield BadFrame(name, stamp_ns, reason)
                 index += 1
+            announced = min(self._announced or 0, wanted.stop)
+            # Containers round their length: a frame or two say nothing.
+            if announced - index > max(2, announced // 50):
+                self._warn_shortfall(index, announced)
         finally:
             capture.release()
 

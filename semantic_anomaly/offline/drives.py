@@ -16,7 +16,7 @@ from semantic_anomaly.embedding.identity import Embedder
 from semantic_anomaly.errors import SourceError
 from semantic_anomaly.index.content import RecordedSource
 from semantic_anomaly.io.open import open_source, split_selection
-from semantic_anomaly.io.sources import IMAGE_SUFFIXES, FrameSource
+from semantic_anomaly.io.sources import IMAGE_SUFFIXES, MAX_BAD_SHARE, FrameSource
 from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.storage import available_memory_bytes
@@ -106,7 +106,9 @@ def open_drives(sources: Sources, topic: str | None = None) -> dict[str, FrameSo
     for item in items:
         source = item if isinstance(item, FrameSource) else open_source(item, topic=topic)
         if any(source.reads_same(other) for other in drives.values()):
-            raise SourceError(f"source '{item}' is given twice")
+            raise SourceError(f"source '{source.path}' is given twice")
+        # As the node, which calls a bad image unknown and goes on.
+        source.max_bad_share = MAX_BAD_SHARE
         stem = source.name + _selection_text(source.selection)
         drive, number = stem, 2
         while drive in drives:

@@ -41,6 +41,7 @@ class CameraCounts:
     frames_received: int = 0
     frames_processed: int = 0
     frames_dropped_stale: int = 0
+    frames_late: int = 0
     frames_replaced: int = 0
     frames_bad: int = 0
     frames_failed: int = 0

@@ -6,15 +6,17 @@ Callbacks run in the executor's thread and only store messages; the worker reads
 from __future__ import annotations
 
 import math
+import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy, qos_policy_name_from_kind
+from rclpy.qos_overriding_options import QoSOverridingOptions
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
 try:
@@ -27,6 +29,7 @@ from semantic_anomaly.errors import ImageError
 from semantic_anomaly.ros import messages
 from semantic_anomaly.ros.logs import ThrottledLog
 from semantic_anomaly.settings import Settings
+from semantic_anomaly.settings_schema import FOREIGN_PREFIXES
 
 # Stamps of depth and image of one exposure differ by less, those of two frames by more.
 DEPTH_TOLERANCE_NS = 50_000_000
@@ -37,6 +40,7 @@ _RELIABILITY = {
     "best_effort": ReliabilityPolicy.BEST_EFFORT,
     "reliable": ReliabilityPolicy.RELIABLE,
 }
+_RAW_TYPE = "sensor_msgs/msg/Image"
 # Start of the reason in the status of a silent camera, and of no image.
 SILENCE = "no frames for"
 
@@ -123,13 +127,32 @@ class CameraInputs:
         other = [name for name in types if not name.endswith(f"/{expected}")]
         hints = [f"publishers: {len(publishers)}"]
         if other:
-            hints.append(f"expected {expected}, found {', '.join(other)}")
-        if publishers:
-            hints += [
-                f"incompatible QoS? this side: {self._settings.qos_reliability}",
-                LARGE_DATA_HINT,
-            ]
+            hints.append(f"expected {expected}, found {', '.join(other)}{self._way_out(other)}")
+        elif publishers:
+            hints += self._transport_hints()
         return f"{SILENCE} {silent_s:.1f} s on topic {topic} ({'; '.join(hints)})"
+
+    def _way_out(self, types: Sequence[str]) -> str:
+        """Return what to set when the topic has another type, empty if that is not known."""
+        transport = self._settings.camera_settings[self._camera].transport
+        if transport == "raw":
+            compressed = any(name.endswith("/CompressedImage") for name in types)
+            return f"; set {self._camera}.transport to compressed" if compressed else ""
+        # image_transport is given the base topic, a subscription the full one.
+        topic = f"{self._images.topic_name}/compressed"
+        if self._node.get_publishers_info_by_topic(topic):
+            return f"; {topic} exists: set {self._camera}.image_topic to it"
+        return f"; set {self._camera}.transport to raw" if _RAW_TYPE in types else ""
+
+    def _transport_hints(self) -> list[str]:
+        """Return what may help when images of the right type do not arrive and is not in force."""
+        reliability = self._settings.qos_reliability
+        hints = [f"incompatible QoS? this side: {reliability}"]
+        if reliability != "reliable":
+            hints.append("qos_reliability: reliable helps if large images are lost")
+        if os.environ.get("FASTDDS_BUILTIN_TRANSPORTS") != "LARGE_DATA":
+            hints.append(LARGE_DATA_HINT)
+        return hints
 
     def _subscribe(self, message_type: Any, topic: str, store: Any, qos: QoSProfile) -> Any:
         def report_incompatible(event: Any) -> None:
@@ -145,8 +168,18 @@ class CameraInputs:
             )
 
         events = SubscriptionEventCallbacks(incompatible_qos=self._log.guarded(report_incompatible))
+        given = self._node._parameter_overrides
+        overridden = any(name.startswith(FOREIGN_PREFIXES) for name in given)
         subscription = self._node.create_subscription(
-            message_type, topic, self._log.guarded(store), qos, event_callbacks=events
+            message_type,
+            topic,
+            self._log.guarded(store),
+            qos,
+            event_callbacks=events,
+            # Declares parameters that would outlast a change of qos_reliability.
+            qos_overriding_options=(
+                QoSOverridingOptions.with_default_policies() if overridden else None
+            ),
         )
         self._subscriptions.append(subscription)
         return subscription

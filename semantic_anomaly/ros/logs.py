@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from semantic_anomaly.stamps import jumps_back
 from semantic_anomaly.structures import AnomalyResult, ComponentState, Decision
 
 REPEAT_AFTER_S = 5.0
@@ -100,7 +101,9 @@ class AlarmLog:
     def update(self, stamp_ns: int, result: AnomalyResult, silence_s: float) -> None:
         """Take stamp and result of the next frame, and the setting `silence_s` of the camera."""
         alarm = self._alarm
-        if alarm is not None and not 0 <= stamp_ns - alarm.last_ns <= silence_s * 1e9:
+        if alarm is not None and (
+            stamp_ns - alarm.last_ns > silence_s * 1e9 or jumps_back(stamp_ns, alarm.last_ns)
+        ):
             self.end()
             alarm = None
         if result.decision is not Decision.ANOMALY:
@@ -119,7 +122,7 @@ class AlarmLog:
                 f"{right:.0f}, y {top:.0f} to {bottom:.0f} px"
             )
         else:
-            alarm.last_ns = stamp_ns
+            alarm.last_ns = max(alarm.last_ns, stamp_ns)
             alarm.peak_score = max(alarm.peak_score, result.score)
             alarm.frames += 1
 

@@ -36,6 +36,7 @@ from semantic_anomaly.ros.parameters import NodeParameters
 from semantic_anomaly.ros.pipeline import Pipeline, Worker
 from semantic_anomaly.ros.services import NodeServices
 from semantic_anomaly.settings import Settings
+from semantic_anomaly.stamps import LATE_NS
 from semantic_anomaly.structures import Frame, PatchGrid
 
 DIAGNOSTICS_PERIOD_S = 1.0
@@ -123,7 +124,7 @@ class AnomalyNode(LifecycleNode):
             camera.activate(worker.put)
         period_s = min(0.25, self.settings.silent_after_s / 4)
         self._start_timer(period_s, self._check_silence, undo)
-        backward = JumpThreshold(min_forward=None, min_backward=Duration(nanoseconds=-1))
+        backward = JumpThreshold(min_forward=None, min_backward=Duration(nanoseconds=-LATE_NS))
         jumps = self.get_clock().create_jump_callback(
             backward, post_callback=self._log.guarded(self._on_jump)
         )

@@ -30,11 +30,12 @@ from semantic_anomaly.settings import (
     read_settings_file,
     setting_specs,
 )
-from semantic_anomaly.settings_schema import SettingSpec, read_parameters_yaml
-
-# Parameters that rclpy declares or reads itself.
-_FOREIGN = ("use_sim_time", "start_type_description_service")
-_FOREIGN_PREFIXES = ("qos_overrides.",)
+from semantic_anomaly.settings_schema import (
+    FOREIGN,
+    FOREIGN_PREFIXES,
+    SettingSpec,
+    read_parameters_yaml,
+)
 
 # Values of launch arguments, which launch_ros writes to a file of its own: no user wrote it.
 _LAUNCH_FILE_PREFIX = "launch_params_"
@@ -82,13 +83,14 @@ class NodeParameters:
         self._declare_all()
         known = self._specs()
         for name in self._initial:
-            foreign = name in _FOREIGN or name.startswith(_FOREIGN_PREFIXES)
+            foreign = name in FOREIGN or name.startswith(FOREIGN_PREFIXES)
             if name not in known and not foreign:
                 raise UnknownNameError("parameter", name, known)
         for name, error in self._errors.items():
             if name in known:
                 raise error
-        values = _with_resolved_paths({name: self._value(name) for name in known})
+        own_name = self._node.get_fully_qualified_name()
+        values = _with_resolved_paths({name: self._value(name) for name in known}, own_name)
         settings = Settings.from_parameters(values)
         _check_topics(settings)
         return settings
@@ -249,7 +251,7 @@ def _descriptor(name: str, spec: SettingSpec) -> ParameterDescriptor:
     return descriptor
 
 
-def _with_resolved_paths(values: Mapping[str, Any]) -> dict[str, Any]:
+def _with_resolved_paths(values: Mapping[str, Any], node: str) -> dict[str, Any]:
     """Return parameters in which relative paths from --params-file are relative to that file.
 
     The commands read a parameter file in the same way. rclpy does not tell which file a value comes
@@ -261,9 +263,9 @@ def _with_resolved_paths(values: Mapping[str, Any]) -> dict[str, Any]:
         if option != "--params-file" or path.name.startswith(_LAUNCH_FILE_PREFIX):
             continue
         try:
-            written, absolute = read_parameters_yaml(path), read_settings_file(path)
+            written, absolute = read_parameters_yaml(path, node), read_settings_file(path, node)
         except SettingsError:
-            # Parameters of several nodes: rcl has read them, their paths stay as they are.
+            # Parameters of other nodes only.
             continue
         for name, value in written.items():
             if name in resolved and resolved[name] == value:

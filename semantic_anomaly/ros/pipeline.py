@@ -28,6 +28,7 @@ from semantic_anomaly.ros.camera import LATENCY, Camera
 from semantic_anomaly.ros.logs import ThrottledLog
 from semantic_anomaly.ros.models import Models
 from semantic_anomaly.settings import Settings
+from semantic_anomaly.stamps import jumps_back
 from semantic_anomaly.structures import AnomalyResult, Frame, PatchGrid
 from semantic_anomaly.timing import PUBLISH, elapsed_ms
 
@@ -177,16 +178,25 @@ class Pipeline:
             camera.counts.frames_dropped_stale += 1
             camera.publish_unknown(header, DiagnosticStatus.STALE, "stale", reason)
             return None
-        last_ns = self._last_stamp_ns.get(camera.name, stamp_ns)
-        self._last_stamp_ns[camera.name] = stamp_ns
-        if stamp_ns < last_ns:
+        newest_ns = self._last_stamp_ns.get(camera.name, stamp_ns)
+        if jumps_back(stamp_ns, newest_ns):
+            newest_ns, jump_s = stamp_ns, (newest_ns - stamp_ns) / 1e9
             self._wait_for_assessment()
             models.detectors[camera.name].reset()
             self._log.warning(
                 f"{camera.name} backward",
-                f"camera '{camera.name}': stamps went back by {(last_ns - stamp_ns) / 1e9:.3f} s; "
+                f"camera '{camera.name}': stamps went back by {jump_s:.3f} s; "
                 "its tracks are cleared",
             )
+        elif stamp_ns < newest_ns:
+            camera.counts.frames_late += 1
+            self._log.warning(
+                f"{camera.name} late",
+                f"camera '{camera.name}': a frame is {(newest_ns - stamp_ns) / 1e9:.3f} s older "
+                "than one before it; does the driver swap stamps, or do two publishers share the "
+                "topic? It is processed, and the tracks stay",
+            )
+        self._last_stamp_ns[camera.name] = max(newest_ns, stamp_ns)
         try:
             frame = messages.frame_of(message, f"{camera.name}/{stamp_ns}")
         except ImageError as error:

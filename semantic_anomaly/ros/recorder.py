@@ -27,6 +27,8 @@ from semantic_anomaly.structures import Decision
 # A fast bag must not overwrite statuses in the queue while the disk is busy.
 _QOS = QoSProfile(depth=1000, reliability=ReliabilityPolicy.RELIABLE)
 _STAGE = "_ms"
+# Of two frames with one stamp the more serious decision is kept.
+_SERIOUS = [decision.value for decision in (Decision.NOMINAL, Decision.UNKNOWN, Decision.ANOMALY)]
 
 
 class ResultRecorder(Node):
@@ -44,7 +46,7 @@ class ResultRecorder(Node):
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """Return one row for each frame in the order of the stamps, as `write_drive` takes them."""
+        """Return one row for each stamp in the order of the stamps, as `write_drive` takes them."""
         return [self._rows[stamp_ns] for stamp_ns in sorted(self._rows)]
 
     def _on_status(self, message: DiagnosticArray) -> None:
@@ -58,7 +60,7 @@ class ResultRecorder(Node):
         score, decision = _number(values.get("score")), values.get("decision", "unknown")
         threshold = _number(values.get("threshold"))
         self.threshold = self.threshold if threshold is None else threshold
-        self._rows[stamp_ns] = {
+        row = {
             "name": str(stamp_ns),
             "stamp_ns": stamp_ns,
             "score": score,
@@ -72,6 +74,9 @@ class ResultRecorder(Node):
                 if key.endswith(_STAGE) and _number(value) is not None
             },
         }
+        before = self._rows.get(stamp_ns)
+        if before is None or _seriousness(row) >= _seriousness(before):
+            self._rows[stamp_ns] = row
 
 
 def write_recording(
@@ -94,6 +99,10 @@ def write_recording(
     details = {"versions": provenance.versions(), "git_commit": provenance.git_commit()}
     with report_folder(out, SUMMARY, WRITTEN) as folder:
         return write_drive(folder, name, rows, recorder.threshold, events, details)
+
+
+def _seriousness(row: dict[str, Any]) -> int:
+    return _SERIOUS.index(row["decision"]) if row["decision"] in _SERIOUS else 1
 
 
 def _number(text: str | None) -> float | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import cv2
 import numpy as np
 
-from semantic_anomaly.errors import ModelOutputError
+from semantic_anomaly.errors import IndexMismatchError, ModelOutputError
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.scoring.anomaly_map import smoothed, smoothing_support, tail_count, tail_mean
@@ -25,6 +25,8 @@ from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import PatchGrid
 from semantic_anomaly.timing import SEARCH, timed
 
+# 4:3 and 16:9 differ by a factor of 1.33; 16:9 and 2:1, which occur in one set, by 1.13.
+_MAX_RATIO_FACTOR = 1.25
 # A patch of the finest grid has a value of a stage where so much of the interpolation is inside.
 _LEAST_WEIGHT = 1e-3
 # Share of the patches up to which localizations are those of an exact search.
@@ -93,6 +95,7 @@ class FrameScorer:
 
     def __init__(self, index: NominalIndex, settings: Settings, roi: RegionOfInterest) -> None:
         self._index, self._settings, self._roi = index, settings, roi
+        self._ratios = {frame.cols / frame.rows for frame in index.content.frames}
         names = [stage.stage.name for stage in index.stages]
         # Different backbones in two folders may have one name.
         self._stage_names = [
@@ -105,9 +108,10 @@ class FrameScorer:
 
         Raises:
             ModelOutputError: the image has grids of another number of stages.
+            IndexMismatchError: the image has another ratio of its sides than those of the index.
             SettingsError: no patch lies inside the region of interest.
         """
-        self._check_stages(grid)
+        self._check_grid(grid)
         maps = []
         for index, stage_grid in zip(self._index.stages, grid.stages, strict=True):
             stage = stage_embeddings(stage_grid, self._roi)
@@ -137,9 +141,10 @@ class FrameScorer:
         Raises:
             ModelOutputError: a distance is not finite, or the image has grids of another number of
                 stages.
+            IndexMismatchError: the image has another ratio of its sides than those of the index.
             SettingsError: no patch lies inside the region of interest.
         """
-        self._check_stages(grid)
+        self._check_grid(grid)
         settings = self._settings
         stages = [
             _Stage.of(
@@ -175,11 +180,21 @@ class FrameScorer:
             frame.coarse,
         )
 
-    def _check_stages(self, grid: PatchGrid) -> None:
+    def _check_grid(self, grid: PatchGrid) -> None:
         expected, found = len(self._index.stages), len(grid.stages)
         if found != expected:
             raise ModelOutputError(
                 f"patch grids: expected those of {expected} stages, found {found}"
+            )
+        height, width = grid.image_hw
+        factors = [max(width / height / ratio, ratio * height / width) for ratio in self._ratios]
+        if factors and min(factors) > _MAX_RATIO_FACTOR:
+            ratios = ", ".join(f"{ratio:.2f}" for ratio in sorted(self._ratios)[:4])
+            raise IndexMismatchError(
+                "image, width by height",
+                f"about {ratios} as in the index",
+                f"{width}x{height}, {width / height:.2f}",
+                "crop or turn the images as those of the index, or build an index of such images",
             )
 
 

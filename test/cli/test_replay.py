@@ -34,10 +34,12 @@ def test_bad_sources(world: World, tmp_path: Path, capsys: pytest.CaptureFixture
     last = max(drive.iterdir())
     last.write_bytes(last.read_bytes()[:-40])
     out = ["--index", world.at("index"), "--out", str(tmp_path / "out")]
-    argv = ["replay", f"{drive}[-2:]", *out]
+    argv = ["replay", f"{drive}[-1:]", *out]
     refused(argv, rf"{last.name}.*truncated", capsys, tmp_path)
     argv = ["replay", world.at("bag"), *out, "--topic", "/no/such"]
     refused(argv, r"no topic '/no/such'", capsys, tmp_path)
+    assert main(["replay", f"{drive}[-2:]", *out[:-1], str(tmp_path / "part")]) == 3
+    assert f"left out: source '{drive.parent}': 1 bad frames" in capsys.readouterr().out
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("mine")
     refused(["replay", world.at("bag"), *out], r"thesis\.tex", capsys, tmp_path)

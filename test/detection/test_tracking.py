@@ -107,16 +107,48 @@ def test_a_count_of_one_confirms_at_once() -> None:
     assert update(ComponentTracker(1, 0.1, 0.1), 0, BOX)[0] == (1, CONFIRMED)
 
 
-def test_an_earlier_stamp_resets_and_an_equal_one_does_not() -> None:
-    tracker = ComponentTracker(2, 1.0, 1.0)
-    update(tracker, 10, BOX)
-    assert update(tracker, 10, BOX)[0] == (1, CONFIRMED)
-    assert update(tracker, 9, BOX)[0] == (1, CANDIDATE)
-    update(tracker, 20)
-    update(tracker, 19)
-    assert update(tracker, 19.5, BOX)[0] == (1, CANDIDATE)
+def test_only_a_jump_back_resets() -> None:
+    tracker = ComponentTracker(2, 2.0, 2.0)
+    update(tracker, 20, BOX)
+    assert update(tracker, 10, BOX)[0] == (1, CONFIRMED), "1 s late"
+    assert update(tracker, 9, BOX)[0] == (1, CANDIDATE), "11 frames before the newest"
+    assert update(tracker, 9, BOX)[0] == (1, CONFIRMED), "an equal stamp is another frame"
     tracker.reset()
     assert update(tracker, 9, BOX)[0] == (1, CANDIDATE)
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        (1, 0, 3, 2, 5, 4, 7, 6),
+        (0, 2, 1, 3, 5, 4, 6, 7),
+        (0, 0, 1, 1, 2, 2, 3, 3),
+        (0, 3, 1, 4, 2, 5, 3, 6),
+        (0,) * 8,
+    ],
+    ids=["swapped", "one late", "repeated", "two publishers", "equal"],
+)
+def test_disorder_does_not_delay_the_confirmation(order: tuple[int, ...]) -> None:
+    tracker = ComponentTracker(3, 1.0, 1.0)
+    states = [update(tracker, frame, BOX)[0] for frame in order]
+    assert states == [(1, CANDIDATE)] * 2 + [(1, CONFIRMED)] * 6
+
+
+def test_a_late_frame_counts_by_its_own_stamp() -> None:
+    tracker = ComponentTracker(2, 0.3, 2.0)
+    update(tracker, 9, BOX)
+    assert update(tracker, 4, BOX)[0] == (1, CANDIDATE), "0.5 s apart"
+    tracker = ComponentTracker(2, 0.3, 2.0)
+    update(tracker, 9)
+    update(tracker, 4, BOX)
+    assert update(tracker, 10, BOX)[0] == (1, CANDIDATE), "0.6 s apart"
+
+
+def test_a_frame_in_the_far_future_does_not_stop_the_confirmation_of_later_ones() -> None:
+    tracker = ComponentTracker(2, 1.0, 1.0)
+    update(tracker, 0, BOX)
+    update(tracker, 10_000, BOX)
+    assert [update(tracker, frame, BOX)[0].state for frame in (1, 2)] == [CANDIDATE, CONFIRMED]
 
 
 def test_of_two_boxes_the_one_with_the_larger_iou_keeps_the_track() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,9 +9,11 @@ from typing import TypeAlias
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from semantic_anomaly.errors import InputError
 from semantic_anomaly.evaluation.datasets import LabelledFolder, read_mask
+from semantic_anomaly.evaluation.layouts import Layout, LayoutDataset
 from semantic_anomaly.io.images import encode_png, write_image
 
 SIDES = (24, 32)
@@ -99,6 +102,59 @@ def test_masks_may_lie_in_labels_masks_or_nowhere(dataset: Path) -> None:
 def test_colour_masks_of_one_gray_are_masks(tmp_path: Path) -> None:
     write_image(tmp_path / "m.png", np.repeat(mask((1, 2, 1))[..., None], 3, axis=2))
     assert read_mask(tmp_path / "m.png")[1, 2] == 1
+
+
+def palette_png(labels: np.ndarray, colours: int = 256) -> bytes:
+    image = Image.fromarray(labels, "P")
+    image.putpalette([0, 0, 0, 255, 255, 255, *[0] * 3 * 254][: 3 * colours])
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_white_masks_are_refused_with_the_convention(dataset: Path) -> None:
+    write_image(dataset / "masks/00001.png", mask((3, 4, 255)))
+    convention = r"0 normal, 1 anomaly, 255 ignore, found 0 and 255 \(in '00001.png'\) and no 1"
+    with pytest.raises(InputError, match=rf"{convention}.*--layout.*255: anomaly"):
+        LabelledFolder(dataset)
+    label(dataset, _00001={"anomaly": True})
+    with pytest.raises(InputError, match=convention):
+        LabelledFolder(dataset)
+    # Another mask of the folder shows that the convention is kept.
+    write_image(dataset / "masks/00003.png", mask((3, 4, 1)))
+    assert not any(truth.anomaly for truth in LabelledFolder(f"{dataset}[2:3]").truths)
+    assert len(LabelledFolder(f"{dataset}[0:2]")) == 2
+
+
+def test_white_masks_are_refused_in_a_published_layout_and_read_by_one_of_their_own(
+    dataset: Path, tmp_path: Path
+) -> None:
+    write_image(dataset / "masks/00001.png", mask((3, 4, 255)))
+    layout = {"images": "images/*.png", "label_of": ("^images/", "masks/")}
+    plain = Layout(**layout, values={0: "normal", 1: "anomaly", 255: "ignore"})
+    with pytest.raises(InputError, match="0 normal, 1 anomaly, 255 ignore, found 0 and 255"):
+        LayoutDataset(dataset, plain)
+    white = LayoutDataset(dataset, Layout(**layout, values={0: "normal", 255: "anomaly"}))
+    assert [truth.anomaly for truth in white.truths] == [False, True, True]
+
+
+@pytest.mark.parametrize("colours", [256, 4, 2])
+def test_the_indices_of_a_palette_are_the_labels(dataset: Path, colours: int) -> None:
+    labels = mask((3, 4, 1))
+    (dataset / "masks/00001.png").write_bytes(palette_png(labels, colours))
+    assert [truth.anomaly for truth in LabelledFolder(dataset).truths][1]
+    np.testing.assert_array_equal(read_mask(dataset / "masks/00001.png"), labels)
+    layout = Layout("images/*.png", ("^images/", "masks/"), {0: "normal", 1: "anomaly"}, "ignore")
+    assert LayoutDataset(dataset, layout).truths[1].anomaly
+
+
+def test_an_unknown_index_of_a_palette_is_refused(dataset: Path) -> None:
+    (dataset / "masks/00001.png").write_bytes(palette_png(mask((3, 4, 7))))
+    with pytest.raises(InputError, match="found also 7"):
+        LabelledFolder(dataset)
+    (dataset / "masks/00001.png").write_bytes(palette_png(mask())[:80] + b"IEND\xaeB`\x82")
+    with pytest.raises(InputError, match=r"00001.*damaged"):
+        LabelledFolder(dataset)
 
 
 def written(name: str, content: np.ndarray | bytes | str) -> Damage:

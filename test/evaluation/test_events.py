@@ -80,9 +80,18 @@ def test_events_outside_the_drive_are_refused(event: Event) -> None:
         measured("." * 20, event)
 
 
-def test_stamps_that_do_not_rise_are_refused() -> None:
-    with pytest.raises(InputError, match="rising stamps"):
-        drive_metrics([1, 1], [False, False], [])
+def test_late_and_equal_stamps_are_put_in_order() -> None:
+    second = 10**9
+    stamps, alarms = [0, 2, 1, 3, 3, 5, 4], [False, True, False, True, True, False, False]
+    event = [Event(1.5, 3.5)]
+    found = drive_metrics([stamp * second // 2 for stamp in stamps], alarms, [Event(0.75, 1.75)])
+    assert found.delays_s == (0.25,) and found.false_alarms == 0
+    assert drive_metrics([s * second for s in (0, 1, 2, 3)], [False] * 4, event).missed == 1
+
+
+def test_a_jump_back_is_refused() -> None:
+    with pytest.raises(InputError, match=r"step back of 2\.000 s at frame 2"):
+        drive_metrics([0, 5 * 10**9, 3 * 10**9], [False] * 3, [])
     with pytest.raises(InputError, match="0 stamps"):
         drive_metrics([], [], [])
 

@@ -10,7 +10,7 @@ import pytest
 from worlds.colours import make_detector
 from worlds.labelled_drive import make_dataset
 
-from semantic_anomaly.errors import ImageError, InputError
+from semantic_anomaly.errors import InputError, SourceError
 from semantic_anomaly.evaluation.events import Event
 from semantic_anomaly.evaluation.replay import replay
 from semantic_anomaly.io.open import open_source
@@ -66,11 +66,43 @@ def test_replay_without_a_calibration_is_unknown(tmp_path: Path) -> None:
 
 
 def test_a_replay_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    root = make_dataset(tmp_path / "drive", "...")
+    root = make_dataset(tmp_path / "drive", "....")
+    (root / "images/00001.png").write_bytes(PNG)
     (root / "images/00002.png").write_bytes(PNG)
-    with pytest.raises(ImageError, match="00002"):
+    with pytest.raises(SourceError, match=r"at most 1 bad frames.*00002"):
         replay(make_detector(), open_source(root), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["drive"]
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize("bad", [0, 3, 9])
+def test_a_bad_frame_is_unknown_and_the_rest_is_scored(tmp_path: Path, bad: int) -> None:
+    root = make_dataset(tmp_path / "drive", "......oo..")
+    whole = replay(make_detector(), open_source(root), tmp_path / "whole")
+    (root / f"images/{bad:05d}.png").write_bytes(PNG)
+    summary = replay(make_detector(), open_source(root), tmp_path / "out")
+    rows = [
+        list(csv.DictReader((tmp_path / name / "scores.csv").read_text().splitlines()))
+        for name in ("whole", "out")
+    ]
+    assert rows[1].pop(bad)["decision"] == "unknown" and summary["frames"] == 10
+    del rows[0][bad]
+    assert rows[0] == rows[1]
+    (named,) = summary["bad_frames"]
+    assert named["name"] == f"drive/{bad:05d}.png" and "found bytes" in named["reason"]
+    assert whole["bad_frames"] == [] and whole["frames_missing"] == 0
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_jump_back_in_a_drive_with_events_is_refused_at_once(tmp_path: Path) -> None:
+    root = make_dataset(tmp_path / "drive", "." * 20)
+    labels = json.loads((root / "labels.json").read_text())
+    for number, row in enumerate(labels.values()):
+        row["stamp_s"] = number / 4 if number != 12 else 0.0
+    (root / "labels.json").write_text(json.dumps(labels))
+    with pytest.raises(InputError, match=r"step back of 2\.750 s"):
+        replay(make_detector(), open_source(root), tmp_path / "out", events=[Event(0.5, 0.75)])
+    assert replay(make_detector(), open_source(root), tmp_path / "out")["frames"] == 20
 
 
 @pytest.mark.usefixtures("no_figures")

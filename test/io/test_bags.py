@@ -207,6 +207,13 @@ def test_an_image_that_cannot_be_decoded_is_named(
     assert next(frames).name == "drive/000000"
     with pytest.raises(ImageError, match=rf"bag '.*drive', topic '{topic}', image 1: .*{found}"):
         next(frames)
+    # Where some may be bad, it is named and the rest is read.
+    source = open_source(bag)
+    source.max_bad_share = 0.1
+    assert [frame.name for frame in source] == ["drive/000000", "drive/000002"]
+    (bad_frame,) = source.bad_frames
+    assert bad_frame.name == "drive/000001" and bad_frame.stamp_ns
+    assert found in bad_frame.reason and "1 bad frames (drive/000001" in source.losses
     # An image that is not wanted is not decoded.
     assert len(list(open_source(f"{bag}[::2]"))) == 2
 

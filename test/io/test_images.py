@@ -350,13 +350,78 @@ def test_random_damage_raises_only_image_errors(rng: np.random.Generator) -> Non
             assert image.shape[2] == 3
 
 
-def test_an_exif_orientation_is_ignored() -> None:
+def exif(orientation: int, order: str) -> bytes:
+    head = {"<": b"II*\0", ">": b"MM\0*"}[order]
+    body = struct.pack(f"{order}IHHHIHHI", 8, 1, 274, 3, 1, orientation, 0, 0)
+    return head + body
+
+
+def with_exif(kind: str, content: bytes, block: bytes) -> bytes:
+    if kind == "JPEG":
+        block = b"Exif\0\0" + block
+        return content[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + content[2:]
+    if kind == "PNG":
+        part = b"eXIf" + block
+        chunk = struct.pack(">I", len(block)) + part + struct.pack(">I", zlib.crc32(part))
+        # After the signature and the header.
+        return content[:33] + chunk + content[33:]
+    sides = (63).to_bytes(3, "little") + (47).to_bytes(3, "little")
+    body = b"WEBPVP8X" + struct.pack("<I", 10) + b"\x08\0\0\0" + sides + content[12:]
+    body += b"EXIF" + struct.pack("<I", len(block)) + block
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(("kind", "suffix"), [("JPEG", ".jpg"), ("PNG", ".png"), ("WebP", ".webp")])
+def test_an_exif_orientation_is_applied(
+    kind: str, suffix: str, orientation: int, order: str
+) -> None:
+    content = encoded(suffix, smooth(48, 64), *(LOSSLESS if suffix == ".webp" else ()))
+    reference = with_exif("JPEG", encoded(".jpg", smooth(48, 64)), exif(orientation, order))
+    expected = cv2.imdecode(np.frombuffer(reference, np.uint8), cv2.IMREAD_COLOR)
+    assert expected is not None
+    found = decode_compressed(with_exif(kind, content, exif(orientation, order)))
+    assert found.shape == expected.shape == ((48, 64, 3) if orientation < 5 else (64, 48, 3))
+    assert np.abs(found.astype(int) - expected[..., ::-1]).mean() < 3
+
+
+def test_damaged_exif_is_ignored() -> None:
     content = encoded(".jpg", smooth(48, 64))
-    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
-    turned = content[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + content[2:]
-    applied = cv2.imdecode(np.frombuffer(turned, np.uint8), cv2.IMREAD_COLOR)
-    assert applied is not None and applied.shape == (64, 48, 3)
-    assert decode_compressed(turned).shape == (48, 64, 3)
+    expected = decode_compressed(content)
+    for block in (b"", b"II*\0", exif(9, "<"), exif(3, ">")[:-9], b"MM\0*" + b"\xff" * 8):
+        np.testing.assert_array_equal(
+            decode_compressed(with_exif("JPEG", content, block)), expected
+        )
+
+
+def infrared(low: int, high: int) -> np.ndarray:
+    """Return a (48, 64) uint16 image that fills a range of counts."""
+    return np.linspace(low, high, 48 * 64).astype(np.uint16).reshape(48, 64)
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1020), (29_500, 29_806), (0, 4095), (65_000, 65_535), (7000, 9000)]
+)
+def test_sixteen_bits_that_lose_their_content_are_refused(low: int, high: int) -> None:
+    image = infrared(low, high)
+    message = rf"found {low} to {high}.*grey levels would remain"
+    for suffix in (".png", ".tiff"):
+        with pytest.raises(ImageError, match=message):
+            decode_compressed(encoded(suffix, image))
+    for big in (False, True):
+        data = image.astype(">u2" if big else "<u2").tobytes()
+        for encoding in ("mono16", "16UC1", "bayer_rggb16"):
+            with pytest.raises(ImageError, match=message):
+                decode_raw(encoding, 48, 64, 128, big, data)
+    with pytest.raises(ImageError, match=message):
+        decode_raw("rgb16", 48, 64, 384, False, np.repeat(image, 3).tobytes())
+
+
+def test_sixteen_bits_that_keep_their_content_are_accepted() -> None:
+    for image in (infrared(0, 65_535), infrared(0, 16_383), infrared(500, 500)):
+        found = decode_raw("mono16", 48, 64, 128, False, image.tobytes())
+        np.testing.assert_array_equal(found[..., 0], image >> 8)
 
 
 def png_claiming(width: int, height: int) -> bytes:

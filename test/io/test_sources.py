@@ -190,6 +190,47 @@ def test_videos_are_stamped_by_their_rate(tmp_path: Path, name: str, fourcc: str
     assert [round(n / 10) for n in gray_levels(source)] == list(range(12))
 
 
+@pytest.mark.parametrize(
+    ("times_ms", "stamps_ms"),
+    [
+        ([0, 1000, 2000, 2050, 2100], [0, 1000, 2000, 2050, 2100]),
+        # Containers that do not begin at 0, have no times, or repeat one.
+        ([500, 540, 640, 740, 840], [0, 40, 140, 240, 340]),
+        ([0, 0, 0, 0, 0], [0, 100, 200, 300, 400]),
+        ([0, 80, 80, 300, 400], [0, 80, 180, 300, 400]),
+    ],
+)
+def test_videos_of_variable_rate_are_stamped_by_their_container(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    times_ms: list[float],
+    stamps_ms: list[int],
+) -> None:
+    film = make_video(tmp_path / "film.avi", 5, 10.0)
+
+    class Capture:
+        def __init__(self, path: str) -> None:
+            self._capture, self._number = real(path), -1
+
+        def get(self, key: int) -> float:
+            position = key == cv2.CAP_PROP_POS_MSEC
+            return times_ms[self._number] if position else self._capture.get(key)
+
+        def grab(self) -> bool:
+            self._number += 1
+            return self._capture.grab()
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self._capture, name)
+
+    real = cv2.VideoCapture
+    monkeypatch.setattr(cv2, "VideoCapture", Capture)
+    source = open_source(film)
+    assert [frame.stamp_ns for frame in source] == [ms * 1_000_000 for ms in stamps_ms]
+    part = open_source(f"{film}[2:4]")
+    assert [frame.stamp_ns for frame in part] == [ms * 1_000_000 for ms in stamps_ms[2:4]]
+
+
 def test_a_video_is_rgb(tmp_path: Path) -> None:
     path = tmp_path / "film.avi"
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 10, (64, 48))
@@ -199,13 +240,57 @@ def test_a_video_is_rgb(tmp_path: Path) -> None:
     assert np.abs(frame.image[24, 32].astype(int) - (20, 60, 200)).max() <= 6
 
 
-def test_a_truncated_video_gives_the_frames_it_has(tmp_path: Path) -> None:
+def test_a_truncated_video_gives_the_frames_it_has_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     whole = make_video(tmp_path / "film.avi", 40).read_bytes()
     (tmp_path / "half.avi").write_bytes(whole[: len(whole) // 2])
     frames = list(open_source(tmp_path / "half.avi"))
     assert 5 < len(frames) < 40
+    source = open_source(tmp_path / "half.avi")
+    caplog.clear()
+    with caplog.at_level("WARNING"):
+        assert source.losses == "" and len(list(source)) == len(list(source)) == len(frames)
+    assert source.shortfall == 40 - len(frames)
+    assert f"{40 - len(frames)} frames fewer than announced" in source.losses
+    warnings = [text for text in caplog.messages if f"{len(frames)} of about 40 frames" in text]
+    assert len(warnings) == 1, "said once, not at every reading"
+    part = open_source(f"{tmp_path / 'half.avi'}[0:5]")
+    assert len(list(part)) == 5 and not part.losses
     last = open_source(f"{tmp_path / 'half.avi'}[-1:]")
     assert [frame.name for frame in last] == [frames[-1].name]
+
+
+def test_bad_frames_are_left_out_up_to_a_limit(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(20):
+        write_image(tmp_path / f"drive/{number:02d}.png", np.full((24, 32, 3), number, np.uint8))
+    for number in (0, 7):
+        (tmp_path / f"drive/{number:02d}.png").write_bytes(b"\x89PNG")
+    source = open_source(tmp_path / "drive")
+    source.max_bad_share = 0.1
+    with caplog.at_level("WARNING"):
+        frames = [list(source) for _ in range(2)][-1]
+    assert len(frames) == 18 and frames[0].name == "drive/01.png"
+    assert [bad.name for bad in source.bad_frames] == ["drive/00.png", "drive/07.png"]
+    assert source.losses.endswith("2 bad frames (drive/00.png, ...)")
+    assert len(caplog.messages) == 2, "each is said once"
+    assert frames[6].stamp_ns - frames[5].stamp_ns == 200_000_000, "the rest keeps its stamps"
+    (tmp_path / "drive/12.png").write_bytes(b"")
+    with pytest.raises(SourceError, match=r"at most 2 bad frames \(10%\), found more.*12\.png"):
+        list(source)
+    with pytest.raises(ImageError, match=r"00\.png"):
+        list(open_source(tmp_path / "drive"))
+
+
+def test_a_source_of_bad_frames_only_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "drive").mkdir()
+    (tmp_path / "drive/0.png").write_bytes(b"\x89PNG")
+    source = open_source(tmp_path / "drive")
+    source.max_bad_share = 0.1
+    with pytest.raises(ImageError, match=r"0\.png"):
+        list(source)
 
 
 def test_files_that_are_no_video_or_lack_its_index_are_named(tmp_path: Path) -> None:

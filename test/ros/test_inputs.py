@@ -77,8 +77,11 @@ def test_compressed_images_and_truncated_ones(values: dict[str, Any]) -> None:
 
 
 def test_a_silent_camera_and_its_return_are_reported(
-    values: dict[str, Any], capfd: pytest.CaptureFixture[str]
+    values: dict[str, Any],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.delenv("FASTDDS_BUILTIN_TRANSPORTS", raising=False)
     with bench({**values, "silent_after_s": 0.2}) as b:
         b.start("status")
         status = b.unknown(having="no frames for")
@@ -87,8 +90,48 @@ def test_a_silent_camera_and_its_return_are_reported(
         b.publisher()
         status = b.unknown(having="publishers: 1")
         assert "FASTDDS_BUILTIN_TRANSPORTS=LARGE_DATA" in status["reason"]
+        assert "qos_reliability: reliable helps" in status["reason"]
         # Sent until it is seen: on a busy machine the camera may be silent again at the next check.
         b.spin_until_logged("receives frames again", capfd, lambda: b.send(nominal_image(10)))
+
+
+def test_what_is_in_force_is_not_advised(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTDDS_BUILTIN_TRANSPORTS", "LARGE_DATA")
+    with bench({**values, "silent_after_s": 0.2, "qos_reliability": "reliable"}) as b:
+        b.start("status")
+        b.publisher()
+        reason = b.unknown(having="publishers: 1")["reason"]
+    assert "LARGE_DATA" not in reason and "helps" not in reason and "this side: reliable" in reason
+
+
+def test_the_compressed_topic_beside_a_base_topic_is_named(values: dict[str, Any]) -> None:
+    chosen = {**values, "silent_after_s": 0.2, "camera.transport": "compressed"}
+    with bench(chosen) as b:
+        b.start("status")
+        other = rclpy.Context()
+        other.init()
+        driver = rclpy.create_node("driver", context=other)
+        try:
+            driver.create_publisher(Image, "/camera/image_raw", 1)
+            reason = b.unknown(having="found sensor_msgs/msg/Image")["reason"]
+            assert "camera.transport to raw" in reason
+            driver.create_publisher(CompressedImage, "/camera/image_raw/compressed", 1)
+            b.unknown(having="/camera/image_raw/compressed exists: set camera.image_topic to it")
+        finally:
+            driver.destroy_node()
+            other.try_shutdown()
+
+
+def test_qos_overrides_are_honoured(values: dict[str, Any]) -> None:
+    name = "qos_overrides./camera/image_raw.subscription.reliability"
+    with bench({**values, name: "reliable"}) as b:
+        b.start("status")
+        (found,) = b.node.get_subscriptions_info_by_topic("/camera/image_raw")
+        assert found.qos_profile.reliability is ReliabilityPolicy.RELIABLE
+        # Its parameters remain when the node is activated again.
+        assert b.answer(b.send(nominal_image(10)))["decision"] == "nominal"
 
 
 def test_a_publisher_with_incompatible_qos_is_named(values: dict[str, Any]) -> None:
@@ -110,10 +153,27 @@ def test_a_topic_of_another_type_is_named(values: dict[str, Any]) -> None:
         try:
             stranger.create_publisher(CompressedImage, "/camera/image_raw", 1)
             reason = b.unknown(having="expected Image")["reason"]
+            assert "set camera.transport to compressed" in reason
         finally:
             stranger.destroy_node()
             other.try_shutdown()
     assert "sensor_msgs/msg/CompressedImage" in reason
+
+
+def test_late_frames_are_counted_and_keep_the_confirmation(
+    values: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with bench({**values, "confirm_count": 2, "confirm_s": 30.0, "silence_s": 30.0}) as b:
+        b.start("status")
+        # By their own stamps: from an offset of more than the time between two sendings.
+        statuses = [
+            b.answer(b.send(odd_image(seed), ahead_s=ahead_s))
+            for seed, ahead_s in enumerate((0.0, 0.4, -0.2, 0.4, -0.2))
+        ]
+    assert [status["decision"] for status in statuses] == ["nominal", *["anomaly"] * 4]
+    assert int(statuses[-1]["frames_late"]) >= 1
+    log = capfd.readouterr().err
+    assert "older than one before it" in log and "tracks are cleared" not in log
 
 
 def test_a_backward_stamp_clears_the_confirmation(

@@ -89,7 +89,13 @@ def result(score: float, decision: Decision) -> AnomalyResult:
         # A short gap does not end an alarm.
         ([(0.0, True), (0.5, False), (1.0, True), (3.0, False)], 1, ["1.0 s, 2 frames"]),
         ([(0.0, True), (5.0, True)], 2, ["0.0 s, 1 frames"]),
-        # Stamps that go back are another drive.
+        # A late frame belongs to the alarm, also if it is nominal; a jump back is another drive.
+        (
+            [(0.0, True), (0.5, True), (0.4, True), (0.6, True), (2.0, False)],
+            1,
+            ["0.6 s, 4 frames"],
+        ),
+        ([(1.0, True), (0.5, False), (1.1, True), (3.0, False)], 1, ["0.1 s, 2 frames"]),
         ([(9.0, True), (1.0, True)], 2, ["0.0 s, 1 frames"]),
     ],
 )
