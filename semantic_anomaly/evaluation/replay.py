@@ -133,6 +133,7 @@ def _unknown_row(bad: BadFrame) -> dict[str, Any]:
         "boxes": [],
         "decision": Decision.UNKNOWN.value,
         "coarse": False,
+        "drift": False,
         "alarm": False,
         "ms": {},
         "sha256": sha256_bytes(bad.reason.encode()),
