@@ -245,7 +245,9 @@ class _Scorers:
 
 def _built_from(index: NominalIndex) -> set[str]:
     """Return the recordings that an index was built from, without those of added frames."""
-    return {name for source in index.content.sources for name in source.recordings.values()}
+    built = {name for source in index.content.sources for name in source.recordings.values()}
+    # An index of embeddings in memory may know no sources.
+    return built or set(index.recordings)
 
 
 def _scored(
