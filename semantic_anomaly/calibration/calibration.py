@@ -288,11 +288,21 @@ class Calibration:
             )
         rank = drive_rank(count, self.confidence)
         estimated = any(drive.left_out for drive in self.drives)
+        short = len(self._short_drives)
+        needed = frames_needed(self.target_false_alarm_rate)
         return (
             f"{'estimated by leaving one drive out: ' * estimated}on a new drive like "
             f"these {count}, at most {100 * self.target_false_alarm_rate:g} % of the frames are "
             f"above the threshold, with probability {rank}/{count + 1}"
+            + f"; {short} of them have fewer than the {needed} frames that it takes, so more may be"
+            * (short > 0)
         )
+
+    @property
+    def _short_drives(self) -> list[str]:
+        """Return the names of drives with too few frames to show the target rate."""
+        needed = frames_needed(self.target_false_alarm_rate)
+        return [drive.name for drive in self.drives if len(drive.scores) < needed]
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -306,8 +316,7 @@ class Calibration:
                 f"{count} calibration drives: new drives keep the rate with probability "
                 f"{count}/{count + 1}; {wanted} drives give {DEFAULT_CONFIDENCE:g}"
             )
-        needed = frames_needed(self.target_false_alarm_rate)
-        short = [drive.name for drive in self.drives if len(drive.scores) < needed]
+        needed, short = frames_needed(self.target_false_alarm_rate), self._short_drives
         if short:
             warnings.append(
                 f"{len(short)} of {count} calibration drives have fewer than the {needed} frames "

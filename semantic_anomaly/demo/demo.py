@@ -56,8 +56,8 @@ class DemoPlan:
         target_false_alarm_rate: of the calibration.
     """
 
-    nominal_drives: int = 30
-    nominal_frames: int = 12
+    nominal_drives: int = 18
+    nominal_frames: int = 20
     frames: int = 400
     kinds: tuple[str, ...] = (*KINDS[:3], "stop_sign_on_billboard")
     seed: int = 4000

@@ -79,7 +79,7 @@ def score_curve(
         MissingPackageError: matplotlib is not installed.
     """
     stamps_ns = np.array([f.stamp_ns for f in frames], np.int64)
-    if len(frames) > 1 and np.all(np.diff(stamps_ns) >= 0):
+    if len(frames) > 1 and np.all(np.diff(stamps_ns) >= 0) and stamps_ns[-1] > stamps_ns[0]:
         x, label = (stamps_ns - stamps_ns[0]) / 1e9, "time since the first frame [s]"
     else:
         x, label = np.arange(len(frames), dtype=np.float64), "frame"

@@ -100,3 +100,15 @@ def test_the_demo_gets_curve_sheet_and_film(tmp_path: Path) -> None:
     while film.read()[0]:
         count += 1
     assert count == 5
+
+
+def test_frames_without_stamps_are_drawn_by_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels: list[str] = []
+    monkeypatch.setattr(
+        "matplotlib.axes.Axes.set", lambda axes, **given: labels.append(given.get("xlabel", ""))
+    )
+    frames = [figures.ScoredFrame(0, float(n), False, "") for n in range(5)]
+    figures.score_curve(tmp_path / "curve.png", frames, 3.0, "title")
+    assert labels == ["frame"]
