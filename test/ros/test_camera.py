@@ -85,7 +85,7 @@ def test_start_and_end_of_an_alarm_are_logged_once(
         now_ns = b.helper.get_clock().now().nanoseconds
         for offset_ms, image in ((0, odd_image(1)), (200, odd_image(2)), (900, nominal_image(10))):
             b.answer(b.send(image, stamp_ns=now_ns + offset_ms * 1_000_000))
-        lines = b.spin_until_logged("alarm ends", capfd).splitlines()
+        lines = b.spin_until_logged("alarm ends")
         b.answer(b.send(odd_image(3), stamp_ns=now_ns + 2_000_000_000))
         assert b.node.trigger_deactivate().name == "SUCCESS"
     [start] = [line for line in lines if "alarm starts" in line]
@@ -93,4 +93,4 @@ def test_start_and_end_of_an_alarm_are_logged_once(
     assert "camera 'camera': alarm starts: track 1, score" in start and "box x" in start
     assert "track 1, duration 0.2 s, 2 frames" in end
     # An alarm also ends with the node.
-    assert "alarm ends" in capfd.readouterr().err
+    assert capfd.readouterr().err.count("alarm ends") == 2

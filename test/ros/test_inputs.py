@@ -77,9 +77,7 @@ def test_compressed_images_and_truncated_ones(values: dict[str, Any]) -> None:
 
 
 def test_a_silent_camera_and_its_return_are_reported(
-    values: dict[str, Any],
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("FASTDDS_BUILTIN_TRANSPORTS", raising=False)
     with bench({**values, "silent_after_s": 0.2}) as b:
@@ -92,7 +90,7 @@ def test_a_silent_camera_and_its_return_are_reported(
         assert "FASTDDS_BUILTIN_TRANSPORTS=LARGE_DATA" in status["reason"]
         assert "qos_reliability: reliable helps" in status["reason"]
         # Sent until it is seen: on a busy machine the camera may be silent again at the next check.
-        b.spin_until_logged("receives frames again", capfd, lambda: b.send(nominal_image(10)))
+        b.spin_until_logged("receives frames again", lambda: b.send(nominal_image(10)))
 
 
 def test_what_is_in_force_is_not_advised(
@@ -191,9 +189,7 @@ def test_a_backward_stamp_clears_the_confirmation(
 
 
 def test_an_exception_in_a_callback_is_logged_and_spinning_continues(
-    values: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with bench(values) as b:
         b.start("status")
@@ -204,6 +200,6 @@ def test_an_exception_in_a_callback_is_logged_and_spinning_continues(
         camera = b.node._cameras["camera"]
         monkeypatch.setattr(camera, "_put", broken)
         b.send(nominal_image(10))
-        b.spin_until_logged("ValueError: broken slot", capfd)
+        b.spin_until_logged("ValueError: broken slot")
         monkeypatch.undo()
         assert b.answer(b.send(nominal_image(10)))["decision"] == "nominal"

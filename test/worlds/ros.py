@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+from rcl_interfaces.msg import Log
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.parameter import Parameter
-from rclpy.qos import QoSProfile
+from rclpy.qos import DurabilityPolicy, QoSProfile
 from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import Float32
 from std_srvs.srv import Trigger
@@ -123,6 +124,9 @@ class Bench:
         self.got: dict[str, dict[str, list[Any]]] = {name: {} for name in cameras}
         self.diagnostics: list[DiagnosticArray] = []
         self._publishers: dict[str, Any] = {}
+        self.log: list[str] = []
+        qos = QoSProfile(depth=1000, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+        self.helper.create_subscription(Log, "/rosout", lambda line: self.log.append(line.msg), qos)
 
     def close(self) -> None:
         self.node.close()
@@ -154,23 +158,19 @@ class Bench:
             assert time.monotonic() < end, "the expected event did not happen"
             self.executor.spin_once(timeout_sec=0.05)
 
-    def spin_until_logged(
-        self, text: str, capfd: pytest.CaptureFixture[str], act: Callable[[], Any] = lambda: None
-    ) -> str:
-        """Spin, and call act(), until stderr has a text; return stderr since the last reading.
+    def spin_until_logged(self, text: str, act: Callable[[], Any] = lambda: None) -> list[str]:
+        """Spin, and call act(), until a line of the node's log has a text; return all lines.
 
-        The worker logs after it has published, so a message does not imply its log line.
+        The worker logs after it has published, so a message does not imply its log line. The lines
+        come by /rosout: reading captured output would lose what is written meanwhile.
         """
-        log = ""
 
         def logged() -> bool:
-            nonlocal log
             act()
-            log += capfd.readouterr().err
-            return text in log
+            return any(text in line for line in self.log)
 
         self.spin_until(logged)
-        return log
+        return list(self.log)
 
     def start(self, *topics: str) -> None:
         """Configure and activate the node, subscribe, and wait for the connections."""
