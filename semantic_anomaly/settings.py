@@ -301,6 +301,20 @@ class Settings:
         "A camera without images for this time is reported and its status becomes unknown.",
         bounds=(0.1, 60.0),
     )
+    frozen_after_s: float = setting(
+        2.0,
+        "Equal images over more than this time in seconds are those of a frozen camera: the "
+        "decision is unknown. 0: no check, for simulations that stand still.",
+        bounds=(0.0, 3600.0),
+        live=True,
+    )
+    least_contrast: float = setting(
+        10.0,
+        "Images with a smaller range of brightness, in grey levels, are those of a covered camera: "
+        "the decision is unknown. 0: no check.",
+        bounds=(0.0, 255.0),
+        live=True,
+    )
     qos_reliability: str = setting(
         "best_effort",
         "Reliability of the image subscriptions.",

@@ -245,7 +245,7 @@ class AnomalyResult:
 
     Attributes:
         score: anomaly score, mean of the largest values of the anomaly map.
-        decision: `unknown` without a threshold.
+        decision: `unknown` without a threshold, or of a blind camera.
         p_value: least false-alarm rate whose threshold the score exceeds, in [0, 1]; None without a
             calibration.
         threshold: score above which a frame is anomalous, calibrated or set; None without.
@@ -261,6 +261,7 @@ class AnomalyResult:
         coarse: whether localizations and heatmap come from upper bounds of distances, because
             more than 5 % of the patches exceed the threshold; score and decision are exact.
         drift: whether the scores of the last frames are unlike those of the calibration.
+        blind: whether the camera sees nothing: a frozen or covered one.
         stage_scores: score of each stage by its name, in deviations of nominal distances; empty
             for one stage.
 
@@ -282,6 +283,7 @@ class AnomalyResult:
     stage_scores: Mapping[str, float] = field(default_factory=dict)
     coarse: bool = False
     drift: bool = False
+    blind: bool = False
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.score):

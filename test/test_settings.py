@@ -233,8 +233,9 @@ def test_cameras_have_their_own_settings_and_the_common_index() -> None:
 
 def test_live_settings_are_those_that_need_no_new_model_or_topic() -> None:
     assert " ".join(sorted(name for name, spec in setting_specs().items() if spec.live)) == (
-        "confidence confirm_count confirm_s max_age_s max_area max_aspect min_area_px "
-        "overlay_alpha silence_s target_episode_rate target_false_alarm_rate threshold"
+        "confidence confirm_count confirm_s frozen_after_s least_contrast max_age_s max_area "
+        "max_aspect min_area_px overlay_alpha silence_s target_episode_rate "
+        "target_false_alarm_rate threshold"
     )
     assert not any(spec.live for spec in camera_setting_specs().values())
 

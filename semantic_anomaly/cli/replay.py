@@ -66,6 +66,8 @@ def _text(summary: dict[str, Any]) -> str:
         ("ms a frame", f"p50 {total['p50']:.1f}, p95 {total['p95']:.1f}, p99 {total['p99']:.1f}"),
         ("alarms", f"{len(summary['alarms'])}"),
     ]
+    if summary["frames_blind"]:
+        rows.append(("blind", f"{summary['frames_blind']} frames of a frozen or covered camera"))
     rows += _event_rows(summary["against_events"])
     text = table(rows)
     alarms = [

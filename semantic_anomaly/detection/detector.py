@@ -15,6 +15,7 @@ import numpy as np
 from semantic_anomaly.calibration.calibration import Calibration
 from semantic_anomaly.calibration.drift import DRIFT, DriftCheck
 from semantic_anomaly.calibration.format import calibration_file
+from semantic_anomaly.detection.blindness import BlindnessCheck
 from semantic_anomaly.detection.filters import reject
 from semantic_anomaly.detection.localization import heatmap, localize
 from semantic_anomaly.detection.tracking import ComponentTracker, decide, follow
@@ -48,6 +49,7 @@ from semantic_anomaly.settings_schema import refuse_fixed
 from semantic_anomaly.stages import GRID, INSTANCES, StageSpec
 from semantic_anomaly.structures import (
     AnomalyResult,
+    Decision,
     Frame,
     HeatmapScale,
     Localization,
@@ -360,6 +362,7 @@ class AnomalyDetector:
         self._next_stamp_ns = 0
         self._lock = threading.Lock()
         self._live = self._prepared(settings)
+        self._blindness = BlindnessCheck()
         self._drift: DriftCheck | None = None
         if calibration is not None:
             self._drift = calibration.drift_check(settings.drift_window)
@@ -428,7 +431,8 @@ class AnomalyDetector:
 
         The decision is `anomaly` when the score exceeds the threshold and a component is confirmed
         over time. Before that it is `nominal`, with a score above the threshold and candidates.
-        Without a threshold it is `unknown`.
+        Without a threshold it is `unknown`, and while the camera is blind (see `blindness`): such a
+        frame takes no part in tracks and drift check.
 
         Args:
             frame: size and stamp; a jump back clears the tracks (see `stamps`).
@@ -450,12 +454,19 @@ class AnomalyDetector:
         score = frame_score.score
         scored_ms = elapsed_ms(begin_s)
         heat = heatmap(frame_score.anomaly_map, self.roi, frame.image_hw)
-        labels, localizations = self._localized(frame_score, heat, live)
+        blind = self._blindness.reason(
+            frame, live.settings.least_contrast, live.settings.frozen_after_s
+        )
+        labels, localizations = np.zeros(heat.shape, np.uint16), ()
+        if not blind:
+            labels, localizations = self._localized(frame_score, heat, live)
         if not self.roi.is_whole_image:
             heat = np.where(self.roi.pixel_mask(frame.image_hw), heat, np.float32(live.scale.low))
-        localizations = follow(live.tracker, frame.stamp_ns, localizations)
-        decision = decide(localizations, live.threshold)
-        self._note_drift(score)
+        decision = Decision.UNKNOWN
+        if not blind:
+            localizations = follow(live.tracker, frame.stamp_ns, localizations)
+            decision = decide(localizations, live.threshold)
+            self._note_drift(score)
         search_ms = searching_ms.get(SEARCH, 0.0)
         times_ms = {DECODE: frame.decode_ms, **(stage_ms or {})}
         times_ms[SEARCH] = search_ms
@@ -474,10 +485,11 @@ class AnomalyDetector:
             label_map=labels,
             localizations=localizations,
             stage_ms=times_ms,
-            reason=_UNCALIBRATED if live.threshold is None else "",
+            reason=blind or (_UNCALIBRATED if live.threshold is None else ""),
             stage_scores=frame_score.stage_scores,
             coarse=frame_score.coarse,
             drift=self.is_drift,
+            blind=bool(blind),
         )
 
     @property
@@ -498,6 +510,7 @@ class AnomalyDetector:
         """
         with self._lock:
             self._live = self._prepared(self._live.settings)
+            self._blindness.clear()
             if drift and self._drift is not None:
                 self._drift.clear()
 

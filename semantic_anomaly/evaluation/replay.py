@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from semantic_anomaly.detection.blindness import BLIND
 from semantic_anomaly.evaluation import extras, figures, provenance, report
 from semantic_anomaly.evaluation.checkpoint import (
     restore_tracks,
@@ -116,6 +117,7 @@ def replay(
         album.finish()
         losses = {
             "bad_frames": [asdict(bad) for bad in source.bad_frames],
+            "frames_blind": sum(row["reason"].startswith(BLIND) for row in checkpoint.rows),
             "frames_missing": source.shortfall,
         }
         details = {**losses, **described, "data_sha256": provenance.rows_digest(checkpoint.rows)}
@@ -134,6 +136,7 @@ def _unknown_row(bad: BadFrame) -> dict[str, Any]:
         "decision": Decision.UNKNOWN.value,
         "coarse": False,
         "drift": False,
+        "reason": bad.reason,
         "alarm": False,
         "ms": {},
         "sha256": sha256_bytes(bad.reason.encode()),

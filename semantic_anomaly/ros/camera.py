@@ -44,6 +44,7 @@ class CameraCounts:
     frames_late: int = 0
     frames_replaced: int = 0
     frames_bad: int = 0
+    frames_blind: int = 0
     frames_failed: int = 0
 
 

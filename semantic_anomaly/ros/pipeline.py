@@ -20,6 +20,7 @@ from diagnostic_msgs.msg import DiagnosticStatus
 from rclpy.clock import Clock
 from std_msgs.msg import Header
 
+from semantic_anomaly.detection.blindness import BLIND
 from semantic_anomaly.detection.detector import embed_timed
 from semantic_anomaly.detection.geometry import place_box
 from semantic_anomaly.errors import ImageError, SemanticAnomalyError
@@ -236,6 +237,10 @@ class Pipeline:
         camera, detector = job.camera, models.detectors[job.camera.name]
         settings = detector.settings
         result = detector.assess(job.frame, grid, stage_ms)
+        if result.blind:
+            camera.counts.frames_blind += 1
+            camera.publish_unknown(job.header, DiagnosticStatus.ERROR, BLIND, result.reason)
+            return
         if result.threshold is not None and result.score > result.threshold:
             camera.exceeding = job.frame, grid
         camera.counts.frames_processed += 1

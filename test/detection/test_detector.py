@@ -37,7 +37,7 @@ from semantic_anomaly.errors import (
     UnknownNameError,
 )
 from semantic_anomaly.settings import Settings
-from semantic_anomaly.structures import Decision, PatchGrid
+from semantic_anomaly.structures import Decision, Frame, PatchGrid
 from semantic_anomaly.timing import DECODE, FORWARD, STAGES, TOTAL
 
 
@@ -246,6 +246,24 @@ def test_the_heatmap_has_the_value_1_at_a_threshold_that_changes(calibrated: boo
         assert (at_threshold, at_low) == pytest.approx((1.0, 0.0))
     detector.update(detector.settings.replace(threshold=None))
     assert detector.detect(frame).scale == before
+
+
+def test_a_blind_camera_is_unknown_and_leaves_the_tracks(detector: AnomalyDetector) -> None:
+    odd = street(1, odd=True).image
+    detector.reset()
+    seen = detector.detect(Frame(odd, 0))
+    black = detector.detect(Frame(np.zeros_like(odd), 100_000_000))
+    assert black.blind and black.decision is Decision.UNKNOWN and black.threshold is not None
+    assert black.reason.startswith("blind") and black.localizations == ()
+    assert not black.label_map.any()
+    results = [detector.detect(Frame(odd, n * 500_000_000)) for n in range(1, 8)]
+    assert [result.blind for result in results] == [False] * 5 + [True] * 2
+    assert results[0].localizations[0].track == seen.localizations[0].track
+    detector.reset()
+    assert not detector.detect(Frame(odd, 4_000_000_000)).blind
+    settings = detector.settings.replace(least_contrast=0.0, frozen_after_s=0.0)
+    unchecked = variant(detector, settings=settings)
+    assert not unchecked.detect(Frame(np.zeros_like(odd))).blind
 
 
 def test_update_keeps_the_tracks_unless_the_confirmation_changes() -> None:

@@ -6,6 +6,7 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from worlds.colours import make_detector
 from worlds.labelled_drive import make_dataset
@@ -13,6 +14,7 @@ from worlds.labelled_drive import make_dataset
 from semantic_anomaly.errors import InputError, SourceError
 from semantic_anomaly.evaluation.events import Event
 from semantic_anomaly.evaluation.replay import replay
+from semantic_anomaly.io.images import read_image, write_image
 from semantic_anomaly.io.open import open_source
 
 PNG = b"\x89PNG"
@@ -135,3 +137,12 @@ def test_drift_is_in_the_report(tmp_path: Path) -> None:
     assert "Recalibrate with drives like this one" in (tmp_path / "out/report.html").read_text()
     usual = replay(detector, open_source(f"{root}[0:5]"), tmp_path / "usual")
     assert usual["drift"] == []
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_frames_of_a_covered_camera_are_unknown_and_counted(tmp_path: Path) -> None:
+    root = make_dataset(tmp_path / "drive", "....")
+    file = root / "images/00002.png"
+    write_image(file, np.zeros_like(read_image(file)))
+    summary = replay(make_detector(), open_source(root), tmp_path / "out")
+    assert summary["frames_blind"] == 1 and summary["decisions"]["unknown"] == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("rclpy")
@@ -94,3 +95,25 @@ def test_start_and_end_of_an_alarm_are_logged_once(
     assert "track 1, duration 0.2 s, 2 frames" in end
     # An alarm also ends with the node.
     assert capfd.readouterr().err.count("alarm ends") == 2
+
+
+def test_a_frozen_or_covered_camera_is_unknown(values: dict[str, Any]) -> None:
+    with bench({**values, "frozen_after_s": 0.5}) as b:
+        b.start("status", "score")
+        now_ns = b.helper.get_clock().now().nanoseconds
+        images = [nominal_image(10)] * 5 + [np.zeros_like(nominal_image(10)), nominal_image(11)]
+        statuses = [
+            b.answer(b.send(image, stamp_ns=now_ns + number * 200_000_000))
+            for number, image in enumerate(images)
+        ]
+        decisions = [status["decision"] for status in statuses]
+        assert decisions == ["nominal"] * 3 + ["unknown"] * 3 + ["nominal"]
+        assert "frozen image" in statuses[3]["reason"]
+        assert "without contrast" in statuses[5]["reason"]
+        assert not any("score" in status for status in statuses[3:6])
+        assert statuses[-1]["frames_blind"] == "3"
+        b.spin_until(lambda: len(b.got["camera"]["score"]) == 4)
+        # Simulations stand still.
+        assert b.set(frozen_after_s=0.0, least_contrast=0.0).successful
+        again = [b.answer(b.send(images[-1], stamp_ns=now_ns + n * 10**9)) for n in (2, 3, 4)]
+        assert [status["decision"] for status in again] == ["nominal"] * 3

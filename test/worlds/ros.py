@@ -96,6 +96,8 @@ def parameters(index: Path, backbone: Path, **changes: Any) -> dict[str, Any]:
         "target_false_alarm_rate": 0.1,
         "max_age_s": 10.0,
         "silent_after_s": 30.0,
+        # Tests send one image again and again.
+        "frozen_after_s": 0.0,
         **changes,
     }
 
