@@ -8,10 +8,13 @@ two ways:
     next drive  the package's own: every drive scored against the entries of the others, threshold
                 over the drives
 
-The realised rate is the share of frames of the left-out drive above the threshold. Of CamVid the
-share of composites (camvid.py) above it is counted too, beside controls with pasted ordinary
-things. The drift check sees the left-out drive, which it should report if it is of another kind,
-and the second halves of drives whose first halves are in index and calibration.
+The realised rate is the share of frames of the left-out drive above the threshold. True positives
+are the share of frames with an odd object above it: rendered in the street, pasted in CamVid
+(camvid.py, odd objects and odd arrangements), there beside controls with pasted ordinary things.
+What limits them is shown by `own frames`: the threshold that the frames of the left-out drive
+themselves would give, which nobody has before the drive. With `--drives` the other drives are as
+many as stated, in turn. The drift check sees the left-out drive, which it should report if it is of
+another kind, and the second halves of drives whose first halves are in index and calibration.
 
     street   ten drives of the synthetic street
     carla    frames of four towns, each of them a drive
@@ -48,10 +51,13 @@ from semantic_anomaly.synthetic.drive import StreetDrive
 
 TARGETS = (0.01, 0.05, 0.1)
 SEED, STREET_DRIVES, STREET_STRIDE = 500, 10, 6
+STREET_ODD_FRAMES = 300
 TOWNS = ("Town01", "Town02", "Town03", "Town04")
 CAMVID = {"0001TP": ["0001TP"], "0006R0": ["0006R0"], "0016E5": ["0016E5_train", "0016E5_val"]}
+STREET_KINDS = ("cow", "sofa", "ladder")
 OF_EACH_KIND = 5
 WAYS = ("pooled", "next drive")
+OWN_FRAMES = "own frames"
 # Windows of the drift check in a drive: its default is longer than these drives.
 DRIFT_WINDOWS = 6
 Embedded = list[tuple[Frame, PatchGrid]]
@@ -77,10 +83,16 @@ def street(embedder: RunningEmbedder, data: Path, size: float) -> Drives:
     """Return drives of the synthetic street."""
     count, drives = round(30 * size), Drives()
     for seed in range(SEED, SEED + STREET_DRIVES):
-        drive = StreetDrive(seed, frames=count * STREET_STRIDE)
-        frames = [drive.frame(STREET_STRIDE * number) for number in range(count)]
-        named = [Frame(f.image, name=f"{seed}/{n}") for n, f in enumerate(frames)]
-        drives.frames[f"street {seed}"] = embedded(embedder, named, f"street {seed}")
+        name, length = f"street {seed}", count * STREET_STRIDE
+        rendered = [StreetDrive(seed, length).frame(n) for n in range(0, length, STREET_STRIDE)]
+        frames = [Frame(f.image, name=f"{seed}/{n}") for n, f in enumerate(rendered)]
+        drives.frames[name] = embedded(embedder, frames, name)
+        with_odd = StreetDrive(seed, STREET_ODD_FRAMES, anomalies=STREET_KINDS)
+        drives.anomalies[name] = [
+            embedder.embed([frame.image])[0]
+            for frame in map(with_odd.frame, range(0, STREET_ODD_FRAMES, STREET_STRIDE))
+            if frame.kind is not None
+        ]
     return drives
 
 
@@ -202,53 +214,65 @@ def drift_of_same_drives(
 
 
 def measure(
-    drives: Drives, settings: Settings, embedder: RunningEmbedder
+    drives: Drives, counts: Sequence[int], settings: Settings, embedder: RunningEmbedder
 ) -> tuple[list[Row], list[Row]]:
     """Return a row for each left-out drive, calibration and target, and rows of the drift check."""
     rows, drift = [], []
-    for drive in tqdm(drives.frames, "left out", disable=None):
-        others = {name: rows for name, rows in drives.frames.items() if name != drive}
+    names = list(drives.frames)
+    folds = [(drive, count) for drive in names for count in counts or [len(names) - 1]]
+    for drive, count in tqdm(folds, "left out", disable=None):
+        first = names.index(drive) + 1
+        others = {
+            name: drives.frames[name] for name in (names[first:] + names[: first - 1])[:count]
+        }
         fold = Fold(others, settings, embedder)
         grids = [grid for _, grid in drives.frames[drive]]
         for way, detector in fold.detectors.items():
             scores = scores_of(detector, grids)
-            found = scores_of(detector, drives.anomalies.get(drive, []))
+            anomalous = scores_of(detector, drives.anomalies.get(drive, []))
             pasted = scores_of(detector, drives.controls.get(drive, []))
-            if way == WAYS[1]:
+            if way == WAYS[1] and count == max(counts, default=count):
                 drift.append(drift_row(detector, scores, drive, "of another drive"))
             for target in TARGETS:
-                threshold = fold.threshold(way, target)
-                row: Row = {
-                    "drive": drive,
-                    "calibration": way,
-                    "target": target,
-                    "frames": len(scores),
-                    "fewest frames of a drive": min(map(len, others.values())),
-                    "realised": float((scores > threshold).mean()),
-                }
-                if len(found):
-                    row["true positives"] = float((found > threshold).mean())
-                    row["controls"] = float((pasted > threshold).mean())
-                rows.append(row)
+                thresholds = {way: fold.threshold(way, target)}
+                if way == WAYS[1]:
+                    thresholds[OWN_FRAMES] = float(np.quantile(scores, 1 - target, method="higher"))
+                for calibration, threshold in thresholds.items():
+                    row: Row = {
+                        "drive": drive,
+                        "calibration": calibration,
+                        "target": target,
+                        "drives": len(others),
+                        "frames": len(scores),
+                        "fewest frames of a drive": min(map(len, others.values())),
+                        "realised": float((scores > threshold).mean()),
+                    }
+                    if len(anomalous):
+                        row["true positives"] = float((anomalous > threshold).mean())
+                    if len(pasted):
+                        row["controls"] = float((pasted > threshold).mean())
+                    rows.append(row)
     return rows, drift + drift_of_same_drives(drives, settings, embedder)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return a Markdown table of realised rates by target and calibration."""
-    drives = list(dict.fromkeys(row["drive"] for row in rows))
-    titles = ["target", "calibration", "mean", "most", *drives]
-    with_anomalies = "true positives" in rows[0]
-    titles += ["true positives", "controls"] * with_anomalies
+    """Return a Markdown table of realised rates by target, number of drives and calibration."""
+    optional = [name for name in ("true positives", "controls") if name in rows[0]]
+    titles = ["target", "drives", "calibration", "mean", "most", *optional]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for target in TARGETS:
-        for way in WAYS:
-            of_way = [r for r in rows if r["target"] == target and r["calibration"] == way]
-            rates = [row["realised"] for row in of_way]
-            cells = [f"{value:.3f}" for value in (np.mean(rates), max(rates), *rates)]
-            if with_anomalies:
-                for name in ("true positives", "controls"):
-                    cells.append(f"{np.mean([row[name] for row in of_way]):.3f}")
-            lines.append(f"| {target:g} | {way} | {' | '.join(cells)} |")
+        for count in sorted({row["drives"] for row in rows}):
+            for way in (*WAYS, OWN_FRAMES):
+                chosen = [
+                    row
+                    for row in rows
+                    if (row["target"], row["drives"], row["calibration"]) == (target, count, way)
+                ]
+                rates = [row["realised"] for row in chosen]
+                values = [float(np.mean(rates)), max(rates)]
+                values += [float(np.mean([row[name] for row in chosen])) for name in optional]
+                cells = " | ".join(f"{value:.3f}" for value in values)
+                lines.append(f"| {target:g} | {count} | {way} | {cells} |")
     return "\n".join(lines)
 
 
@@ -268,9 +292,10 @@ def draw(results: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None
     figure, axes = plt.subplots(1, len(results), figsize=(4.2 * len(results), 4), squeeze=False)
     colours = {"pooled": "#c0392b", "next drive": "#2471a3"}
     for axis, (name, rows) in zip(axes[0], results.items(), strict=True):
+        most = max(row["drives"] for row in rows)
         axis.axline((0, 0), slope=1, color="#888888", linewidth=1, linestyle=":")
         for way, shift in (("pooled", 0.985), ("next drive", 1.015)):
-            of_way = [row for row in rows if row["calibration"] == way]
+            of_way = [r for r in rows if r["calibration"] == way and r["drives"] == most]
             x = [100 * shift * row["target"] for row in of_way]
             y = [100 * row["realised"] for row in of_way]
             axis.plot(x, y, "o", color=colours[way], alpha=0.4, markersize=5)
@@ -296,6 +321,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=list(SETS))
     parser.add_argument("--size", type=float, default=1.0, help="share of the frames, at most 1")
+    parser.add_argument(
+        "--drives", nargs="+", type=int, default=[], help="numbers of other drives; default: all"
+    )
     parser.add_argument("--stages", action="append", default=[], help="instead of the defaults")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -305,7 +333,7 @@ def main() -> None:
     drift: dict[str, list[Row]] = {}
     for name in args.sets:
         drives = SETS[name](embedder, args.data, args.size)
-        results[name], drift[name] = measure(drives, settings, embedder)
+        results[name], drift[name] = measure(drives, args.drives, settings, embedder)
         print(f"\n{name}\n\n{table(results[name])}\n", flush=True)
         print(drift_table(drift[name]), flush=True)
         figures = {"rates": results, "drift": drift}

@@ -457,7 +457,8 @@ class AnomalyDetector:
         blind = self._blindness.reason(
             frame, live.settings.least_contrast, live.settings.frozen_after_s
         )
-        labels, localizations = np.zeros(heat.shape, np.uint16), ()
+        labels = np.zeros(heat.shape, np.uint16)
+        localizations: tuple[Localization, ...] = ()
         if not blind:
             labels, localizations = self._localized(frame_score, heat, live)
         if not self.roi.is_whole_image:
