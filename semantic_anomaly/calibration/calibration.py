@@ -82,6 +82,7 @@ class Calibration:
         execution: what ran the backbone, torch or openvino, empty if unknown.
         probe_scores: scores of some thumbnails of the index, with which another precision is
             compared; empty: unknown.
+        pattern_scores: scores of the same thumbnails with a test pattern, for the self-test.
         stale_edits: edits of the index since calibration; empty: none.
         episodes: nominal scores of episodes; None: no rate of episodes was set.
 
@@ -102,6 +103,7 @@ class Calibration:
     dtype: str = ""
     execution: str = ""
     probe_scores: tuple[float, ...] = ()
+    pattern_scores: tuple[float, ...] = ()
     stale_edits: tuple[StaleEdit, ...] = ()
     episodes: Episodes | None = None
 
@@ -112,8 +114,14 @@ class Calibration:
             )
         if not self.normalisations:
             raise CalibrationError("calibration normalisations: expected one for each stage")
-        if not np.isfinite(self.probe_scores).all():
-            raise CalibrationError("calibration probe_scores: expected finite numbers")
+        for name in ("probe_scores", "pattern_scores"):
+            if not np.isfinite(getattr(self, name)).all():
+                raise CalibrationError(f"calibration {name}: expected finite numbers")
+        if len(self.pattern_scores) not in (0, len(self.probe_scores)):
+            raise CalibrationError(
+                f"calibration pattern_scores: expected {len(self.probe_scores)} as probe_scores "
+                f"has, found {len(self.pattern_scores)}"
+            )
         if self.execution not in ("", *EXECUTIONS):
             raise CalibrationError(
                 f"calibration execution: expected one of {', '.join(EXECUTIONS)}, found "
@@ -139,6 +147,7 @@ class Calibration:
         dtype: str = "",
         execution: str = "",
         probe_scores: Sequence[float] = (),
+        pattern_scores: Sequence[float] = (),
         normalisations: Sequence[ScoreNormalisation],
         episodes: Episodes | None = None,
     ) -> Calibration:
@@ -168,6 +177,7 @@ class Calibration:
             dtype=dtype,
             execution=execution,
             probe_scores=tuple(map(float, probe_scores)),
+            pattern_scores=tuple(map(float, pattern_scores)),
             episodes=episodes,
         )
 

@@ -36,9 +36,11 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "dtype": (str,),
     "execution": (str,),
     "probe_scores": (list,),
+    "pattern_scores": (list,),
     "stale_edits": (list,),
     "episodes": (dict, type(None)),
 }
+_SCORE_LISTS = "probe_scores", "pattern_scores"
 _TYPES_OF_ROWS: dict[str, dict[str, type]] = {
     "drives": {"name": str, "scores": list, "left_out": bool},
     "stale_edits": get_type_hints(StaleEdit),
@@ -111,7 +113,7 @@ def _to_body(values: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **values,
         "format": FORMAT_VERSION,
-        "probe_scores": list(values["probe_scores"]),
+        **{name: list(values[name]) for name in _SCORE_LISTS},
         "drives": [{**vars(drive), "scores": drive.scores.tolist()} for drive in values["drives"]],
         "normalisations": [values.to_dict() for values in values["normalisations"]],
         "stale_edits": [asdict(edit) for edit in values["stale_edits"]],
@@ -138,8 +140,9 @@ def _from_body(body: Any) -> dict[str, Any]:
     for key, types in _TYPES.items():
         if type(body[key]) not in types:
             raise CalibrationError(f"'{key}' has the type {type(body[key]).__name__}")
-    if not all(type(score) is float for score in body["probe_scores"]):
-        raise CalibrationError("'probe_scores' contains something that is not a number")
+    for name in _SCORE_LISTS:
+        if not all(type(score) is float for score in body[name]):
+            raise CalibrationError(f"'{name}' contains something that is not a number")
     if not 0.0 < body["target_false_alarm_rate"] < 1.0:
         raise CalibrationError(f"'target_false_alarm_rate' is {body['target_false_alarm_rate']}")
     if not 0.0 <= body["confidence"] < 1.0:
@@ -153,7 +156,7 @@ def _from_body(body: Any) -> dict[str, Any]:
     episodes = body["episodes"]
     return {
         **body,
-        "probe_scores": tuple(body["probe_scores"]),
+        **{name: tuple(body[name]) for name in _SCORE_LISTS},
         "drives": tuple(
             {**drive, "scores": scores_of_list(drive["scores"])} for drive in body["drives"]
         ),

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 
 from semantic_anomaly.calibration.calibration import Calibration
@@ -21,6 +22,7 @@ from semantic_anomaly.detection.localization import heatmap, localize
 from semantic_anomaly.detection.tracking import ComponentTracker, decide, follow
 from semantic_anomaly.embedding.identity import Embedder
 from semantic_anomaly.errors import (
+    CalibrationError,
     IndexMismatchError,
     MismatchError,
     ModelOutputError,
@@ -223,8 +225,15 @@ def probe_scores(
     index: NominalIndex,
     embedder: Embedder,
     normalisations: Sequence[ScoreNormalisation],
+    *,
+    pattern: bool = False,
 ) -> list[float]:
-    """Return the scores of some thumbnails of an index, which other precisions must repeat.
+    """Return the scores of some thumbnails of an index.
+
+    Other precisions and the self-test must repeat them.
+
+    Args:
+        pattern: score them with a test pattern, which no drive shows, in their middle.
 
     Raises:
         ModelOutputError: a network failed.
@@ -234,9 +243,22 @@ def probe_scores(
     scores = []
     for number in numbers:
         image = decode_compressed(frames[number].thumbnail, "jpeg")
+        if pattern:
+            image = _with_pattern(image)
         grid = embedder.embed([image])[0]
         scores.append(scorer.score(grid, normalisations, None).score)
     return scores
+
+
+def _with_pattern(image: np.ndarray) -> np.ndarray:
+    """Return the image with coloured squares in the middle third of both sides."""
+    height, width = image.shape[:2]
+    colours = np.random.default_rng(_SEED).integers(0, 256, (4, 4, 3), np.uint8)
+    size_wh = max(1, width // 3), max(1, height // 3)
+    squares = cv2.resize(colours, size_wh, interpolation=cv2.INTER_NEAREST)
+    changed = image.copy()
+    changed[height // 3 :, width // 3 :][: size_wh[1], : size_wh[0]] = squares
+    return changed
 
 
 def load_embedder(settings: Settings, given: Settings) -> RunningEmbedder:
@@ -545,6 +567,53 @@ class AnomalyDetector:
             specs = {**setting_specs(), **camera_setting_specs()}
             refuse_fixed(self._live.settings.to_parameters(), resolved.to_parameters(), specs)
             self._live = self._prepared(resolved, self._live)
+
+    def self_test(self) -> str:
+        """Compare scores of stored frames with those at calibration; return a line about them.
+
+        Some nominal frames of the index, and the same with a test pattern, go through backbone,
+        search and scoring. Tracks and drift check take no part.
+
+        Raises:
+            CalibrationError: there are no stored scores to compare with.
+            MismatchError: a score differs from the stored one.
+            ModelOutputError: a network failed.
+        """
+        calibration = self.calibration
+        if calibration is None or not calibration.pattern_scores:
+            raise CalibrationError(
+                "self-test: expected a calibration with scores of stored frames, found none; "
+                "calibrate the index from sources"
+            )
+        spread = float(np.subtract(*np.quantile(calibration.scores, (0.75, 0.25))))
+        lines = []
+        for name, stored in (
+            ("nominal frames", calibration.probe_scores),
+            ("frames with a test pattern", calibration.pattern_scores),
+        ):
+            scores = probe_scores(
+                *(self._scorer, self.index, self.embedder, self.normalisations),
+                pattern=stored is calibration.pattern_scores,
+            )
+            if len(scores) != len(stored):
+                raise MismatchError(
+                    "self-test",
+                    f"{len(stored)} stored frames as at calibration",
+                    str(len(scores)),
+                    "the index was edited since: calibrate again",
+                )
+            typical = float(np.median(np.abs(stored)))
+            allowed = _ALLOWED_CHANGE * max(spread, typical)
+            change = float(np.abs(np.subtract(scores, stored)).max())
+            if change > allowed:
+                raise MismatchError(
+                    f"self-test: scores of {name}",
+                    f"those at calibration within {allowed:.3g}",
+                    f"differences up to {change:.3g}",
+                    "calibrate on this device",
+                )
+            lines.append(f"{len(scores)} {name} score {np.median(scores):.2f} (median)")
+        return f"self-test passed: {', '.join(lines)}, as at calibration"
 
     def _check_running(self) -> None:
         """Compare precision and execution with the calibration's, by scores of stored frames.

@@ -163,8 +163,10 @@ def calibrate(
         scores, by_fold = _scored(drives, scorers)
         normalisations = normalisations_without(by_fold, None)
         probes: list[float] = []
+        patterns: list[float] = []
         if embedder is not None:
-            probes = probe_scores(scorers.of(None), index, embedder, normalisations)
+            whole = scorers.of(None), index, embedder, normalisations
+            probes, patterns = probe_scores(*whole), probe_scores(*whole, pattern=True)
     calibration = Calibration.fit(
         {drive: rows.scores for drive, rows in scores.items()},
         left_out=scorers.left_out.intersection(scores),
@@ -176,6 +178,7 @@ def calibrate(
         dtype=running.dtype,
         execution=running.execution,
         probe_scores=probes,
+        pattern_scores=patterns,
         normalisations=normalisations,
         episodes=Episodes.of_drives({d: rows.parts for d, rows in scores.items()}, settings)
         if settings.target_episode_rate

@@ -24,7 +24,7 @@ from semantic_anomaly.ros.inputs import CameraInputs
 from semantic_anomaly.ros.logs import AlarmLog, ThrottledLog
 from semantic_anomaly.ros.outputs import CameraOutputs
 from semantic_anomaly.settings import Settings
-from semantic_anomaly.structures import Frame, PatchGrid
+from semantic_anomaly.structures import Decision, Frame, PatchGrid
 
 # Period of the status of a silent camera.
 REPEAT_SILENCE_S = 1.0
@@ -113,6 +113,7 @@ class Camera:
         self._rate_in, self._rate_processed = RateMeter(), RateMeter()
         self._silent = False
         self._published_s = time.monotonic()
+        self._last_decision, self._last_reason = "", ""
         self._waiting_since_s: float | None = None
 
     def activate(self, put: Callable[[str, Any], bool]) -> None:
@@ -141,9 +142,10 @@ class Camera:
         self.deactivate()
         self.outputs.destroy()
 
-    def note_published(self) -> None:
-        """Note that a status was published just now."""
+    def note_published(self, decision: Decision, reason: str) -> None:
+        """Note that a status was published just now, with its decision and reason."""
         self._published_s = time.monotonic()
+        self._last_decision, self._last_reason = decision.value, reason
         self._waiting_since_s = None
 
     def publish_unknown(self, header: Header, level: bytes, kind: str, reason: str) -> None:
@@ -151,7 +153,7 @@ class Camera:
 
         The level is STALE if there is no fresh image, else ERROR.
         """
-        self.note_published()
+        self.note_published(Decision.UNKNOWN, reason)
         self.outputs.publish_unknown(header, level, reason, asdict(self.counts))
         self._log.error(f"{self.name} {kind}", f"camera '{self.name}': unknown: {reason}")
 
@@ -185,6 +187,8 @@ class Camera:
             text = f"{rates['rate_processed_hz']:.1f} frames/s"
             if self._silent:
                 level, text = DiagnosticStatus.ERROR, "no frames"
+            elif self._last_decision == Decision.UNKNOWN.value:
+                level, text = DiagnosticStatus.WARN, f"unknown: {self._last_reason}"
             elif rates["rate_in_hz"] and not rates["rate_processed_hz"]:
                 level, text = DiagnosticStatus.WARN, "frames arrive, but none is processed"
             elif values.get("drift"):
@@ -192,7 +196,14 @@ class Camera:
             elif values.get("stale_calibration"):
                 level, text = DiagnosticStatus.WARN, f"{text}; stale calibration"
         name = f"{self._node.get_name()}: {self.name} camera"
-        values = {**rates, **self.times.summary(), **asdict(self.counts), **values}
+        last = {
+            "last_decision": self._last_decision or None,
+            "last_reason": self._last_reason or None,
+            "last_status_age_s": time.monotonic() - self._published_s
+            if self._last_decision
+            else None,
+        }
+        values = {**rates, **last, **self.times.summary(), **asdict(self.counts), **values}
         return messages.diagnostic_status(name, level, text, values)
 
     def _publish_unknown_now(self, level: bytes, kind: str, reason: str) -> None:

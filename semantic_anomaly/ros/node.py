@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial, wraps
 from typing import Any
@@ -32,6 +32,7 @@ from semantic_anomaly.errors import SemanticAnomalyError
 from semantic_anomaly.ros.camera import Camera
 from semantic_anomaly.ros.logs import RosLogHandler, ThrottledLog
 from semantic_anomaly.ros.models import Models, stale_calibration
+from semantic_anomaly.ros.outputs import STATUS_QOS
 from semantic_anomaly.ros.parameters import NodeParameters
 from semantic_anomaly.ros.pipeline import Pipeline, Worker
 from semantic_anomaly.ros.services import NodeServices
@@ -98,9 +99,12 @@ class AnomalyNode(LifecycleNode):
         for name in self.settings.cameras:
             self._cameras[name] = Camera(self, name, self.settings, self._log)
             self._undo_configure.callback(self._cameras[name].destroy)
-        diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
-        self._undo_configure.callback(self.destroy_publisher, diagnostics)
-        publish = partial(self._publish_diagnostics, diagnostics)
+        # The heartbeat is of this node alone, so that a supervisor need not filter.
+        publishers = []
+        for topic in ("/diagnostics", "~/heartbeat"):
+            publishers.append(self.create_publisher(DiagnosticArray, topic, STATUS_QOS))
+            self._undo_configure.callback(self.destroy_publisher, publishers[-1])
+        publish = partial(self._publish_diagnostics, publishers)
         self._start_timer(DIAGNOSTICS_PERIOD_S, publish, self._undo_configure)
         self._announce()
         return super().on_configure(state)
@@ -227,7 +231,7 @@ class AnomalyNode(LifecycleNode):
             "the clock changed or went back: tracks of earlier frames are cleared"
         )
 
-    def _publish_diagnostics(self, publisher: Any) -> None:
+    def _publish_diagnostics(self, publishers: Sequence[Any]) -> None:
         models = self._in_force()
         statuses = []
         for name, camera in self._cameras.items():
@@ -244,7 +248,8 @@ class AnomalyNode(LifecycleNode):
             }
             statuses.append(camera.diagnostics(values))
         header = Header(stamp=self.get_clock().now().to_msg())
-        publisher.publish(DiagnosticArray(header=header, status=statuses))
+        for publisher in publishers:
+            publisher.publish(DiagnosticArray(header=header, status=statuses))
 
 
 def main(args: list[str] | None = None) -> int:

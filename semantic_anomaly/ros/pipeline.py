@@ -252,7 +252,7 @@ class Pipeline:
         if detector.calibration is not None:
             values["promise"] = detector.calibration.promise
         camera.outputs.publish_result(job.header, result, values)
-        camera.note_published()
+        camera.note_published(result.decision, result.reason)
         camera.alarms.update(job.frame.stamp_ns, result, settings.silence_s)
         if camera.outputs.wants_markers:
             self._publish_markers(job, result, settings)

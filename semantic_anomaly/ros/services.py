@@ -1,4 +1,4 @@
-"""The services of the node: `~/reset`, `~/reload_index` and `~/add_nominal`.
+"""The services of the node: `~/reset`, `~/reload_index`, `~/add_nominal` and `~/self_test`.
 
 Callbacks run in the executor's thread. A reload loads in a thread of its own and is awaited;
 images, timers and the worker continue meanwhile.
@@ -37,6 +37,7 @@ class NodeServices:
         node.create_service(Trigger, "~/reset", self._on_reset)
         node.create_service(Trigger, "~/reload_index", self._on_reload, callback_group=group)
         node.create_service(Trigger, "~/add_nominal", self._on_add, callback_group=group)
+        node.create_service(Trigger, "~/self_test", self._on_self_test, callback_group=group)
 
     def join(self) -> None:
         """Wait for the end of a running reload."""
@@ -75,6 +76,15 @@ class NodeServices:
             return before.reloaded(settings), f"{summary}; the calibration is stale"
 
         return await self._respond(response, add, "nothing added")
+
+    async def _on_self_test(
+        self, _: Trigger.Request, response: Trigger.Response
+    ) -> Trigger.Response:
+        def test(models: Models) -> tuple[Models, str]:
+            lines = [f"{name}: {item.self_test()}" for name, item in models.detectors.items()]
+            return models, "; ".join(lines)
+
+        return await self._respond(response, test, "self-test failed")
 
     async def _respond(
         self,

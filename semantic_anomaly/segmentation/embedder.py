@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -53,7 +54,7 @@ def load_segmenter(
 
 
 class RunningEmbedder:
-    """The backbones and, for stages of instances, a segmenter; for one thread at a time.
+    """The backbones and, for stages of instances, a segmenter; several threads take turns.
 
     Args:
         backbone: computes the patch embeddings of all stages.
@@ -63,6 +64,7 @@ class RunningEmbedder:
     def __init__(self, backbone: PatchEmbedder, segmenter: InstanceSegmenter | None = None) -> None:
         self._backbone = backbone
         self._segmenter = segmenter
+        self._turn = threading.Lock()
 
     @classmethod
     def from_settings(cls, settings: Settings) -> RunningEmbedder:
@@ -110,14 +112,15 @@ class RunningEmbedder:
             ImageError: wrong shape or dtype.
             ModelOutputError: a network failed, or its output is not finite.
         """
-        grids = self._backbone.embed(images)
         segmented = []
-        for image, grid in zip(images, grids, strict=True):
-            first, *further = (
-                self._segmented(image, stage_grid) if stage.kind == INSTANCES else stage_grid
-                for stage, stage_grid in zip(self._backbone.stages, grid.stages, strict=True)
-            )
-            segmented.append(replace(first, further=tuple(further)) if further else first)
+        with self._turn:
+            grids = self._backbone.embed(images)
+            for image, grid in zip(images, grids, strict=True):
+                first, *further = (
+                    self._segmented(image, stage_grid) if stage.kind == INSTANCES else stage_grid
+                    for stage, stage_grid in zip(self._backbone.stages, grid.stages, strict=True)
+                )
+                segmented.append(replace(first, further=tuple(further)) if further else first)
         return segmented
 
     def _segmented(self, image: np.ndarray, grid: PatchGrid) -> PatchGrid:

@@ -28,7 +28,7 @@ def test_round_trip_keeps_every_bit(tmp_path: Path) -> None:
     scores = np.random.default_rng(2).normal(0.0, 2.0, 333)
     episodes = Episodes((np.linspace(-1.0, 1.0, 9), np.zeros(1)), 1.0, 1, 1.0, 1.0, 0.3)
     edit = StaleEdit(1, "retract 2 entries", False, True)
-    probes = {"probe_scores": [0.5, 1.25], "execution": "openvino"}
+    probes = {"probe_scores": [0.5, 1.25], "pattern_scores": [4, 3], "execution": "openvino"}
     more = {"confidence": 0.4, "left_out": ["drive_1"], "episodes": episodes, **probes}
     written = fitted(scores, drives=4, **more).carried(
         SimpleNamespace(fingerprint=FINGERPRINT), [edit]
@@ -127,6 +127,8 @@ def edited(pattern: bytes, replacement: bytes) -> Callable[[bytes], bytes]:
         (resealed(lambda b: b["drives"][0]["scores"].append(True)), "expected a list of numbers"),
         (resealed(lambda b: b["drives"][0]["scores"].append(10**400)), "a list of numbers"),
         (resealed(lambda b: b["drives"][0]["scores"].clear()), r"'drive_0': .* found \(0,\)"),
+        (resealed(lambda b: b["pattern_scores"].append(1)), "'pattern_scores' contains"),
+        (resealed(lambda b: b["pattern_scores"].append(1.5)), "pattern_scores: expected 0"),
         (resealed(lambda b: b["probe_scores"].append(1)), "'probe_scores' contains"),
         (resealed(lambda b: b.update(execution="cuda")), "execution: expected one of torch, open"),
         (resealed(lambda b: b.update(normalisations=[])), "normalisations"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -379,6 +380,39 @@ def test_another_precision_runs_with_a_warning(
         assert not caplog.records
         variant(detector, embedder=ColourEmbedder(dtype="bfloat16"))
     assert "calibrated in float32 by torch, running in bfloat16 by torch" in caplog.text
+
+
+def test_the_self_test_repeats_the_scores_of_the_calibration(detector: AnomalyDetector) -> None:
+    assert detector.calibration is not None
+    parts = detector._scorer, detector.index, detector.embedder, detector.normalisations
+    calibration = replace(
+        detector.calibration,
+        probe_scores=tuple(probe_scores(*parts)),
+        pattern_scores=tuple(probe_scores(*parts, pattern=True)),
+    )
+    detector = variant(detector, calibration=calibration)
+    before = detector.detect(street(1, odd=True))
+    text = detector.self_test()
+    assert text.startswith("self-test passed: ") and "with a test pattern score" in text
+    assert detector.detect(street(1, odd=True)).score == before.score
+
+    class Faulty(ColourEmbedder):
+        """Sees no difference between colours, as a network whose weights were lost."""
+
+        def embed(self, images: Sequence[np.ndarray]) -> list[PatchGrid]:
+            return super().embed([np.full_like(image, 128) + image // 99 for image in images])
+
+    with pytest.raises(MismatchError, match=r"self-test: scores of .* found differences up to"):
+        variant(detector, embedder=Faulty()).self_test()
+    shifted = replace(calibration, pattern_scores=tuple(np.add(calibration.pattern_scores, 9)))
+    with pytest.raises(MismatchError, match="scores of frames with a test pattern"):
+        variant(detector, calibration=shifted).self_test()
+    fewer = replace(calibration, probe_scores=(0.0,), pattern_scores=(1.0,))
+    with pytest.raises(MismatchError, match="the index was edited since"):
+        variant(detector, calibration=fewer).self_test()
+    for unknown in (None, replace(calibration, pattern_scores=())):
+        with pytest.raises(CalibrationError, match="self-test: expected a calibration with"):
+            variant(detector, calibration=unknown).self_test()
 
 
 def test_another_precision_must_repeat_the_scores_of_stored_frames(

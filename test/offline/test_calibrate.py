@@ -90,7 +90,7 @@ def test_patch_grids_in_memory_give_the_same_calibration(
     # Without one there are no scores of stored frames to compare another precision with.
     without = calibrate(index, grids, settings=SETTINGS)
     assert len(from_files.probe_scores) == 8 and not without.probe_scores
-    assert without.sha256 == replace(from_files, probe_scores=()).sha256
+    assert without.sha256 == replace(from_files, probe_scores=(), pattern_scores=()).sha256
 
 
 UNIT = np.ones((1, 1, 1), np.float32)

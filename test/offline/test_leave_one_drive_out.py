@@ -93,7 +93,8 @@ def test_each_drive_is_compared_with_the_others_and_standardised_by_them(
     assert calibration.frames_by_drive == {"a": 7, "b": 6, "c": 5}
     assert all(drive.left_out for drive in calibration.drives)
     assert calibration.promise.startswith("estimated by leaving one drive out: on a new drive")
-    assert len(calibration.probe_scores) == 8
+    assert len(calibration.probe_scores) == len(calibration.pattern_scores) == 8
+    assert calibration.pattern_scores != calibration.probe_scores
     # Frames of the index have lower scores where their own entries take part.
     seen = scored(index, grids, left_out="")
     assert all(seen[drive.name].mean() < drive.scores.mean() for drive in calibration.drives)

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("rclpy")
 
-from diagnostic_msgs.msg import DiagnosticStatus
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from worlds.ros import Gate, bench, nominal_image, odd_image, values_of
 
 from semantic_anomaly.ros import camera
@@ -48,12 +48,23 @@ def test_diagnostics_are_published_every_second(values: dict[str, Any]) -> None:
         b.listen_diagnostics()
         b.start("status")
         b.answer(b.send(nominal_image(1)))
+        heartbeats: list[DiagnosticArray] = []
+        b.helper.create_subscription(
+            DiagnosticArray, "/semantic_anomaly/heartbeat", heartbeats.append, 10
+        )
         b.diagnostics.clear()
-        b.spin_until(lambda: b.diagnostics)
+        b.spin_until(lambda: b.diagnostics and heartbeats)
+        assert heartbeats[-1] in b.diagnostics
         status = values_of(b.diagnostics[0].status[0])
         # Not by stamps: on a busy machine one message is late and the next is not.
         assert 10**9 in [timer.timer_period_ns for timer in b.node.timers]
         stale = b.node._cameras["camera"].diagnostics({"stale_calibration": "1 edit"})
+        assert status["last_decision"] == "nominal" and "last_reason" not in status
+        assert float(status["last_status_age_s"]) >= 0
+        b.answer(b.send(np.zeros_like(nominal_image(1))))
+        unknown = b.node._cameras["camera"].diagnostics({})
+    assert unknown.level == DiagnosticStatus.WARN
+    assert unknown.message.startswith("unknown: blind: image without contrast")
     assert status["state"] == "active" and status["device"] == "cpu"
     assert status["frames_received"] == "1" and status["frames_processed"] == "1"
     assert len(status["index_fingerprint"]) == 64

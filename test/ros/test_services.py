@@ -183,3 +183,32 @@ def test_services_of_an_unconfigured_node_fail(values: dict[str, Any]) -> None:
         for service in ("reset", "reload_index"):
             response = b.call(service)
             assert not response.success and "not configured" in response.message
+
+
+def test_the_self_test_runs_while_frames_flow(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with bench(values) as b:
+        assert "not configured" in b.call("self_test").message
+        b.start("status")
+        alone = b.answer(b.send(odd_image(1)))["score"]
+        client = b.helper.create_client(Trigger, "/semantic_anomaly/self_test")
+        b.spin_until(client.service_is_ready)
+        future = client.call_async(Trigger.Request())
+        scores = []
+        while not future.done():
+            scores.append(b.answer(b.send(odd_image(1)))["score"])
+        assert scores and set(scores) == {alone}
+        assert future.result().success, future.result().message
+        assert future.result().message.startswith("camera: self-test passed: 4 nominal frames")
+        # A network that has gone wrong since.
+        models = b.node.models
+        assert models is not None
+        embed = models.embedder.embed
+        monkeypatch.setattr(
+            models.embedder, "embed", lambda images: embed([image[::-1] for image in images])
+        )
+        response = b.call("self_test")
+        assert not response.success
+        assert response.message.startswith("self-test failed: self-test: scores of")
+        assert b.node.models is models
