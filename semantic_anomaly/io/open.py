@@ -26,6 +26,7 @@ from semantic_anomaly.io.sources import (
 
 SourceLike: TypeAlias = "str | Path | np.ndarray | Sequence[str | Path] | Sequence[np.ndarray]"
 
+_PACKED_SUFFIXES = ".zst", ".zstd", ".gz", ".bz2", ".xz", ".zip"
 _SLICE = re.compile(r"(?P<path>.+)\[(?P<start>-?\d*):(?P<stop>-?\d*)(?::(?P<step>\d*))?\]")
 
 
@@ -153,6 +154,13 @@ def _image_files(path: Path) -> list[Path]:
     if path.is_file():
         if path.suffix.lower() in IMAGE_SUFFIXES:
             return [path]
+        if path.suffix == ".bag":
+            raise SourceError(
+                f"source '{path}' is a ROS 1 bag; 'rosbags-convert --src {path} --dst "
+                f"{path.with_suffix('')}' makes a ROS 2 bag of it"
+            )
+        if path.suffix in _PACKED_SUFFIXES:
+            raise SourceError(f"source '{path}' is compressed as a file: unpack it first")
         listed = f"; '@{path}' reads it as a list of images" if path.suffix == ".txt" else ""
         raise SourceError(
             f"source '{path}': expected a folder of images, an image "

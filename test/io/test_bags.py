@@ -178,6 +178,37 @@ def test_damaged_metadata_is_refused(tmp_path: Path, content: str) -> None:
         open_source(bag)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "text"),
+    [
+        ("storage_identifier: mcap", 'storage_identifier: ""', "write 'mcap' or 'sqlite3' there"),
+        ("storage_identifier: mcap", "storage_identifier:", "write 'mcap' or 'sqlite3' there"),
+        ("- drive.mcap", "- drive.mcap\n  - drive_1.mcap", r"are missing: drive_1\.mcap; copy"),
+    ],
+)
+def test_metadata_that_cannot_be_followed_say_what_to_do(
+    tmp_path: Path, old: str, new: str, text: str
+) -> None:
+    bag = write_bag(tmp_path / "drive", {RAW: [raw(0)]})
+    metadata = (bag / "metadata.yaml").read_text()
+    assert old in metadata
+    (bag / "metadata.yaml").write_text(metadata.replace(old, new))
+    with pytest.raises(SourceError, match=text):
+        open_source(bag)
+
+
+def test_bags_of_ros_1_and_packed_bags_say_what_to_do(tmp_path: Path) -> None:
+    content = b"\x89MCAP0\r\n\x01" + (12).to_bytes(8, "little") + b"\x04\0\0\0ros1\0\0\0\0"
+    for name, expected in {
+        "old.bag": "is a ROS 1 bag; 'rosbags-convert --src .*old.bag --dst .*old'",
+        "new.mcap": "has messages of ROS 1; convert the ROS 1 bag",
+        "whole.mcap.zstd": "is compressed as a file: unpack it",
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(SourceError, match=expected):
+            open_source(tmp_path / name)
+
+
 def test_a_damaged_message_is_named(tmp_path: Path) -> None:
     bag = write_bag(tmp_path / "drive", {RAW: [raw(n) for n in range(4)]}, "sqlite3")
     with sqlite3.connect(data_file(bag)) as database:
