@@ -187,6 +187,11 @@ class Calibration:
         return np.sort(np.concatenate(self._scores_by_drive))
 
     @property
+    def spread(self) -> float:
+        """Return the interquartile range of the frame scores of all drives."""
+        return float(np.subtract(*np.quantile(self.scores, (0.75, 0.25))))
+
+    @property
     def frames_by_drive(self) -> dict[str, int]:
         """Return the number of frames of each drive by its name."""
         return {drive.name: len(drive.scores) for drive in self.drives}

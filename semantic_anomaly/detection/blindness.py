@@ -1,8 +1,7 @@
 """Recognises a camera that sees nothing: a frozen image, or one without contrast.
 
-An image that repeats the one before, or that a covered lens has made uniform, has a small score: it
-resembles something that was seen before, or has nothing in it to be compared. Neither says that the
-road is clear.
+A repeated image and the uniform image of a covered lens may both have a small score. Neither says
+that the road is clear.
 """
 
 from __future__ import annotations
@@ -10,9 +9,10 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
+from semantic_anomaly.stamps import jumps_back
 from semantic_anomaly.structures import Frame
 
-# What every reason begins with.
+# Every reason begins with it.
 BLIND = "blind"
 # Cells are averaged first: the noise of a sensor in the dark is not contrast.
 _CELL_PX, _LEAST_CELLS = 16, 8
@@ -38,7 +38,7 @@ def contrast(image: np.ndarray) -> float:
 
 
 class BlindnessCheck:
-    """Follows the images of one camera."""
+    """Compares the images of one camera with each other, one after another."""
 
     def __init__(self) -> None:
         self.clear()
@@ -55,13 +55,17 @@ class BlindnessCheck:
         Args:
             frame: the next one.
             least_contrast: grey levels, in [0, 255]; 0: any contrast is enough.
-            frozen_after_s: seconds, by the stamps, for which an image may repeat; 0: for ever.
+            frozen_after_s: seconds, by the stamps, for which an image may repeat; 0: no limit.
         """
-        if self._last is not None and np.array_equal(frame.image, self._last):
+        # Sensors have noise: a live camera does not repeat an image exactly.
+        if (
+            self._last is not None
+            and not jumps_back(frame.stamp_ns, self._since_ns)
+            and np.array_equal(frame.image, self._last)
+        ):
             self._repeats += 1
         else:
             self._last, self._since_ns, self._repeats = frame.image, frame.stamp_ns, 0
-        # Nothing else is expected of pixels, so the check needs no tolerance: sensors have noise.
         repeated_s = (frame.stamp_ns - self._since_ns) / 1e9
         if 0 < frozen_after_s < repeated_s and self._repeats >= _LEAST_REPEATS:
             return (

@@ -254,10 +254,9 @@ def _with_pattern(image: np.ndarray) -> np.ndarray:
     """Return the image with coloured squares in the middle third of both sides."""
     height, width = image.shape[:2]
     colours = np.random.default_rng(_SEED).integers(0, 256, (4, 4, 3), np.uint8)
-    size_wh = max(1, width // 3), max(1, height // 3)
-    squares = cv2.resize(colours, size_wh, interpolation=cv2.INTER_NEAREST)
     changed = image.copy()
-    changed[height // 3 :, width // 3 :][: size_wh[1], : size_wh[0]] = squares
+    middle = changed[height // 3 : height * 2 // 3, width // 3 : width * 2 // 3]
+    middle[:] = cv2.resize(colours, middle.shape[1::-1], interpolation=cv2.INTER_NEAREST)
     return changed
 
 
@@ -479,17 +478,15 @@ class AnomalyDetector:
         blind = self._blindness.reason(
             frame, live.settings.least_contrast, live.settings.frozen_after_s
         )
-        labels = np.zeros(heat.shape, np.uint16)
+        decision, labels = Decision.UNKNOWN, np.zeros(heat.shape, np.uint16)
         localizations: tuple[Localization, ...] = ()
         if not blind:
             labels, localizations = self._localized(frame_score, heat, live)
-        if not self.roi.is_whole_image:
-            heat = np.where(self.roi.pixel_mask(frame.image_hw), heat, np.float32(live.scale.low))
-        decision = Decision.UNKNOWN
-        if not blind:
             localizations = follow(live.tracker, frame.stamp_ns, localizations)
             decision = decide(localizations, live.threshold)
             self._note_drift(score)
+        if not self.roi.is_whole_image:
+            heat = np.where(self.roi.pixel_mask(frame.image_hw), heat, np.float32(live.scale.low))
         search_ms = searching_ms.get(SEARCH, 0.0)
         times_ms = {DECODE: frame.decode_ms, **(stage_ms or {})}
         times_ms[SEARCH] = search_ms
@@ -585,16 +582,13 @@ class AnomalyDetector:
                 "self-test: expected a calibration with scores of stored frames, found none; "
                 "calibrate the index from sources"
             )
-        spread = float(np.subtract(*np.quantile(calibration.scores, (0.75, 0.25))))
+        parts = self._scorer, self.index, self.embedder, self.normalisations
         lines = []
-        for name, stored in (
-            ("nominal frames", calibration.probe_scores),
-            ("frames with a test pattern", calibration.pattern_scores),
+        for name, stored, pattern in (
+            ("nominal frames", calibration.probe_scores, False),
+            ("frames with a test pattern", calibration.pattern_scores, True),
         ):
-            scores = probe_scores(
-                *(self._scorer, self.index, self.embedder, self.normalisations),
-                pattern=stored is calibration.pattern_scores,
-            )
+            scores = probe_scores(*parts, pattern=pattern)
             if len(scores) != len(stored):
                 raise MismatchError(
                     "self-test",
@@ -603,7 +597,7 @@ class AnomalyDetector:
                     "the index was edited since: calibrate again",
                 )
             typical = float(np.median(np.abs(stored)))
-            allowed = _ALLOWED_CHANGE * max(spread, typical)
+            allowed = _ALLOWED_CHANGE * max(calibration.spread, typical)
             change = float(np.abs(np.subtract(scores, stored)).max())
             if change > allowed:
                 raise MismatchError(
@@ -636,7 +630,7 @@ class AnomalyDetector:
         # Another number of probes: the index was edited since.
         count = min(len(scores), len(calibration.probe_scores))
         before, after = np.array(calibration.probe_scores[:count]), np.array(scores[:count])
-        spread = float(np.subtract(*np.quantile(calibration.scores, (0.75, 0.25))))
+        spread = calibration.spread
         change = float(np.abs(after - before).max())
         threshold = calibration.threshold
         if (

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from semantic_anomaly.errors import ArtefactError, InputError, SemanticAnomalyError
 from semantic_anomaly.storage import atomic_folder, canonical_json, publish_folder, sha256_bytes
-from semantic_anomaly.structures import AnomalyResult, Decision, Frame
+from semantic_anomaly.structures import AnomalyResult, Frame
 
 if TYPE_CHECKING:
     from semantic_anomaly.detection.detector import AnomalyDetector
@@ -204,6 +204,7 @@ def result_row(frame: Frame, result: AnomalyResult) -> dict[str, Any]:
         "decision": result.decision.value,
         "coarse": result.coarse,
         "drift": result.drift,
+        "blind": result.blind,
         "reason": result.reason,
     }
 
@@ -217,8 +218,7 @@ def restore_tracks(
     detector.detect(frame)
     detector.reset(drift=True)
     for row in rows:
-        unknown = row["decision"] == Decision.UNKNOWN.value
-        detector.recall(row["stamp_ns"], row["boxes"], None if unknown else row["score"])
+        detector.recall(row["stamp_ns"], row["boxes"], None if row["blind"] else row["score"])
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from semantic_anomaly.detection.blindness import BLIND
 from semantic_anomaly.evaluation import extras, figures, provenance, report
 from semantic_anomaly.evaluation.checkpoint import (
     restore_tracks,
@@ -117,7 +116,7 @@ def replay(
         album.finish()
         losses = {
             "bad_frames": [asdict(bad) for bad in source.bad_frames],
-            "frames_blind": sum(row["reason"].startswith(BLIND) for row in checkpoint.rows),
+            "frames_blind": sum(row["blind"] for row in checkpoint.rows),
             "frames_missing": source.shortfall,
         }
         details = {**losses, **described, "data_sha256": provenance.rows_digest(checkpoint.rows)}
@@ -136,6 +135,7 @@ def _unknown_row(bad: BadFrame) -> dict[str, Any]:
         "decision": Decision.UNKNOWN.value,
         "coarse": False,
         "drift": False,
+        "blind": False,
         "reason": bad.reason,
         "alarm": False,
         "ms": {},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 import struct
 import time
 from collections.abc import Iterator, Mapping
@@ -23,10 +22,20 @@ if TYPE_CHECKING:
     from rosbags.typesys.store import Typestore
 
 IMAGE_TYPE = "sensor_msgs/msg/Image"
-_MCAP_MAGIC = b"\x89MCAP0\r\n"
-# The profile, after the magic, an operation code and the length of the header.
-_MCAP_OF_ROS_1 = b"\x04\0\0\0ros1"
 COMPRESSED_TYPE = "sensor_msgs/msg/CompressedImage"
+# What helps, by a part of the reader's error.
+_ADVICE = {
+    "Profile is not ros2": "it has messages of ROS 1; convert the ROS 1 bag that it was made from: "
+    "'rosbags-convert --src OLD.bag --dst NEW'",
+    "Storage plugin": "storage_identifier in metadata.yaml, which 'ros2 bag reindex' may leave "
+    "empty: write 'mcap' or 'sqlite3' there",
+    "files are missing": "copy them there, or make metadata of the other files by 'ros2 bag "
+    "reindex'",
+}
+_OTHER_ADVICE = (
+    "damaged, truncated or no bag; 'mcap recover' may restore an mcap file, 'ros2 bag reindex' the "
+    "metadata"
+)
 
 
 class BagSource(FrameSource):
@@ -136,50 +145,20 @@ def _opened(path: Path) -> Iterator[Reader]:
     except ImportError as error:
         raise SourceError(f"bag '{path}': reading bags needs the package 'rosbags'") from error
     try:
-        _check_kind(path)
         _check_databases(path)
         reader = Reader(path)
         reader.open()
     except SourceError as error:
         raise SourceError(f"bag '{path}': {error}") from error
     except Exception as error:
-        raise SourceError(
-            f"bag '{path}' cannot be opened ({first_line(error)}): damaged, truncated or no bag; "
-            "'mcap recover' may restore an mcap file, 'ros2 bag reindex' the metadata"
-        ) from error
+        problem = first_line(error)
+        advice = next((text for part, text in _ADVICE.items() if part in problem), _OTHER_ADVICE)
+        raise SourceError(f"bag '{path}' cannot be opened ({problem}): {advice}") from error
     try:
         yield reader
     finally:
         with suppress(Exception):
             reader.close()
-
-
-def _check_kind(path: Path) -> None:
-    """Refuse sound files that cannot be read, each with the way out."""
-    metadata = path / "metadata.yaml"
-    if metadata.is_file():
-        text = metadata.read_text(encoding="utf-8", errors="replace")
-        if re.search(r"^\s*storage_identifier:\s*(\"\"|''|null|~)?\s*$", text, re.MULTILINE):
-            raise SourceError(
-                "metadata.yaml has an empty storage_identifier, as 'ros2 bag reindex' may leave "
-                "it: write 'mcap' or 'sqlite3' there"
-            )
-        listed = re.search(r"relative_file_paths:\s*\n((?:\s*-.*\n?)+)", text)
-        names = re.findall(r"-\s*[\"']?(.+?)[\"']?\s*$", listed[1], re.MULTILINE) if listed else []
-        missing = [name for name in names if not (path / name).exists()]
-        if missing:
-            raise SourceError(
-                f"files that metadata.yaml names are missing: {', '.join(missing)}; copy them "
-                "there, or make metadata of the rest by 'ros2 bag reindex'"
-            )
-    for file in path.glob("*.mcap") if path.is_dir() else [path]:
-        with file.open("rb") as opened:
-            head = opened.read(64)
-        if head.startswith(_MCAP_MAGIC) and head[17:25] == _MCAP_OF_ROS_1:
-            raise SourceError(
-                f"{file.name} has messages of ROS 1; convert the ROS 1 bag that it was made from: "
-                "'rosbags-convert --src OLD.bag --dst NEW'"
-            )
 
 
 def _check_databases(path: Path) -> None:

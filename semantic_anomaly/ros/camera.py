@@ -196,13 +196,13 @@ class Camera:
             elif values.get("stale_calibration"):
                 level, text = DiagnosticStatus.WARN, f"{text}; stale calibration"
         name = f"{self._node.get_name()}: {self.name} camera"
-        last = {
-            "last_decision": self._last_decision or None,
-            "last_reason": self._last_reason or None,
-            "last_status_age_s": time.monotonic() - self._published_s
-            if self._last_decision
-            else None,
-        }
+        last: dict[str, Any] = {}
+        if self._last_decision:
+            last = {
+                "last_decision": self._last_decision,
+                "last_reason": self._last_reason or None,
+                "last_status_age_s": time.monotonic() - self._published_s,
+            }
         values = {**rates, **last, **self.times.summary(), **asdict(self.counts), **values}
         return messages.diagnostic_status(name, level, text, values)
 

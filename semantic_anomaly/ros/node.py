@@ -99,7 +99,7 @@ class AnomalyNode(LifecycleNode):
         for name in self.settings.cameras:
             self._cameras[name] = Camera(self, name, self.settings, self._log)
             self._undo_configure.callback(self._cameras[name].destroy)
-        # The heartbeat is of this node alone, so that a supervisor need not filter.
+        # Every node shares /diagnostics; a supervisor of this one need not filter ~/heartbeat.
         publishers = []
         for topic in ("/diagnostics", "~/heartbeat"):
             publishers.append(self.create_publisher(DiagnosticArray, topic, STATUS_QOS))
