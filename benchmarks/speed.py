@@ -12,11 +12,12 @@ CPU cores; run it on an otherwise idle machine.
 from __future__ import annotations
 
 import argparse
-import gc
+import contextlib
 import json
 import os
 import platform
 import shutil
+import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -42,6 +43,7 @@ from semantic_anomaly.index.build import BuildReport, FrameRecord
 from semantic_anomaly.index.content import IndexContent
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.index.partition import Partition
+from semantic_anomaly.io.images import encode_jpeg
 from semantic_anomaly.io.sources import Arrays
 from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.scoring.distances import FrameScorer
@@ -218,18 +220,58 @@ def node_rows(out: Path, runs: Sequence[tuple[str, float, int, bool]], frames: i
     return rows
 
 
-def memory_rows(detector: AnomalyDetector, frames: int) -> Rows:
-    """Return the resident memory of the process while frames are detected."""
-    images = [image for images in street([300], 8).values() for image in images]
-    rows: Rows = []
-    for number in tqdm(range(frames + 1), "memory", disable=None):
-        if number % max(1, frames // 10) == 0:
-            gc.collect()
-            resident = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
-            mib = int(resident) * os.sysconf("SC_PAGE_SIZE") / 2**20
-            rows.append({"frames": number, "resident_mib": round(mib)})
-        detector.detect(Frame(images[number % len(images)], stamp_ns=number))
-    return rows
+def memory_rows(out: Path, frames: int) -> Rows:
+    """Return the resident memory of the node of the small preset, while it gets many frames."""
+    drive = out / "long_drive"
+    shutil.rmtree(drive, ignore_errors=True)
+    drive.mkdir()
+    images = street([300], 16)["drive 300"]
+    for number in range(frames):
+        path = drive / f"{number:06d}.jpg"
+        if number < len(images):
+            path.write_bytes(encode_jpeg(images[number]))
+        else:
+            os.link(drive / f"{number % len(images):06d}.jpg", path)
+    parameters = {
+        "index": str((out / "small").absolute()),
+        "camera": {"image_topic": "/camera/image_raw"},
+    }
+    document = {"/**": {"ros__parameters": parameters}}
+    (out / "settings.yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
+    resident_mib: list[int] = []
+    ended = threading.Event()
+    watch = threading.Thread(target=_watch_node, args=(resident_mib, ended))
+    watch.start()
+    try:
+        records = play_to_node(out, drive, 20.0, overlays=False)["frames"]
+    finally:
+        ended.set()
+        watch.join()
+    scored = sum("score" in record.get("status", {}) for record in records)
+    print(f"memory: {scored} of {frames} frames scored", flush=True)
+    # Not the seconds in which the node loads, nor those after it has stopped.
+    shares = np.linspace(0.05, 0.95, 10)
+    return [
+        {
+            "sent": int(share * frames),
+            "scored": f"{scored} of {frames} in all",
+            "resident_mib": resident_mib[int(share * len(resident_mib))],
+        }
+        for share in shares
+    ]
+
+
+def _watch_node(resident_mib: list[int], ended: threading.Event) -> None:
+    """Append the resident memory of the node every half second, while there is a node."""
+    while not ended.wait(0.5):
+        for children in Path("/proc/self/task").glob("*/children"):
+            for pid in children.read_text(encoding="ascii").split():
+                with contextlib.suppress(OSError):
+                    of_child = Path("/proc", pid)
+                    if b"semantic_anomaly.ros.node" in (of_child / "cmdline").read_bytes():
+                        pages = (of_child / "statm").read_text(encoding="ascii").split()[1]
+                        size = int(pages) * os.sysconf("SC_PAGE_SIZE")
+                        resident_mib.append(round(size / 2**20))
 
 
 class World:
@@ -277,7 +319,7 @@ def make_index(embeddings: np.ndarray) -> NominalIndex:
         segmenter_model="",
         embeddings=embeddings,
         entries=np.zeros((count, 3), np.int32),
-        frames=(FrameRecord("0", 1, 1, b""),),
+        frames=(FrameRecord("0", *GRID_HW, b""),),
         report=BuildReport(1, count, count, 0, 0),
         search_ef=16,
         limits={"dedup_distance": 0.0, "max_entries": count},
@@ -441,7 +483,7 @@ def main() -> None:
     figures["detector"] = detector_rows(detectors, 8 if quick else 60)
     cameras = (1, 2) if quick else (1, 2, 4, 8)
     figures["cameras"] = camera_rows(detectors["default"], cameras, 2 if quick else 6)
-    figures["memory"] = memory_rows(detectors["small"], 50 if quick else 1000)
+    figures["memory"] = memory_rows(args.out, 300 if quick else 10_000)
     detectors.clear()
     runs = [("default", 10.0, 0, False), ("default", 10.0, 0, True), ("small", 20.0, 0, False)]
     if not quick:

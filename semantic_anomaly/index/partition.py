@@ -25,7 +25,7 @@ _MAX_LISTS = 256
 _SAMPLES_PER_LIST = 64
 _ITERATIONS = 6
 _SEED = 100
-_BLOCK = 4096
+_BLOCK = 2048
 # Lists that bounds come from.
 _NEAREST_LISTS = 4
 # Share of the squared norms that the projection keeps, and of the dimensions that it may have.
@@ -35,7 +35,7 @@ _PROJECTION_SAMPLES = 20_000
 # Limits are compared by the maxima of so many entries first; divides _BLOCK.
 _GROUP = 64
 # Queries that are compared at once with the entries of a block.
-_EXACT_QUERIES = 128
+_EXACT_QUERIES = 256
 # A query that more of the entries could be nearest to takes part in one product with all of them.
 _MAX_SURVIVORS = 0.01
 # More than the rounding errors of float32 products and roots of unit vectors: limits stay limits.
@@ -157,10 +157,11 @@ class PartitionedEntries:
         best = torch.from_numpy(self.similarities(queries, k) if known is None else known.copy())
         vectors = torch.from_numpy(np.require(queries, requirements="W"))
         is_wide = torch.zeros(len(queries), dtype=torch.bool)
-        for start in range(0, len(queries), _EXACT_QUERIES):
-            rows = slice(start, start + _EXACT_QUERIES)
+        # Pieces of equal size: each reads the projections of all entries.
+        pieces = max(1, -(-len(queries) // _EXACT_QUERIES))
+        for rows in torch.arange(len(queries)).tensor_split(pieces):
             pairs, is_wide[rows] = self._survivors(vectors[rows], best[rows].amin(dim=1))
-            self._compare(vectors[rows], *pairs, best[rows])
+            best[rows] = self._compared(vectors[rows], *pairs, best[rows])
         if is_wide.any():
             product = nearest_similarities(queries[is_wide.numpy()], self._embeddings, k)
             best[is_wide] = torch.from_numpy(product)
@@ -245,18 +246,17 @@ class PartitionedEntries:
         kept = (counts <= most)[rows] & (entries < len(self._entries))
         return (rows[kept], self._order[entries[kept]]), counts > most
 
-    def _compare(
+    def _compared(
         self, queries: torch.Tensor, rows: torch.Tensor, entries: torch.Tensor, best: torch.Tensor
-    ) -> None:
-        """Replace `best` (n, k) by the largest similarities of pairs that have all of them."""
+    ) -> torch.Tensor:
+        """Return (n, k): largest similarities of pairs; `best` where a query has fewer than k."""
         similarities = torch.empty(len(rows))
         for start in range(0, len(rows), _BLOCK):
             piece = slice(start, start + _BLOCK)
             products = queries[rows[piece]] * self._entries[entries[piece]]
             torch.sum(products, dim=1, out=similarities[piece])
         largest = largest_of_pairs(rows, similarities, *best.shape)
-        is_compared = largest[:, -1] > -torch.inf
-        best[is_compared] = largest[is_compared]
+        return torch.where(largest[:, -1:] > -torch.inf, largest, best)
 
 
 def _projection(embeddings: np.ndarray) -> torch.Tensor:

@@ -31,6 +31,8 @@ _MAX_RATIO_FACTOR = 1.25
 _LEAST_WEIGHT = 1e-3
 # Share of the patches up to which localizations are those of an exact search.
 _MAX_EXACT_SHARE = 0.05
+# More values than the score needs are made exact at once: each search reads all entries.
+_SPARE = 1.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -305,8 +307,10 @@ class _Frame:
                 above = values > threshold
                 self.coarse = bool(above.sum() > most)
                 needed |= _largest(values, most + 1) if self.coarse else above
-            if not self._search_exactly(needed):
+            if self._is_exact(needed):
                 break
+            spare = min(int(_SPARE * count), len(values))
+            self._search_exactly(needed | _largest(values, spare))
         self.coarse &= not all(stage.exact.all() for stage in self.stages)
 
     def z_maps(self) -> list[np.ndarray]:
@@ -338,22 +342,19 @@ class _Frame:
             return values
         return cv2.resize(values, self.inside.shape[::-1], interpolation=cv2.INTER_LINEAR)
 
-    def _search_exactly(self, chosen: np.ndarray) -> bool:
-        """Make exact what the chosen values of the map inside the region of interest depend on.
+    def _is_exact(self, chosen: np.ndarray) -> bool:
+        """Return whether chosen values of the map depend on exact distances only."""
+        return next(self._rows_behind(chosen), None) is None
 
-        Returns:
-            Whether anything of it was not exact yet.
-        """
-        is_new = False
+    def _search_exactly(self, chosen: np.ndarray) -> None:
+        """Make exact what the chosen values of the map inside the region of interest depend on."""
         for stage, rows in self._rows_behind(chosen):
-            is_new = True
             queries = stage.embeddings.embeddings[rows]
             with timed(SEARCH):
                 stage.distances[rows] = stage.index.exact_distances(
                     queries, stage.neighbours, stage.distances[rows]
                 )
             stage.exact[rows] = True
-        return is_new
 
     def _rows_behind(self, chosen: np.ndarray) -> Iterator[tuple[_Stage, np.ndarray]]:
         """Yield stages, and (n,) bool: distances behind chosen values that are not exact."""

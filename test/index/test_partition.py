@@ -85,13 +85,13 @@ def test_few_entries_are_compared_in_full_where_they_are_clustered(
     monkeypatch.setattr(partition_module, "_MAX_SURVIVORS", 0.1)
     monkeypatch.setattr(partition_module, "nearest_similarities", None)
     pairs: list[int] = []
-    compare = PartitionedEntries._compare
+    compared = PartitionedEntries._compared
 
-    def counted(self: PartitionedEntries, asked: object, rows: object, *rest: object) -> None:
+    def counted(self: PartitionedEntries, asked: object, rows: object, *rest: object) -> object:
         pairs.append(len(rows))  # type: ignore[arg-type]
-        compare(self, asked, rows, *rest)  # type: ignore[arg-type]
+        return compared(self, asked, rows, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(PartitionedEntries, "_compare", counted)
+    monkeypatch.setattr(PartitionedEntries, "_compared", counted)
     searched.exact_similarities(entries[:50], 1)
     assert 50 <= sum(pairs) < 50 * len(entries) / 20
 
