@@ -8,7 +8,7 @@ from typing import Any
 
 from semantic_anomaly.cli import DONE, INCOMPLETE
 from semantic_anomaly.cli.options import add_layout_option, count, positive
-from semantic_anomaly.cli.tables import listed, table
+from semantic_anomaly.cli.tables import listed, report_losses, table
 from semantic_anomaly.errors import InputError
 from semantic_anomaly.evaluation.measures import figure
 
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     unknown = [row["name"] for row in results["frames"] if row["decision"] == "unknown"]
     if unknown:
         print(f"warning: no verdict for {listed(unknown)}")
-    return INCOMPLETE if unknown else DONE
+    return INCOMPLETE if report_losses([dataset]) or unknown else DONE
 
 
 def _price(text: str) -> tuple[float, float]:

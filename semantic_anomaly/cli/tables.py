@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from semantic_anomaly.evaluation.datasets import Dataset
     from semantic_anomaly.io.sources import FrameSource
 
 _LISTED = 10
@@ -50,8 +51,8 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_LISTED]) + more
 
 
-def report_losses(sources: Iterable[FrameSource]) -> int:
-    """Print what sources left out; return the exit code: 3 if there was something, else 0."""
+def report_losses(sources: Iterable[FrameSource | Dataset]) -> int:
+    """Print what sources or datasets left out; return the exit code, 3 if something, else 0."""
     losses = [source.losses for source in sources if source.losses]
     for loss in losses:
         print(f"warning: left out: {loss}")

@@ -10,15 +10,17 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from semantic_anomaly.errors import ArtefactError, InputError, SemanticAnomalyError
 from semantic_anomaly.storage import atomic_folder, canonical_json, publish_folder, sha256_bytes
-from semantic_anomaly.structures import AnomalyResult, Frame
+from semantic_anomaly.structures import AnomalyResult, Decision, Frame
 
 if TYPE_CHECKING:
     from semantic_anomaly.detection.detector import AnomalyDetector
+    from semantic_anomaly.io.sources import BadFrame, FrameSource
 
 FILE = "checkpoint.jsonl"
 
@@ -195,11 +197,14 @@ def refuse_other_content(out: Path, summary: str, written: frozenset[str]) -> No
 
 
 def result_row(frame: Frame, result: AnomalyResult) -> dict[str, Any]:
-    """Return the fields of a row that a frame's result gives; `restore_tracks` reads them."""
+    """Return the fields of a row that a frame's result gives; `restore_tracks` reads them.
+
+    A blind frame has no score, as in the node: no measure may take it for a nominal one.
+    """
     return {
         "stamp_ns": frame.stamp_ns,
-        "score": result.score,
-        "p_value": result.p_value,
+        "score": None if result.blind else result.score,
+        "p_value": None if result.blind else result.p_value,
         "boxes": [list(component.box_xyxy) for component in result.localizations],
         "decision": result.decision.value,
         "coarse": result.coarse,
@@ -209,16 +214,61 @@ def result_row(frame: Frame, result: AnomalyResult) -> dict[str, Any]:
     }
 
 
+def score_text(result: AnomalyResult) -> str:
+    """Return the score of a result for captions, or why the camera is blind."""
+    return result.reason if result.blind else f"score {result.score:.3f}"
+
+
+def bad_row(bad: BadFrame) -> dict[str, Any]:
+    """Return the fields of a row of a frame that cannot be decoded."""
+    return {
+        "stamp_ns": bad.stamp_ns,
+        "score": None,
+        "p_value": None,
+        "boxes": [],
+        "decision": Decision.UNKNOWN.value,
+        "coarse": False,
+        "drift": False,
+        "blind": False,
+        "reason": bad.reason,
+        "ms": {},
+        "sha256": sha256_bytes(bad.reason.encode()),
+    }
+
+
+def losses_of(sources: Iterable[FrameSource], rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return which frames could not be assessed, for results.json or summary.json.
+
+    Args:
+        sources: that were read.
+        rows: of all their frames.
+    """
+    sources = list(sources)
+    return {
+        "bad_frames": [asdict(bad) for source in sources for bad in source.bad_frames],
+        "frames_blind": sum(row["blind"] for row in rows),
+        "frames_missing": sum(source.shortfall for source in sources),
+    }
+
+
 def restore_tracks(
     detector: AnomalyDetector, frame: Frame, rows: Iterable[Mapping[str, Any]]
 ) -> None:
-    """Warm a detector up with its next frame, and restore its tracks from earlier rows."""
+    """Warm a detector up with its next frame, and restore its tracks from earlier rows.
+
+    Rows are of one drive after the other, and name it under `sequence`; tracks end with a drive.
+    """
     detector.reset()
     # The first call allocates and compiles; its time would be an outlier.
     detector.detect(frame)
     detector.reset(drift=True)
+    before: str | None = None
     for row in rows:
-        detector.recall(row["stamp_ns"], row["boxes"], None if row["blind"] else row["score"])
+        if row["sequence"] != before:
+            detector.reset()
+        before = row["sequence"]
+        if row["score"] is not None:
+            detector.recall(row["stamp_ns"], row["boxes"], row["score"])
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

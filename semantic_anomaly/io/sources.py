@@ -64,6 +64,7 @@ class FrameSource(ABC):
         topic: image topic of a bag; empty for others.
         max_bad_share: share of frames, at least one, that may be bad: they are left out with a
             warning. 0: the first bad frame ends the iteration.
+        is_one_size: whether frames of different sizes are refused.
         bad_frames: the bad frames of the present or last iteration.
         shortfall: how many frames fewer than announced it had; a video that was cut off.
 
@@ -73,6 +74,7 @@ class FrameSource(ABC):
     """
 
     max_bad_share = 0.0
+    is_one_size = True
 
     def __init__(
         self,
@@ -109,7 +111,7 @@ class FrameSource(ABC):
         """Return the names of the drives of the selected frames, ('',) if unknown."""
         return ("",)
 
-    def drive_of(self, frame: Frame) -> str:
+    def drive_of(self, frame: Frame | BadFrame) -> str:
         """Return the drive of a frame of this source, one of `drives`."""
         return ""
 
@@ -151,7 +153,9 @@ class FrameSource(ABC):
         Raises:
             SourceError, ImageError: as the class.
         """
-        self.bad_frames, self.shortfall = [], 0
+        # Another iteration may run meanwhile.
+        bad_frames: list[BadFrame] = []
+        self.bad_frames, self.shortfall = bad_frames, 0
         start, stop, step = self.selection.start, self.selection.stop, self.selection.step or 1
         if (start or 0) < 0 or (stop or 0) < 0:
             wanted = range(*self.selection.indices(self._total(exact=True) or 0))
@@ -160,20 +164,22 @@ class FrameSource(ABC):
         first: Frame | None = None
         for frame in self._read(wanted):
             if isinstance(frame, BadFrame):
+                self.bad_frames = bad_frames
                 self._note(frame)
                 yield frame
                 continue
             first = first or frame
-            if frame.image_hw != first.image_hw:
+            if self.is_one_size and frame.image_hw != first.image_hw:
                 expected, found = (f"{f.image_hw[1]}x{f.image_hw[0]}" for f in (first, frame))
                 raise ImageError(
                     f"source '{self.path}': expected images of one size, {expected} as "
                     f"'{first.name}', found {found} in '{frame.name}'"
                 )
             yield frame
+        self.bad_frames = bad_frames
         if first is None:
-            if self.bad_frames:
-                raise ImageError(self.bad_frames[0].reason)
+            if bad_frames:
+                raise ImageError(bad_frames[0].reason)
             raise self.no_frames()
 
     def _note(self, bad: BadFrame) -> None:
@@ -260,7 +266,7 @@ class ImageFiles(FrameSource):
         """Return the names of the drives of the selected frames, ('',) if unknown."""
         return tuple(dict.fromkeys(self._drives[name] for name in self._names[self.selection]))
 
-    def drive_of(self, frame: Frame) -> str:
+    def drive_of(self, frame: Frame | BadFrame) -> str:
         """Return the drive of a frame of this source, one of `drives`."""
         return self._drives.get(frame.name, "")
 
