@@ -147,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
     )
     print(_summary(found.results))
     print(f"wrote {args.out}")
-    lost = found["bad_frames"] or found["frames_missing"]
+    lost = found["bad_frames"] or found["frames_missing"] != 0
     return INCOMPLETE if lost else DONE
 
 

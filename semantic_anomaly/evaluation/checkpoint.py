@@ -244,10 +244,12 @@ def losses_of(sources: Iterable[FrameSource], rows: Iterable[Mapping[str, Any]])
         rows: of all their frames.
     """
     sources = list(sources)
+    missing = [source.shortfall for source in sources]
     return {
         "bad_frames": [asdict(bad) for source in sources for bad in source.bad_frames],
         "frames_blind": sum(row["blind"] for row in rows),
-        "frames_missing": sum(source.shortfall for source in sources),
+        # None: some, but not known how many.
+        "frames_missing": None if None in missing else sum(filter(None, missing)),
     }
 
 

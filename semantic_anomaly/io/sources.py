@@ -66,7 +66,8 @@ class FrameSource(ABC):
             warning. 0: the first bad frame ends the iteration.
         is_one_size: whether frames of different sizes are refused.
         bad_frames: the bad frames of the present or last iteration.
-        shortfall: how many frames fewer than announced it had; a video that was cut off.
+        shortfall: how many frames fewer than announced it had, such as a video that was cut off;
+            None: some, but not known how many.
 
     Raises:
         SourceError: while iterating, if the source is damaged, has no frames or too many bad ones.
@@ -90,7 +91,7 @@ class FrameSource(ABC):
         self.opened: str | tuple[str, ...] = ""
         self.topic = ""
         self.bad_frames: list[BadFrame] = []
-        self.shortfall = 0
+        self.shortfall: int | None = 0
         self._warned: set[str] = set()
 
     @property
@@ -140,7 +141,9 @@ class FrameSource(ABC):
         parts = []
         if self.bad_frames:
             parts.append(f"{len(self.bad_frames)} bad frames ({self.bad_frames[0].name}, ...)")
-        if self.shortfall:
+        if self.shortfall is None:
+            parts.append("all frames after it was cut off or damaged")
+        elif self.shortfall:
             parts.append(f"{self.shortfall} frames fewer than announced")
         return f"source '{self.path}': {' and '.join(parts)}" if parts else ""
 
@@ -202,13 +205,15 @@ class FrameSource(ABC):
                 f"({self.max_bad_share:.0%}), found more; the last one: {bad.reason}"
             )
 
-    def _warn_shortfall(self, found: int, announced: int) -> None:
-        self.shortfall = announced - found
+    def _warn_shortfall(self, found: int, announced: int | None, problem: str = "") -> None:
+        """Note that frames are missing at the end; `announced` is None if not known how many."""
+        self.shortfall = None if announced is None else announced - found
         if "" not in self._warned:
             self._warned.add("")
+            total = "an unknown number of" if announced is None else f"about {announced}"
             _log.warning(
-                "source '%s': %d of about %d frames could be read: cut off or damaged",
-                *(self.path, found, announced),
+                "source '%s': %d of %s frames could be read: %s",
+                *(self.path, found, total, problem or "cut off or damaged"),
             )
 
     @abstractmethod
@@ -410,8 +415,6 @@ def folder_images(path: Path) -> list[Path]:
     if not images:
         text = f"folder '{folder}': expected images ({', '.join(IMAGE_SUFFIXES)}), found "
         text += unread_text if unread else "none"
-        if bag := next((f.name for f in entries if f.suffix.lower() in BAG_SUFFIXES), ""):
-            text += f"; {bag} lacks its metadata.yaml ('ros2 bag reindex' creates one)"
         raise SourceError(text)
     if unread:
         _log.warning("folder '%s': left out %s", folder, unread_text)
@@ -419,9 +422,14 @@ def folder_images(path: Path) -> list[Path]:
 
 
 def is_bag(path: Path) -> bool:
-    """Return whether a path is a rosbag2 folder or one of its files."""
-    bag_file = path.is_file() and path.suffix.lower() in BAG_SUFFIXES
-    return bag_file or (path / "metadata.yaml").is_file()
+    """Return whether a path is a rosbag2 folder, with or without metadata, or one of its files."""
+    if path.is_file():
+        return path.suffix.lower() in BAG_SUFFIXES
+    if (path / "metadata.yaml").is_file():
+        return True
+    suffixes = {f.suffix.lower() for f in path.iterdir()} if path.is_dir() else set()
+    has_images = (path / "images").is_dir() or not suffixes.isdisjoint(IMAGE_SUFFIXES)
+    return not has_images and not suffixes.isdisjoint(BAG_SUFFIXES)
 
 
 def natural(name: str) -> tuple[list[str | int], str]:
