@@ -26,20 +26,41 @@ def test_a_rate_is_measured_between_two_readings(monkeypatch: pytest.MonkeyPatch
     assert meter.rate_hz(2) == 0.0
 
 
-def test_frames_without_a_result_are_reported(
-    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("max_age_s", "use_sim_time", "waited_s", "is_reported"),
+    [
+        (2.0, False, 1.9, False),
+        (2.0, False, 2.0, True),
+        (0.04, False, 0.04, True),
+        # Simulated time may be slower than the worker.
+        (2.0, True, 29.0, False),
+        (2.0, True, 30.0, True),
+    ],
+)
+def test_a_missing_result_is_reported_within_the_largest_age(
+    values: dict[str, Any],
+    max_age_s: float,
+    use_sim_time: bool,
+    waited_s: float,
+    is_reported: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with bench({**values, "silent_after_s": 0.4}) as b:
+    with bench({**values, "max_age_s": 60.0, "use_sim_time": use_sim_time}) as b:
         b.start("status")
         gate = Gate(b, monkeypatch)
-        statuses = b.got["camera"]["status"]
-
-        def reported() -> bool:
-            b.send(nominal_image(10))
-            reasons = [values_of(array.status[0])["reason"] for array in statuses]
-            return any("there was no result for" in reason for reason in reasons)
-
-        b.spin_until(reported)
+        b.send(nominal_image(10))
+        b.spin_until(gate.entered.is_set)
+        watched = b.node._cameras["camera"]
+        watched.outputs.publish_unknown = lambda *args: published.append(args[2])
+        published: list[str] = []
+        now_s = watched._waiting_since_s + waited_s
+        with monkeypatch.context() as patch:
+            patch.setattr(camera.time, "monotonic", lambda: now_s)
+            watched.inputs.arrived_s = now_s
+            for _ in range(2):
+                watched.check(max_age_s)
+        assert len(published) == is_reported
+        assert all("there was no result for" in reason for reason in published)
         gate.opened.set()
 
 
