@@ -36,10 +36,12 @@ def run(args: argparse.Namespace) -> int:
     from semantic_anomaly.index import edits as index_edits
     from semantic_anomaly.index.nominal_index import NominalIndex
     from semantic_anomaly.offline.edit_index import save_edited
+    from semantic_anomaly.storage import folder_bytes, refuse_unwritable
 
     settings, camera = settings_of(args, args.index)
     source, first = _opened(args)
     index = NominalIndex.load(args.index)
+    refuse_unwritable(args.index, folder_bytes(args.index))
     given = settings
     settings = resolve_settings(settings, index)
     roi = resolve_roi(settings.camera_settings[camera], index, None)

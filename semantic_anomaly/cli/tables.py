@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from semantic_anomaly.storage import folder_bytes
+
 if TYPE_CHECKING:
     from semantic_anomaly.evaluation.datasets import Dataset
     from semantic_anomaly.io.sources import FrameSource
@@ -41,7 +43,7 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
 
 def folder_size(folder: Path) -> str:
     """Return the size of the files of a folder in MB or kB."""
-    count = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    count = folder_bytes(folder)
     return f"{count / 1e6:.1f} MB" if count >= 1_000_000 else f"{count / 1e3:.1f} kB"
 
 

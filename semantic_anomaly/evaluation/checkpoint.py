@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from semantic_anomaly.errors import ArtefactError, InputError, SemanticAnomalyError
-from semantic_anomaly.storage import atomic_folder, canonical_json, publish_folder, sha256_bytes
+from semantic_anomaly.storage import (
+    atomic_folder,
+    canonical_json,
+    publish_folder,
+    refuse_unwritable,
+    sha256_bytes,
+)
 from semantic_anomaly.structures import AnomalyResult, Decision, Frame
 
 if TYPE_CHECKING:
@@ -23,6 +29,8 @@ if TYPE_CHECKING:
     from semantic_anomaly.io.sources import BadFrame, FrameSource
 
 FILE = "checkpoint.jsonl"
+# Estimates of what a report takes: figures and page, a row of a frame, a pixel of a picture.
+_REPORT_BYTES, _ROW_BYTES, _PICTURE_PIXEL_BYTES = 10_000_000, 2_000, 1
 
 _log = logging.getLogger(__name__)
 
@@ -174,7 +182,7 @@ def report_folder(out: Path, summary: str, written: frozenset[str]) -> AbstractC
 
 
 def refuse_other_content(out: Path, summary: str, written: frozenset[str]) -> None:
-    """Refuse to replace a folder that holds anything but an earlier report.
+    """Refuse a folder that holds anything but an earlier report, or that cannot be written.
 
     Args:
         out: folder of the new report.
@@ -183,6 +191,7 @@ def refuse_other_content(out: Path, summary: str, written: frozenset[str]) -> No
 
     Raises:
         InputError: `out` is a file, or holds something else.
+        ArtefactError: it cannot be created or replaced, or the disk is nearly full.
     """
     out = out.expanduser()
     if out.exists() and not out.is_dir():
@@ -194,6 +203,28 @@ def refuse_other_content(out: Path, summary: str, written: frozenset[str]) -> No
             f"--out '{out}': expected nothing there, an empty folder or an earlier report (with "
             f"{summary} and nothing else), found {', '.join((foreign or names)[:5])}"
         )
+    refuse_unwritable(out, _REPORT_BYTES)
+
+
+def refuse_full_disk(
+    folder: Path, image_hw: tuple[int, int], frames: int, every: int, maps: bool = False
+) -> None:
+    """Refuse to go on if the disk has too little free space for the rest of a report.
+
+    Args:
+        folder: in which it is made.
+        image_hw: size of the frames.
+        frames: that are left.
+        every: every n-th frame gets two pictures; 0: none.
+        maps: whether every frame gets an anomaly map, (height, width) float32.
+
+    Raises:
+        ArtefactError: the disk has less free space than the estimate.
+    """
+    pixels = image_hw[0] * image_hw[1]
+    pictures = 2 * frames // every if every else 0
+    needed_bytes = _REPORT_BYTES + frames * _ROW_BYTES + pictures * pixels * _PICTURE_PIXEL_BYTES
+    refuse_unwritable(folder, needed_bytes + 4 * pixels * frames * maps)
 
 
 def result_row(frame: Frame, result: AnomalyResult) -> dict[str, Any]:

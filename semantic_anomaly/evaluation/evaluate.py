@@ -18,6 +18,7 @@ from semantic_anomaly.evaluation.checkpoint import (
     Checkpoint,
     bad_row,
     losses_of,
+    refuse_full_disk,
     refuse_other_content,
     restore_tracks,
     result_row,
@@ -210,6 +211,7 @@ def _score_frames(
     if album is not None:
         for number, (row, truth) in enumerate(zip(checkpoint.rows, dataset.truths, strict=False)):
             album.rank(number, truth.stem, _ranks(row))
+    is_checked = False
     groups = [protocol.group_of(truth) if protocol else 0 for truth in dataset.truths]
     disable = None if progress else True
     bar = tqdm(dataset.read(), "evaluate", len(dataset), unit="frame", disable=disable)
@@ -222,6 +224,10 @@ def _score_frames(
             checkpoint.record({**truth_row(truth), **bad_row(frame), **unknown})
             continue
         mask = dataset.labels(truth, frame.image_hw)
+        if not is_checked:
+            is_checked = True
+            left, every = len(dataset) - number, album.every if album is not None else 0
+            refuse_full_disk(maps, frame.image_hw, left, every, maps=True)
         if groups[number] != group:
             group = groups[number]
             if protocol is not None:

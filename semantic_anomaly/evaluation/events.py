@@ -155,6 +155,17 @@ def drive_metrics(
     )
 
 
+def refuse_outside(events: Sequence[Event], stamps_ns: Sequence[int] | None) -> None:
+    """Raise InputError for events that do not fit a drive, before it is assessed.
+
+    Args:
+        events: of the drive.
+        stamps_ns: (n,) of its frames; None: not known yet, nothing is checked.
+    """
+    if stamps_ns:
+        drive_metrics(stamps_ns, [False] * len(stamps_ns), events)
+
+
 def refuse_jump(stamps_ns: Sequence[int] | np.ndarray) -> None:
     """Raise InputError for a jump back in the stamps of a drive: its events have no time then."""
     number = first_jump(stamps_ns)

@@ -17,13 +17,14 @@ from semantic_anomaly.evaluation import extras, figures, provenance, report
 from semantic_anomaly.evaluation.checkpoint import (
     bad_row,
     losses_of,
+    refuse_full_disk,
     restore_tracks,
     result_row,
     resumable_report,
     score_text,
     write_json,
 )
-from semantic_anomaly.evaluation.events import Event, drive_metrics, refuse_jump
+from semantic_anomaly.evaluation.events import Event, drive_metrics, refuse_jump, refuse_outside
 from semantic_anomaly.evaluation.metrics import latencies
 from semantic_anomaly.io.sources import MAX_BAD_SHARE, BadFrame, FrameSource
 from semantic_anomaly.stamps import first_jump, order_of
@@ -74,6 +75,8 @@ def replay(
     count = source.count
     if every is None:
         every = _EVERY_UNKNOWN if count is None else max(1, count // PICTURES)
+    if events is not None:
+        refuse_outside(events, source.stamps_ns())
     described = provenance.describe(detector)
     key = {
         **{"data": provenance.files_state(*source.paths), "frames": str(source.selection)},
@@ -100,6 +103,8 @@ def replay(
                 continue
             if not warm:
                 warm = True
+                if count is not None:
+                    refuse_full_disk(checkpoint.folder, frame.image_hw, count - number, every)
                 restore_tracks(detector, frame, checkpoint.rows)
             if checkpoint.rows and checkpoint.rows[-1]["sequence"] != drive:
                 detector.reset()

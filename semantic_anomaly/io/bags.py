@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import struct
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -110,6 +111,20 @@ class BagSource(FrameSource):
             names = ", ".join(file.name for file in self._files)
             _log.warning("bag '%s': read without metadata and index: %s", self.path, names)
         return topics
+
+    def stamps_ns(self) -> tuple[int, ...] | None:
+        """Return the stamps of the selected images; None if a message of the bag is damaged."""
+        messages = self._recorded() if self._files else self._indexed()
+        stamps_ns = []
+        # Damaged bags raise any kind of error.
+        with suppress(Exception):
+            for time_ns, raw in messages:
+                # Both types begin with their stamp, behind four bytes of encapsulation.
+                order = "<" if raw[1] & 1 else ">"
+                sec, nanosec = struct.unpack_from(f"{order}iI", raw, 4)
+                stamps_ns.append(sec * 1_000_000_000 + nanosec or time_ns)
+            return tuple(stamps_ns[self.selection])
+        return None
 
     def _total(self, *, exact: bool) -> int:
         return self._count

@@ -116,6 +116,10 @@ class FrameSource(ABC):
         """Return the drive of a frame of this source, one of `drives`."""
         return ""
 
+    def stamps_ns(self) -> tuple[int, ...] | None:
+        """Return the stamps of the selected frames, None if only decoding tells them."""
+        return None
+
     def reads_same(self, other: FrameSource) -> bool:
         """Return whether another source reads the same selection of the same files."""
         return (
@@ -274,6 +278,10 @@ class ImageFiles(FrameSource):
     def drive_of(self, frame: Frame | BadFrame) -> str:
         """Return the drive of a frame of this source, one of `drives`."""
         return self._drives.get(frame.name, "")
+
+    def stamps_ns(self) -> tuple[int, ...]:
+        """Return the stamps of the selected frames."""
+        return tuple(self._stamps_ns[self.selection])
 
     def _total(self, *, exact: bool) -> int:
         return len(self.files)

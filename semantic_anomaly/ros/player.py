@@ -29,7 +29,7 @@ from semantic_anomaly.errors import InputError, SemanticAnomalyError
 from semantic_anomaly.io.images import encode_jpeg
 from semantic_anomaly.io.open import open_source
 from semantic_anomaly.ros.messages import image_message, stamp_ns
-from semantic_anomaly.storage import atomic_write_bytes
+from semantic_anomaly.storage import atomic_write_bytes, refuse_unwritable
 from semantic_anomaly.structures import Frame
 
 _RELIABLE = QoSProfile(depth=20, reliability=ReliabilityPolicy.RELIABLE)
@@ -185,6 +185,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> None:
     source = open_source(args.source, topic=args.topic)
+    if args.out:
+        refuse_unwritable(args.out / "frames.json")
     player = SourcePlayer(args.node, args.camera, args.image_topic, args.compressed, args.overlays)
     try:
         if args.bring_up:

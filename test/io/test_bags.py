@@ -71,6 +71,7 @@ def test_selections_mean_what_python_slices_mean(tmp_path: Path) -> None:
         source = open_source(f"{bag}[{selection}]")
         assert source.count == len(expected)
         assert [frame.name for frame in source] == [f"drive/{n:06d}" for n in expected], selection
+        assert source.stamps_ns() == tuple(frame.stamp_ns for frame in source)
 
 
 def test_images_without_a_stamp_get_the_recording_time(tmp_path: Path) -> None:
