@@ -258,13 +258,16 @@ class AnomalyNode(LifecycleNode):
         statuses = []
         for name, camera in self._cameras.items():
             detector = models.detectors[name]
+            calibration = detector.calibration
             values = {
                 "state": "active" if camera.inputs is not None else "inactive",
                 "device": models.embedder.device,
                 "index_fingerprint": detector.index.fingerprint,
                 "stages": ", ".join(stage.stage.name for stage in detector.index.stages),
                 "threshold": detector.threshold,
-                "promise": detector.calibration.promise if detector.calibration else None,
+                "promise": calibration.promise if calibration else None,
+                "calibration_created": calibration.created or None if calibration else None,
+                "calibration_age_days": calibration.age_days if calibration else None,
                 "stale_calibration": stale_calibration(detector),
                 "drift": DRIFT if detector.is_drift else None,
             }

@@ -68,7 +68,7 @@ def test_diagnostics_are_published_every_second(values: dict[str, Any]) -> None:
     with bench(values) as b:
         b.listen_diagnostics()
         b.start("status")
-        b.answer(b.send(nominal_image(1)))
+        answer = b.answer(b.send(nominal_image(1)))
         heartbeats: list[DiagnosticArray] = []
         b.helper.create_subscription(
             DiagnosticArray, "/semantic_anomaly/heartbeat", heartbeats.append, 10
@@ -89,6 +89,8 @@ def test_diagnostics_are_published_every_second(values: dict[str, Any]) -> None:
     assert status["state"] == "active" and status["device"] == "cpu"
     assert status["frames_received"] == "1" and status["frames_processed"] == "1"
     assert len(status["index_fingerprint"]) == 64
+    assert 0 <= float(answer["calibration_age_days"]) <= float(status["calibration_age_days"]) < 1
+    assert status["calibration_created"].endswith("Z")
     assert "stale_calibration" not in status
     assert "rate_in_hz" in status and "rate_processed_hz" in status
     for stage in (*STAGES, PUBLISH, LATENCY):
