@@ -298,9 +298,13 @@ class Pipeline:
         latency_ms = (now_ns - job.frame.stamp_ns) / 1e6 if now_ns else None
         begin_s = time.perf_counter()
         # The decision first: pictures take longer, and control does not depend on them.
-        values = {"latency_ms": latency_ms, **asdict(camera.counts)}
+        values: dict[str, Any] = {"latency_ms": latency_ms, **asdict(camera.counts)}
+        if not detector.is_drift_known:
+            # False would hide the drift of the frames before a restart.
+            values["drift"] = None
         if detector.calibration is not None:
             values["promise"] = detector.calibration.promise
+            values["calibration_age_days"] = detector.calibration.age_days
         camera.outputs.publish_result(job.header, result, values)
         camera.note_published(result.decision, result.reason)
         camera.alarms.update(job.frame.stamp_ns, result, settings.silence_s)
