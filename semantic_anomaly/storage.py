@@ -147,6 +147,11 @@ def publish_folder(folder: Path, path: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def forbid_writing_by_all() -> None:
+    """Keep what this process creates from being writable by every user, whatever its umask was."""
+    os.umask(os.umask(0o777) | stat.S_IWOTH)
+
+
 def folder_bytes(folder: Path) -> int:
     """Return the size of all files of a folder."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -19,6 +19,7 @@ from semantic_anomaly.storage import (
     atomic_folder,
     atomic_write_bytes,
     canonical_json,
+    forbid_writing_by_all,
     refuse_unwritable,
     sha256_bytes,
     sha256_file,
@@ -236,3 +237,17 @@ def test_the_folder_of_another_user_is_refused_where_only_owners_may_replace(
     with pytest.raises(ArtefactError, match="belongs to another user"):
         refuse_unwritable(tmp_path / "report")
     refuse_unwritable(tmp_path / "new")
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o000, 0o775), (0o022, 0o755), (0o077, 0o700)])
+def test_nothing_is_made_that_all_users_may_write(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        forbid_writing_by_all()
+        atomic_write_bytes(tmp_path / "parent/file", b"content")
+        write_folder(tmp_path / "folder", "file")
+    finally:
+        os.umask(before)
+    for name in ("parent", "folder", "parent/file", "folder/file"):
+        expected = mode if (tmp_path / name).is_dir() else mode & 0o666
+        assert (tmp_path / name).stat().st_mode & 0o777 == expected, name

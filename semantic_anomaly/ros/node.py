@@ -39,6 +39,7 @@ from semantic_anomaly.ros.pipeline import STOP_S, Pipeline, Worker
 from semantic_anomaly.ros.services import NodeServices
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.stamps import LATE_NS
+from semantic_anomaly.storage import forbid_writing_by_all
 from semantic_anomaly.structures import Frame, PatchGrid
 
 DIAGNOSTICS_PERIOD_S = 1.0
@@ -283,6 +284,7 @@ def main(args: list[str] | None = None) -> int:
     Returns:
         0, 1 if a thread hung and was abandoned, or 2 if ROS refuses the arguments.
     """
+    forbid_writing_by_all()
     stop = threading.Event()
     # Instead of the handlers of rclpy, which shut the context down while the worker publishes.
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -446,3 +446,19 @@ def test_a_real_bag_is_read() -> None:
     # The sky is blue: the channels are in order.
     top = frame.image[:60].reshape(-1, 3).mean(axis=0)
     assert top[2] > top[0]
+
+
+@pytest.mark.parametrize("name", ["../secret/{file}", "/{secret}/{file}", "x/../../secret/{file}"])
+def test_metadata_lead_to_no_file_outside_of_the_bag(tmp_path: Path, name: str) -> None:
+    secret = write_bag(tmp_path / "secret", {RAW: [raw(7)]})
+    bag = write_bag(tmp_path / "drive", {RAW: [raw(1)]})
+    metadata = bag / "metadata.yaml"
+    own, other = data_file(bag).name, data_file(secret).name
+    path = name.format(secret=secret, file=other)
+    metadata.write_text(metadata.read_text().replace(own, path))
+    with pytest.raises(SourceError, match="files are missing"):
+        list(open_source(bag))
+    # A file of that name in the bag itself is read.
+    data_file(bag).rename(bag / other)
+    [frame] = open_source(bag)
+    np.testing.assert_array_equal(frame.image, rgb(1))
