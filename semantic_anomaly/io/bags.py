@@ -16,6 +16,7 @@ import yaml
 from semantic_anomaly.errors import ImageError, SourceError, first_line
 from semantic_anomaly.io.bag_files import announced_bytes, bag_files, recorded_messages
 from semantic_anomaly.io.images import decode_compressed, decode_raw
+from semantic_anomaly.io.remarks import Remarks
 from semantic_anomaly.io.sources import BadFrame, FrameSource
 from semantic_anomaly.structures import Frame
 from semantic_anomaly.timing import elapsed_ms
@@ -80,6 +81,7 @@ class BagSource(FrameSource):
         super().__init__([path], name or default, selection)
         # Files to read in the order of recording, if the bag cannot be opened.
         self._files: tuple[Path, ...] = ()
+        self._remarks = Remarks(lambda text: _log.warning("bag '%s': %s", path, text))
         try:
             topics = _announced_topics(path)
         except _DamagedBagError as error:
@@ -202,6 +204,10 @@ class BagSource(FrameSource):
             reason = f"bag '{self.path}', topic '{self.topic}', image {index}: {error}"
             return BadFrame(name, stamp_ns, reason)
         decode_ms = elapsed_ms(begin_s)
+        if self.compressed:
+            self._remarks.on_compressed(message.data)
+        else:
+            self._remarks.on_raw(message.encoding, *size, message.data)
         return Frame(image, stamp_ns, message.header.frame_id, name, decode_ms)
 
     def _message(self, raw: Any) -> Any:

@@ -21,6 +21,7 @@ import numpy as np
 
 from semantic_anomaly.errors import ImageError, SourceError
 from semantic_anomaly.io.images import read_image
+from semantic_anomaly.io.remarks import Remarks
 from semantic_anomaly.structures import Frame
 from semantic_anomaly.timing import elapsed_ms
 
@@ -254,6 +255,7 @@ class ImageFiles(FrameSource):
             by_folder.setdefault(file.parent, []).append(file)
         folders = [_without_images(folder) for folder in by_folder]
         super().__init__(folders, name or "images", selection, files)
+        self._remarks = Remarks(lambda text: _log.warning("source '%s': %s", self.path, text))
         self._names = _frame_names(files)
         several = len({_folder_of(frame) for frame in self._names}) > 1
         if name:
@@ -295,7 +297,9 @@ class ImageFiles(FrameSource):
             except ImageError as error:
                 yield BadFrame(name, stamp_ns, str(error))
                 continue
-            yield Frame(image, stamp_ns, name=name, decode_ms=elapsed_ms(begin_s))
+            decode_ms = elapsed_ms(begin_s)
+            self._remarks.on_file(self.files[index])
+            yield Frame(image, stamp_ns, name=name, decode_ms=decode_ms)
 
 
 class Arrays(FrameSource):

@@ -19,6 +19,7 @@ from diagnostic_msgs.msg import DiagnosticStatus
 from rclpy.lifecycle import LifecycleNode
 from std_msgs.msg import Header
 
+from semantic_anomaly.io.remarks import Remarks
 from semantic_anomaly.ros import messages
 from semantic_anomaly.ros.inputs import CameraInputs
 from semantic_anomaly.ros.logs import AlarmLog, ThrottledLog
@@ -112,6 +113,8 @@ class Camera:
         self._put: Callable[[str, Any], bool] | None = None
 
     def _start_counting(self) -> None:
+        logger = self._node.get_logger()
+        self.remarks = Remarks(lambda text: logger.warning(f"camera '{self.name}': {text}"))
         self.counts = CameraCounts()
         self.times = RecentTimes()
         self._rate_in, self._rate_processed = RateMeter(), RateMeter()

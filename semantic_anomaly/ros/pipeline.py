@@ -251,6 +251,7 @@ class Pipeline:
             reason = f"bad image: {error}"
             camera.publish_unknown(header, DiagnosticStatus.ERROR, "bad image", reason)
             return None
+        messages.remark(message, camera.remarks)
         return _Job(camera, header, frame)
 
     def _embed(self, models: Models, jobs: Sequence[_Job]) -> list[_Embedded]:
