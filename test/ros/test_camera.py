@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from worlds.ros import Gate, bench, nominal_image, odd_image, values_of
 
 from semantic_anomaly.ros import camera
 from semantic_anomaly.ros.camera import LATENCY, RateMeter, RecentTimes
+from semantic_anomaly.ros.messages import image_message
 from semantic_anomaly.timing import PUBLISH, STAGES
 
 
@@ -151,3 +153,19 @@ def test_a_frozen_or_covered_camera_is_unknown(values: dict[str, Any]) -> None:
         assert b.set(frozen_after_s=0.0, least_contrast=0.0).successful
         again = [b.answer(b.send(images[-1], stamp_ns=now_ns + n * 10**9)) for n in (2, 3, 4)]
         assert [status["decision"] for status in again] == ["nominal"] * 3
+
+
+def test_yuv_of_full_range_is_warned_of_once(values: dict[str, Any]) -> None:
+    with bench(values) as b:
+        b.start("status")
+        for seed in range(2):
+            message = image_message(nominal_image(seed), "rgb8")
+            message.encoding, message.step = "uyvy", 2 * message.width
+            pixels = np.full((message.height, message.width, 2), 128, np.uint8)
+            pixels[..., 1] = np.linspace(0, 255, message.width) + seed / 9
+            message.data = array("B", pixels.tobytes())
+            b.stamped(message)
+            b.publisher().publish(message)
+            assert b.answer(message)["decision"] in ("nominal", "anomaly")
+        lines = b.spin_until_logged("seem to have the full range")
+    assert len([line for line in lines if "seem to have the full range" in line]) == 1
