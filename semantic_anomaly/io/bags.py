@@ -151,6 +151,16 @@ class BagSource(FrameSource):
         expected = self._expected(found, problem)
         if found == expected:
             return
+        if not found and not self._files:
+            # Such as an mcap file with a summary and without a message index.
+            self._files = bag_files(self.path)
+            with suppress(SourceError):
+                if any(True for _ in self._recorded()):
+                    names = ", ".join(file.name for file in self._files)
+                    _log.warning("bag '%s': read without message index: %s", self.path, names)
+                    yield from self._read(wanted)
+                    return
+            self._files = ()
         if not found or (expected is not None and found > expected):
             reason = f" ({problem})" if problem else ""
             raise SourceError(

@@ -462,3 +462,27 @@ def test_metadata_lead_to_no_file_outside_of_the_bag(tmp_path: Path, name: str) 
     data_file(bag).rename(bag / other)
     [frame] = open_source(bag)
     np.testing.assert_array_equal(frame.image, rgb(1))
+
+
+def test_a_file_without_message_index_is_read_in_the_order_of_recording(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from mcap.writer import IndexType, Writer
+
+    bag = write_bag(tmp_path / "drive", {RAW: [raw(n) for n in range(6)]})
+    path = tmp_path / "bare.mcap"
+    with path.open("wb") as file:
+        writer = Writer(file, index_types=IndexType.CHUNK)
+        writer.start(profile="ros2")
+        schema = writer.register_schema("sensor_msgs/msg/Image", "ros2msg", b"")
+        channel = writer.register_channel(RAW, "cdr", schema)
+        for message in recorded_messages(bag_files(bag)):
+            writer.add_message(channel, message.time_ns, message.data, message.time_ns)
+        writer.finish()
+    for _ in range(2):
+        source = open_source(f"{path}[1:5]")
+        frames = list(source)
+        assert [int(frame.image[0, 0, 0]) for frame in frames] == [1, 2, 3, 4]
+        assert source.losses == ""
+    assert source.stamps_ns() == tuple(frame.stamp_ns for frame in frames)
+    assert "read without message index: bare.mcap" in caplog.text
