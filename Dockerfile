@@ -16,7 +16,7 @@ RUN apt-get update \
     && rosdep install --from-paths src --ignore-src --rosdistro jazzy --dependency-types exec --skip-keys rviz2 -y \
     && rm -rf /var/lib/apt/lists/*
 RUN python3 -m pip install \
-    -r <(grep -E '^(hnswlib|openvino|openvino-telemetry|rosbags|safetensors|torch|transformers)==' src/semantic_anomaly/constraints.txt)
+    -r <(grep -E '^(hnswlib|mcap|openvino|openvino-telemetry|rosbags|safetensors|torch|transformers)==' src/semantic_anomaly/constraints.txt)
 COPY . src/semantic_anomaly
 RUN source /opt/ros/jazzy/setup.bash && colcon build --packages-select semantic_anomaly
 ENTRYPOINT ["/bin/bash", "-c", "source install/setup.bash && exec ros2 launch semantic_anomaly semantic_anomaly.launch.py \"$@\"", "--"]

@@ -25,6 +25,8 @@ setup(
     install_requires=[
         "setuptools",
         "hnswlib>=0.8.0",
+        # Reads mcap files that lack their end; rosbags needs the index there.
+        "mcap>=1.3",
         "numpy>=1.22",
         "opencv-python-headless>=4.8",
         "pyyaml",

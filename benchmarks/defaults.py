@@ -412,7 +412,7 @@ class Maps:
         if key not in self._remembered:
             for other in [k for k in self._remembered if k[0] == "embeddings"]:
                 del self._remembered[other]
-            with np.load(self._feature_file(stage)) as stored:
+            with np.load(self._feature_file(stage), allow_pickle=False) as stored:
                 grids = [torch.from_numpy(stored[name].astype(np.float32)) for name in stored.files]
             self._remembered[key] = [
                 with_positions(averaged(grid[None], stage.average)[0].numpy(), place_weight)
@@ -506,7 +506,7 @@ class Maps:
                     for row, part in zip(rows, np.split(values, ends), strict=True):
                         result[f"{row}/{other}"] = part.reshape(grids[row].shape[:2])
             np.savez(file, **result)  # type: ignore[arg-type]
-        with np.load(file) as stored:
+        with np.load(file, allow_pickle=False) as stored:
             content = {name: stored[name] for name in stored.files}
         return {
             (int(name.split("/")[0]), name.split("/", 1)[1]): values
@@ -520,7 +520,7 @@ class Maps:
             file = self._folder / f"maps_{_digest(*key)}.npz"
             if not file.exists():
                 self._write_maps(stage, config, protocol)
-            with np.load(file) as stored:
+            with np.load(file, allow_pickle=False) as stored:
                 content = {name: stored[name] for name in stored.files}
             result: list[dict[int, np.ndarray]] = [{} for _ in self.data_set.trials[protocol]]
             for name, values in content.items():

@@ -292,7 +292,8 @@ class Settings:
     )
     max_age_s: float = setting(
         0.5,
-        "Images older than this when they would be processed are dropped and counted.",
+        "Images older than this, when their turn comes or their result is ready, are unknown and "
+        "counted. A missing result is reported within this time.",
         bounds=(0.01, 60.0),
         live=True,
     )

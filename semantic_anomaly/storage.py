@@ -9,8 +9,10 @@ import ctypes
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +22,7 @@ from semantic_anomaly.errors import ArtefactError
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_MOUNTS = Path("/proc/self/mountinfo")
 
 
 def available_memory_bytes() -> int | None:
@@ -142,6 +145,68 @@ def publish_folder(folder: Path, path: Path) -> None:
         _fsync(path.parent)
     # After an exchange of names this is the old folder.
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def forbid_writing_by_all() -> None:
+    """Keep what this process creates from being writable by every user, whatever its umask was."""
+    os.umask(os.umask(0o777) | stat.S_IWOTH)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the size of all files of a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def refuse_unwritable(path: Path, needed_bytes: int = 0) -> None:
+    """Check before the work that a file or folder can be written and replaced.
+
+    Nothing is left on the disk. Parent folders are created later.
+
+    Args:
+        path: of the file or folder to be.
+        needed_bytes: estimate of what will be written.
+
+    Raises:
+        ArtefactError: it is a mount point, cannot be replaced or created, or the disk has less free
+            space than needed.
+    """
+    path = _absolute(path)
+    if os.path.ismount(path) or str(path.resolve()) in _mount_points():
+        raise ArtefactError(
+            f"cannot write '{path}': it is a mount point, which cannot be replaced as a whole; "
+            f"choose a path inside it, such as '{path / 'out'}'"
+        )
+    folder = next(parent for parent in path.parents if os.path.lexists(parent))
+    with _os_errors_as_artefact_errors(path):
+        # By trying: access rights do not tell of read-only disks and of limits of names.
+        probe = _sibling(folder / path.name)
+        probe.mkdir()
+        probe.rmdir()
+        is_sticky = folder.stat().st_mode & stat.S_ISVTX
+        if is_sticky and os.path.lexists(path):
+            owners = {0, folder.stat().st_uid, path.lstat().st_uid}
+            if os.geteuid() not in owners:
+                raise ArtefactError(
+                    f"cannot write '{path}': it belongs to another user, and '{folder}' lets only "
+                    "the owner replace it"
+                )
+        free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < needed_bytes:
+        raise ArtefactError(
+            f"cannot write '{path}': expected about {needed_bytes / 1e6:.0f} MB of free disk space "
+            f"(an estimate), found {free_bytes / 1e6:.0f} MB"
+        )
+
+
+def _mount_points() -> frozenset[str]:
+    """Return the mount points of Linux, also of folders mounted from the same disk."""
+    try:
+        lines = _MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return frozenset()
+    # Spaces and the like are written as octal numbers.
+    paths = (line.split(" ")[4] for line in lines if line.count(" ") > 4)
+    return frozenset(re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), path) for path in paths)
 
 
 @contextmanager

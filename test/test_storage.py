@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from semantic_anomaly.storage import (
     atomic_folder,
     atomic_write_bytes,
     canonical_json,
+    forbid_writing_by_all,
+    refuse_unwritable,
     sha256_bytes,
     sha256_file,
 )
@@ -174,3 +177,77 @@ def test_available_memory_is_less_than_all_of_it() -> None:
     available = storage.available_memory_bytes()
     assert available is not None
     assert 0 < available <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("name", ["new", "a/b/new", "folder", "file"])
+def test_what_can_be_written_passes_and_leaves_nothing(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_bytes(b"content")
+    before = names(tmp_path)
+    refuse_unwritable(tmp_path / name, needed_bytes=1)
+    assert names(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [
+        ("/proc", "'/proc': it is a mount point"),
+        ("/", "'/': it is a mount point"),
+        ("/proc/self/nothing/report", "No such file"),
+        ("file/report", "Not a directory"),
+        ("n" * 300, "File name too long"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before(tmp_path: Path, path: str, found: str) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+    with pytest.raises(ArtefactError, match=found):
+        refuse_unwritable(tmp_path / path)
+    assert names(tmp_path) == ["file"]
+
+
+def test_a_folder_that_is_mounted_from_the_same_disk_is_recognised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "my data"
+    escaped = str(target).replace(" ", "\\040")
+    (tmp_path / "mounts").write_text(f"36 35 98:0 /host {escaped} rw - ext4 /dev/sda rw\nbad\n")
+    monkeypatch.setattr(storage, "_MOUNTS", tmp_path / "mounts")
+    with pytest.raises(ArtefactError, match=r"choose a path inside it, such as '.*/my data/out'"):
+        refuse_unwritable(target)
+    refuse_unwritable(target / "out")
+
+
+def test_a_disk_that_is_nearly_full_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = shutil.disk_usage(tmp_path)._replace(free=5_000_000)
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: free)
+    refuse_unwritable(tmp_path / "new", 5_000_000)
+    with pytest.raises(ArtefactError, match=r"about 7 MB of free disk space .*, found 5 MB"):
+        refuse_unwritable(tmp_path / "new", 7_000_000)
+
+
+def test_the_folder_of_another_user_is_refused_where_only_owners_may_replace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tmp_path.chmod(0o1777)
+    (tmp_path / "report").mkdir()
+    refuse_unwritable(tmp_path / "report")
+    monkeypatch.setattr(storage.os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
+    with pytest.raises(ArtefactError, match="belongs to another user"):
+        refuse_unwritable(tmp_path / "report")
+    refuse_unwritable(tmp_path / "new")
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o000, 0o775), (0o022, 0o755), (0o077, 0o700)])
+def test_nothing_is_made_that_all_users_may_write(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        forbid_writing_by_all()
+        atomic_write_bytes(tmp_path / "parent/file", b"content")
+        write_folder(tmp_path / "folder", "file")
+    finally:
+        os.umask(before)
+    for name in ("parent", "folder", "parent/file", "folder/file"):
+        expected = mode if (tmp_path / name).is_dir() else mode & 0o666
+        assert (tmp_path / name).stat().st_mode & 0o777 == expected, name

@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ from semantic_anomaly.structures import HeatmapScale
 if TYPE_CHECKING:
     from semantic_anomaly.index.nominal_index import NominalIndex
 
+TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 _log = logging.getLogger(__name__)
 
 
@@ -85,6 +87,8 @@ class Calibration:
         pattern_scores: scores of the same thumbnails with a test pattern, for the self-test.
         stale_edits: edits of the index since calibration; empty: none.
         episodes: nominal scores of episodes; None: no rate of episodes was set.
+        created: UTC time of creation as `TIME_FORMAT`, empty if unknown. It is not part of the
+            digest: equal calibrations have equal digests.
 
     Raises:
         CalibrationError: no drives, two of one name, too few for the confidence, or numbers that
@@ -106,8 +110,11 @@ class Calibration:
     pattern_scores: tuple[float, ...] = ()
     stale_edits: tuple[StaleEdit, ...] = ()
     episodes: Episodes | None = None
+    created: str = ""
 
     def __post_init__(self) -> None:
+        if self.created:
+            _parsed_time(self.created)
         if not math.isfinite(self.heatmap_low):
             raise CalibrationError(
                 f"calibration heatmap_low: expected a finite number, found {self.heatmap_low}"
@@ -179,7 +186,18 @@ class Calibration:
             probe_scores=tuple(map(float, probe_scores)),
             pattern_scores=tuple(map(float, pattern_scores)),
             episodes=episodes,
+            created=datetime.now(timezone.utc).strftime(TIME_FORMAT),
         )
+
+    @property
+    def age_days(self) -> float | None:
+        """Return the days since creation by the clock of this machine, None if unknown.
+
+        Simulated time has no part in it. It is negative if a clock was wrong.
+        """
+        if not self.created:
+            return None
+        return (datetime.now(timezone.utc) - _parsed_time(self.created)) / timedelta(days=1)
 
     @property
     def scores(self) -> np.ndarray:
@@ -398,3 +416,12 @@ class Calibration:
             )
         except CalibrationError as error:
             raise CalibrationError(f"calibration of index '{path.parent}': {error}") from error
+
+
+def _parsed_time(text: str) -> datetime:
+    try:
+        return datetime.strptime(text, TIME_FORMAT).replace(tzinfo=timezone.utc)
+    except ValueError:
+        raise CalibrationError(
+            f"calibration created: expected a time such as 2026-01-31T12:00:00Z, found '{text:.40}'"
+        ) from None

@@ -27,6 +27,7 @@ class DriftCheck:
         level: 90th percentile of the calibration scores.
         largest_share: largest share of the frames of a calibration drive above it.
         is_drift: whether the last three windows had larger shares.
+        is_known: whether there were three windows; before, `is_drift` says nothing.
     """
 
     def __init__(self, scores_by_drive: Sequence[np.ndarray], window: int) -> None:
@@ -37,7 +38,8 @@ class DriftCheck:
 
     def clear(self) -> None:
         """Forget all frames."""
-        self.is_drift = False
+        self.is_drift = self.is_known = False
+        self._windows = 0
         self._frames = self._above = self._unusual_windows = 0
 
     def add(self, score: float) -> bool:
@@ -46,6 +48,8 @@ class DriftCheck:
         self._above += score > self.level
         if self._frames < self._window:
             return False
+        self._windows += 1
+        self.is_known = self._windows >= _WINDOWS
         is_unusual = self._above / self._frames > self.largest_share
         self._unusual_windows = self._unusual_windows + 1 if is_unusual else 0
         self._frames = self._above = 0

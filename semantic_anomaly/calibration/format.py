@@ -2,6 +2,9 @@
 
 calibration.json belongs to the first camera, and holds for all cameras without a file of their own.
 The file of another camera with the same index is calibration.<camera>.json.
+
+The time of creation has a digest of its own, so that equal calibrations keep equal digests. It is
+in the file because copying a file may change its time.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from semantic_anomaly.scoring.normalisation import ScoreNormalisation
 from semantic_anomaly.storage import atomic_write_bytes, canonical_json, sha256_bytes
 
 FILE_NAME = "calibration.json"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _TYPES: dict[str, tuple[type, ...]] = {
     "drives": (list,),
     "target_false_alarm_rate": (float,),
@@ -66,7 +69,7 @@ def write(folder: Path, values: Mapping[str, Any]) -> Path:
     Raises:
         ArtefactError: the file cannot be written.
     """
-    body = _to_body(values)
+    body, created = _to_body(values), values["created"]
     path = Path(folder) / FILE_NAME
     try:
         other_camera = path.exists() and read(path)["camera"] != values["camera"]
@@ -75,12 +78,14 @@ def write(folder: Path, values: Mapping[str, Any]) -> Path:
         other_camera = False
     if other_camera:
         path = path.with_name(f"calibration.{values['camera']}.json")
-    atomic_write_bytes(path, canonical_json({**body, "sha256": _digest(body)}).encode())
+    sha256 = _digest(body)
+    seal = {"created": created, "created_sha256": _created_digest(created, sha256)}
+    atomic_write_bytes(path, canonical_json({**body, **seal, "sha256": sha256}).encode())
     return path
 
 
 def digest(values: Mapping[str, Any]) -> str:
-    """Return the sha256 that the file with these fields carries."""
+    """Return the sha256 that the file with these fields carries, of all but the time."""
     return _digest(_to_body(values))
 
 
@@ -111,7 +116,7 @@ def read(path: Path) -> dict[str, Any]:
 def _to_body(values: Mapping[str, Any]) -> dict[str, Any]:
     episodes = values["episodes"]
     return {
-        **values,
+        **{name: value for name, value in values.items() if name != "created"},
         "format": FORMAT_VERSION,
         **{name: list(values[name]) for name in _SCORE_LISTS},
         "drives": [{**vars(drive), "scores": drive.scores.tolist()} for drive in values["drives"]],
@@ -128,15 +133,18 @@ def _from_body(body: Any) -> dict[str, Any]:
         raise CalibrationError(
             f"expected format {FORMAT_VERSION}, found {short(version)}; calibrate again"
         )
-    expected = {"format", "sha256", *_TYPES}
+    expected = {"format", "sha256", "created", "created_sha256", *_TYPES}
     if set(body) != expected:
         differing = ", ".join(sorted(set(body) ^ expected))
         raise CalibrationError(
             f"expected the keys of format {version}, differing: {differing:.200}"
         )
-    if body.pop("sha256") != _digest(body):
+    created, created_sha256, sha256 = map(body.pop, ("created", "created_sha256", "sha256"))
+    if sha256 != _digest(body) or created_sha256 != _created_digest(created, sha256):
         raise CalibrationError("sha256 does not match: the file was altered or damaged")
     body.pop("format")
+    if type(created) is not str:
+        raise CalibrationError(f"'created' has the type {type(created).__name__}")
     for key, types in _TYPES.items():
         if type(body[key]) not in types:
             raise CalibrationError(f"'{key}' has the type {type(body[key]).__name__}")
@@ -156,6 +164,7 @@ def _from_body(body: Any) -> dict[str, Any]:
     episodes = body["episodes"]
     return {
         **body,
+        "created": created,
         **{name: tuple(body[name]) for name in _SCORE_LISTS},
         "drives": tuple(
             {**drive, "scores": scores_of_list(drive["scores"])} for drive in body["drives"]
@@ -168,6 +177,10 @@ def _from_body(body: Any) -> dict[str, Any]:
 
 def _digest(body: Mapping[str, Any]) -> str:
     return sha256_bytes(canonical_json(body).encode())
+
+
+def _created_digest(created: Any, sha256: Any) -> str:
+    return sha256_bytes(canonical_json([created, sha256]).encode())
 
 
 def _finite(text: str) -> float:

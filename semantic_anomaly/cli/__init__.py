@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from semantic_anomaly import __version__
 from semantic_anomaly.errors import InputError, SemanticAnomalyError
+from semantic_anomaly.storage import forbid_writing_by_all
 
 DONE, FAILED, BAD_INPUT, INCOMPLETE, INTERRUPTED = 0, 1, 2, 3, 130
 _EXIT_CODES = (
@@ -93,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: arguments without the program's name; None: those of this process.
     """
+    forbid_writing_by_all()
     arguments = sys.argv[1:] if argv is None else list(argv)
     try:
         parsed = _parsed(arguments)

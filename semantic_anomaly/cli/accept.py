@@ -48,8 +48,10 @@ def run(args: argparse.Namespace) -> int:
     """Print the verdicts, write them as JUnit XML, and return 0, or 3 if one is not met."""
     from semantic_anomaly.cli import DONE, INCOMPLETE
     from semantic_anomaly.evaluation.acceptance import accept, read_requirements
-    from semantic_anomaly.storage import atomic_write_bytes
+    from semantic_anomaly.storage import atomic_write_bytes, refuse_unwritable
 
+    if args.junit:
+        refuse_unwritable(args.junit)
     requirements = read_requirements(args.requirements)
     acceptance = accept(args.results, requirements, args.against, progress=True)
     if args.junit:

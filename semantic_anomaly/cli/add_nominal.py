@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 from semantic_anomaly.cli.edits import after_rows, numbers
 from semantic_anomaly.cli.options import add_detector_options, settings_of
-from semantic_anomaly.cli.tables import table
+from semantic_anomaly.cli.tables import report_losses, table
 from semantic_anomaly.errors import CalibrationError, InputError, SourceError
 
 if TYPE_CHECKING:
     from semantic_anomaly.index.nominal_index import NominalIndex
+    from semantic_anomaly.io.sources import FrameSource
     from semantic_anomaly.structures import Frame
 
 
@@ -35,14 +36,19 @@ def run(args: argparse.Namespace) -> int:
     from semantic_anomaly.index import edits as index_edits
     from semantic_anomaly.index.nominal_index import NominalIndex
     from semantic_anomaly.offline.edit_index import save_edited
+    from semantic_anomaly.storage import folder_bytes, refuse_unwritable
 
     settings, camera = settings_of(args, args.index)
+    source, first = _opened(args)
     index = NominalIndex.load(args.index)
+    refuse_unwritable(args.index, folder_bytes(args.index))
     given = settings
     settings = resolve_settings(settings, index)
     roi = resolve_roi(settings.camera_settings[camera], index, None)
     index.check_roi(roi)
-    chosen = list(_chosen(args, index))
+    chosen = list(_chosen(args, source, first, index))
+    if not chosen:
+        raise SourceError(f"source '{source.path}': expected frames, found bad ones only")
     embedder = load_embedder(settings, given)
     try:
         index.check_embedder(embedder.stages)
@@ -61,26 +67,42 @@ def run(args: argparse.Namespace) -> int:
         ("dropped, index full", f"{report.dropped}"),
     ]
     print(table([*rows, *after_rows(edited, calibration)]))
-    return 0
+    return report_losses([source])
 
 
-def _chosen(args: argparse.Namespace, index: NominalIndex) -> Iterator[Frame]:
-    from semantic_anomaly.calibration.leakage import refuse_seen
+def _wanted(args: argparse.Namespace) -> set[int] | None:
+    return None if args.frames is None else set(numbers("--frames", args.frames))
+
+
+def _opened(args: argparse.Namespace) -> tuple[FrameSource, int]:
+    """Return the source from the first wanted frame to the last, and the number of the first."""
     from semantic_anomaly.io.open import open_source, split_selection
-    from semantic_anomaly.offline.drives import recorded_recording
+    from semantic_anomaly.io.sources import MAX_BAD_SHARE
 
-    wanted = None if args.frames is None else set(numbers("--frames", args.frames))
+    wanted = _wanted(args)
     path, selection = split_selection(args.source)
     if wanted is not None and selection != slice(None):
         raise InputError("--frames: expected a SOURCE without [START:STOP], found both")
     part = f"{path}[{min(wanted)}:{max(wanted) + 1}]" if wanted else args.source
-    first = min(wanted) if wanted else 0
-    read = set()
     source = open_source(part, topic=args.topic)
-    for number, frame in enumerate(source, start=first):
+    source.max_bad_share = MAX_BAD_SHARE
+    return source, min(wanted) if wanted else 0
+
+
+def _chosen(
+    args: argparse.Namespace, source: FrameSource, first: int, index: NominalIndex
+) -> Iterator[Frame]:
+    from semantic_anomaly.calibration.leakage import refuse_seen
+    from semantic_anomaly.io.sources import BadFrame
+    from semantic_anomaly.offline.drives import recorded_recording
+
+    wanted, read = _wanted(args), set()
+    for number, frame in enumerate(source.read(), start=first):
         if wanted is not None and number not in wanted:
             continue
         read.add(number)
+        if isinstance(frame, BadFrame):
+            continue
         try:
             refuse_seen(index, frame)
         except CalibrationError:
@@ -89,4 +111,4 @@ def _chosen(args: argparse.Namespace, index: NominalIndex) -> Iterator[Frame]:
         recording = recorded_recording(index.content.sources, source, drive)
         yield replace(frame, recording=recording or "")
     if missing := sorted((wanted or set()) - read):
-        raise SourceError(f"source '{path}': frame {missing[0]}: there is no such frame")
+        raise SourceError(f"source '{source.path}': frame {missing[0]}: there is no such frame")

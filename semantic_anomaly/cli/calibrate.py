@@ -72,9 +72,11 @@ def run(args: argparse.Namespace) -> int:
     """Calibrate an index, write the calibration to its folder and print a summary."""
     if args.check:
         return _check(args)
+    from semantic_anomaly.calibration.format import FILE_NAME
     from semantic_anomaly.index.nominal_index import NominalIndex
     from semantic_anomaly.offline.calibrate import calibrate
     from semantic_anomaly.offline.drives import open_drives
+    from semantic_anomaly.storage import refuse_unwritable
 
     settings, camera = settings_of(
         args,
@@ -86,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
     )
     # Opened here, so that their losses can be reported.
     sources = list(open_drives(args.sources, args.topic).values()) if args.sources else []
+    refuse_unwritable(args.index / FILE_NAME)
     index = NominalIndex.load(args.index)
     calibration = calibrate(
         index,

@@ -22,8 +22,10 @@ def run(args: argparse.Namespace) -> int:
     """Run the demo and print its table."""
     from semantic_anomaly.demo.demo import DemoPlan, run_demo
     from semantic_anomaly.errors import UnknownNameError
+    from semantic_anomaly.storage import refuse_unwritable
     from semantic_anomaly.synthetic import KINDS
 
+    refuse_unwritable(args.out / "index")
     plan: dict[str, Any] = {"seed": args.seed}
     if args.quick:
         plan |= {"nominal_drives": 8, "frames": 100, "kinds": KINDS[:1]}

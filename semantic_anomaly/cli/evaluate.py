@@ -13,7 +13,7 @@ from semantic_anomaly.cli.options import (
     count,
     settings_of,
 )
-from semantic_anomaly.cli.tables import table
+from semantic_anomaly.cli.tables import report_losses, table
 from semantic_anomaly.errors import InputError
 from semantic_anomaly.evaluation.measures import HEADER, figure, measure_rows
 
@@ -101,14 +101,18 @@ def run(args: argparse.Namespace) -> int:
     )
     print(_summary(evaluation.results))
     print(f"wrote {args.out}")
-    return 0
+    return report_losses([dataset])
 
 
 def _summary(results: dict[str, Any]) -> str:
-    ignored = f", {results['frames_ignored']} ignored" if results["frames_ignored"] else ""
+    apart = "".join(
+        f", {results[f'frames_{name}']} {name}"
+        for name in ("ignored", "unknown")
+        if results[f"frames_{name}"]
+    )
     lines = [
         f"{results['dataset']}, protocol {results['protocol']}: {results['frames_counted']} "
-        f"frames, {results['frames_anomalous']} anomalous{ignored}",
+        f"frames, {results['frames_anomalous']} anomalous{apart}",
         "",
         table(measure_rows(results), HEADER),
     ]

@@ -49,9 +49,13 @@ def run(args: argparse.Namespace) -> int:
     from semantic_anomaly.detection import explain as explanation
     from semantic_anomaly.detection.detector import load_detector
     from semantic_anomaly.index import edits as index_edits
-    from semantic_anomaly.io.images import write_image
+    from semantic_anomaly.io.images import refuse_other_suffix, write_image
     from semantic_anomaly.scoring.distances import FrameScorer
+    from semantic_anomaly.storage import refuse_unwritable
 
+    if args.out is not None:
+        refuse_other_suffix(args.out)
+        refuse_unwritable(args.out)
     settings, camera = settings_of(args, args.index)
     image = _image(args)
     detector = load_detector(settings, camera)

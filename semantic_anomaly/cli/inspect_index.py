@@ -107,6 +107,7 @@ def _stage_rows(index: NominalIndex) -> list[tuple[str, str]]:
 def _calibration_rows(calibration: Calibration) -> list[tuple[str, str]]:
     return [
         ("calibration of camera", calibration.camera),
+        ("created", calibration.created or "unknown"),
         ("threshold", f"{calibration.threshold:.4f}"),
         ("target rate", f"{calibration.target_false_alarm_rate:g}"),
         ("nominal frames", f"{calibration.count}"),

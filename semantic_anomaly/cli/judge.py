@@ -8,7 +8,7 @@ from typing import Any
 
 from semantic_anomaly.cli import DONE, INCOMPLETE
 from semantic_anomaly.cli.options import add_layout_option, count, positive
-from semantic_anomaly.cli.tables import listed, table
+from semantic_anomaly.cli.tables import listed, report_losses, table
 from semantic_anomaly.errors import InputError
 from semantic_anomaly.evaluation.measures import figure
 
@@ -53,10 +53,13 @@ def run(args: argparse.Namespace) -> int:
     from semantic_anomaly.evaluation.checkpoint import refuse_other_content
     from semantic_anomaly.evaluation.judge import PROMPT, RESULTS, WRITTEN, Judge, judge_dataset
     from semantic_anomaly.evaluation.layouts import open_dataset
+    from semantic_anomaly.storage import refuse_unwritable
 
     extras.require("openai", extra="vlm")
     extras.require("sklearn.metrics", "scipy.stats")
     refuse_other_content(args.out, RESULTS, WRITTEN)
+    answers = args.answers or args.out.with_name(f"{args.out.name}.answers")
+    refuse_unwritable(answers / "answer.json")
     prompt = PROMPT
     if args.prompt is not None:
         try:
@@ -66,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     judge = Judge(
         base_url=args.base_url,
         model=args.model,
-        answers=args.answers or args.out.with_name(f"{args.out.name}.answers"),
+        answers=answers,
         parallel=args.parallel,
         retries=args.retries,
         timeout_s=args.timeout_s,
@@ -81,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     unknown = [row["name"] for row in results["frames"] if row["decision"] == "unknown"]
     if unknown:
         print(f"warning: no verdict for {listed(unknown)}")
-    return INCOMPLETE if unknown else DONE
+    return INCOMPLETE if report_losses([dataset]) or unknown else DONE
 
 
 def _price(text: str) -> tuple[float, float]:

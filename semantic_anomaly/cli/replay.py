@@ -57,13 +57,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _text(summary: dict[str, Any]) -> str:
     counts = ", ".join(f"{count} {name}" for name, count in summary["decisions"].items() if count)
-    total = summary["latency_ms"]["total"]
+    total = summary["latency_ms"].get("total")
+    low, high = summary["score_min"], summary["score_max"]
     threshold = summary["threshold"]
     rows = [
         ("frames", f"{summary['frames']}: {counts}"),
         ("threshold", "none, uncalibrated" if threshold is None else f"{threshold:.4f}"),
-        ("scores", f"{summary['score_min']:.4f} to {summary['score_max']:.4f}"),
-        ("ms a frame", f"p50 {total['p50']:.1f}, p95 {total['p95']:.1f}, p99 {total['p99']:.1f}"),
+        ("scores", "none" if low is None else f"{low:.4f} to {high:.4f}"),
+        ("ms a frame", ", ".join(f"{q} {ms:.1f}" for q, ms in (total or {}).items()) or "none"),
         ("alarms", f"{len(summary['alarms'])}"),
     ]
     if summary["frames_blind"]:

@@ -35,12 +35,14 @@ def run(args: argparse.Namespace) -> int:
     from semantic_anomaly.index import edits as index_edits
     from semantic_anomaly.index.nominal_index import NominalIndex
     from semantic_anomaly.offline.edit_index import save_edited
+    from semantic_anomaly.storage import folder_bytes, refuse_unwritable
 
     if (args.near is None) != (args.within is None):
         raise InputError("--near and --within: expected both or neither")
     if args.entries is None and args.frame is None and args.near is None:
         raise InputError("retract: expected --entries, --frame or --near, found none of them")
     index = NominalIndex.load(args.index)
+    refuse_unwritable(args.index, folder_bytes(args.index))
     named: dict[int, list[int]] = {}
 
     def add(entries: Mapping[int, Sequence[int]]) -> None:

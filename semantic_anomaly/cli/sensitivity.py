@@ -110,8 +110,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, write the report and print its tables."""
+    from semantic_anomaly.cli import DONE, INCOMPLETE
     from semantic_anomaly.evaluation.composites import CompositePlan
     from semantic_anomaly.evaluation.sensitivity import sensitivity
+    from semantic_anomaly.io.open import open_source
 
     settings, camera = settings_of(args, args.index)
     chosen = {} if args.kinds is None else {"kinds": args.kinds}
@@ -128,9 +130,11 @@ def run(args: argparse.Namespace) -> int:
         camera_height_m=settings.for_camera(camera).camera_settings[camera].camera_height_m,
         seed=args.seed,
     )
+    # Opened here, so that its losses can be reported.
+    source = open_source(args.drive, topic=args.topic)
     found = sensitivity(
         args.index,
-        args.drive,
+        source,
         plan,
         compare=args.compare,
         cutouts=args.cutouts,
@@ -138,13 +142,13 @@ def run(args: argparse.Namespace) -> int:
         settings=settings,
         camera=camera,
         out=args.out,
-        topic=args.topic,
         allow_seen=args.allow_seen,
         progress=True,
     )
     print(_summary(found.results))
     print(f"wrote {args.out}")
-    return 0
+    lost = found["bad_frames"] or found["frames_missing"] != 0
+    return INCOMPLETE if lost else DONE
 
 
 def _summary(results: dict[str, Any]) -> str:

@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         InputError: an argument that cannot be used, or an output that exists.
     """
+    from semantic_anomaly.storage import refuse_unwritable
     from semantic_anomaly.synthetic import StreetDrive
     from semantic_anomaly.synthetic.export import write_bag, write_folder
 
@@ -76,20 +77,26 @@ def run(args: argparse.Namespace) -> int:
     # Every drive is checked before the first is rendered.
     for _ in drives():
         pass
+    # PNG images take about a byte a pixel, raw ones three; depth takes two or four.
+    pixel_bytes = (3 if bags and not args.compressed else 1) + (4 if bags else 2) * args.depth
+    frames = len(range(0, args.frames, args.stride))
+    drive_bytes = frames * args.size[0] * args.size[1] * pixel_bytes
     if not bags:
+        refuse_unwritable(args.out, args.drives * drive_bytes)
         images = write_folder(
             drives(),
             args.out,
             instances=args.instances,
             depth=args.depth,
             stride=args.stride,
-            total=args.drives * len(range(0, args.frames, args.stride)),
+            total=args.drives * frames,
         )
         print(f"{images} images of {args.drives} drives in {args.out}")
         return 0
     paths = [args.out / f"drive_{seed}" for seed in seeds]
     if existing := [str(path) for path in paths if path.exists()]:
         raise InputError(f"expected new bags, found already there: {', '.join(existing)}")
+    refuse_unwritable(paths[0], args.drives * drive_bytes)
     for drive, path in zip(drives(), paths, strict=True):
         images = write_bag(
             drive, path, storage=args.format, compressed=args.compressed, depth=args.depth

@@ -7,7 +7,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from semantic_anomaly.storage import folder_bytes
+
 if TYPE_CHECKING:
+    from semantic_anomaly.evaluation.datasets import Dataset
     from semantic_anomaly.io.sources import FrameSource
 
 _LISTED = 10
@@ -40,7 +43,7 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
 
 def folder_size(folder: Path) -> str:
     """Return the size of the files of a folder in MB or kB."""
-    count = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    count = folder_bytes(folder)
     return f"{count / 1e6:.1f} MB" if count >= 1_000_000 else f"{count / 1e3:.1f} kB"
 
 
@@ -50,8 +53,8 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_LISTED]) + more
 
 
-def report_losses(sources: Iterable[FrameSource]) -> int:
-    """Print what sources left out; return the exit code: 3 if there was something, else 0."""
+def report_losses(sources: Iterable[FrameSource | Dataset]) -> int:
+    """Print what sources or datasets left out; return the exit code, 3 if something, else 0."""
     losses = [source.losses for source in sources if source.losses]
     for loss in losses:
         print(f"warning: left out: {loss}")

@@ -23,8 +23,10 @@ def run(args: argparse.Namespace) -> int:
     from semantic_anomaly.index import edits as index_edits
     from semantic_anomaly.index.nominal_index import NominalIndex
     from semantic_anomaly.offline.edit_index import save_edited
+    from semantic_anomaly.storage import folder_bytes, refuse_unwritable
 
     index = NominalIndex.load(args.index)
+    refuse_unwritable(args.index, folder_bytes(args.index))
     undone, edit = index_edits.undo(index, args.number)
     calibration = save_edited(args.index, index, undone)
     print(table([("undone", f"{edit.number}: {edit.what}"), *after_rows(undone, calibration)]))

@@ -517,6 +517,19 @@ class AnomalyDetector:
         """Return whether the frames seen last score unlike those of the calibration."""
         return self._drift is not None and self._drift.is_drift
 
+    @property
+    def is_drift_known(self) -> bool:
+        """Return whether there were enough frames since the start to tell."""
+        return self._drift is not None and self._drift.is_known
+
+    def continue_drift(self, before: AnomalyDetector) -> None:
+        """Go on with the drift check of a detector of the same calibration and window."""
+        one, other = self.calibration, before.calibration
+        if one is None or other is None or one.sha256 != other.sha256:
+            return
+        if self._live.settings.drift_window == before.settings.drift_window:
+            self._drift = before._drift
+
     def _note_drift(self, score: float) -> None:
         if self._drift is not None and self._drift.add(score):
             _log.warning("camera '%s': %s", self.camera, DRIFT)

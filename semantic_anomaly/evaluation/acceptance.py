@@ -479,6 +479,9 @@ def _of_evaluation(content: Mapping[str, Any]) -> list[Outcome]:
         )
     outcomes, threshold = [], content["threshold"]
     for row in content["frames"]:
+        # Unknown: as in the measures of the evaluation; its warning is shown.
+        if row["score"] is None:
+            continue
         score, alarm = _number(row["score"]), row["decision"] == Decision.ANOMALY.value
         values = {
             "score": score,
@@ -540,6 +543,8 @@ def _of_replay(content: Mapping[str, Any], file: Path) -> list[Outcome]:
         now_s = (int(row["stamp_ns"]) - begin_ns) / 1e9
         kinds = [kind for start_s, end_s, kind, _ in events if start_s <= now_s <= end_s]
         if not kinds and any(0 < now_s - end_s <= TAIL_S for _, end_s, _, _ in events):
+            continue
+        if not row["score"]:
             continue
         score = _number(float(row["score"]))
         outcomes.append(

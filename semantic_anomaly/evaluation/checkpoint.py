@@ -10,17 +10,27 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from semantic_anomaly.errors import ArtefactError, InputError, SemanticAnomalyError
-from semantic_anomaly.storage import atomic_folder, canonical_json, publish_folder, sha256_bytes
-from semantic_anomaly.structures import AnomalyResult, Frame
+from semantic_anomaly.storage import (
+    atomic_folder,
+    canonical_json,
+    publish_folder,
+    refuse_unwritable,
+    sha256_bytes,
+)
+from semantic_anomaly.structures import AnomalyResult, Decision, Frame
 
 if TYPE_CHECKING:
     from semantic_anomaly.detection.detector import AnomalyDetector
+    from semantic_anomaly.io.sources import BadFrame, FrameSource
 
 FILE = "checkpoint.jsonl"
+# Estimates of what a report takes: figures and page, a row of a frame, a pixel of a picture.
+_REPORT_BYTES, _ROW_BYTES, _PICTURE_PIXEL_BYTES = 10_000_000, 2_000, 1
 
 _log = logging.getLogger(__name__)
 
@@ -172,7 +182,7 @@ def report_folder(out: Path, summary: str, written: frozenset[str]) -> AbstractC
 
 
 def refuse_other_content(out: Path, summary: str, written: frozenset[str]) -> None:
-    """Refuse to replace a folder that holds anything but an earlier report.
+    """Refuse a folder that holds anything but an earlier report, or that cannot be written.
 
     Args:
         out: folder of the new report.
@@ -181,6 +191,7 @@ def refuse_other_content(out: Path, summary: str, written: frozenset[str]) -> No
 
     Raises:
         InputError: `out` is a file, or holds something else.
+        ArtefactError: it cannot be created or replaced, or the disk is nearly full.
     """
     out = out.expanduser()
     if out.exists() and not out.is_dir():
@@ -192,14 +203,39 @@ def refuse_other_content(out: Path, summary: str, written: frozenset[str]) -> No
             f"--out '{out}': expected nothing there, an empty folder or an earlier report (with "
             f"{summary} and nothing else), found {', '.join((foreign or names)[:5])}"
         )
+    refuse_unwritable(out, _REPORT_BYTES)
+
+
+def refuse_full_disk(
+    folder: Path, image_hw: tuple[int, int], frames: int, every: int, maps: bool = False
+) -> None:
+    """Refuse to go on if the disk has too little free space for the rest of a report.
+
+    Args:
+        folder: in which it is made.
+        image_hw: size of the frames.
+        frames: that are left.
+        every: every n-th frame gets two pictures; 0: none.
+        maps: whether every frame gets an anomaly map, (height, width) float32.
+
+    Raises:
+        ArtefactError: the disk has less free space than the estimate.
+    """
+    pixels = image_hw[0] * image_hw[1]
+    pictures = 2 * frames // every if every else 0
+    needed_bytes = _REPORT_BYTES + frames * _ROW_BYTES + pictures * pixels * _PICTURE_PIXEL_BYTES
+    refuse_unwritable(folder, needed_bytes + 4 * pixels * frames * maps)
 
 
 def result_row(frame: Frame, result: AnomalyResult) -> dict[str, Any]:
-    """Return the fields of a row that a frame's result gives; `restore_tracks` reads them."""
+    """Return the fields of a row that a frame's result gives; `restore_tracks` reads them.
+
+    A blind frame has no score, as in the node: no measure may take it for a nominal one.
+    """
     return {
         "stamp_ns": frame.stamp_ns,
-        "score": result.score,
-        "p_value": result.p_value,
+        "score": None if result.blind else result.score,
+        "p_value": None if result.blind else result.p_value,
         "boxes": [list(component.box_xyxy) for component in result.localizations],
         "decision": result.decision.value,
         "coarse": result.coarse,
@@ -209,16 +245,63 @@ def result_row(frame: Frame, result: AnomalyResult) -> dict[str, Any]:
     }
 
 
+def score_text(result: AnomalyResult) -> str:
+    """Return the score of a result for captions, or why the camera is blind."""
+    return result.reason if result.blind else f"score {result.score:.3f}"
+
+
+def bad_row(bad: BadFrame) -> dict[str, Any]:
+    """Return the fields of a row of a frame that cannot be decoded."""
+    return {
+        "stamp_ns": bad.stamp_ns,
+        "score": None,
+        "p_value": None,
+        "boxes": [],
+        "decision": Decision.UNKNOWN.value,
+        "coarse": False,
+        "drift": False,
+        "blind": False,
+        "reason": bad.reason,
+        "ms": {},
+        "sha256": sha256_bytes(bad.reason.encode()),
+    }
+
+
+def losses_of(sources: Iterable[FrameSource], rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return which frames could not be assessed, for results.json or summary.json.
+
+    Args:
+        sources: that were read.
+        rows: of all their frames.
+    """
+    sources = list(sources)
+    missing = [source.shortfall for source in sources]
+    return {
+        "bad_frames": [asdict(bad) for source in sources for bad in source.bad_frames],
+        "frames_blind": sum(row["blind"] for row in rows),
+        # None: some, but not known how many.
+        "frames_missing": None if None in missing else sum(filter(None, missing)),
+    }
+
+
 def restore_tracks(
     detector: AnomalyDetector, frame: Frame, rows: Iterable[Mapping[str, Any]]
 ) -> None:
-    """Warm a detector up with its next frame, and restore its tracks from earlier rows."""
+    """Warm a detector up with its next frame, and restore its tracks from earlier rows.
+
+    Rows are of one drive after the other, and name it under `sequence`; tracks end with a drive.
+    """
     detector.reset()
     # The first call allocates and compiles; its time would be an outlier.
     detector.detect(frame)
     detector.reset(drift=True)
+    before: str | None = None
     for row in rows:
-        detector.recall(row["stamp_ns"], row["boxes"], None if row["blind"] else row["score"])
+        if row["sequence"] != before:
+            detector.reset()
+        before = row["sequence"]
+        if row["score"] is not None:
+            detector.recall(row["stamp_ns"], row["boxes"], row["score"])
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -19,7 +19,14 @@ from semantic_anomaly.errors import ImageError, InputError
 from semantic_anomaly.evaluation import extras
 from semantic_anomaly.io.images import inspect_image
 from semantic_anomaly.io.open import split_selection
-from semantic_anomaly.io.sources import IMAGE_SUFFIXES, ImageFiles, folder_images
+from semantic_anomaly.io.sources import (
+    IMAGE_SUFFIXES,
+    MAX_BAD_SHARE,
+    BadFrame,
+    FrameSource,
+    ImageFiles,
+    folder_images,
+)
 from semantic_anomaly.structures import Frame
 
 NORMAL, ANOMALY, IGNORE = 0, 1, 255
@@ -73,23 +80,32 @@ class Dataset(ABC):
         path: folder or bag.
         name: name of the folder or bag.
         truths: one per image, in the order of iteration.
+        sources: the images, and images of labels if they are read like those. Some frames may be
+            bad, see `FrameSource.max_bad_share`.
     """
 
     path: Path
     name: str
     truths: list[FrameTruth]
+    sources: tuple[FrameSource, ...]
 
     def __len__(self) -> int:
         return len(self.truths)
 
     def __iter__(self) -> Iterator[tuple[Frame, FrameTruth, np.ndarray]]:
-        """Yield frame, truth and labels, (height, width) uint8.
+        """Yield frame, truth and labels, (height, width) uint8, without the bad frames.
 
         Raises:
-            InputError: an image cannot be read, or as `labels`.
+            InputError: too many images cannot be read, or as `labels`.
         """
-        for frame, truth in self._frames():
-            yield frame, truth, self.labels(truth, frame.image_hw)
+        for frame, truth in self.read():
+            if isinstance(frame, Frame):
+                yield frame, truth, self.labels(truth, frame.image_hw)
+
+    @property
+    def losses(self) -> str:
+        """Return what the last iteration left out, empty if nothing."""
+        return "; ".join(source.losses for source in self.sources if source.losses)
 
     def labels(self, truth: FrameTruth, image_hw: tuple[int, int]) -> np.ndarray:
         """Return the labels of a frame, (height, width) uint8 of 0 normal, 1 anomaly, 255 ignore.
@@ -108,8 +124,12 @@ class Dataset(ABC):
         return labels
 
     @abstractmethod
-    def _frames(self) -> Iterable[tuple[Frame, FrameTruth]]:
-        """Yield every frame with its truth."""
+    def read(self) -> Iterator[tuple[Frame | BadFrame, FrameTruth]]:
+        """Yield every frame, the bad ones too, with its truth.
+
+        Raises:
+            InputError: too many images cannot be read.
+        """
 
     @abstractmethod
     def _labels(self, truth: FrameTruth, image_hw: tuple[int, int]) -> np.ndarray:
@@ -139,9 +159,11 @@ class LabelledFolder(Dataset):
         if not (root / "images").is_dir():
             found = "no such folder" if not root.is_dir() else "none there"
             raise InputError(f"dataset '{root}': expected a folder 'images' in it, found {found}")
-        self._source = ImageFiles(folder_images(root), selection)
-        self.name = self._source.name
-        files = self._source.files
+        source = ImageFiles(folder_images(root), selection)
+        source.max_bad_share = MAX_BAD_SHARE
+        self.sources = (source,)
+        self.name = source.name
+        files = source.files
         masks = _find_masks(root, {file.stem for file in files})
         labels = _read_labels(root / "labels.json", {file.name for file in files})
         if not files[selection]:
@@ -156,8 +178,9 @@ class LabelledFolder(Dataset):
             read_mask,
         )
 
-    def _frames(self) -> Iterable[tuple[Frame, FrameTruth]]:
-        return zip(self._source, self.truths, strict=True)
+    def read(self) -> Iterator[tuple[Frame | BadFrame, FrameTruth]]:
+        """Yield every frame, the bad ones too, with its truth."""
+        yield from zip(self.sources[0].read(), self.truths, strict=True)
 
     def _labels(self, truth: FrameTruth, image_hw: tuple[int, int]) -> np.ndarray:
         return np.zeros(image_hw, np.uint8) if truth.mask is None else read_mask(truth.mask)

@@ -16,10 +16,14 @@ from semantic_anomaly.errors import CalibrationError, InputError
 from semantic_anomaly.evaluation import extras, figures, provenance, report
 from semantic_anomaly.evaluation.checkpoint import (
     Checkpoint,
+    bad_row,
+    losses_of,
+    refuse_full_disk,
     refuse_other_content,
     restore_tracks,
     result_row,
     resumable_report,
+    score_text,
     temporary_checkpoint,
     write_json,
 )
@@ -29,6 +33,7 @@ from semantic_anomaly.evaluation.layouts import Dataset, open_dataset
 from semantic_anomaly.evaluation.metrics import (
     SCORE_RESOLUTION,
     PixelGroups,
+    assessed,
     component_measures,
     dataset_measures,
     frame_rates,
@@ -38,6 +43,7 @@ from semantic_anomaly.evaluation.metrics import (
 )
 from semantic_anomaly.evaluation.protocols import Reference, SelfNominal
 from semantic_anomaly.index.nominal_index import NominalIndex
+from semantic_anomaly.io.sources import BadFrame
 from semantic_anomaly.offline.drives import settings_of
 from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.settings import Settings
@@ -98,6 +104,9 @@ def evaluate(
     the region of interest that the masks do not ignore. Component measures are given at the
     benchmark's oracle threshold and at the calibrated one.
 
+    Frames that cannot be decoded, up to `MAX_BAD_SHARE`, and those of a blind camera are unknown:
+    they are named or counted, and take no part in the measures. Tracks end with a drive.
+
     With `out`, an interrupted run is resumed by the same call.
 
     Args:
@@ -117,7 +126,7 @@ def evaluate(
         **overrides: values of single settings, for an index or index folder.
 
     Raises:
-        InputError: an image or mask cannot be used, or `out` holds something else.
+        InputError: a mask or too many images cannot be used, or `out` holds something else.
         CalibrationError: the index was built from one of the frames.
         MissingPackageError: a package of the extra [report] is not installed.
     """
@@ -165,15 +174,16 @@ def evaluate(
         maps = checkpoint.scratch(MAPS, keep=save_maps)
         _score_frames(dataset, detector, protocol, album, checkpoint, maps, allow_seen, progress)
         pixels = PixelGroups()
-        for truth, scores, labels in _maps(maps, dataset, detector.roi):
+        rows = checkpoint.rows
+        for truth, scores, labels in _maps(maps, dataset, rows, detector.roi):
             pixels.add(truth, scores, labels)
         thresholds = {"oracle": pixels.all().oracle_threshold(), "calibrated": detector.threshold}
-        pairs = ((scores, labels) for _, scores, labels in _maps(maps, dataset, detector.roi))
+        pairs = (maps_of[1:] for maps_of in _maps(maps, dataset, rows, detector.roi))
         components = component_measures(pairs, limits, thresholds)
-        rows = checkpoint.rows
         results = {
             **described,
             **_results(dataset, detector, rows, pixels),
+            **losses_of(dataset.sources, rows),
             **components,
             "data_sha256": provenance.rows_digest(rows),
             "frames": rows,
@@ -201,20 +211,36 @@ def _score_frames(
     if album is not None:
         for number, (row, truth) in enumerate(zip(checkpoint.rows, dataset.truths, strict=False)):
             album.rank(number, truth.stem, _ranks(row))
+    is_checked = False
     groups = [protocol.group_of(truth) if protocol else 0 for truth in dataset.truths]
-    bar = tqdm(dataset, "evaluate", len(dataset), unit="frame", disable=None if progress else True)
-    for number, (frame, truth, mask) in enumerate(bar):
+    disable = None if progress else True
+    bar = tqdm(dataset.read(), "evaluate", len(dataset), unit="frame", disable=disable)
+    group: int | None = None
+    for number, (frame, truth) in enumerate(bar):
         if number < done:
             continue
-        if number == done or groups[number] != groups[number - 1]:
+        if isinstance(frame, BadFrame):
+            unknown = {"localized": None, "anomaly_px": None, "seen": False}
+            checkpoint.record({**truth_row(truth), **bad_row(frame), **unknown})
+            continue
+        mask = dataset.labels(truth, frame.image_hw)
+        if not is_checked:
+            is_checked = True
+            left, every = len(dataset) - number, album.every if album is not None else 0
+            refuse_full_disk(maps, frame.image_hw, left, every, maps=True)
+        if groups[number] != group:
+            group = groups[number]
             if protocol is not None:
                 detector = protocol.detector_of(truth)
             rows = zip(checkpoint.rows, groups, strict=False)
-            restore_tracks(detector, frame, (row for row, g in rows if g == groups[number]))
+            restore_tracks(detector, frame, (row for row, of_row in rows if of_row == group))
+        if checkpoint.rows and checkpoint.rows[-1]["sequence"] != truth.sequence:
+            detector.reset()
         # Protocols exclude the frames that they score from their indexes.
         seen = protocol is None and _seen(detector, frame, allow_seen)
         result = detector.detect(frame)
-        np.save(maps / f"{truth.stem}.npy", result.heatmap, allow_pickle=False)
+        if not result.blind:
+            np.save(maps / f"{truth.stem}.npy", result.heatmap, allow_pickle=False)
         detected = truth.anomaly and truth.has_pixels and result.decision is Decision.ANOMALY
         row = {
             **truth_row(truth),
@@ -251,11 +277,14 @@ def _seen(detector: AnomalyDetector, frame: Frame, allow_seen: bool) -> bool:
 
 
 def _maps(
-    maps: Path, dataset: Dataset, roi: RegionOfInterest
+    maps: Path, dataset: Dataset, rows: Sequence[Mapping[str, Any]], roi: RegionOfInterest
 ) -> Iterator[tuple[FrameTruth, np.ndarray, np.ndarray]]:
-    """Yield truth, anomaly map and labels of frames with pixel labels; 255 outside the ROI."""
-    for truth in dataset.truths:
-        if truth.has_pixels:
+    """Yield truth, anomaly map and labels of frames with score and pixel labels.
+
+    Labels are 255 outside the ROI.
+    """
+    for truth, row in zip(dataset.truths, rows, strict=True):
+        if truth.has_pixels and row["score"] is not None:
             scores = np.load(maps / f"{truth.stem}.npy", allow_pickle=False)  # (height, width)
             labels = dataset.labels(truth, scores.shape)
             yield truth, scores, np.where(roi.pixel_mask(scores.shape), labels, np.uint8(IGNORE))
@@ -264,7 +293,7 @@ def _maps(
 def _results(
     dataset: Dataset, detector: AnomalyDetector, rows: list[dict[str, Any]], pixels: PixelGroups
 ) -> dict[str, Any]:
-    counted = [row for row in rows if not row["ignored"]]
+    counted = assessed(rows)
     anomalous = np.array([row["anomaly"] for row in counted], bool)
     alarms = np.array([float(row["decision"] == Decision.ANOMALY.value) for row in counted])
     alarm_threshold = None if detector.threshold is None else 0.5
@@ -285,6 +314,13 @@ def _results(
             f"data leakage: the index was built from {seen} of the {len(rows)} frames; their "
             "scores say nothing about new frames",
         )
+    unknown = [row for row in rows if not row["ignored"] and row["score"] is None]
+    if unknown:
+        warnings.append(
+            f"{len(unknown)} of the {len(rows)} frames are unknown, bad or of a blind camera, "
+            f"{sum(row['anomaly'] for row in unknown)} of them anomalous: they take no part in the "
+            "measures"
+        )
     return {
         "dataset": dataset.name,
         **measures,
@@ -303,7 +339,8 @@ def _results(
         if calibration
         else None,
         "false_alarms_by_drive": _false_alarms_by_drive(counted, detector.threshold),
-        "frames_ignored": len(rows) - len(counted),
+        "frames_ignored": sum(row["ignored"] for row in rows),
+        "frames_unknown": len(unknown),
         "frames_seen": seen,
         "warnings": warnings,
         "latency_ms": latencies(row["ms"] for row in rows),
@@ -338,7 +375,7 @@ def _sheet_frames(truths: list[FrameTruth]) -> list[int]:
 
 
 def _ranks(row: Mapping[str, Any]) -> list[tuple[str, float]]:
-    if row["ignored"]:
+    if row["ignored"] or row["score"] is None:
         return []
     if row["anomaly"]:
         return [("lowest_anomaly", -row["score"]), ("highest_anomaly", row["score"])]
@@ -355,4 +392,4 @@ def _caption(truth: FrameTruth, result: AnomalyResult, localized: bool | None) -
     else:
         label = "nominal"
         verdict = "FALSE ALARM" if result.decision is Decision.ANOMALY else ""
-    return f"{truth.file}   truth: {label}   score {result.score:.3f}   {verdict}".rstrip()
+    return f"{truth.file}   truth: {label}   {score_text(result)}   {verdict}".rstrip()

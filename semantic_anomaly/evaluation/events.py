@@ -51,9 +51,10 @@ class DriveMetrics:
         delays_s: seconds from the start of every event to its first frame in alarm, None where
             the event was missed; in the order of the events.
         false_alarms: runs of alarm in nominal time, separated by at least `QUIET_S`.
-        nominal_s: seconds of nominal time.
+        nominal_s: seconds of nominal time, without that of unknown frames.
         false_per_hour: false alarms per hour of nominal time.
-        false_share: share of the nominal frames in alarm; it shows an alarm that never ends.
+        false_share: share of the nominal frames in alarm, without unknown ones; it shows an alarm
+            that never ends.
     """
 
     delays_s: tuple[float | None, ...]
@@ -97,7 +98,10 @@ def _event(path: Path | str, number: int, entry: Any) -> Event:
 
 
 def drive_metrics(
-    stamps_ns: Sequence[int], alarms: Sequence[bool], events: Sequence[Event]
+    stamps_ns: Sequence[int],
+    alarms: Sequence[bool],
+    events: Sequence[Event],
+    unknown: Sequence[bool] | None = None,
 ) -> DriveMetrics:
     """Return the measures of the alarms of one drive.
 
@@ -108,12 +112,15 @@ def drive_metrics(
         stamps_ns: (n,) nanoseconds; late and equal ones are put in order.
         alarms: (n,) bool.
         events: may overlap.
+        unknown: (n,) bool, frames that were not assessed: they find no event, and their time is not
+            nominal time without an alarm; None: all were.
 
     Raises:
         InputError: no frames, a jump back in the stamps, or an event without a frame in it.
     """
     stamps = np.asarray(stamps_ns, np.int64)
     alarm = np.asarray(alarms, bool)
+    skipped = np.zeros(len(stamps), bool) if unknown is None else np.asarray(unknown, bool)
     if not len(stamps) or len(stamps) != len(alarm):
         raise InputError(
             f"drive: expected stamps with an alarm each, found {len(stamps)} stamps and "
@@ -121,7 +128,7 @@ def drive_metrics(
         )
     refuse_jump(stamps)
     order = order_of(stamps)
-    stamps, alarm = stamps[order], alarm[order]
+    stamps, alarm, skipped = stamps[order], alarm[order], skipped[order]
     time_s = (stamps - stamps[0]) / _SECOND_NS
     inside = np.zeros(len(stamps), bool)
     delays = []
@@ -136,8 +143,9 @@ def drive_metrics(
         first = np.flatnonzero(within & alarm)
         delays.append(float(time_s[first[0]] - event.start_s) if len(first) else None)
     false_alarms, false_frames = _false_alarms(time_s, alarm, inside)
-    nominal_s = float(np.diff(time_s)[~(inside[:-1] | inside[1:])].sum())
-    nominal = int((~inside).sum())
+    counted = ~(inside | skipped)
+    nominal_s = float(np.diff(time_s)[counted[:-1] & counted[1:]].sum())
+    nominal = int(counted.sum())
     return DriveMetrics(
         tuple(delays),
         false_alarms,
@@ -145,6 +153,17 @@ def drive_metrics(
         false_alarms * 3600 / nominal_s if nominal_s else None,
         false_frames / nominal if nominal else None,
     )
+
+
+def refuse_outside(events: Sequence[Event], stamps_ns: Sequence[int] | None) -> None:
+    """Raise InputError for events that do not fit a drive, before it is assessed.
+
+    Args:
+        events: of the drive.
+        stamps_ns: (n,) of its frames; None: not known yet, nothing is checked.
+    """
+    if stamps_ns:
+        drive_metrics(stamps_ns, [False] * len(stamps_ns), events)
 
 
 def refuse_jump(stamps_ns: Sequence[int] | np.ndarray) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from semantic_anomaly.detection.rendering import contact_sheet
 from semantic_anomaly.errors import CalibrationError
 from semantic_anomaly.evaluation import extras
-from semantic_anomaly.evaluation.metrics import PixelScores, rate_interval, share
+from semantic_anomaly.evaluation.metrics import PixelScores, assessed, rate_interval, share
 from semantic_anomaly.io.images import read_image, write_image
 from semantic_anomaly.structures import Decision
 
@@ -157,13 +157,14 @@ def draw_evaluation(
     title = results["dataset"] + (f": frame AUROC {auroc:.3f}" if auroc is not None else "")
     frames = [ScoredFrame.of_row(row) for row in results["frames"]]
     score_curve(folder / "score_curve.png", frames, threshold, title)
-    counted = [row for row in results["frames"] if not row["ignored"]]
+    counted = assessed(results["frames"])
     groups: dict[str, list[float]] = {"nominal": []}
     for row in counted:
         name = (row["family"] or "anomalous") if row["anomaly"] else "nominal"
         groups.setdefault(name, []).append(row["score"])
     scores = calibration.scores.tolist() if calibration else ()
-    score_histogram(folder / "score_histogram.png", groups, scores, threshold, title)
+    if counted:
+        score_histogram(folder / "score_histogram.png", groups, scores, threshold, title)
     _draw_quality(folder / "curves.png", counted, pixels.curves(), results["tpr"], results["fpr"])
     if calibration is not None:
         nominal = [row for row in counted if not row["anomaly"]]

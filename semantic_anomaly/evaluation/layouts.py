@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from semantic_anomaly.errors import InputError
+from semantic_anomaly.errors import ImageError, InputError
 from semantic_anomaly.evaluation.datasets import (
     ANOMALY,
     IGNORE,
@@ -26,7 +26,7 @@ from semantic_anomaly.evaluation.datasets import (
 )
 from semantic_anomaly.io.bags import BagSource
 from semantic_anomaly.io.images import read_image
-from semantic_anomaly.io.sources import is_bag, natural
+from semantic_anomaly.io.sources import MAX_BAD_SHARE, BadFrame, FrameSource, is_bag, natural
 from semantic_anomaly.structures import Frame
 from semantic_anomaly.timing import elapsed_ms
 
@@ -221,24 +221,24 @@ class LayoutDataset(Dataset):
             path = PurePosixPath(name).with_suffix("")
             stem = path.name if flat else str(path).replace("/", "__")
             sequence = match[1] if match else name
-            labels = self._read(mask)
+            labels = self._read_labels(mask)
             self.truths.append(FrameTruth.of_labels(labels, name, stem, sequence, mask))
         if not any(truth.anomaly for truth in self.truths):
             files = [truth.mask for truth in self.truths if truth.mask is not None]
-            refuse_white_masks(files, files, self._read)
+            refuse_white_masks(files, files, self._read_labels)
+        source = _LayoutImages(root, self.name, [truth.file for truth in self.truths])
+        source.max_bad_share = MAX_BAD_SHARE
+        self.sources = (source,)
 
-    def _frames(self) -> Iterator[tuple[Frame, FrameTruth]]:
-        for number, truth in enumerate(self.truths):
-            begin_s = time.perf_counter()
-            image = read_image(self.path / truth.file)
-            name = f"{self.name}/{truth.file}"
-            yield Frame(image, number, name=name, decode_ms=elapsed_ms(begin_s)), truth
+    def read(self) -> Iterator[tuple[Frame | BadFrame, FrameTruth]]:
+        """Yield every frame, the bad ones too, with its truth."""
+        yield from zip(self.sources[0].read(), self.truths, strict=True)
 
     def _labels(self, truth: FrameTruth, image_hw: tuple[int, int]) -> np.ndarray:
         assert truth.mask is not None
-        return self._read(truth.mask)
+        return self._read_labels(truth.mask)
 
-    def _read(self, file: Path) -> np.ndarray:
+    def _read_labels(self, file: Path) -> np.ndarray:
         try:
             encoded = file.read_bytes()
         except OSError as error:
@@ -254,6 +254,29 @@ class LayoutDataset(Dataset):
             # OpenCV gives blue first.
             raw = raw[..., 2::-1]
         return self._layout.meanings(raw, str(file))
+
+
+class _LayoutImages(FrameSource):
+    """Images of any sizes below a folder, by their paths in it."""
+
+    is_one_size = False
+
+    def __init__(self, root: Path, name: str, files: Sequence[str]) -> None:
+        super().__init__([root], name, files=[root / file for file in files])
+        self._names = [f"{name}/{file}" for file in files]
+
+    def _total(self, *, exact: bool) -> int:
+        return len(self.files)
+
+    def _read(self, wanted: range) -> Iterator[Frame | BadFrame]:
+        for number in range(wanted.start, min(wanted.stop, len(self.files)), wanted.step):
+            begin_s, name = time.perf_counter(), self._names[number]
+            try:
+                image = read_image(self.files[number])
+            except ImageError as error:
+                yield BadFrame(name, number, str(error))
+                continue
+            yield Frame(image, number, name=name, decode_ms=elapsed_ms(begin_s))
 
 
 class RecordedDataset(Dataset):
@@ -274,12 +297,15 @@ class RecordedDataset(Dataset):
         self._label_images = BagSource(path, topic=topic)
         self._layout = layout
         self.path, self.name = path, self._images.name
+        self.sources = self._images, self._label_images
+        for source in self.sources:
+            source.max_bad_share = MAX_BAD_SHARE
         truths = {}
         count, disable = self._label_images.count, None if progress else True
         for frame in tqdm(self._label_images, "check labels", count, unit="image", disable=disable):
             labels, name = layout.meanings(frame.image, frame.name), str(frame.stamp_ns)
             truths[frame.stamp_ns] = FrameTruth.of_labels(labels, name, name, self.name)
-        stamps_ns = [frame.stamp_ns for frame in self._images]
+        stamps_ns = [frame.stamp_ns for frame in self._images.read()]
         self._by_stamp = {stamp: truths[stamp] for stamp in stamps_ns if stamp in truths}
         if not self._by_stamp:
             raise InputError(
@@ -290,8 +316,9 @@ class RecordedDataset(Dataset):
         self._stream: Iterator[Frame] = iter(())
         self._last = -1, np.empty((0, 0), np.uint8)
 
-    def _frames(self) -> Iterator[tuple[Frame, FrameTruth]]:
-        for frame in self._images:
+    def read(self) -> Iterator[tuple[Frame | BadFrame, FrameTruth]]:
+        """Yield every frame with labels, the bad ones too, with its truth."""
+        for frame in self._images.read():
             if truth := self._by_stamp.get(frame.stamp_ns):
                 yield frame, truth
 

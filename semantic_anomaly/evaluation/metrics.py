@@ -308,6 +308,15 @@ def truth_row(truth: FrameTruth) -> dict[str, Any]:
     return {"name": truth.file, **row, "tags": list(truth.tags)}
 
 
+def assessed(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows that measures count: of frames that are not ignored and have a score.
+
+    A bad frame, or one of a blind camera, is unknown. As a nominal frame it would raise no false
+    alarm, and as an anomalous one it was not missed: it takes no part.
+    """
+    return [row for row in rows if not row["ignored"] and row["score"] is not None]
+
+
 def frame_measures(rows: Sequence[Row], threshold: float | None) -> dict[str, Any]:
     """Return AUROC and rates of frames, each with its interval over sequences.
 
@@ -339,11 +348,11 @@ def dataset_measures(
     """Return the measures of frames and pixels, of all and by kind and family of anomaly.
 
     Args:
-        rows: all frames, with their `truth_row` and `score`.
+        rows: all frames, with their `truth_row` and `score`, None for unknown ones.
         pixels: pixel scores of the same frames.
         threshold: frame score above which a frame is anomalous, or None.
     """
-    counted = [row for row in rows if not row["ignored"]]
+    counted = assessed(rows)
     metrics = pixels.all().metrics()
     return {
         **frame_measures(counted, threshold),

@@ -15,12 +15,16 @@ from tqdm import tqdm
 
 from semantic_anomaly.evaluation import extras, figures, provenance, report
 from semantic_anomaly.evaluation.checkpoint import (
+    bad_row,
+    losses_of,
+    refuse_full_disk,
     restore_tracks,
     result_row,
     resumable_report,
+    score_text,
     write_json,
 )
-from semantic_anomaly.evaluation.events import Event, drive_metrics, refuse_jump
+from semantic_anomaly.evaluation.events import Event, drive_metrics, refuse_jump, refuse_outside
 from semantic_anomaly.evaluation.metrics import latencies
 from semantic_anomaly.io.sources import MAX_BAD_SHARE, BadFrame, FrameSource
 from semantic_anomaly.stamps import first_jump, order_of
@@ -48,7 +52,8 @@ def replay(
     """Score every frame of a source, write the report of the drive and return its summary.
 
     A frame that cannot be decoded is `unknown`, and is named in the summary; more than
-    `MAX_BAD_SHARE` of such frames end the replay.
+    `MAX_BAD_SHARE` of such frames end the replay. Tracks end with a drive of the source. Unknown
+    frames have no score, unless it is for want of a threshold alone.
 
     An alarm is a run of frames with the decision `anomaly`; its first frame always gets a picture.
     An interrupted run is resumed by the same call.
@@ -70,6 +75,8 @@ def replay(
     count = source.count
     if every is None:
         every = _EVERY_UNKNOWN if count is None else max(1, count // PICTURES)
+    if events is not None:
+        refuse_outside(events, source.stamps_ns())
     described = provenance.describe(detector)
     key = {
         **{"data": provenance.files_state(*source.paths), "frames": str(source.selection)},
@@ -89,15 +96,21 @@ def replay(
             if events is not None:
                 refuse_jump([newest_ns, frame.stamp_ns])
             newest_ns = max(newest_ns, frame.stamp_ns)
+            drive = source.drive_of(frame)
+            common = {"name": frame.name, "sequence": drive}
             if isinstance(frame, BadFrame):
-                checkpoint.record(_unknown_row(frame))
+                checkpoint.record({**common, **bad_row(frame), "alarm": False})
                 continue
             if not warm:
                 warm = True
+                if count is not None:
+                    refuse_full_disk(checkpoint.folder, frame.image_hw, count - number, every)
                 restore_tracks(detector, frame, checkpoint.rows)
+            if checkpoint.rows and checkpoint.rows[-1]["sequence"] != drive:
+                detector.reset()
             result = detector.detect(frame)
             row = {
-                "name": frame.name,
+                **common,
                 **result_row(frame, result),
                 "alarm": result.decision is Decision.ANOMALY,
                 "ms": dict(result.stage_ms),
@@ -109,38 +122,16 @@ def replay(
                 result,
                 detector,
                 stem=PurePosixPath(frame.name).stem,
-                caption=f"{frame.name}   {result.decision.value}   score {result.score:.3f}",
+                caption=f"{frame.name}   {result.decision.value}   {score_text(result)}",
                 always=row["alarm"] and not (checkpoint.rows and checkpoint.rows[-1]["alarm"]),
             )
             checkpoint.record(row)
         album.finish()
-        losses = {
-            "bad_frames": [asdict(bad) for bad in source.bad_frames],
-            "frames_blind": sum(row["blind"] for row in checkpoint.rows),
-            "frames_missing": source.shortfall,
-        }
+        losses = losses_of([source], checkpoint.rows)
         details = {**losses, **described, "data_sha256": provenance.rows_digest(checkpoint.rows)}
         return write_drive(
             checkpoint.folder, source.name, checkpoint.rows, detector.threshold, events, details
         )
-
-
-def _unknown_row(bad: BadFrame) -> dict[str, Any]:
-    return {
-        "name": bad.name,
-        "stamp_ns": bad.stamp_ns,
-        "score": None,
-        "p_value": None,
-        "boxes": [],
-        "decision": Decision.UNKNOWN.value,
-        "coarse": False,
-        "drift": False,
-        "blind": False,
-        "reason": bad.reason,
-        "alarm": False,
-        "ms": {},
-        "sha256": sha256_bytes(bad.reason.encode()),
-    }
 
 
 def write_drive(
@@ -249,7 +240,8 @@ def _drift(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _against(rows: Sequence[Mapping[str, Any]], events: Sequence[Event]) -> dict[str, Any]:
     stamps_ns, alarms = [row["stamp_ns"] for row in rows], [row["alarm"] for row in rows]
-    metrics = drive_metrics(stamps_ns, alarms, events)
+    unknown = [row["decision"] == Decision.UNKNOWN.value for row in rows]
+    metrics = drive_metrics(stamps_ns, alarms, events, unknown)
     measures = asdict(metrics)
     delays = [delay for delay in measures.pop("delays_s") if delay is not None]
     return {

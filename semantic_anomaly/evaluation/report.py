@@ -270,7 +270,7 @@ class Album:
     """
 
     def __init__(self, folder: Path, every: int, sheet: Collection[int] = ()) -> None:
-        self._folder, self._every, self._sheet = folder, every, sheet
+        self._folder, self.every, self._sheet = folder, every, sheet
         self._worst: dict[str, list[tuple[float, int, str]]] = {}
 
     def add(
@@ -297,7 +297,7 @@ class Album:
             always: write this frame whatever its number. Kept and `always` frames get a fourth
                 panel: the nearest nominal frame.
         """
-        regular = always or (self._every > 0 and number % self._every == 0)
+        regular = always or (self.every > 0 and number % self.every == 0)
         extreme = self.rank(number, stem, ranks)
         if not (regular or extreme or number in self._sheet):
             return

@@ -16,7 +16,12 @@ from semantic_anomaly.detection.detector import AnomalyDetector, load_detector, 
 from semantic_anomaly.detection.rendering import contact_sheet, draw_overlay
 from semantic_anomaly.errors import CalibrationError, SourceError
 from semantic_anomaly.evaluation import extras, figures, provenance, report
-from semantic_anomaly.evaluation.checkpoint import refuse_other_content, report_folder, write_json
+from semantic_anomaly.evaluation.checkpoint import (
+    losses_of,
+    refuse_other_content,
+    report_folder,
+    write_json,
+)
 from semantic_anomaly.evaluation.composites import (
     MIN_FRAMES,
     CompositeMaker,
@@ -30,7 +35,7 @@ from semantic_anomaly.evaluation.metrics import PixelScores, rate_interval, shar
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.io.images import encode_jpeg
 from semantic_anomaly.io.open import open_source
-from semantic_anomaly.io.sources import FrameSource
+from semantic_anomaly.io.sources import MAX_BAD_SHARE, FrameSource
 from semantic_anomaly.offline.drives import settings_of
 from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.settings import Settings
@@ -126,8 +131,8 @@ def sensitivity(
 
     Raises:
         CalibrationError: an index without calibration or threshold, or that has seen the drive.
-        InputError: the drive has too few frames, the plan does not fit the images, or `out` holds
-            something else.
+        InputError: the drive has too few frames or too many bad ones, the plan does not fit the
+            images, or `out` holds something else.
         UnknownNameError: an unknown kind, setting or camera.
         MissingPackageError: a package of the extra [report] is not installed.
     """
@@ -139,10 +144,12 @@ def sensitivity(
     plan = plan or CompositePlan()
     settings = settings_of(settings, overrides)
     camera = settings.cameras[0] if camera is None else camera
-    things = {} if cutouts is None else cutouts_of(open_dataset(cutouts, layout))
+    labelled = None if cutouts is None else open_dataset(cutouts, layout)
+    things = {} if labelled is None else cutouts_of(labelled)
     plan = replace(plan, kinds=tuple(dict.fromkeys((*plan.kinds, *things))))
     check_kinds(plan.kinds, things)
     source = drive if isinstance(drive, FrameSource) else open_source(drive, topic=topic)
+    source.max_bad_share = MAX_BAD_SHARE
     frames = _chosen(source, plan.frames)
     indexes = [index, *compare]
     loaded = [
@@ -156,6 +163,9 @@ def sensitivity(
     for name, item in zip(names, loaded, strict=True):
         if item.roi.describe() != loaded[0].roi.describe():
             warnings.append(f"{name}: its region of interest is another one than of {names[0]}")
+    sources = [source, *(labelled.sources if labelled else ())]
+    losses = losses_of(sources, ())
+    warnings += [f"left out: {item.losses}" for item in sources if item.losses]
     described, measured = [], []
     steps = len(indexes) * (len(frames) + 2 * len(pastes))
     disable = None if progress else True
@@ -182,6 +192,8 @@ def sensitivity(
     results = {
         "drive": source.name,
         "frames": [frame.name for frame in frames],
+        "bad_frames": losses["bad_frames"],
+        "frames_missing": losses["frames_missing"],
         "image_hw": list(maker.image_hw),
         "unit": maker.unit,
         "sizes": list(maker.sizes),
@@ -267,17 +279,18 @@ def _checked(
 
 
 def _chosen(source: FrameSource, count: int) -> list[Frame]:
-    """Return so many frames of a source, evenly spaced."""
+    """Return so many frames of a source, evenly spaced, without the bad ones among them."""
     total = source.count
     if total is None:
-        total = sum(1 for _ in source)
+        total = sum(1 for _ in source.read())
     if total < MIN_FRAMES:
         raise SourceError(
             f"drive '{source.path}': expected at least {MIN_FRAMES} frames, found {total}"
         )
     wanted = set(np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist())
     # The source may hold fewer than it announces; `CompositeMaker` counts again.
-    return [frame for number, frame in enumerate(source) if number in wanted]
+    numbered = enumerate(source.read())
+    return [frame for n, frame in numbered if n in wanted and isinstance(frame, Frame)]
 
 
 def _names(indexes: Sequence[AnomalyDetector | str | Path]) -> list[str]:

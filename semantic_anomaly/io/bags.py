@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import logging
 import struct
 import time
 from collections.abc import Iterator, Mapping
@@ -11,8 +11,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from semantic_anomaly.errors import ImageError, SourceError, first_line
+from semantic_anomaly.io.bag_files import announced_bytes, bag_files, recorded_messages
 from semantic_anomaly.io.images import decode_compressed, decode_raw
+from semantic_anomaly.io.remarks import Remarks
 from semantic_anomaly.io.sources import BadFrame, FrameSource
 from semantic_anomaly.structures import Frame
 from semantic_anomaly.timing import elapsed_ms
@@ -36,13 +40,18 @@ _OTHER_ADVICE = (
     "damaged, truncated or no bag; 'mcap recover' may restore an mcap file, 'ros2 bag reindex' the "
     "metadata"
 )
+_log = logging.getLogger(__name__)
+
+
+class _DamagedBagError(SourceError):
+    """A bag that cannot be opened, but may be readable in the order of recording."""
 
 
 class BagSource(FrameSource):
     """The images of one topic of a rosbag2 bag, in order of recording.
 
-    Iterating raises SourceError at the end if the number of images read differs from the number
-    that the bag announces: an index built from half a drive would look like any other.
+    A bag that is cut off, damaged or without metadata is read from its beginning up to the damage;
+    `shortfall` then counts what is missing, with a warning.
 
     Args:
         path: bag folder, .mcap or .db3 file.
@@ -70,60 +79,130 @@ class BagSource(FrameSource):
         resolved = path.resolve()
         default = resolved.stem if path.is_file() else resolved.name
         super().__init__([path], name or default, selection)
-        with _opened(path) as reader:
-            topics = {
-                name: (info.msgtype or "several types", info.msgcount)
-                for name, info in reader.topics.items()
-            }
+        # Files to read in the order of recording, if the bag cannot be opened.
+        self._files: tuple[Path, ...] = ()
+        self._remarks = Remarks(lambda text: _log.warning("bag '%s': %s", path, text))
+        try:
+            topics = _announced_topics(path)
+        except _DamagedBagError as error:
+            self._files = bag_files(path)
+            topics = self._readable_topics(error)
         self.topic = _choose_topic(path, topics, topic)
-        self._type, self._announced = topics[self.topic]
+        self._type, self._count = topics[self.topic]
         self.compressed = self._type == COMPRESSED_TYPE
-        if not self._announced:
+        if not self._count:
             raise SourceError(f"bag '{path}': topic '{self.topic}' has no messages")
 
+    def _readable_topics(self, error: SourceError) -> dict[str, tuple[str, int]]:
+        """Return types and numbers of the messages that can be read in the order of recording.
+
+        Raises:
+            SourceError: `error`, if no images can be read.
+        """
+        topics: dict[str, tuple[str, int]] = {}
+        problem: SourceError | None = None
+        try:
+            for message in recorded_messages(self._files):
+                _, count = topics.get(message.topic, ("", 0))
+                topics[message.topic] = message.type_name, count + 1
+        except SourceError as damage:
+            problem = damage
+        if not any(kind in (IMAGE_TYPE, COMPRESSED_TYPE) for kind, _ in topics.values()):
+            raise error
+        if problem is None:
+            names = ", ".join(file.name for file in self._files)
+            _log.warning("bag '%s': read without metadata and index: %s", self.path, names)
+        return topics
+
+    def stamps_ns(self) -> tuple[int, ...] | None:
+        """Return the stamps of the selected images; None if a message of the bag is damaged."""
+        messages = self._recorded() if self._files else self._indexed()
+        stamps_ns = []
+        # Damaged bags raise any kind of error.
+        with suppress(Exception):
+            for time_ns, raw in messages:
+                # Both types begin with their stamp, behind four bytes of encapsulation.
+                order = "<" if raw[1] & 1 else ">"
+                sec, nanosec = struct.unpack_from(f"{order}iI", raw, 4)
+                stamps_ns.append(sec * 1_000_000_000 + nanosec or time_ns)
+            return tuple(stamps_ns[self.selection])
+        return None
+
     def _total(self, *, exact: bool) -> int:
-        return self._announced
+        return self._count
 
     def _read(self, wanted: range) -> Iterator[Frame | BadFrame]:
-        index = -1
-        for index, (bag_time_ns, message) in enumerate(self._messages(wanted)):
-            if message is not None:
-                yield self._frame(index, bag_time_ns, message)
-            if wanted.stop < self._announced and index + 1 >= wanted.stop:
+        found, problem = 0, ""
+        messages = self._recorded() if self._files else self._indexed()
+        while True:
+            try:
+                item = next(messages, None)
+            # Damaged bags raise any kind of error.
+            except Exception as error:
+                problem = first_line(error)
+                break
+            if item is None:
+                break
+            if found in wanted:
+                yield self._frame(found, *item)
+            found += 1
+            if wanted.stop < self._count and found >= wanted.stop:
                 return
-        if index + 1 != self._announced:
+        expected = self._expected(found, problem)
+        if found == expected:
+            return
+        if not found and not self._files:
+            # Such as an mcap file with a summary and without a message index.
+            self._files = bag_files(self.path)
+            with suppress(SourceError):
+                if any(True for _ in self._recorded()):
+                    names = ", ".join(file.name for file in self._files)
+                    _log.warning("bag '%s': read without message index: %s", self.path, names)
+                    yield from self._read(wanted)
+                    return
+            self._files = ()
+        if not found or (expected is not None and found > expected):
+            reason = f" ({problem})" if problem else ""
             raise SourceError(
-                f"bag '{self.path}' is damaged: {index + 1} of {self._announced} messages of "
-                f"topic '{self.topic}' could be read; 'mcap recover' writes an mcap file with a "
+                f"bag '{self.path}' is damaged: {found} of {expected} messages of topic "
+                f"'{self.topic}' could be read{reason}; 'mcap recover' writes an mcap file with a "
                 "new message index, 'ros2 bag reindex' new metadata"
             )
+        announced = None if expected is None else min(expected, wanted.stop)
+        self._warn_shortfall(found, announced, problem)
 
-    def _messages(self, wanted: range) -> Iterator[tuple[int, Any]]:
-        """Yield recording time in ns and message, None for messages that are not wanted."""
+    def _expected(self, found: int, problem: str) -> int | None:
+        """Return how many images were recorded, None if that is not known."""
+        if not self._files:
+            return self._count
+        if not problem:
+            return found
+        announced = _count_in_metadata(self.path, self.topic)
+        if announced is None and len(self._files) == 1 and self._files[0].suffix == ".db3":
+            # Of a database that was cut off, by its size.
+            there = self._files[0].stat().st_size
+            announced = round(found * announced_bytes(self._files[0]) / there)
+        return announced if announced is not None and announced > found else None
+
+    def _indexed(self) -> Iterator[tuple[int, Any]]:
+        """Yield recording time in ns and serialized message."""
         with _opened(self.path) as reader:
-            stream = reader.messages(reader.topics[self.topic].connections)
-            for index in itertools.count():
-                try:
-                    item = next(stream, None)
-                    if item is None:
-                        return
-                    _, bag_time_ns, raw = item
-                    wants = index in wanted
-                    message = _typestore().deserialize_cdr(raw, self._type) if wants else None
-                # Damaged bags raise any kind of error.
-                except Exception as error:
-                    raise SourceError(
-                        f"bag '{self.path}' is damaged: message {index} of {self._announced} of "
-                        f"topic '{self.topic}' cannot be read ({first_line(error)})"
-                    ) from error
-                yield bag_time_ns, message
+            for _, time_ns, raw in reader.messages(reader.topics[self.topic].connections):
+                yield time_ns, raw
 
-    def _frame(self, index: int, bag_time_ns: int, message: Any) -> Frame | BadFrame:
-        stamp = message.header.stamp
-        stamp_ns = stamp.sec * 1_000_000_000 + stamp.nanosec or bag_time_ns
-        name = f"{self.name}/{index:06d}"
+    def _recorded(self) -> Iterator[tuple[int, Any]]:
+        """Yield the same without metadata and index."""
+        for message in recorded_messages(self._files):
+            if message.topic == self.topic:
+                yield message.time_ns, message.data
+
+    def _frame(self, index: int, bag_time_ns: int, raw: Any) -> Frame | BadFrame:
+        stamp_ns, name = bag_time_ns, f"{self.name}/{index:06d}"
         begin_s = time.perf_counter()
         try:
+            message = self._message(raw)
+            stamp = message.header.stamp
+            stamp_ns = stamp.sec * 1_000_000_000 + stamp.nanosec or bag_time_ns
             if self.compressed:
                 image = decode_compressed(message.data, message.format)
             else:
@@ -135,7 +214,39 @@ class BagSource(FrameSource):
             reason = f"bag '{self.path}', topic '{self.topic}', image {index}: {error}"
             return BadFrame(name, stamp_ns, reason)
         decode_ms = elapsed_ms(begin_s)
+        if self.compressed:
+            self._remarks.on_compressed(message.data)
+        else:
+            self._remarks.on_raw(message.encoding, *size, message.data)
         return Frame(image, stamp_ns, message.header.frame_id, name, decode_ms)
+
+    def _message(self, raw: Any) -> Any:
+        try:
+            return _typestore().deserialize_cdr(raw, self._type)
+        # Damaged messages raise any kind of error.
+        except Exception as error:
+            raise ImageError(f"the message is damaged ({first_line(error)})") from error
+
+
+def _announced_topics(path: Path) -> dict[str, tuple[str, int]]:
+    """Return types and numbers of messages that a bag announces, by topic."""
+    with _opened(path) as reader:
+        return {
+            name: (info.msgtype or "several types", info.msgcount)
+            for name, info in reader.topics.items()
+        }
+
+
+def _count_in_metadata(path: Path, topic: str) -> int | None:
+    """Return the number of messages of a topic by metadata.yaml, None if there is none."""
+    try:
+        content = yaml.safe_load((path / "metadata.yaml").read_text(encoding="utf-8"))
+        rows = content["rosbag2_bagfile_information"]["topics_with_message_count"]
+        counts = {row["topic_metadata"]["name"]: int(row["message_count"]) for row in rows}
+        return counts.get(topic)
+    # Metadata may be damaged too.
+    except Exception:
+        return None
 
 
 @contextmanager
@@ -149,11 +260,12 @@ def _opened(path: Path) -> Iterator[Reader]:
         reader = Reader(path)
         reader.open()
     except SourceError as error:
-        raise SourceError(f"bag '{path}': {error}") from error
+        raise type(error)(f"bag '{path}': {error}") from error
     except Exception as error:
         problem = first_line(error)
-        advice = next((text for part, text in _ADVICE.items() if part in problem), _OTHER_ADVICE)
-        raise SourceError(f"bag '{path}' cannot be opened ({problem}): {advice}") from error
+        known = next((text for part, text in _ADVICE.items() if part in problem), "")
+        text = f"bag '{path}' cannot be opened ({problem}): {known or _OTHER_ADVICE}"
+        raise (SourceError if known else _DamagedBagError)(text) from error
     try:
         yield reader
     finally:
@@ -170,13 +282,10 @@ def _check_databases(path: Path) -> None:
                     f"the recorder did not finish: {journal.name} has messages; "
                     f"'sqlite3 {file.name} \"PRAGMA wal_checkpoint\"' moves them into the database"
                 )
-        with file.open("rb") as database:
-            head = database.read(100)
-        page_bytes, pages = struct.unpack_from(">H10xI", head, 16)
-        announced = (65536 if page_bytes == 1 else page_bytes) * pages
+        announced = announced_bytes(file)
         # SQLite reads missing bytes of the last page as zeros: black pixels, and no error.
         if file.stat().st_size < announced:
-            raise SourceError(
+            raise _DamagedBagError(
                 f"{file.name} is truncated: expected {announced} bytes, found {file.stat().st_size}"
             )
 

@@ -257,11 +257,21 @@ def write_image(path: Path, rgb: np.ndarray) -> None:
         ImageError: another suffix, shape or dtype.
         ArtefactError: the file cannot be written; an existing one is unchanged.
     """
-    encoders = {".png": encode_png, ".jpg": encode_jpeg, ".jpeg": encode_jpeg}
-    suffix = Path(path).suffix.lower()
-    if suffix not in encoders:
+    refuse_other_suffix(path)
+    atomic_write_bytes(Path(path), _ENCODERS[Path(path).suffix.lower()](rgb))
+
+
+def refuse_other_suffix(path: Path) -> None:
+    """Raise ImageError for the name of a file that `write_image` cannot write."""
+    if Path(path).suffix.lower() not in _ENCODERS:
         raise ImageError(f"image '{path}': expected a name ending in .png, .jpg or .jpeg")
-    atomic_write_bytes(Path(path), encoders[suffix](rgb))
+
+
+_ENCODERS: dict[str, Callable[[np.ndarray], bytes]] = {
+    ".png": encode_png,
+    ".jpg": encode_jpeg,
+    ".jpeg": encode_jpeg,
+}
 
 
 def _upper_byte(values: np.ndarray, what: str) -> np.ndarray:

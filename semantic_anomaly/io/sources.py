@@ -21,6 +21,7 @@ import numpy as np
 
 from semantic_anomaly.errors import ImageError, SourceError
 from semantic_anomaly.io.images import read_image
+from semantic_anomaly.io.remarks import Remarks
 from semantic_anomaly.structures import Frame
 from semantic_anomaly.timing import elapsed_ms
 
@@ -64,8 +65,10 @@ class FrameSource(ABC):
         topic: image topic of a bag; empty for others.
         max_bad_share: share of frames, at least one, that may be bad: they are left out with a
             warning. 0: the first bad frame ends the iteration.
+        is_one_size: whether frames of different sizes are refused.
         bad_frames: the bad frames of the present or last iteration.
-        shortfall: how many frames fewer than announced it had; a video that was cut off.
+        shortfall: how many frames fewer than announced it had, such as a video that was cut off;
+            None: some, but not known how many.
 
     Raises:
         SourceError: while iterating, if the source is damaged, has no frames or too many bad ones.
@@ -73,6 +76,7 @@ class FrameSource(ABC):
     """
 
     max_bad_share = 0.0
+    is_one_size = True
 
     def __init__(
         self,
@@ -88,7 +92,7 @@ class FrameSource(ABC):
         self.opened: str | tuple[str, ...] = ""
         self.topic = ""
         self.bad_frames: list[BadFrame] = []
-        self.shortfall = 0
+        self.shortfall: int | None = 0
         self._warned: set[str] = set()
 
     @property
@@ -109,9 +113,13 @@ class FrameSource(ABC):
         """Return the names of the drives of the selected frames, ('',) if unknown."""
         return ("",)
 
-    def drive_of(self, frame: Frame) -> str:
+    def drive_of(self, frame: Frame | BadFrame) -> str:
         """Return the drive of a frame of this source, one of `drives`."""
         return ""
+
+    def stamps_ns(self) -> tuple[int, ...] | None:
+        """Return the stamps of the selected frames, None if only decoding tells them."""
+        return None
 
     def reads_same(self, other: FrameSource) -> bool:
         """Return whether another source reads the same selection of the same files."""
@@ -138,7 +146,9 @@ class FrameSource(ABC):
         parts = []
         if self.bad_frames:
             parts.append(f"{len(self.bad_frames)} bad frames ({self.bad_frames[0].name}, ...)")
-        if self.shortfall:
+        if self.shortfall is None:
+            parts.append("all frames after it was cut off or damaged")
+        elif self.shortfall:
             parts.append(f"{self.shortfall} frames fewer than announced")
         return f"source '{self.path}': {' and '.join(parts)}" if parts else ""
 
@@ -151,7 +161,9 @@ class FrameSource(ABC):
         Raises:
             SourceError, ImageError: as the class.
         """
-        self.bad_frames, self.shortfall = [], 0
+        # Another iteration may run meanwhile.
+        bad_frames: list[BadFrame] = []
+        self.bad_frames, self.shortfall = bad_frames, 0
         start, stop, step = self.selection.start, self.selection.stop, self.selection.step or 1
         if (start or 0) < 0 or (stop or 0) < 0:
             wanted = range(*self.selection.indices(self._total(exact=True) or 0))
@@ -160,20 +172,22 @@ class FrameSource(ABC):
         first: Frame | None = None
         for frame in self._read(wanted):
             if isinstance(frame, BadFrame):
+                self.bad_frames = bad_frames
                 self._note(frame)
                 yield frame
                 continue
             first = first or frame
-            if frame.image_hw != first.image_hw:
+            if self.is_one_size and frame.image_hw != first.image_hw:
                 expected, found = (f"{f.image_hw[1]}x{f.image_hw[0]}" for f in (first, frame))
                 raise ImageError(
                     f"source '{self.path}': expected images of one size, {expected} as "
                     f"'{first.name}', found {found} in '{frame.name}'"
                 )
             yield frame
+        self.bad_frames = bad_frames
         if first is None:
-            if self.bad_frames:
-                raise ImageError(self.bad_frames[0].reason)
+            if bad_frames:
+                raise ImageError(bad_frames[0].reason)
             raise self.no_frames()
 
     def _note(self, bad: BadFrame) -> None:
@@ -196,13 +210,15 @@ class FrameSource(ABC):
                 f"({self.max_bad_share:.0%}), found more; the last one: {bad.reason}"
             )
 
-    def _warn_shortfall(self, found: int, announced: int) -> None:
-        self.shortfall = announced - found
+    def _warn_shortfall(self, found: int, announced: int | None, problem: str = "") -> None:
+        """Note that frames are missing at the end; `announced` is None if not known how many."""
+        self.shortfall = None if announced is None else announced - found
         if "" not in self._warned:
             self._warned.add("")
+            total = "an unknown number of" if announced is None else f"about {announced}"
             _log.warning(
-                "source '%s': %d of about %d frames could be read: cut off or damaged",
-                *(self.path, found, announced),
+                "source '%s': %d of %s frames could be read: %s",
+                *(self.path, found, total, problem or "cut off or damaged"),
             )
 
     @abstractmethod
@@ -239,6 +255,7 @@ class ImageFiles(FrameSource):
             by_folder.setdefault(file.parent, []).append(file)
         folders = [_without_images(folder) for folder in by_folder]
         super().__init__(folders, name or "images", selection, files)
+        self._remarks = Remarks(lambda text: _log.warning("source '%s': %s", self.path, text))
         self._names = _frame_names(files)
         several = len({_folder_of(frame) for frame in self._names}) > 1
         if name:
@@ -260,9 +277,13 @@ class ImageFiles(FrameSource):
         """Return the names of the drives of the selected frames, ('',) if unknown."""
         return tuple(dict.fromkeys(self._drives[name] for name in self._names[self.selection]))
 
-    def drive_of(self, frame: Frame) -> str:
+    def drive_of(self, frame: Frame | BadFrame) -> str:
         """Return the drive of a frame of this source, one of `drives`."""
         return self._drives.get(frame.name, "")
+
+    def stamps_ns(self) -> tuple[int, ...]:
+        """Return the stamps of the selected frames."""
+        return tuple(self._stamps_ns[self.selection])
 
     def _total(self, *, exact: bool) -> int:
         return len(self.files)
@@ -276,7 +297,9 @@ class ImageFiles(FrameSource):
             except ImageError as error:
                 yield BadFrame(name, stamp_ns, str(error))
                 continue
-            yield Frame(image, stamp_ns, name=name, decode_ms=elapsed_ms(begin_s))
+            decode_ms = elapsed_ms(begin_s)
+            self._remarks.on_file(self.files[index])
+            yield Frame(image, stamp_ns, name=name, decode_ms=decode_ms)
 
 
 class Arrays(FrameSource):
@@ -404,8 +427,6 @@ def folder_images(path: Path) -> list[Path]:
     if not images:
         text = f"folder '{folder}': expected images ({', '.join(IMAGE_SUFFIXES)}), found "
         text += unread_text if unread else "none"
-        if bag := next((f.name for f in entries if f.suffix.lower() in BAG_SUFFIXES), ""):
-            text += f"; {bag} lacks its metadata.yaml ('ros2 bag reindex' creates one)"
         raise SourceError(text)
     if unread:
         _log.warning("folder '%s': left out %s", folder, unread_text)
@@ -413,9 +434,14 @@ def folder_images(path: Path) -> list[Path]:
 
 
 def is_bag(path: Path) -> bool:
-    """Return whether a path is a rosbag2 folder or one of its files."""
-    bag_file = path.is_file() and path.suffix.lower() in BAG_SUFFIXES
-    return bag_file or (path / "metadata.yaml").is_file()
+    """Return whether a path is a rosbag2 folder, with or without metadata, or one of its files."""
+    if path.is_file():
+        return path.suffix.lower() in BAG_SUFFIXES
+    if (path / "metadata.yaml").is_file():
+        return True
+    suffixes = {f.suffix.lower() for f in path.iterdir()} if path.is_dir() else set()
+    has_images = (path / "images").is_dir() or not suffixes.isdisjoint(IMAGE_SUFFIXES)
+    return not has_images and not suffixes.isdisjoint(BAG_SUFFIXES)
 
 
 def natural(name: str) -> tuple[list[str | int], str]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from semantic_anomaly.embedding.identity import Embedder
-from semantic_anomaly.errors import CalibrationError, SourceError
+from semantic_anomaly.errors import ArtefactError, CalibrationError, SourceError
 from semantic_anomaly.index.format import refuse_existing
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.io.sources import FrameSource
@@ -33,9 +33,12 @@ from semantic_anomaly.offline.drives import (
 from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.segmentation.embedder import RunningEmbedder
 from semantic_anomaly.settings import Settings
+from semantic_anomaly.storage import refuse_unwritable
 from semantic_anomaly.structures import Frame, PatchGrid
 
 _SAMPLE_PATCHES = 256
+# Estimate of a JPEG of 320 pixels.
+_THUMBNAIL_BYTES = 10_000
 _log = logging.getLogger(__name__)
 
 
@@ -86,6 +89,7 @@ def build_index(
     if out is not None:
         # Before the work rather than after it.
         refuse_existing(Path(out).expanduser(), force)
+        refuse_unwritable(Path(out))
     given = settings_of(settings, overrides)
     settings = given.with_build_defaults()
     roi = camera_roi(settings, camera)
@@ -104,7 +108,7 @@ def build_index(
 
             settings = choose_precision(settings, sample_images(drives), _median_distances)
             embedder = stack.enter_context(closing(RunningEmbedder.from_settings(settings)))
-        _log_predicted_size(settings, roi, drives, embedder, stride)
+        _check_predicted_size(settings, roi, drives, embedder, stride, out)
         frames = embedded_frames(
             drives,
             embedder,
@@ -168,14 +172,19 @@ def _median_distances(grids: Sequence[PatchGrid]) -> list[float]:
     return medians
 
 
-def _log_predicted_size(
+def _check_predicted_size(
     settings: Settings,
     roi: RegionOfInterest,
     drives: Mapping[str, FrameSource],
     embedder: Embedder,
     stride: int,
+    out: str | Path | None,
 ) -> None:
-    """Log how large the index may become."""
+    """Log how large the index may become, and compare it with the free space of the disk.
+
+    Raises:
+        ArtefactError: the disk has no space for the thumbnails.
+    """
     image_hw = next(iter(next(iter(drives.values())))).image_hw
     patches = [
         int(roi.patch_mask(grid_hw, image_hw).sum()) for grid_hw in embedder.grids_hw(image_hw)
@@ -196,4 +205,12 @@ def _log_predicted_size(
             f"; {every / 1e6:.0f} MB if all patches of the {frames} frames were stored "
             f"({sum(patches)} per frame)"
         )
+        largest = min(largest, every) + frames * _THUMBNAIL_BYTES
     _log.info("%s", text)
+    if out is None:
+        return
+    refuse_unwritable(Path(out), (frames or 0) * _THUMBNAIL_BYTES)
+    try:
+        refuse_unwritable(Path(out), largest)
+    except ArtefactError as error:
+        _log.warning("the disk may become full, depending on how many patches are alike: %s", error)

@@ -19,6 +19,7 @@ from diagnostic_msgs.msg import DiagnosticStatus
 from rclpy.lifecycle import LifecycleNode
 from std_msgs.msg import Header
 
+from semantic_anomaly.io.remarks import Remarks
 from semantic_anomaly.ros import messages
 from semantic_anomaly.ros.inputs import CameraInputs
 from semantic_anomaly.ros.logs import AlarmLog, ThrottledLog
@@ -26,8 +27,10 @@ from semantic_anomaly.ros.outputs import CameraOutputs
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.structures import Decision, Frame, PatchGrid
 
-# Period of the status of a silent camera.
+# Period of the status of a camera without images or results.
 REPEAT_SILENCE_S = 1.0
+# Period of `Camera.check`.
+CHECK_PERIOD_S = 0.05
 # Time from the stamp of an image to its status, beside the processing stages.
 LATENCY = "latency"
 # Diagnostics describe so many seconds, and so many frames of them.
@@ -104,17 +107,24 @@ class Camera:
         self.alarms = AlarmLog(node.get_logger(), name)
         # Set by the worker: the last frame above the threshold, for the service ~/add_nominal.
         self.exceeding: tuple[Frame, PatchGrid] | None = None
+        # Of what both threads change.
+        self._lock = threading.Lock()
         self._start_counting()
         self._put: Callable[[str, Any], bool] | None = None
 
     def _start_counting(self) -> None:
+        logger = self._node.get_logger()
+        self.remarks = Remarks(lambda text: logger.warning(f"camera '{self.name}': {text}"))
         self.counts = CameraCounts()
         self.times = RecentTimes()
         self._rate_in, self._rate_processed = RateMeter(), RateMeter()
         self._silent = False
         self._published_s = time.monotonic()
         self._last_decision, self._last_reason = "", ""
-        self._waiting_since_s: float | None = None
+        # Frames without a status, and since when the worker has made none for them.
+        self._pending = 0
+        self._waiting_since_s = 0.0
+        self._worker_problem = ""
 
     def activate(self, put: Callable[[str, Any], bool]) -> None:
         """Subscribe; `put` takes the name of the camera and a message for the worker."""
@@ -143,37 +153,72 @@ class Camera:
         self.outputs.destroy()
 
     def note_published(self, decision: Decision, reason: str) -> None:
-        """Note that a status was published just now, with its decision and reason."""
+        """Note that the status of a frame was published just now."""
+        with self._lock:
+            self._note(decision, reason)
+            self._pending = max(0, self._pending - 1)
+            self._waiting_since_s = self._published_s
+            self._worker_problem = ""
+
+    def _note(self, decision: Decision, reason: str) -> None:
         self._published_s = time.monotonic()
         self._last_decision, self._last_reason = decision.value, reason
-        self._waiting_since_s = None
 
     def publish_unknown(self, header: Header, level: bytes, kind: str, reason: str) -> None:
-        """Publish the decision `unknown` with its reason; log it, throttled by kind.
+        """Publish the decision `unknown` for a frame with its reason; log it, throttled by kind.
 
         The level is STALE if there is no fresh image, else ERROR.
         """
         self.note_published(Decision.UNKNOWN, reason)
+        self._publish_unknown(header, level, kind, reason)
+
+    def _publish_unknown(self, header: Header, level: bytes, kind: str, reason: str) -> None:
         self.outputs.publish_unknown(header, level, reason, asdict(self.counts))
         self._log.error(f"{self.name} {kind}", f"camera '{self.name}': unknown: {reason}")
 
-    def check_silence(self) -> None:
-        """Publish `unknown` if there were no images, or no results, for `silent_after_s`."""
+    def report_lost(self, header: Header, reason: str) -> None:
+        """Publish `unknown` for a frame that the worker had when it ended."""
+        self.counts.frames_failed += 1
+        self.publish_unknown(header, DiagnosticStatus.ERROR, "worker", reason)
+        with self._lock:
+            self._worker_problem = reason
+
+    def check(self, max_age_s: float) -> None:
+        """Publish `unknown` if there are no images or no results; repeat it every second.
+
+        By the steady clock. Images are missed after `silent_after_s`, results after `max_age_s`.
+        Simulated time may be slower than the worker: then results too after `silent_after_s`.
+
+        Args:
+            max_age_s: setting of the camera in force.
+        """
         inputs = self.inputs
         if inputs is None:
             return
-        now, limit_s = time.monotonic(), self._settings.silent_after_s
-        was_silent, self._silent = self._silent, now - inputs.arrived_s > limit_s
+        now, silent_after_s = time.monotonic(), self._settings.silent_after_s
+        was_silent, self._silent = self._silent, now - inputs.arrived_s > silent_after_s
         if was_silent and not self._silent:
             self._node.get_logger().info(f"camera '{self.name}': receives frames again")
-        waiting_since_s = self._waiting_since_s
         if self._silent:
             self.alarms.end()
             if not was_silent or now - self._published_s > REPEAT_SILENCE_S:
                 self._publish_unknown_now(DiagnosticStatus.STALE, "silent", inputs.silence())
-        elif waiting_since_s is not None and now - waiting_since_s > limit_s:
-            # The worker hangs, or is much too slow.
-            reason = f"frames arrive, but there was no result for {now - waiting_since_s:.1f} s"
+            return
+        if self._node.get_parameter("use_sim_time").value:
+            max_age_s = max(max_age_s, silent_after_s)
+        # Earlier by the time until the next check.
+        limit_s = max(max_age_s - CHECK_PERIOD_S, max_age_s / 2)
+        with self._lock:
+            waited_s = now - self._waiting_since_s
+            if not self._pending or waited_s <= limit_s:
+                return
+            was_late = bool(self._worker_problem)
+            reason = (
+                f"frames arrive, but there was no result for {waited_s:.1f} s: the worker hangs or "
+                "is too slow"
+            )
+            self._worker_problem = reason
+        if not was_late or now - self._published_s > REPEAT_SILENCE_S:
             self._publish_unknown_now(DiagnosticStatus.ERROR, "no result", reason)
 
     def diagnostics(self, values: dict[str, Any]) -> DiagnosticStatus:
@@ -187,6 +232,8 @@ class Camera:
             text = f"{rates['rate_processed_hz']:.1f} frames/s"
             if self._silent:
                 level, text = DiagnosticStatus.ERROR, "no frames"
+            elif self._worker_problem:
+                level, text = DiagnosticStatus.ERROR, f"unknown: {self._worker_problem}"
             elif self._last_decision == Decision.UNKNOWN.value:
                 level, text = DiagnosticStatus.WARN, f"unknown: {self._last_reason}"
             elif rates["rate_in_hz"] and not rates["rate_processed_hz"]:
@@ -209,11 +256,17 @@ class Camera:
     def _publish_unknown_now(self, level: bytes, kind: str, reason: str) -> None:
         frame_id = self.inputs.frame_id if self.inputs is not None else ""
         header = Header(stamp=self._node.get_clock().now().to_msg(), frame_id=frame_id)
-        self.publish_unknown(header, level, kind, reason)
+        # It answers no frame.
+        self._note(Decision.UNKNOWN, reason)
+        self._publish_unknown(header, level, kind, reason)
 
     def _receive(self, message: Any) -> None:
         self.counts.frames_received += 1
-        if self._waiting_since_s is None:
-            self._waiting_since_s = time.monotonic()
+        with self._lock:
+            if not self._pending:
+                self._waiting_since_s = time.monotonic()
+            self._pending += 1
         if self._put is not None and self._put(self.name, message):
             self.counts.frames_replaced += 1
+            with self._lock:
+                self._pending = max(0, self._pending - 1)

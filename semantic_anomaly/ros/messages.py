@@ -30,6 +30,7 @@ from semantic_anomaly.io.images import (
     decode_raw,
     encode_jpeg,
 )
+from semantic_anomaly.io.remarks import Remarks
 from semantic_anomaly.structures import ComponentState, Frame, Localization
 from semantic_anomaly.timing import elapsed_ms
 
@@ -70,6 +71,15 @@ def frame_of(message: Image | CompressedImage, name: str = "") -> Frame:
             image = _decode_by_cv_bridge(message, error)
     frame_id, decode_ms = message.header.frame_id, elapsed_ms(begin_s)
     return Frame(image, stamp_ns(message.header), frame_id, name, decode_ms)
+
+
+def remark(message: Image | CompressedImage, remarks: Remarks) -> None:
+    """Look at a message that was decoded for values that decoding reinterprets."""
+    if isinstance(message, CompressedImage):
+        remarks.on_compressed(message.data)
+    else:
+        encoding, height, width, step, _, data = _raw_image(message)
+        remarks.on_raw(encoding, height, width, step, data)
 
 
 def depth_of(message: Image) -> np.ndarray:

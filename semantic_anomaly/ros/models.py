@@ -86,6 +86,8 @@ class Models:
         """
         models = Models(self.embedder, load_detectors(settings, self.embedder), self.probe)
         models.self_test()
+        for camera, detector in models.detectors.items():
+            detector.continue_drift(self.detectors[camera])
         return models
 
     def add_nominal(self, settings: Settings, frames: Mapping[str, tuple[Frame, PatchGrid]]) -> str:

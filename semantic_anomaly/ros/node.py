@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import signal
 import sys
 import threading
@@ -29,15 +30,16 @@ from std_msgs.msg import Header
 
 from semantic_anomaly.calibration.drift import DRIFT
 from semantic_anomaly.errors import SemanticAnomalyError
-from semantic_anomaly.ros.camera import Camera
+from semantic_anomaly.ros.camera import CHECK_PERIOD_S, Camera
 from semantic_anomaly.ros.logs import RosLogHandler, ThrottledLog
 from semantic_anomaly.ros.models import Models, stale_calibration
 from semantic_anomaly.ros.outputs import STATUS_QOS
 from semantic_anomaly.ros.parameters import NodeParameters
-from semantic_anomaly.ros.pipeline import Pipeline, Worker
+from semantic_anomaly.ros.pipeline import STOP_S, Pipeline, Worker
 from semantic_anomaly.ros.services import NodeServices
 from semantic_anomaly.settings import Settings
 from semantic_anomaly.stamps import LATE_NS
+from semantic_anomaly.storage import forbid_writing_by_all
 from semantic_anomaly.structures import Frame, PatchGrid
 
 DIAGNOSTICS_PERIOD_S = 1.0
@@ -79,6 +81,8 @@ class AnomalyNode(LifecycleNode):
         self._node_services = NodeServices(self)
         # Each undoes the steps of its transition in reverse order, even if it failed half-way.
         self._undo_configure, self._undo_activate = ExitStack(), ExitStack()
+        # Threads that hung when they were to end; they may be there for good.
+        self.abandoned_threads = 0
 
     @_logged
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
@@ -121,13 +125,12 @@ class AnomalyNode(LifecycleNode):
         worker = Worker(pipeline.process, self._report_worker)
         for camera in self._cameras.values():
             undo.callback(camera.alarms.end)
-        undo.callback(pipeline.close)
-        undo.callback(worker.stop)
+        undo.callback(lambda: self._note_end(pipeline.close()))
+        undo.callback(lambda: self._note_end(worker.stop()))
         for camera in self._cameras.values():
             undo.callback(camera.deactivate)
             camera.activate(worker.put)
-        period_s = min(0.25, self.settings.silent_after_s / 4)
-        self._start_timer(period_s, self._check_silence, undo)
+        self._start_timer(CHECK_PERIOD_S, partial(self._watch, worker), undo)
         backward = JumpThreshold(min_forward=None, min_backward=Duration(nanoseconds=-LATE_NS))
         jumps = self.get_clock().create_jump_callback(
             backward, post_callback=self._log.guarded(self._on_jump)
@@ -137,8 +140,15 @@ class AnomalyNode(LifecycleNode):
 
     @_logged
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Unsubscribe, join the worker, clear the tracks. SUCCESS -> inactive."""
+        """Unsubscribe, join the worker, clear the tracks.
+
+        SUCCESS -> inactive. ERROR -> unconfigured: the worker hangs, for example in a forward pass,
+        and was abandoned with its models.
+        """
+        abandoned_threads = self.abandoned_threads
         self._undo_activate.close()
+        if self.abandoned_threads > abandoned_threads:
+            return TransitionCallbackReturn.ERROR
         return super().on_deactivate(state)
 
     @_logged
@@ -170,7 +180,7 @@ class AnomalyNode(LifecycleNode):
     def release(self) -> None:
         """Undo activate and configure, even if they failed half-way; the parameters stay."""
         self._undo_activate.close()
-        self._node_services.join()
+        self._note_end(self._node_services.join())
         self._undo_configure.close()
         self._cameras.clear()
         models, self.models = self.models, None
@@ -179,7 +189,7 @@ class AnomalyNode(LifecycleNode):
         self._node_parameters.frozen = False
 
     def close(self) -> None:
-        """Shut down from any state; takes at most as long as the present frame."""
+        """Shut down from any state; takes as long as the present frame, and at most `STOP_S`."""
         try:
             self.trigger_shutdown()
         except Exception as error:
@@ -221,9 +231,22 @@ class AnomalyNode(LifecycleNode):
     def _report_worker(self, text: str) -> None:
         self._log.error("worker", f"worker failed on a batch:\n{text}")
 
-    def _check_silence(self) -> None:
-        for camera in self._cameras.values():
-            camera.check_silence()
+    def _note_end(self, ended: bool) -> None:
+        if not ended:
+            self.abandoned_threads += 1
+            self.get_logger().error(
+                f"a thread hangs: it did not end within {STOP_S:g} s and was abandoned; restart "
+                "the node"
+            )
+
+    def _watch(self, worker: Worker) -> None:
+        lost, end = worker.revive()
+        for name, message in lost.items():
+            reason = f"the worker ended unexpectedly ({end}) and was started again"
+            self._cameras[name].report_lost(message.header, reason)
+        detectors = self._in_force().detectors
+        for name, camera in self._cameras.items():
+            camera.check(detectors[name].settings.max_age_s)
 
     def _on_jump(self, _: Any) -> None:
         self._in_force().reset()
@@ -236,13 +259,16 @@ class AnomalyNode(LifecycleNode):
         statuses = []
         for name, camera in self._cameras.items():
             detector = models.detectors[name]
+            calibration = detector.calibration
             values = {
                 "state": "active" if camera.inputs is not None else "inactive",
                 "device": models.embedder.device,
                 "index_fingerprint": detector.index.fingerprint,
                 "stages": ", ".join(stage.stage.name for stage in detector.index.stages),
                 "threshold": detector.threshold,
-                "promise": detector.calibration.promise if detector.calibration else None,
+                "promise": calibration.promise if calibration else None,
+                "calibration_created": calibration.created or None if calibration else None,
+                "calibration_age_days": calibration.age_days if calibration else None,
                 "stale_calibration": stale_calibration(detector),
                 "drift": DRIFT if detector.is_drift else None,
             }
@@ -253,7 +279,12 @@ class AnomalyNode(LifecycleNode):
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run the node until SIGINT or SIGTERM; return 0, or 2 if ROS refuses the arguments."""
+    """Run the node until SIGINT or SIGTERM.
+
+    Returns:
+        0, 1 if a thread hung and was abandoned, or 2 if ROS refuses the arguments.
+    """
+    forbid_writing_by_all()
     stop = threading.Event()
     # Instead of the handlers of rclpy, which shut the context down while the worker publishes.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -273,10 +304,16 @@ def main(args: list[str] | None = None) -> int:
         node.close()
         executor.shutdown()
         node.destroy_node()
+        abandoned_threads = node.abandoned_threads
         # The lifecycle services exist until their state machine is collected.
         del node, executor
         gc.collect()
         rclpy.try_shutdown()
+    if abandoned_threads:
+        # Python would wait for the thread.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
     # At exit Python would collect all objects of torch, which takes seconds on a busy machine, and
     # launch kills the process after five.
     gc.freeze()

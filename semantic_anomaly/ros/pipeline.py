@@ -3,7 +3,8 @@
 The executor's thread puts messages into the `Worker`, whose thread takes all new ones at once and
 gives them to the `Pipeline`. The models are read once for each batch, so a reload takes effect
 between two batches. With a GPU a second thread assesses and publishes a batch while the next one is
-decoded and embedded.
+decoded and embedded. The executor's thread watches both: a thread that ended is started again, and
+one that hangs is reported by `Camera.check` and abandoned when the node is deactivated.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -35,12 +36,15 @@ from semantic_anomaly.timing import PUBLISH, elapsed_ms
 
 # An age above this is not a delay: the clocks are unrelated.
 OTHER_CLOCK_S = 60.0
+# A thread that needs longer than this to end, after it was told to, hangs.
+STOP_S = 10.0
 
 
 class Worker:
     """A running thread that gives the newest messages to a function until it is stopped.
 
-    `process` takes {camera: message}, `report` the traceback of an exception of `process`.
+    `process` takes {camera: message}, `report` the traceback of an exception of `process`. Other
+    exceptions, such as SystemExit, end the thread; `revive` starts it again.
     """
 
     def __init__(
@@ -50,7 +54,12 @@ class Worker:
         self._report = report
         self._changed = threading.Condition()
         self._newest: dict[str, Any] = {}
+        self._present: dict[str, Any] = {}
         self._stopped = False
+        self._start()
+
+    def _start(self) -> None:
+        self._end = ""
         self._thread = threading.Thread(target=self._run, name="anomaly_worker")
         self._thread.start()
 
@@ -62,24 +71,49 @@ class Worker:
             self._changed.notify()
             return replaced
 
-    def stop(self) -> None:
-        """Drop waiting messages and end the thread after its present batch."""
+    def revive(self) -> tuple[dict[str, Any], str]:
+        """Start the thread again if it has ended by itself.
+
+        Returns:
+            The messages that it was processing, and why it ended; both empty if it runs.
+        """
+        if self._stopped or self._thread.is_alive():
+            return {}, ""
+        (lost, self._present), end = (self._present, {}), self._end
+        self._start()
+        return lost, end
+
+    def stop(self) -> bool:
+        """Drop waiting messages and end the thread after its present batch.
+
+        Returns:
+            Whether it ended within `STOP_S`; otherwise it hangs and is abandoned.
+        """
         with self._changed:
             self._stopped = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(STOP_S)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
+        try:
+            self._process_batches()
+        except BaseException as error:
+            self._report(traceback.format_exc())
+            self._end = f"{type(error).__name__}: {error}"
+
+    def _process_batches(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._newest or self._stopped)
                 if self._stopped:
                     return
-                batch, self._newest = self._newest, {}
+                self._present, self._newest = self._newest, {}
             try:
-                self._process(batch)
+                self._process(self._present)
             except Exception:
                 self._report(traceback.format_exc())
+            self._present = {}
 
 
 def age_problem(now_ns: int, stamp_ns: int, max_age_s: float) -> str:
@@ -132,13 +166,24 @@ class Pipeline:
         self._clock = clock
         self._log = log
         self._last_stamp_ns: dict[str, int] = {}
+        self._is_closed = False
         # Its thread starts with the first batch that it gets.
         self._assessor = ThreadPoolExecutor(1, "anomaly_assessor")
         self._assessment: Future[None] | None = None
 
-    def close(self) -> None:
-        """Wait for the batch that is being assessed, and end the thread."""
-        self._assessor.shutdown()
+    def close(self) -> bool:
+        """Wait for the batch that is being assessed, and end the thread.
+
+        From now on nothing is published, even by a thread that hangs now.
+
+        Returns:
+            Whether the thread ended within `STOP_S`; otherwise it hangs and is abandoned.
+        """
+        self._is_closed = True
+        pending = () if self._assessment is None else (self._assessment,)
+        ended = not wait(pending, STOP_S).not_done
+        self._assessor.shutdown(wait=ended)
+        return ended
 
     def process(self, batch: Mapping[str, Any]) -> None:
         """Process the newest message of each camera that has one."""
@@ -206,6 +251,7 @@ class Pipeline:
             reason = f"bad image: {error}"
             camera.publish_unknown(header, DiagnosticStatus.ERROR, "bad image", reason)
             return None
+        messages.remark(message, camera.remarks)
         return _Job(camera, header, frame)
 
     def _embed(self, models: Models, jobs: Sequence[_Job]) -> list[_Embedded]:
@@ -236,7 +282,12 @@ class Pipeline:
     ) -> None:
         camera, detector = job.camera, models.detectors[job.camera.name]
         settings = detector.settings
+        # It may have waited for a forward pass that hung: such a frame changes no track.
+        if self._is_closed or self._is_too_old(job, settings):
+            return
         result = detector.assess(job.frame, grid, stage_ms)
+        if self._is_closed or self._is_too_old(job, settings):
+            return
         if result.blind:
             camera.counts.frames_blind += 1
             camera.publish_unknown(job.header, DiagnosticStatus.ERROR, BLIND, result.reason)
@@ -248,9 +299,13 @@ class Pipeline:
         latency_ms = (now_ns - job.frame.stamp_ns) / 1e6 if now_ns else None
         begin_s = time.perf_counter()
         # The decision first: pictures take longer, and control does not depend on them.
-        values = {"latency_ms": latency_ms, **asdict(camera.counts)}
+        values: dict[str, Any] = {"latency_ms": latency_ms, **asdict(camera.counts)}
+        if not detector.is_drift_known:
+            # False would hide the drift of the frames before a restart.
+            values["drift"] = None
         if detector.calibration is not None:
             values["promise"] = detector.calibration.promise
+            values["calibration_age_days"] = detector.calibration.age_days
         camera.outputs.publish_result(job.header, result, values)
         camera.note_published(result.decision, result.reason)
         camera.alarms.update(job.frame.stamp_ns, result, settings.silence_s)
@@ -260,6 +315,15 @@ class Pipeline:
             job.header, job.frame, result, detector.roi, settings.overlay_alpha
         )
         camera.times.add({**result.stage_ms, PUBLISH: elapsed_ms(begin_s), LATENCY: latency_ms})
+
+    def _is_too_old(self, job: _Job, settings: Settings) -> bool:
+        """Return whether an image has become too old while it was computed; publish that."""
+        now_ns, stamp_ns = self._clock.now().nanoseconds, job.frame.stamp_ns
+        reason = age_problem(now_ns, stamp_ns, settings.max_age_s)
+        if reason:
+            job.camera.counts.frames_dropped_stale += 1
+            job.camera.publish_unknown(job.header, DiagnosticStatus.STALE, "stale", reason)
+        return bool(reason)
 
     def _publish_markers(self, job: _Job, result: AnomalyResult, settings: Settings) -> None:
         inputs, boxes = job.camera.inputs, []
@@ -275,6 +339,8 @@ class Pipeline:
         job.camera.outputs.markers.publish(messages.marker_array(job.header, boxes))
 
     def _fail(self, job: _Job, error: Exception) -> None:
+        if self._is_closed:
+            return
         job.camera.counts.frames_failed += 1
         text = str(error)
         if not isinstance(error, SemanticAnomalyError):

@@ -29,7 +29,7 @@ from semantic_anomaly.errors import InputError, SemanticAnomalyError
 from semantic_anomaly.io.images import encode_jpeg
 from semantic_anomaly.io.open import open_source
 from semantic_anomaly.ros.messages import image_message, stamp_ns
-from semantic_anomaly.storage import atomic_write_bytes
+from semantic_anomaly.storage import atomic_write_bytes, forbid_writing_by_all, refuse_unwritable
 from semantic_anomaly.structures import Frame
 
 _RELIABLE = QoSProfile(depth=20, reliability=ReliabilityPolicy.RELIABLE)
@@ -185,6 +185,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> None:
     source = open_source(args.source, topic=args.topic)
+    if args.out:
+        refuse_unwritable(args.out / "frames.json")
     player = SourcePlayer(args.node, args.camera, args.image_topic, args.compressed, args.overlays)
     try:
         if args.bring_up:
@@ -212,6 +214,7 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         0, or with one line on stderr 2 for bad input, 1 for any other failure, 130 if interrupted.
     """
+    forbid_writing_by_all()
     args = _parser().parse_args(argv)
     rclpy.init(args=[])
     try:

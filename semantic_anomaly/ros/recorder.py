@@ -22,6 +22,7 @@ from semantic_anomaly.evaluation.events import Event, read_events
 from semantic_anomaly.evaluation.replay import SUMMARY, WRITTEN, write_drive
 from semantic_anomaly.ros import messages
 from semantic_anomaly.ros.inputs import SILENCE
+from semantic_anomaly.storage import forbid_writing_by_all
 from semantic_anomaly.structures import Decision
 
 # A fast bag must not overwrite statuses in the queue while the disk is busy.
@@ -135,6 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         0, or with one line on stderr 2 for bad input, 1 for any other failure.
     """
+    forbid_writing_by_all()
     arguments = sys.argv if argv is None else ["result_recorder", *argv]
     args = _parser().parse_args(rclpy.utilities.remove_ros_args(arguments)[1:])
     try:

@@ -17,6 +17,7 @@ from std_srvs.srv import Trigger
 
 from semantic_anomaly.errors import SemanticAnomalyError
 from semantic_anomaly.ros.models import Models
+from semantic_anomaly.ros.pipeline import STOP_S
 
 if TYPE_CHECKING:
     from semantic_anomaly.ros.node import AnomalyNode
@@ -39,11 +40,16 @@ class NodeServices:
         node.create_service(Trigger, "~/add_nominal", self._on_add, callback_group=group)
         node.create_service(Trigger, "~/self_test", self._on_self_test, callback_group=group)
 
-    def join(self) -> None:
-        """Wait for the end of a running reload."""
-        if self._loader is not None:
-            self._loader.join()
-            self._loader = None
+    def join(self) -> bool:
+        """Wait for the end of a running reload or self-test.
+
+        Returns:
+            Whether it ended within `STOP_S`; otherwise it hangs and is abandoned.
+        """
+        loader, self._loader = self._loader, None
+        if loader is not None:
+            loader.join(STOP_S)
+        return loader is None or not loader.is_alive()
 
     def _on_reset(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         models = self._node.models

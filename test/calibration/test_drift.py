@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 from worlds.colours import make_detector, street
 
 from semantic_anomaly.calibration.drift import DriftCheck
+from semantic_anomaly.detection.detector import AnomalyDetector
+from semantic_anomaly.structures import Frame
 
 # The 90th percentile of all is 0.5; one drive has 2 of 10 frames above it, the other none.
 DRIVES = (np.array([0.5] * 8 + [0.9] * 2), np.array([0.1] * 10))
@@ -66,6 +69,59 @@ def test_the_detector_says_once_that_the_road_is_another_one(
     assert caplog.text.count("recalibrate with drives like this") == 1
     detector.reset(drift=True)
     assert not detector.is_drift
+
+
+def reset(detector: AnomalyDetector, stamp_ns: int) -> int:
+    detector.reset()
+    return stamp_ns
+
+
+def cover(detector: AnomalyDetector, stamp_ns: int) -> int:
+    for number in range(25):
+        black = Frame(np.zeros((72, 128, 3), np.uint8), stamp_ns + number)
+        assert detector.detect(black).blind
+    return stamp_ns
+
+
+def change_threshold(detector: AnomalyDetector, stamp_ns: int) -> int:
+    detector.update(detector.settings.replace(threshold=2.0))
+    return stamp_ns
+
+
+FAULTS: dict[str, Callable[[AnomalyDetector, int], int]] = {
+    "gap": lambda detector, stamp_ns: stamp_ns + 3600 * 10**9,
+    "jump back": lambda detector, stamp_ns: stamp_ns - 3600 * 10**9,
+    "late frame": lambda detector, stamp_ns: stamp_ns - 3 * 10**8,
+    "equal stamp": lambda detector, stamp_ns: stamp_ns - 10**8,
+    "reset of the tracks": reset,
+    "covered camera": cover,
+    "another threshold": change_threshold,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("odd", [True, False])
+def test_faults_neither_trigger_nor_hide_drift(fault: str, odd: bool) -> None:
+    detector, results, stamp_ns = make_detector(drift_window=10), [], 0
+    for number in range(40):
+        stamp_ns += 10**8
+        # In the middle of a window, and while there is drift.
+        if number in (7, 17, 34):
+            stamp_ns = FAULTS[fault](detector, stamp_ns)
+        image = street(2000 + number, odd=odd).image
+        results.append(detector.detect(Frame(image, stamp_ns)).drift)
+        assert detector.is_drift_known == (number >= 29)
+    assert results == [odd and number >= 29 for number in range(40)]
+
+
+def test_a_reload_goes_on_with_the_check_of_an_equal_calibration() -> None:
+    before = make_detector(drift_window=10)
+    for number in range(35):
+        before.detect(street(number, odd=True))
+    same, other = make_detector(drift_window=10), make_detector(drift_window=10, frames=29)
+    for detector in (same, other, make_detector(calibrated=False), make_detector(drift_window=11)):
+        detector.continue_drift(before)
+        assert detector.is_drift == detector.is_drift_known == (detector is same)
 
 
 def test_the_same_road_is_no_drift(caplog: pytest.LogCaptureFixture) -> None:

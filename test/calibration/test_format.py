@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -59,6 +61,36 @@ def test_round_trip_keeps_every_bit(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME], "no temporary files"
 
 
+def test_equal_calibrations_of_different_age_have_equal_digests(tmp_path: Path) -> None:
+    now = fitted(SCORES)
+    old = replace(now, created="2020-02-29T23:59:59Z")
+    digests = []
+    for name, calibration in (("now", now), ("old", old), ("unknown", replace(now, created=""))):
+        (tmp_path / name).mkdir()
+        calibration.save(tmp_path / name)
+        loaded = Calibration.load(tmp_path / name)
+        assert loaded.created == calibration.created
+        digests.append(loaded.sha256)
+    assert len(set(digests)) == 1
+
+
+def test_age_is_that_of_the_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime(2026, 3, 1, 12, tzinfo=tz)
+
+    monkeypatch.setattr("semantic_anomaly.calibration.calibration.datetime", Clock)
+    made = fitted(SCORES)
+    assert (made.created, made.age_days) == ("2026-03-01T12:00:00Z", 0.0)
+    old = replace(made, created="2026-02-27T00:00:00Z")
+    assert old.age_days == 2.5 and replace(made, created="").age_days is None
+    assert replace(made, created="2026-03-02T12:00:00Z").age_days == -1.0
+    # An edit of the index makes it stale, not younger.
+    edit = StaleEdit(1, "retract 2 entries", False, True)
+    assert old.carried(SimpleNamespace(fingerprint=FINGERPRINT), [edit]).age_days == 2.5
+
+
 def test_each_camera_has_its_own_file(tmp_path: Path) -> None:
     names = [fitted(SCORES, camera=camera).save(tmp_path).name for camera in ("front", "rear")]
     assert names == ["calibration.json", "calibration.rear.json"]
@@ -87,10 +119,14 @@ def resealed(change: Callable[[dict[str, Any]], object]) -> Callable[[bytes], by
 
     def attack(content: bytes) -> bytes:
         body = json.loads(content)
-        del body["sha256"]
+        del body["sha256"], body["created_sha256"]
         change(body)
-        # As in the format's description: sha256 of the canonical JSON of everything else.
-        sealed = {**body, "sha256": sha256_bytes(canonical_json(body).encode())}
+        # As in the format's description: sha256 of the canonical JSON of everything else but the
+        # time, and of the time with that digest.
+        content = {name: value for name, value in body.items() if name != "created"}
+        sha256 = sha256_bytes(canonical_json(content).encode())
+        created = canonical_json([body.get("created"), sha256]).encode()
+        sealed = {**body, "sha256": sha256, "created_sha256": sha256_bytes(created)}
         return canonical_json(sealed).encode()
 
     return attack
@@ -111,13 +147,17 @@ def edited(pattern: bytes, replacement: bytes) -> Callable[[bytes], bytes]:
         (lambda content: content[: len(content) // 2], "not JSON"),
         (lambda content: b"\x80" + content, "not JSON"),
         (lambda content: b"[" * 100000, "not JSON"),
-        (lambda content: b"[]", "expected format 3, found 'list'"),
+        (lambda content: b"[]", "expected format 4, found 'list'"),
         (edited(rb"0\.012", b"0.013"), "altered or damaged"),
         (edited(rb"0\.012", b"NaN"), "NaN is not a finite number"),
         (edited(rb"0\.012", b"1e999"), "not a finite number"),
-        (resealed(lambda b: b.update(format=2)), "expected format 3, found 2"),
+        (resealed(lambda b: b.update(format=3)), "expected format 4, found 3"),
         (resealed(lambda b: b.pop("camera")), "differing: camera"),
         (resealed(lambda b: b.update(extra=1)), "differing: extra"),
+        (resealed(lambda b: b.pop("created")), "differing: created"),
+        (resealed(lambda b: b.update(created=1)), "'created' has the type int"),
+        (resealed(lambda b: b.update(created="yesterday")), "a time such as .* found 'yesterday'"),
+        (edited(rb'"created":"20', b'"created":"19'), "altered or damaged"),
         (resealed(lambda b: b.update(heatmap_low=1)), "'heatmap_low' has the type int"),
         (resealed(lambda b: b.update(episodes=[])), "'episodes' has the type list"),
         (resealed(lambda b: b.update(stale_edits=[{"edit": 1}])), "'stale_edits' contains"),

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from worlds.cli import World
 
 from semantic_anomaly import __version__
 from semantic_anomaly.cli import VERBS, inspect_index, main, module_of
@@ -137,3 +138,62 @@ def test_a_reader_that_leaves_ends_a_command_quietly(tmp_path: Path) -> None:
     finally:
         os.close(write)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+WRITING = [
+    ["build-index", "{nominal}", "--out", "{out}"],
+    ["build-index", "{nominal}", "--out", "{out}", "--calibrate"],
+    ["evaluate", "{labelled}", "--index", "{index}", "--out", "{out}"],
+    ["replay", "{bag}", "--index", "{index}", "--out", "{out}"],
+    ["sensitivity", "{index}", "{nominal}", "--out", "{out}"],
+    ["score-maps", "{nominal}", "{labelled}", "--out", "{out}"],
+    ["explain", "{index}", "{nominal}[0:1]", "--box", "0", "0", "9", "9", "--out", "{out}.jpg"],
+    ["synth", "{out}"],
+    ["synth", "{out}", "--format", "mcap"],
+    ["demo", "--out", "{out}"],
+    ["accept", "{nominal}", "--requirements", "{nominal}", "--junit", "{out}/junit.xml"],
+]
+
+
+@pytest.mark.parametrize("argv", WRITING, ids=lambda argv: " ".join(argv[:1] + argv[4:]))
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(
+    world: World,
+    tmp_path: Path,
+    argv: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def worked(*args: object, **options: object) -> None:
+        pytest.fail("the work began")
+
+    for name in (
+        "semantic_anomaly.segmentation.embedder.RunningEmbedder.from_settings",
+        "semantic_anomaly.synthetic.drive.StreetDrive.frame",
+        "semantic_anomaly.evaluation.exports.score_maps",
+        "semantic_anomaly.evaluation.acceptance.read_requirements",
+    ):
+        monkeypatch.setattr(name, worked)
+    (tmp_path / "file").write_text("in the way")
+    names = {"nominal": "calibration_11", "labelled": "labelled", "bag": "bag", "index": "index"}
+    places = {name: world.at(part) for name, part in names.items()}
+    options = [part.format(**places, out=tmp_path / "file/out") for part in argv]
+    assert main(options) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "cannot write" in error and "Not a directory" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("verb", ["add-nominal", "retract", "undo-edit"])
+def test_an_edit_of_a_mounted_index_is_refused(
+    world: World,
+    tmp_path: Path,
+    verb: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    index = world.copy("index", tmp_path / "index")
+    (tmp_path / "mounts").write_text(f"36 35 98:0 /host {index} rw - ext4 /dev/sda rw\n")
+    monkeypatch.setattr("semantic_anomaly.storage._MOUNTS", tmp_path / "mounts")
+    more = {"add-nominal": [world.at("calibration_11")], "retract": ["--entries", "1"]}
+    assert main([verb, str(index), *more.get(verb, [])]) == 2
+    assert "it is a mount point" in capsys.readouterr().err

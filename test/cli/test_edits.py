@@ -121,3 +121,37 @@ def test_frames_that_cannot_be_added(
 ) -> None:
     argv = ["add-nominal", str(index), world.at(source), *world.detector, *more]
     refused(argv, pattern, capsys, index)
+
+
+@pytest.mark.parametrize(
+    ("frames", "code", "found"),
+    [
+        ([], 3, "1 bad frames (drive/"),
+        (["--frames", "2-4"], 3, "1 bad frames (drive/"),
+        (["--frames", "4"], 0, ""),
+        (["--frames", "3"], 2, ""),
+    ],
+)
+def test_a_bad_frame_is_not_added(
+    world: World,
+    index: Path,
+    tmp_path: Path,
+    frames: list[str],
+    code: int,
+    found: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    drive, before = world.copy("calibration_11", tmp_path / "drive"), NominalIndex.load(index)
+    bad = sorted((drive / "images").iterdir())[3]
+    bad.write_bytes(bad.read_bytes()[:-30])
+    assert main(["add-nominal", str(index), str(drive), *frames, *world.detector]) == code
+    output = capsys.readouterr()
+    assert found in output.out
+    added = set(NominalIndex.load(index).frame_names) - set(before.frame_names)
+    assert not any(bad.name in name for name in added)
+    # The frames after it keep their numbers.
+    names = sorted(file.name for file in (drive / "images").iterdir())
+    if frames == ["--frames", "2-4"]:
+        assert added <= {f"drive/{names[2]}", f"drive/{names[4]}"} and added
+    if code == 2:
+        assert bad.name in output.err and not added

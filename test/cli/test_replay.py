@@ -7,9 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
-from worlds.cli import World, refused, row
+from worlds.cli import SIZE, World, refused, row
 
 from semantic_anomaly.cli import main
+from semantic_anomaly.synthetic import StreetDrive
+from semantic_anomaly.synthetic.export import write_bag
 
 
 def test_replay(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,3 +45,25 @@ def test_bad_sources(world: World, tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("mine")
     refused(["replay", world.at("bag"), *out], r"thesis\.tex", capsys, tmp_path)
+
+
+def test_a_bag_that_was_cut_off(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bag = tmp_path / "drive"
+    write_bag(StreetDrive(22, 12, image_hw=SIZE), bag, storage="sqlite3", progress=False)
+    (file,) = bag.glob("*.db3")
+    content = file.read_bytes()
+    file.write_bytes(content[: int(len(content) * 0.7)])
+    argv = ["replay", str(bag), "--index", world.at("index"), "--topic", "/camera/image_raw"]
+    assert main([*argv, "--out", str(tmp_path / "out")]) == 3
+    output = capsys.readouterr()
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert 0 < summary["frames"] < 12 and summary["frames_missing"] == 12 - summary["frames"]
+    assert f"{summary['frames']} of about 12 frames could be read" in output.err
+    assert f"{summary['frames_missing']} frames fewer than announced" in output.out
+    built = ["build-index", f"{bag}[0:]", "--out", str(tmp_path / "index"), *world.detector]
+    assert main([*built, "--topic", "/camera/image_raw"]) == 3
+    assert "frames fewer than announced" in capsys.readouterr().out
+    file.write_bytes(content[:3000])
+    refused([*argv, "--out", str(tmp_path / "none")], "truncated: expected", capsys, tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,20 @@ def test_sensitivity_prints_a_table_for_each_index(
     assert "of 10 untouched frames raise an alarm" in text and f"wrote {out}" in text
     assert row(text, "cow") and row(text, "bin")
     assert (out / "blind_map.png").stat().st_size > 1000
+
+
+def test_a_bad_frame_is_reported(
+    world: World, drive: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(drive, tmp_path / "held_out")
+    last = max((copy / "images").iterdir())
+    last.write_bytes(b"")
+    argv = ["sensitivity", world.at("index"), str(copy), "--out", str(tmp_path / "seen")]
+    options = ["--kinds", "bin", "--sizes", "40", "--composites", "4", "--frames", "12"]
+    assert main([*argv, *world.detector, *options]) == 3
+    assert f"warning: left out: source '{copy}': 1 bad frames (held_out/{last.name}" in (
+        capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(

@@ -298,7 +298,9 @@ def without(key: str) -> list[dict[str, Any]]:
         (FRAMES, {"threshold": "high"}, r"found 'high' in place of a number"),
         (without("sha256"), {}, r"found none under 'sha256'; evaluate again"),
         (without("tags"), {}, r"found none under 'tags'; evaluate again"),
-        ([{**FRAMES[0], "score": None}], {}, r"found None in place of a number"),
+        # An unknown frame takes no part.
+        ([{**FRAMES[0], "score": None}], {}, r"expected frames of at least one drive, found none"),
+        ([{**FRAMES[0], "score": "1"}], {}, r"found '1' in place of a number"),
         ([{**FRAMES[0], "anomaly": 1}], {}, r"found 1 in place of true or false"),
         ([FRAMES[0], FRAMES[0]], {}, r"found twice frame 'a_0\.png' of drive 'town/a'"),
     ],

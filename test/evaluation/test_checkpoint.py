@@ -78,11 +78,17 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_an_interrupted_run_is_resumed(tmp_path: Path, run: Run) -> None:
+    # One frame cannot be decoded, and another drive begins in the middle of an anomaly.
+    (tmp_path / "drive/images/00001.png").write_bytes(b"")
+    labels = json.loads((tmp_path / "drive/labels.json").read_text())
+    for number, row in enumerate(labels.values()):
+        row["drive"] = "one" if number < 7 else "two"
+    (tmp_path / "drive/labels.json").write_text(json.dumps(labels))
     settings = {"threshold": 0.1, "confirm_count": 2, "confirm_s": 0.25}
     expected = run(tmp_path / "whole", make_detector(**settings))
     stopped = make_detector(**settings)
-    # The first frame is detected twice.
-    stop_after(stopped, 8, MemoryError)
+    # The first frame is detected twice, and the bad one not at all.
+    stop_after(stopped, 7, MemoryError)
     with pytest.raises(MemoryError):
         run(tmp_path / "out", stopped)
     assert not (tmp_path / "out").exists()

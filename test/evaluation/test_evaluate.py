@@ -13,17 +13,23 @@ import pytest
 from worlds.colours import LEFT_HALF, ColourEmbedder, make_detector, street
 from worlds.labelled_drive import DRIVE, make_dataset, odd_mask
 
-from semantic_anomaly.errors import CalibrationError, ImageError, InputError
+from semantic_anomaly.errors import CalibrationError, ImageError, InputError, SourceError
 from semantic_anomaly.evaluation.datasets import LabelledFolder
-from semantic_anomaly.evaluation.evaluate import evaluate
+from semantic_anomaly.evaluation.evaluate import Evaluation, evaluate
 from semantic_anomaly.evaluation.figures import FIGURES
-from semantic_anomaly.io.images import read_image, write_image
+from semantic_anomaly.evaluation.replay import replay
+from semantic_anomaly.io.images import encode_png, read_image, write_image
+from semantic_anomaly.io.open import open_source
 from semantic_anomaly.offline.build_index import build_index
 from semantic_anomaly.offline.calibrate import calibrate
 from semantic_anomaly.timing import DECODE, STAGES
 
 PNG = b"\x89PNG"
 Report: TypeAlias = tuple[Path, dict[str, Any]]
+
+
+def untimed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in row.items() if name != "ms"} for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -286,3 +292,94 @@ def test_seen_frames_are_refused_or_reported(tmp_path: Path) -> None:
     assert "the index was built from 1 of the 4 frames" in evaluation["warnings"][0]
     assert evaluation["warnings"][0] in unescape((out / "report.html").read_text(encoding="utf-8"))
     assert evaluate(index, f"{root}[2:]", embedder=embedder, allow_seen=True)["warnings"] == []
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize(
+    ("number", "content", "found"),
+    [
+        (0, b"", "found no bytes"),
+        (3, PNG, "found bytes"),
+        (11, encode_png(np.zeros((72, 128, 3), np.uint8))[:-20], "truncated"),
+    ],
+)
+def test_a_bad_frame_is_unknown_and_takes_no_part_in_the_measures(
+    tmp_path: Path, number: int, content: bytes, found: str
+) -> None:
+    root = make_dataset(tmp_path / "drive", "...o..oo....")
+    whole = evaluate(make_detector(), root)
+    (root / f"images/{number:05d}.png").write_bytes(content)
+    results = evaluate(make_detector(), root, out=tmp_path / "out", save_maps=True)
+    rows = {"whole": [*whole["frames"]], "left": [*results["frames"]]}
+    bad = rows["left"].pop(number)
+    assert (bad["decision"], bad["score"]) == ("unknown", None) and found in bad["reason"]
+    anomalous = rows["whole"].pop(number)["anomaly"]
+    assert untimed(rows["left"]) == untimed(rows["whole"])
+    (named,) = results["bad_frames"]
+    assert named["name"] == f"drive/{number:05d}.png" and named["stamp_ns"] == number * 10**8
+    assert (results["frames_unknown"], results["frames_ignored"]) == (1, 0)
+    assert results["frames_counted"] == 11 and results["frames_anomalous"] == 3 - anomalous
+    assert (
+        f"1 of the 12 frames are unknown, bad or of a blind camera, {int(anomalous)} of"
+        in (results["warnings"][-1])
+    )
+    assert results["warnings"][-1] in unescape((tmp_path / "out/report.html").read_text())
+    assert len(list((tmp_path / "out/maps").iterdir())) == 11
+    assert (whole["bad_frames"], whole["frames_unknown"]) == ([], 0)
+    assert whole["warnings"] == results["warnings"][:-1]
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_too_many_bad_frames_end_an_evaluation(tmp_path: Path) -> None:
+    root = make_dataset(tmp_path / "drive", "..o...")
+    for number in (1, 4):
+        (root / f"images/{number:05d}.png").write_bytes(PNG)
+    with pytest.raises(SourceError, match=r"at most 1 bad frames.*00004"):
+        evaluate(make_detector(), root, out=tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["drive"]
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize("drive", ["...o..", "......"])
+def test_a_covered_camera_adds_no_nominal_score(tmp_path: Path, drive: str) -> None:
+    root = make_dataset(tmp_path / "drive", drive)
+    for number in (1, 3):
+        write_image(root / f"images/{number:05d}.png", np.zeros((72, 128, 3), np.uint8))
+    results = evaluate(make_detector(), root, out=tmp_path / "out")
+    rows = [results["frames"][number] for number in (1, 3)]
+    assert all(row["blind"] and row["score"] is row["p_value"] is None for row in rows)
+    assert (results["frames_blind"], results["frames_unknown"]) == (2, 2)
+    assert results["frames_counted"] == results["pixels"]["normal"] / (72 * 128) == 4
+    assert results["fpr"] == share_above(results) and results["tpr"] is None
+
+
+def share_above(results: Evaluation) -> float:
+    scores = [row["score"] for row in results["frames"] if row["score"] is not None]
+    return sum(score > results["threshold"] for score in scores) / len(scores)
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_dataset_of_a_covered_camera_alone_has_no_measures(tmp_path: Path) -> None:
+    root = make_dataset(tmp_path / "drive", "....")
+    for file in (root / "images").iterdir():
+        write_image(file, np.zeros((72, 128, 3), np.uint8))
+    results = evaluate(make_detector(), root, out=tmp_path / "out")
+    assert results["frames_counted"] == 0 and results["fpr"] is results["frame_auroc"] is None
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize("drives", ["aaaabb", "aaabbb", "aaaaab"])
+def test_tracks_end_with_a_drive(tmp_path: Path, drives: str) -> None:
+    """The same box in the frames 3 and 4 is confirmed unless another drive begins between them."""
+    root = make_dataset(tmp_path / "drive", "...oo.")
+    labels = json.loads((root / "labels.json").read_text())
+    for row, drive in zip(labels.values(), drives, strict=True):
+        row["drive"] = drive
+    (root / "labels.json").write_text(json.dumps(labels))
+    one_drive = drives[3] == drives[4]
+    settings = {"threshold": 0.1, "confirm_count": 2, "confirm_s": 1.0}
+    results = evaluate(make_detector(**settings), root)
+    alarms = [row["decision"] == "anomaly" for row in results["frames"]]
+    assert alarms == [False] * 4 + [one_drive, False]
+    summary = replay(make_detector(**settings), open_source(root), tmp_path / "out")
+    assert summary["decisions"]["anomaly"] == one_drive

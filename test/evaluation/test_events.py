@@ -129,3 +129,18 @@ def test_bad_events_are_refused(tmp_path: Path, text: str, message: str) -> None
     path.write_text(text)
     with pytest.raises(InputError, match=message):
         read_events(path)
+
+
+def test_unknown_time_is_not_nominal_time() -> None:
+    stamps_ns = [n * 10**9 for n in range(11)]
+    alarms, unknown = [False] * 11, [n in (4, 5, 6) for n in range(11)]
+    alarms[2] = True
+    known = drive_metrics(stamps_ns, alarms, [])
+    metrics = drive_metrics(stamps_ns, alarms, [], unknown)
+    assert (known.nominal_s, metrics.nominal_s) == (10.0, 6.0)
+    assert (known.false_share, metrics.false_share) == (1 / 11, 1 / 8)
+    assert metrics.false_per_hour == 600.0
+    # An event that was not assessed was not found.
+    assert drive_metrics(stamps_ns, alarms, [Event(4.0, 6.0)], unknown).missed == 1
+    nothing = drive_metrics(stamps_ns, [False] * 11, [], [True] * 11)
+    assert nothing.false_per_hour is nothing.false_share is None

@@ -11,7 +11,7 @@ from worlds.bags import raw, write_bag
 from worlds.colours import IMAGE_HW, make_detector, street
 from worlds.labelled_drive import odd_mask
 
-from semantic_anomaly.errors import InputError
+from semantic_anomaly.errors import InputError, SourceError
 from semantic_anomaly.evaluation.evaluate import evaluate
 from semantic_anomaly.evaluation.layouts import LAYOUTS, open_dataset
 from semantic_anomaly.io.images import write_image
@@ -94,6 +94,19 @@ def test_published_layouts_are_read(tmp_path: Path, name: str) -> None:
     assert [truth.sequence for truth in dataset.truths] == expected
 
 
+def test_a_bad_image_of_a_layout_is_left_out(tmp_path: Path) -> None:
+    root = make_layout(tmp_path / "set", "road-anomaly")
+    dataset = open_dataset(root, "road-anomaly")
+    (root / dataset.truths[0].file).write_bytes(b"\xff\xd8\xff")
+    results = evaluate(make_detector(), dataset)
+    (named,) = results["bad_frames"]
+    assert named["name"] == f"set/{dataset.truths[0].file}" and named["name"] in dataset.losses
+    assert [row["decision"] for row in results["frames"]] == ["unknown", "anomaly"]
+    (root / dataset.truths[1].file).write_bytes(b"\xff\xd8\xff")
+    with pytest.raises(SourceError, match="at most 1 bad frames"):
+        evaluate(make_detector(), dataset)
+
+
 @pytest.mark.usefixtures("no_figures")
 def test_a_layout_is_evaluated(tmp_path: Path) -> None:
     dataset = open_dataset(make_layout(tmp_path / "set", "anovox"), "anovox")
@@ -148,8 +161,13 @@ other: normal
 """
 
 
-def make_bag(root: Path, labels: list[int], stamps: list[int]) -> Path:
-    """Write images 0, 1, ... and labels of these stamps: 9 has the odd box, others are empty."""
+def make_bag(
+    root: Path, labels: list[int], stamps: list[int], bad: dict[str, int] | None = None
+) -> Path:
+    """Write images 0, 1, ... and labels of these stamps: 9 has the odd box, others are empty.
+
+    `bad` names the image of a topic that cannot be decoded.
+    """
     height, width = IMAGE_HW
     size = {"height": height, "width": width}
     pictures, marked = [], []
@@ -159,7 +177,10 @@ def make_bag(root: Path, labels: list[int], stamps: list[int]) -> Path:
         ids = np.zeros((height, width, 4), np.uint8)
         ids[..., 2] = odd_mask(IMAGE_HW) * value
         marked.append(raw(stamp, encoding="bgra8", step=4 * width, data=ids.reshape(-1), **size))
-    return write_bag(root / "bag", {"/front/rgb/image": pictures, "/front/semantic/image": marked})
+    topics = {"/front/rgb/image": pictures, "/front/semantic/image": marked}
+    for topic, number in (bad or {}).items():
+        topics[topic][number].encoding = "h264"
+    return write_bag(root / "bag", topics)
 
 
 def test_a_bag_with_a_semantic_camera(tmp_path: Path) -> None:
@@ -180,6 +201,21 @@ def test_a_bag_with_a_semantic_camera(tmp_path: Path) -> None:
     assert dataset.labels(last, IMAGE_HW).any() and not dataset.labels(first, IMAGE_HW).any()
     results = evaluate(make_detector(), dataset)
     assert results["frame_auroc"] == 1.0 and results["component_siou_oracle"] > 0.5
+
+
+@pytest.mark.parametrize("topic", ["/front/rgb/image", "/front/semantic/image"])
+def test_a_bad_image_of_a_bag_is_left_out(tmp_path: Path, topic: str) -> None:
+    bag, layout = make_bag(tmp_path, [0, 9, 0, 9], [0, 1, 2, 3], {topic: 1}), tmp_path / "l.yaml"
+    layout.write_text(CAMERA)
+    dataset = open_dataset(bag, str(layout))
+    results = evaluate(make_detector(), dataset)
+    (named,) = results["bad_frames"]
+    assert named["stamp_ns"] == 101_000_000_005 and "'h264' is not supported" in named["reason"]
+    assert f"topic '{topic}', image 1" in named["reason"] and "1 bad frames" in dataset.losses
+    # Without labels it is no frame of the dataset, as any image without labels.
+    unknown = topic == "/front/rgb/image"
+    assert results["frames_unknown"] == unknown and len(results["frames"]) == 3 + unknown
+    assert (results["frames_counted"], results["frames_anomalous"]) == (3, 1)
 
 
 def test_bags_that_do_not_fit_are_refused(tmp_path: Path) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from worlds.bags import RAW, raw, write_bag
 from worlds.colours import make_detector
 from worlds.labelled_drive import make_dataset
 
-from semantic_anomaly.errors import InputError, SourceError
+from semantic_anomaly.errors import ArtefactError, InputError, SourceError
+from semantic_anomaly.evaluation.evaluate import evaluate
 from semantic_anomaly.evaluation.events import Event
 from semantic_anomaly.evaluation.replay import replay
 from semantic_anomaly.io.images import read_image, write_image
@@ -105,6 +108,45 @@ def test_a_jump_back_in_a_drive_with_events_is_refused_at_once(tmp_path: Path) -
     with pytest.raises(InputError, match=r"step back of 2\.750 s"):
         replay(make_detector(), open_source(root), tmp_path / "out", events=[Event(0.5, 0.75)])
     assert replay(make_detector(), open_source(root), tmp_path / "out")["frames"] == 20
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize("kind", ["folder", "bag", "cut bag"])
+def test_events_outside_the_drive_are_refused_before_a_frame_is_assessed(
+    tmp_path: Path, kind: str
+) -> None:
+    drive = tmp_path / "drive"
+    if kind == "folder":
+        make_dataset(drive, "." * 6)
+    else:
+        write_bag(drive, {RAW: [raw(number) for number in range(6)]}, "sqlite3")
+    if kind == "cut bag":
+        (drive / "metadata.yaml").unlink()
+    detector = make_detector()
+    detector.detect = lambda frame: pytest.fail("a frame was assessed")
+    with pytest.raises(InputError, match=r"from 9 to 10 s: expected frames in it, found .* to 5|0"):
+        replay(detector, open_source(drive), tmp_path / "out", events=[Event(9, 10)])
+    assert [path.name for path in tmp_path.iterdir()] == ["drive"]
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize("work", ["replay", "evaluate"])
+def test_a_disk_that_is_nearly_full_ends_the_work_at_its_first_frame(
+    tmp_path: Path, work: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_dataset(tmp_path / "drive", "." * 6)
+    detector, assessed = make_detector(), []
+    detect = detector.detect
+    detector.detect = lambda frame: assessed.append(frame) or detect(frame)
+    # Enough for the figures alone.
+    free = shutil.disk_usage(tmp_path)._replace(free=10_000_100)
+    monkeypatch.setattr("semantic_anomaly.storage.shutil.disk_usage", lambda path: free)
+    with pytest.raises(ArtefactError, match="about 10 MB of free disk space"):
+        if work == "replay":
+            replay(detector, open_source(root), tmp_path / "out")
+        else:
+            evaluate(detector, root, out=tmp_path / "out")
+    assert not assessed and [path.name for path in tmp_path.iterdir()] == ["drive"]
 
 
 @pytest.mark.usefixtures("no_figures")

@@ -156,3 +156,16 @@ def test_nothing_is_left_of_a_report_that_fails(
     with pytest.raises(InputError, match="no figure"):
         sensitivity(make_detector(), drive, PLAN, out=tmp_path / "seen")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bad_frame_of_the_drive_is_named(tmp_path: Path) -> None:
+    root = make_dataset(tmp_path / "held_out", "." * 12)
+    for number, bad in enumerate((3, 11)):
+        (root / f"images/{bad:05d}.png").write_bytes(b"\x89PNG")
+        if number == 0:
+            found = sensitivity(make_detector(), root, PLAN)
+            assert [row["name"] for row in found["bad_frames"]] == ["held_out/00003.png"]
+            assert len(found["frames"]) == 11 and found["frames_missing"] == 0
+            assert "left out: source" in found["warnings"][-1]
+    with pytest.raises(SourceError, match=r"at most 1 bad frames.*00011"):
+        sensitivity(make_detector(), root, PLAN)

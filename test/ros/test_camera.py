@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from worlds.ros import Gate, bench, nominal_image, odd_image, values_of
 
 from semantic_anomaly.ros import camera
 from semantic_anomaly.ros.camera import LATENCY, RateMeter, RecentTimes
+from semantic_anomaly.ros.messages import image_message
 from semantic_anomaly.timing import PUBLISH, STAGES
 
 
@@ -26,20 +28,41 @@ def test_a_rate_is_measured_between_two_readings(monkeypatch: pytest.MonkeyPatch
     assert meter.rate_hz(2) == 0.0
 
 
-def test_frames_without_a_result_are_reported(
-    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("max_age_s", "use_sim_time", "waited_s", "is_reported"),
+    [
+        (2.0, False, 1.9, False),
+        (2.0, False, 2.0, True),
+        (0.04, False, 0.04, True),
+        # Simulated time may be slower than the worker.
+        (2.0, True, 29.0, False),
+        (2.0, True, 30.0, True),
+    ],
+)
+def test_a_missing_result_is_reported_within_the_largest_age(
+    values: dict[str, Any],
+    max_age_s: float,
+    use_sim_time: bool,
+    waited_s: float,
+    is_reported: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with bench({**values, "silent_after_s": 0.4}) as b:
+    with bench({**values, "max_age_s": 60.0, "use_sim_time": use_sim_time}) as b:
         b.start("status")
         gate = Gate(b, monkeypatch)
-        statuses = b.got["camera"]["status"]
-
-        def reported() -> bool:
-            b.send(nominal_image(10))
-            reasons = [values_of(array.status[0])["reason"] for array in statuses]
-            return any("there was no result for" in reason for reason in reasons)
-
-        b.spin_until(reported)
+        b.send(nominal_image(10))
+        b.spin_until(gate.entered.is_set)
+        watched = b.node._cameras["camera"]
+        watched.outputs.publish_unknown = lambda *args: published.append(args[2])
+        published: list[str] = []
+        now_s = watched._waiting_since_s + waited_s
+        with monkeypatch.context() as patch:
+            patch.setattr(camera.time, "monotonic", lambda: now_s)
+            watched.inputs.arrived_s = now_s
+            for _ in range(2):
+                watched.check(max_age_s)
+        assert len(published) == is_reported
+        assert all("there was no result for" in reason for reason in published)
         gate.opened.set()
 
 
@@ -47,7 +70,7 @@ def test_diagnostics_are_published_every_second(values: dict[str, Any]) -> None:
     with bench(values) as b:
         b.listen_diagnostics()
         b.start("status")
-        b.answer(b.send(nominal_image(1)))
+        answer = b.answer(b.send(nominal_image(1)))
         heartbeats: list[DiagnosticArray] = []
         b.helper.create_subscription(
             DiagnosticArray, "/semantic_anomaly/heartbeat", heartbeats.append, 10
@@ -68,6 +91,8 @@ def test_diagnostics_are_published_every_second(values: dict[str, Any]) -> None:
     assert status["state"] == "active" and status["device"] == "cpu"
     assert status["frames_received"] == "1" and status["frames_processed"] == "1"
     assert len(status["index_fingerprint"]) == 64
+    assert 0 <= float(answer["calibration_age_days"]) <= float(status["calibration_age_days"]) < 1
+    assert status["calibration_created"].endswith("Z")
     assert "stale_calibration" not in status
     assert "rate_in_hz" in status and "rate_processed_hz" in status
     for stage in (*STAGES, PUBLISH, LATENCY):
@@ -128,3 +153,19 @@ def test_a_frozen_or_covered_camera_is_unknown(values: dict[str, Any]) -> None:
         assert b.set(frozen_after_s=0.0, least_contrast=0.0).successful
         again = [b.answer(b.send(images[-1], stamp_ns=now_ns + n * 10**9)) for n in (2, 3, 4)]
         assert [status["decision"] for status in again] == ["nominal"] * 3
+
+
+def test_yuv_of_full_range_is_warned_of_once(values: dict[str, Any]) -> None:
+    with bench(values) as b:
+        b.start("status")
+        for seed in range(2):
+            message = image_message(nominal_image(seed), "rgb8")
+            message.encoding, message.step = "uyvy", 2 * message.width
+            pixels = np.full((message.height, message.width, 2), 128, np.uint8)
+            pixels[..., 1] = np.linspace(0, 255, message.width) + seed / 9
+            message.data = array("B", pixels.tobytes())
+            b.stamped(message)
+            b.publisher().publish(message)
+            assert b.answer(message)["decision"] in ("nominal", "anomaly")
+        lines = b.spin_until_logged("seem to have the full range")
+    assert len([line for line in lines if "seem to have the full range" in line]) == 1

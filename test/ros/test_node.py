@@ -403,3 +403,23 @@ def test_a_parameter_file_that_ros_cannot_read_is_exit_code_2(tmp_path: Path) ->
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "anomaly_node:" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_thread_that_hangs_does_not_keep_the_process_from_ending() -> None:
+    code = """
+import os, signal, sys, threading
+from semantic_anomaly.ros import node
+
+def close(self):
+    threading.Thread(target=threading.Event().wait).start()
+    self._note_end(False)
+
+node.AnomalyNode.close = close
+interrupt = lambda self, timeout_sec: os.kill(os.getpid(), signal.SIGINT)
+node.SingleThreadedExecutor.spin_once = interrupt
+sys.exit(node.main())
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
+    assert done.returncode == 1 and "a thread hangs" in done.stderr
+    assert "Traceback" not in done.stderr and "terminate called" not in done.stderr

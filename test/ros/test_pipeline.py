@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from queue import SimpleQueue
 from typing import Any
@@ -11,10 +12,22 @@ import pytest
 pytest.importorskip("rclpy")
 
 from builtin_interfaces.msg import Time
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from rosgraph_msgs.msg import Clock
-from worlds.ros import Bench, Gate, bench, nominal_image, odd_image, two_cameras
+from worlds.ros import (
+    ERROR,
+    SUCCESS,
+    TIMEOUT_S,
+    Bench,
+    Gate,
+    bench,
+    nominal_image,
+    odd_image,
+    two_cameras,
+)
 
 from semantic_anomaly.errors import ModelOutputError
+from semantic_anomaly.ros import messages, pipeline
 from semantic_anomaly.ros.pipeline import Worker, age_problem
 from semantic_anomaly.segmentation.embedder import RunningEmbedder
 
@@ -190,6 +203,130 @@ def test_a_busy_worker_gets_the_newest_message_of_each_camera_next() -> None:
     go_on.release(2)
     assert begun.get(timeout=20) == {"front": 3, "rear": 2}
     worker.stop()
+
+
+def hold(b: Bench, step: str, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Make a step of the worker hang until the event is set."""
+    assert b.node.models is not None
+    owner, name = {
+        "decode": (messages, "frame_of"),
+        "embed": (b.node.models.embedder, "embed"),
+        "assess": (b.node.models.detectors["camera"], "assess"),
+    }[step]
+    function, goes_on = getattr(owner, name), threading.Event()
+
+    def held(*args: Any) -> Any:
+        assert goes_on.wait(TIMEOUT_S)
+        return function(*args)
+
+    monkeypatch.setattr(owner, name, held)
+    return goes_on
+
+
+def diagnosed(b: Bench, level: bytes, text: str) -> None:
+    """Wait for a level and a text of the camera in /diagnostics and in the heartbeat."""
+    heartbeats: list[DiagnosticArray] = []
+    subscription = b.helper.create_subscription(
+        DiagnosticArray, "/semantic_anomaly/heartbeat", heartbeats.append, 10
+    )
+    b.diagnostics.clear()
+    for received in (b.diagnostics, heartbeats):
+        b.spin_until(
+            lambda received=received: any(
+                status.level == level and text in status.message
+                for array in received
+                for status in array.status
+            )
+        )
+    b.helper.destroy_subscription(subscription)
+
+
+@pytest.mark.parametrize("step", ["decode", "embed", "assess"])
+def test_a_worker_that_hangs_is_unknown_and_an_error_until_it_comes_back(
+    values: dict[str, Any], step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with bench({**values, "max_age_s": 0.3}) as b:
+        b.listen_diagnostics()
+        b.start("status")
+        goes_on = hold(b, step, monkeypatch)
+        # One frame is enough, and more of them change nothing.
+        held = b.send(nominal_image(10))
+        assert b.unknown(having="there was no result for")["frames_processed"] == "0"
+        diagnosed(b, DiagnosticStatus.ERROR, "there was no result for")
+        for seed in range(3):
+            b.send(nominal_image(20 + seed))
+            b.executor.spin_once(timeout_sec=0.05)
+        goes_on.set()
+        # Its result comes too late.
+        late = b.answer(held)
+        assert "stale: image is" in late["reason"] and "score" not in late
+        assert b.set(max_age_s=10.0).successful
+        assert b.answer(b.send(nominal_image(11)))["decision"] == "nominal"
+        diagnosed(b, DiagnosticStatus.OK, "frames/s")
+
+
+@pytest.mark.parametrize("error_class", [SystemExit, KeyboardInterrupt, GeneratorExit])
+def test_a_worker_that_ends_is_started_again(
+    values: dict[str, Any], error_class: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with bench(values) as b:
+        b.listen_diagnostics()
+        b.start("status")
+        assert b.node.models is not None
+
+        def ending(images: Any) -> Any:
+            raise error_class("by a library")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(b.node.models.embedder, "embed", ending)
+            for seed in (10, 11):
+                status = b.answer(b.send(nominal_image(seed)))
+                assert status["decision"] == "unknown" and "score" not in status
+                ended = f"the worker ended unexpectedly ({error_class.__name__}: by a library)"
+                assert status["reason"].startswith(ended)
+            diagnosed(b, DiagnosticStatus.ERROR, "the worker ended unexpectedly")
+        status = b.answer(b.send(nominal_image(12)))
+        assert status["decision"] == "nominal" and status["frames_failed"] == "2"
+        diagnosed(b, DiagnosticStatus.OK, "frames/s")
+
+
+@pytest.mark.parametrize("step", ["embed", "assess"])
+def test_a_worker_that_hangs_does_not_keep_the_node_from_ending(
+    values: dict[str, Any], step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "STOP_S", 0.1)
+    with bench(values) as b:
+        b.start("status", "score")
+        with monkeypatch.context() as patch:
+            goes_on = hold(b, step, patch)
+            b.send(nominal_image(10))
+            counts = b.node._cameras["camera"].counts
+            b.spin_until(lambda: counts.frames_received)
+            [hanging] = [t for t in threading.enumerate() if t.name == "anomaly_worker"]
+            while not hanging_in(hanging, "held"):
+                b.executor.spin_once(timeout_sec=0.05)
+            assert b.node.trigger_deactivate() == ERROR
+            assert b.node.models is None and b.node.abandoned_threads == 1
+            goes_on.set()
+            hanging.join(TIMEOUT_S)
+        assert not hanging.is_alive()
+        b.spin_until_logged("a thread hangs")
+        # What it computed afterwards was not published, and the node works again.
+        assert b.got["camera"]["score"] == []
+        for transition in (b.node.trigger_configure, b.node.trigger_activate):
+            assert transition() == SUCCESS
+        b.spin_until(b.connected)
+        assert b.answer(b.send(nominal_image(11)))["decision"] == "nominal"
+        assert b.node.trigger_deactivate() == SUCCESS
+
+
+def hanging_in(thread: threading.Thread, function: str) -> bool:
+    frame = sys._current_frames()[thread.ident or 0]
+    names = []
+    while frame is not None:
+        names.append(frame.f_code.co_name)
+        frame = frame.f_back
+    return function in names
 
 
 @pytest.mark.parametrize(
