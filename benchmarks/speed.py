@@ -277,6 +277,7 @@ def make_index(embeddings: np.ndarray) -> NominalIndex:
         segmenter_model="",
         embeddings=embeddings,
         entries=np.zeros((count, 3), np.int32),
+        radii=np.zeros(count, np.float32),
         frames=(FrameRecord("0", 1, 1, b""),),
         report=BuildReport(1, count, count, 0, 0),
         search_ef=16,

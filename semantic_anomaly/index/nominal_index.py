@@ -164,6 +164,7 @@ class NominalIndex:
                 segmenter_model=settings.segmenter_model,
                 embeddings=selection.embeddings.copy(),
                 entries=selection.entries.copy(),
+                radii=selection.radii.copy(),
                 partition=Partition.of(selection.embeddings),
                 frames=tuple(selection.frames),
                 report=selection.report,
@@ -226,6 +227,7 @@ class NominalIndex:
                     embeddings=content.embeddings[is_kept],
                     entries=content.entries[is_kept],
                     partition=partition,
+                    radii=content.radii[content.numbers][is_kept],
                     retracted=None,
                     support=Support(),
                 )
