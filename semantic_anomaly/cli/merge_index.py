@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from semantic_anomaly.cli.options import positive
 from semantic_anomaly.cli.tables import folder_size, table
+from semantic_anomaly.errors import InputError
 
 if TYPE_CHECKING:
     from semantic_anomaly.index.nominal_index import NominalIndex
@@ -42,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
     """Merge, write the index and print a summary."""
     from semantic_anomaly.offline.merge_index import merge_indexes
 
+    if len(args.indexes) < 2:
+        raise InputError(f"merge: expected at least two indexes, found {len(args.indexes)}")
     index = merge_indexes(
         args.indexes, args.out, force=args.force, max_entries=args.max_entries, progress=True
     )

@@ -34,7 +34,7 @@ _BLOCK = 2048
 # Entries that are added to the graph between two reports of progress.
 _GRAPH_BLOCK = 4096
 # A dedup_distance of -1 is measured on so many frames, with at most so many queries per frame.
-_MEASURED_FRAMES = 8
+MEASURED_FRAMES = 8
 _MEASURED_QUERIES = 512
 # Patches near a patch resemble it because they see the same.
 _NEIGHBOURHOOD = 4
@@ -324,7 +324,7 @@ class Selection:
             return
         self._waiting.append(embeddings)
         self._distances.append(self._distances_inside(nominal_frame))
-        if len(self._waiting) == _MEASURED_FRAMES:
+        if len(self._waiting) == MEASURED_FRAMES:
             self._take_waiting()
 
     def finish(self, report_progress: Callable[[int], object] | None = None) -> None:

@@ -102,7 +102,7 @@ def build_index(
             # Other commands import no torch.
             from semantic_anomaly.embedding.precision import choose_precision
 
-            settings = choose_precision(settings, sample_images(drives), _median_distances)
+            settings = choose_precision(settings, sample_images(drives), median_distances)
             embedder = stack.enter_context(closing(RunningEmbedder.from_settings(settings)))
         _log_predicted_size(settings, roi, drives, embedder, stride)
         frames = embedded_frames(
@@ -146,7 +146,7 @@ def _keeping(
         kept.are_all = len(kept.frames) == number
 
 
-def _median_distances(grids: Sequence[PatchGrid]) -> list[float]:
+def median_distances(grids: Sequence[PatchGrid]) -> list[float]:
     """Return the median distance by stage of some patches to the nearest of the other frames.
 
     Before there is an index, a few frames stand for it.

@@ -36,7 +36,7 @@ def merge_indexes(
     that one of them can be left out. Calibrations are not merged.
 
     Args:
-        folders: of at least two indexes.
+        folders: of the indexes; a single one is copied.
         out: folder of the new index.
         force: replace an index in `out`, with its calibrations and edits.
         max_entries: most entries of each stage; None: the largest limit of the indexes.
@@ -46,7 +46,7 @@ def merge_indexes(
         progress: show a progress bar on a terminal.
 
     Raises:
-        InputError: fewer than two indexes, one given twice, or `out` among them.
+        InputError: no indexes, one given twice, or `out` among them.
         SourceError: two indexes were built from the same source.
         IndexFormatError: an index is missing, damaged or of another version.
         IndexMismatchError: indexes differ in stages, backbone, region of interest, camera or
@@ -55,8 +55,8 @@ def merge_indexes(
     """
     out = Path(out).expanduser()
     paths = [Path(folder).expanduser() for folder in folders]
-    if len(paths) < 2:
-        raise InputError(f"merge: expected at least two indexes, found {len(paths)}")
+    if not paths:
+        raise InputError("merge: expected indexes, found none")
     refuse_existing(out, force)
     manifests = [manifests_of(path) for path in paths]
     for number, path in enumerate(paths):

@@ -35,6 +35,8 @@ def test_merge_index(
     assert row(capsys.readouterr().out, "merged from") == "2 indexes"
     rate = ["--target-false-alarm-rate", "0.1"]
     assert main(["calibrate", out, *rate, *world.detector]) == 0
+    one = ["merge-index", parts[0], "--out", str(tmp_path / "one")]
+    refused(one, "at least two indexes, found 1", capsys, tmp_path)
     refused(["merge-index", *parts, "--out", out], r"exists .*--force", capsys, tmp_path)
     assert main(["merge-index", *parts, "--out", out, "--force", "--max-entries", "9"]) == 0
     assert NominalIndex.load(out).count == 9
