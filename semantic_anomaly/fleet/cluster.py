@@ -33,6 +33,11 @@ from semantic_anomaly.storage import atomic_write_bytes
 LOCAL = "local"
 _ADDRESS = re.compile(r"(ray://)?(?P<host>[^\s/:]+|\[[0-9a-fA-F:]+\]):(?P<port>\d{1,5})")
 _ANSWER_S, _CHECK_S = 5.0, 60.0
+# Ray answers as every server of gRPC: preface and empty settings by settings (RFC 9113).
+_HTTP2_SETTINGS = 4
+_HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(
+    [0, 0, 0, _HTTP2_SETTINGS, 0, 0, 0, 0, 0]
+)
 # Arrays go through files, so the store holds little.
 _OBJECT_STORE_BYTES = 100 * 2**20
 _RETRIES = 3
@@ -309,12 +314,16 @@ def node_problem(expected: Mapping[str, str], folder: str, token: str) -> str:
 
 
 def _check_answers(address: str, host: str, port: int) -> None:
-    # Ray itself tries for minutes.
+    """Raise ClusterError if nothing answers at an address, or something else: Ray tries minutes."""
     try:
-        socket.create_connection((host, port), timeout=_ANSWER_S).close()
+        with socket.create_connection((host, port), timeout=_ANSWER_S) as connection:
+            connection.sendall(_HTTP2_HELLO)
+            answer = connection.recv(9)
     except OSError as error:
         reason = "timed out" if isinstance(error, TimeoutError) else error.strerror or str(error)
         raise ClusterError(f"Ray cluster '{address}' does not answer: {reason}") from error
+    if len(answer) < 9 or answer[3] != _HTTP2_SETTINGS:
+        raise ClusterError(f"Ray cluster '{address}': expected Ray there, found something else")
 
 
 def _last_line(error: BaseException) -> str:

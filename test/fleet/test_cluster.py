@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -27,12 +28,18 @@ def argv(drives: list[str], tmp_path: Path) -> list[str]:
 
 
 def test_addresses_that_do_not_answer_are_named(
-    drives: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    drives: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     pytest.importorskip("ray", reason="Ray is not installed: extra [fleet]")
     command = argv(drives, tmp_path)
     pattern = r"Ray cluster '127\.0\.0\.1:1' does not answer: Connection refused"
     refused([*command, "--ray", "127.0.0.1:1"], pattern, capsys)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr("semantic_anomaly.fleet.cluster._ANSWER_S", 0.2)
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        pattern = f"Ray cluster '{address}' does not answer: timed out"
+        refused([*command, "--ray", address], pattern, capsys)
     # Taken for an address.
     pattern = rf"--ray: expected HOST:PORT.* found '{drives[1]}'.*put --ray after the sources"
     refused([*command, "--ray", drives[1]], pattern, capsys)
