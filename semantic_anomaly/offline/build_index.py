@@ -138,9 +138,13 @@ def _keeping(
 ) -> Iterator[tuple[Frame, PatchGrid]]:
     """Yield frames and embeddings, and keep what fits."""
     number = 0
-    for number, (drive, _, frame, grid) in enumerate(frames, start=1):
+    sources: list[FrameSource] = []
+    for number, (drive, source, frame, grid) in enumerate(frames, start=1):
         if kept is not None:
-            kept.offer(EmbeddedFrame(drive, frame.recording, number - 1, frame.stamp_ns, grid))
+            if not sources or sources[-1] is not source:
+                sources.append(source)
+            position = drive, frame.recording, number - 1, frame.stamp_ns
+            kept.offer(EmbeddedFrame(*position, grid, len(sources) - 1))
         yield frame, grid
     if kept is not None:
         kept.are_all = len(kept.frames) == number

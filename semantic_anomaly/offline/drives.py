@@ -37,13 +37,14 @@ _BAG_PART = re.compile(r"(?P<recording>.+)_\d+\.(?:mcap|db3)")
 
 @dataclass(frozen=True, eq=False)
 class EmbeddedFrame:
-    """A frame of a drive: its number among all, stamp in nanoseconds and embeddings."""
+    """A frame of a drive: its number among all, stamp in nanoseconds, embeddings, and source."""
 
     drive: str
     recording: str
     number: int
     stamp_ns: int
     grid: PatchGrid
+    source: int = 0
 
 
 class KeptFrames:
