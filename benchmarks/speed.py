@@ -418,7 +418,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Any] = {
         "machine": {
-            "cpu": _cpu(),
+            "cpu": cpu_name(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "capabilities": [
@@ -465,7 +465,8 @@ def main() -> None:
     print("\n".join(tables))
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
+    """Return the name of the processor."""
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from worlds.cli import SIZE
+from worlds.cli import SIZE, refused
 
 from semantic_anomaly.cli import main
 from semantic_anomaly.offline.build_index import build_index
@@ -17,6 +17,9 @@ from semantic_anomaly.synthetic import StreetDrive
 from semantic_anomaly.synthetic.export import write_folder
 
 pytest.importorskip("ray", reason="Ray is not installed: extra [fleet]")
+
+# Settings that the index does not fix.
+_RUN = ("device", "threads", "dtype", "execution")
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +74,7 @@ def test_replay(
     assert (tmp_path / "fleet" / "drive_3" / "summary.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_evaluate(cluster: Any, index: Path, options: dict[str, Any], tmp_path: Path) -> None:
     for seed in (21, 22):
         drive = StreetDrive(seed, 60, anomalies=("cow",), image_hw=SIZE)
@@ -85,5 +89,8 @@ def test_evaluate(cluster: Any, index: Path, options: dict[str, Any], tmp_path: 
         assert read(found / "results.json") == read(expected / "results.json")
 
 
-# Settings that the index does not fix.
-_RUN = ("device", "threads", "dtype", "execution")
+def test_labels_belong_to_one_drive(
+    drives: list[str], index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["replay", *drives[3:], "--index", str(index), "--out", str(tmp_path / "out")]
+    refused([*command, "--labels", str(tmp_path / "e.yaml")], "expected one BAG, found 2", capsys)
