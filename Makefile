@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-EXTRAS := cpu,ros,report,vlm,notebook,docs,test
+EXTRAS := cpu,ros,report,vlm,fleet,notebook,docs,test
 
 # Camera-size images between processes are lost over the default transport in many containers.
 export FASTDDS_BUILTIN_TRANSPORTS ?= LARGE_DATA

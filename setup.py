@@ -53,6 +53,7 @@ setup(
         ],
         "report": ["jinja2", "matplotlib", "scikit-learn", "scipy"],
         "vlm": ["openai"],
+        "fleet": ["ray>=2.40"],
         "notebook": ["ipykernel", "nbclient", "nbformat"],
         "docs": ["mkdocs-material"],
         "test": ["mypy", "pytest>=7", "ruff", "types-PyYAML", "types-tqdm"],

@@ -319,6 +319,7 @@ def make_index(embeddings: np.ndarray) -> NominalIndex:
         segmenter_model="",
         embeddings=embeddings,
         entries=np.zeros((count, 3), np.int32),
+        radii=np.zeros(count, np.float32),
         frames=(FrameRecord("0", *GRID_HW, b""),),
         report=BuildReport(1, count, count, 0, 0),
         search_ef=16,
@@ -459,7 +460,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Any] = {
         "machine": {
-            "cpu": _cpu(),
+            "cpu": cpu_name(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "capabilities": [
@@ -506,7 +507,8 @@ def main() -> None:
     print("\n".join(tables))
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
+    """Return the name of the processor."""
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()

@@ -30,9 +30,7 @@ def check_sources(index: NominalIndex, sources: Mapping[str, FrameSource]) -> No
     """
     for drive, source in sources.items():
         refuse_seen(index, next(iter(source)))
-        if source.files and _overlaps(
-            source, [recorded.name for recorded in index.content.sources]
-        ):
+        if source.files and overlaps(source, [recorded.name for recorded in index.content.sources]):
             _log.warning(
                 "calibration drive '%s' has the name of a drive in the index: if it is the "
                 "same drive, the false-alarm rate on other drives will exceed the target",
@@ -76,14 +74,14 @@ def refuse_calibrated(drives: Iterable[str], source: FrameSource) -> None:
     """
     for drive in drives if source.files else ():
         # A folder whose labels name drives is several: 'folder/drive'.
-        if _overlaps(source, [drive]) or drive.startswith(f"{source.name}/"):
+        if overlaps(source, [drive]) or drive.startswith(f"{source.name}/"):
             raise CalibrationError(
                 f"the calibration has seen a drive '{drive}', the name of the source "
                 f"'{source.path}': its false alarms say nothing about new drives; use another drive"
             )
 
 
-def _overlaps(source: FrameSource, index_sources: Iterable[str]) -> bool:
+def overlaps(source: FrameSource, index_sources: Iterable[str]) -> bool:
     """Return whether the index has a source of the same name with overlapping frame numbers."""
     first, last = source.selection.start or 0, source.selection.stop
     for text in index_sources:

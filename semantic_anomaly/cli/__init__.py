@@ -34,6 +34,10 @@ VERBS = {
         "build the index of nominal embeddings from nominal drives",
         "drives/monday 'drives/tuesday[0:600]' --out index",
     ),
+    "merge-index": _Verb(
+        "merge indexes of one camera, built from different drives, into one",
+        "index_monday index_tuesday --out index",
+    ),
     "calibrate": _Verb(
         "calibrate an index with its own nominal drives, or with others",
         "index --target-false-alarm-rate 0.01",

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from semantic_anomaly.cli.options import (
     add_detector_options,
+    add_fleet_options,
     add_sources_argument,
     positive,
+    refuse_fleet_options,
     settings_of,
+    shards_folder,
 )
-from semantic_anomaly.cli.tables import folder_size, report_losses, table
+from semantic_anomaly.cli.tables import folder_size, print_losses, report_losses, table
+from semantic_anomaly.errors import InputError
+
+if TYPE_CHECKING:
+    from semantic_anomaly.index.nominal_index import NominalIndex
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,10 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "fit into memory; rates: --set target_false_alarm_rate=0.05",
     )
     add_detector_options(parser)
+    add_fleet_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Build and write an index and print a summary."""
+    if args.ray is not None:
+        return _run_on_cluster(args)
+    refuse_fleet_options(args)
     from semantic_anomaly.calibration.calibration import Calibration
     from semantic_anomaly.offline.build_index import build_index
     from semantic_anomaly.offline.drives import open_drives
@@ -56,6 +68,42 @@ def run(args: argparse.Namespace) -> int:
         calibrated=args.calibrate,
         progress=True,
     )
+    _print_summary(index, args.out)
+    if not args.calibrate:
+        print(f"wrote {args.out}; next: semantic-anomaly calibrate {args.out}")
+        return report_losses(sources)
+    calibration = Calibration.load(args.out, camera)
+    print(f"wrote {args.out}; threshold {calibration.threshold:.4f}; {calibration.promise}")
+    return report_losses(sources)
+
+
+def _run_on_cluster(args: argparse.Namespace) -> int:
+    from semantic_anomaly.fleet.build_index import build_index_on_cluster
+
+    if args.calibrate:
+        raise InputError("--calibrate: expected no --ray; run calibrate on the finished index")
+    settings, camera = settings_of(args)
+    built = build_index_on_cluster(
+        args.sources,
+        address=args.ray,
+        shards=shards_folder(args),
+        out=args.out,
+        settings=settings,
+        camera=camera,
+        force=args.force,
+        topic=args.topic,
+        stride=args.stride,
+        num_gpus=args.num_gpus or 0.0,
+        progress=True,
+    )
+    content = built.index.content
+    _print_summary(built.index, args.out)
+    print(f"{len(content.sources)} sources, of which {built.ran} were read by this run")
+    print(f"wrote {args.out}; next: semantic-anomaly calibrate {args.out}")
+    return print_losses(built.losses, ((f.name, f.reason) for f in content.failed))
+
+
+def _print_summary(index: NominalIndex, out: Path) -> None:
     names = {
         "patches seen": "seen",
         "stored": "stored",
@@ -67,11 +115,4 @@ def run(args: argparse.Namespace) -> int:
         (title, " + ".join(f"{getattr(stage.report, name)}" for stage in index.stages))
         for title, name in names.items()
     ]
-    rows.append(("size on disk", folder_size(args.out)))
-    print(table(rows))
-    if not args.calibrate:
-        print(f"wrote {args.out}; next: semantic-anomaly calibrate {args.out}")
-        return report_losses(sources)
-    calibration = Calibration.load(args.out, camera)
-    print(f"wrote {args.out}; threshold {calibration.threshold:.4f}; {calibration.promise}")
-    return report_losses(sources)
+    print(table([*rows, ("size on disk", folder_size(out))]))

@@ -5,14 +5,24 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from semantic_anomaly.cli.options import add_detector_options, add_sources_argument, settings_of
-from semantic_anomaly.cli.tables import drives_listed, report_losses, table
+from semantic_anomaly.cli.options import (
+    add_detector_options,
+    add_fleet_options,
+    add_sources_argument,
+    refuse_fleet_options,
+    settings_of,
+)
+from semantic_anomaly.cli.tables import drives_listed, print_losses, report_losses, table
 from semantic_anomaly.errors import InputError
 from semantic_anomaly.evaluation.measures import figure, interval
+
+if TYPE_CHECKING:
+    from semantic_anomaly.calibration.calibration import Calibration
+    from semantic_anomaly.settings import Settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,10 +76,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="length of an episode in seconds (default: the setting, 10)",
     )
     add_detector_options(parser)
+    add_fleet_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Calibrate an index, write the calibration to its folder and print a summary."""
+    if args.check and args.ray is not None:
+        raise InputError("--check: expected no --ray, found it")
+    if args.ray is None:
+        refuse_fleet_options(args)
     if args.check:
         return _check(args)
     from semantic_anomaly.calibration.format import FILE_NAME
@@ -86,6 +101,8 @@ def run(args: argparse.Namespace) -> int:
         target_episode_rate=args.target_episode_rate,
         episode_s=args.episode_s,
     )
+    if args.ray is not None:
+        return _run_on_cluster(args, settings, camera)
     # Opened here, so that their losses can be reported.
     sources = list(open_drives(args.sources, args.topic).values()) if args.sources else []
     refuse_unwritable(args.index / FILE_NAME)
@@ -99,6 +116,34 @@ def run(args: argparse.Namespace) -> int:
         camera=camera,
         progress=True,
     )
+    _save(args, calibration, settings, camera)
+    return report_losses(sources)
+
+
+def _run_on_cluster(args: argparse.Namespace, settings: Settings, camera: str) -> int:
+    from semantic_anomaly.fleet.calibrate import calibrate_on_cluster
+
+    fleet = calibrate_on_cluster(
+        args.index,
+        args.sources,
+        address=args.ray,
+        shards=args.shards or args.index.with_name(f"{args.index.name}.shards"),
+        settings=settings,
+        camera=camera,
+        leave_one_drive_out=args.leave_one_drive_out,
+        moved=moved_sources(args.moved),
+        topic=args.topic,
+        num_gpus=args.num_gpus or 0.0,
+        progress=True,
+    )
+    _save(args, fleet.calibration, settings, camera)
+    return print_losses(fleet.losses, ((f.name, f.reason) for f in fleet.failed))
+
+
+def _save(
+    args: argparse.Namespace, calibration: Calibration, settings: Settings, camera: str
+) -> None:
+    """Write a calibration into the index folder, and print a summary."""
     path = calibration.save(args.index)
     settings = calibration.resolve(settings.for_camera(camera))
     episode_rows = []
@@ -120,7 +165,6 @@ def run(args: argparse.Namespace) -> int:
     print(table(rows))
     print(f"{calibration.promise[0].upper()}{calibration.promise[1:]}.")
     print(f"wrote {path}")
-    return report_losses(sources)
 
 
 def moved_sources(items: Sequence[str]) -> dict[str, str]:

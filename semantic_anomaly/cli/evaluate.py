@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from semantic_anomaly.cli.options import (
     add_components_option,
     add_detector_options,
+    add_fleet_options,
     add_layout_option,
     count,
+    refuse_fleet_options,
+    report_folders,
     settings_of,
+    shards_folder,
 )
-from semantic_anomaly.cli.tables import report_losses, table
+from semantic_anomaly.cli.tables import print_losses, report_losses, table
 from semantic_anomaly.errors import InputError
 from semantic_anomaly.evaluation.measures import HEADER, figure, measure_rows
+
+if TYPE_CHECKING:
+    from semantic_anomaly.settings import Settings
 
 PROTOCOLS = ("drive", "one-reference", "n-reference", "self-nominal")
 
@@ -26,7 +35,8 @@ _MOST_DRIVES = 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `semantic-anomaly evaluate`."""
     parser.add_argument(
-        "dataset",
+        "datasets",
+        nargs="+",
         metavar="DATASET",
         help="folder with images/, masks/ or labels_masks/ and labels.json; masks are 8-bit PNG of "
         "0 normal, 1 anomaly, 255 ignore, others need --layout; "
@@ -48,7 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SOURCE",
         help="nominal images, as for build-index; may be given several times",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder to write; of several datasets, with a folder for each",
+    )
     parser.add_argument(
         "--every", type=count, metavar="N", help="pictures of every N-th frame (default: about 20)"
     )
@@ -65,6 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_layout_option(parser)
     add_components_option(parser)
     add_detector_options(parser, topic=False)
+    add_fleet_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -80,28 +97,100 @@ def run(args: argparse.Namespace) -> int:
     if args.protocol.endswith("reference") != bool(args.reference):
         raise InputError(f"--reference: for the reference protocols, found {args.protocol}")
     settings, camera = settings_of(args, args.index)
+    folders = report_folders(args.out, _names(args.datasets))
     # Before a backbone is loaded and references are indexed.
-    refuse_other_content(args.out, RESULTS, WRITTEN)
-    dataset = open_dataset(args.dataset, args.layout, progress=True)
-    detector: Any = args.index
-    detector_options: dict[str, Any] = {"settings": settings, "camera": camera}
-    if args.index is None:
-        detector = open_protocol(args.protocol, settings, camera, dataset, args.reference, True)
-        detector_options = {}
-    evaluation = evaluate(
-        detector,
-        dataset,
-        **detector_options,
-        out=args.out,
-        every=args.every,
-        limits=args.components,
-        save_maps=args.save_maps,
-        allow_seen=args.allow_seen,
+    for folder in folders.values():
+        refuse_other_content(folder, RESULTS, WRITTEN)
+    options = {
+        "every": args.every,
+        "save_maps": args.save_maps,
+        "allow_seen": args.allow_seen,
+    }
+    if args.ray is not None:
+        return _run_on_cluster(args, settings, camera, folders, options)
+    refuse_fleet_options(args)
+    datasets = []
+    for path, folder in zip(args.datasets, folders.values(), strict=True):
+        dataset = open_dataset(path, args.layout, progress=True)
+        datasets.append(dataset)
+        detector: Any = args.index
+        detector_options: dict[str, Any] = {"settings": settings, "camera": camera}
+        if args.index is None:
+            detector = open_protocol(args.protocol, settings, camera, dataset, args.reference, True)
+            detector_options = {}
+        evaluation = evaluate(
+            detector,
+            dataset,
+            **detector_options,
+            out=folder,
+            limits=args.components,
+            progress=True,
+            **options,
+        )
+        print(_summary(evaluation.results))
+        print(f"wrote {folder}")
+    return report_losses(datasets)
+
+
+def _run_on_cluster(
+    args: argparse.Namespace,
+    settings: Settings,
+    camera: str,
+    folders: dict[str, Path],
+    options: dict[str, Any],
+) -> int:
+    from semantic_anomaly.evaluation.evaluate import RESULTS
+    from semantic_anomaly.evaluation.layouts import open_dataset
+    from semantic_anomaly.evaluation.provenance import files_state
+    from semantic_anomaly.fleet.cluster import on_nodes
+    from semantic_anomaly.fleet.reports import evaluate_dataset, reports_on_cluster
+    from semantic_anomaly.io.open import open_source, split_selection
+
+    common = {
+        "layout": args.layout,
+        "protocol": args.protocol,
+        "references": [open_source(reference).opened for reference in args.reference],
+        "parameters": on_nodes(settings, args.num_gpus or 0.0).to_parameters(),
+        "camera": camera,
+        "options": options,
+        "limits": [args.components.predicted_px, args.components.truth_px],
+    }
+    nominal = [args.index] if args.index else [split_selection(r)[0] for r in args.reference]
+    requests, keys = {}, {}
+    for name, path in zip(folders, args.datasets, strict=True):
+        root = split_selection(path)[0]
+        if not root.exists():
+            # It says what is missing.
+            open_dataset(path, args.layout)
+        requests[name] = {"dataset": str(Path(path).expanduser().absolute()), **common}
+        keys[name] = files_state(root, *nominal)
+    reports = reports_on_cluster(
+        evaluate_dataset,
+        requests,
+        keys=keys,
+        folders=folders,
+        summary=RESULTS,
+        address=args.ray,
+        shards=shards_folder(args),
+        num_gpus=args.num_gpus or 0.0,
         progress=True,
     )
-    print(_summary(evaluation.results))
-    print(f"wrote {args.out}")
-    return report_losses([dataset])
+    for name in reports.finished:
+        print(_summary(json.loads((folders[name] / RESULTS).read_text(encoding="utf-8"))))
+        print(f"wrote {folders[name]}")
+    print(f"{len(reports.finished)} reports, of which {len(reports.ran)} were made by this run")
+    return print_losses(reports.losses.values(), reports.unreadable.items())
+
+
+def _names(datasets: Sequence[str]) -> list[str]:
+    """Return distinct names of datasets."""
+    names: list[str] = []
+    for dataset in datasets:
+        name, number = Path(dataset).name, 2
+        while name in names:
+            name, number = f"{Path(dataset).name} ({number})", number + 1
+        names.append(name)
+    return names
 
 
 def _summary(results: dict[str, Any]) -> str:

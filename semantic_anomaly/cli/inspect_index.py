@@ -81,6 +81,8 @@ def _index_rows(folder: Path, index: NominalIndex) -> list[tuple[str, str]]:
         ("sources", listed([source.name for source in index.content.sources])),
         ("frames", f"{index.report.frames} read, {len(index.frame_names)} contributed: "
          + drives_listed(drives.items())),
+        *([("merged from", f"{len(index.content.parts)} indexes")] if index.content.parts else []),
+        *(("not readable", f"{s.name}: {s.reason}") for s in index.content.failed),
     ]  # fmt: skip
 
 

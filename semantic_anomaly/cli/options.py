@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from semantic_anomaly.errors import SettingsError, UnknownNameError
+from semantic_anomaly.errors import InputError, SettingsError, UnknownNameError
 from semantic_anomaly.settings import Settings, read_settings_file
 
 if TYPE_CHECKING:
@@ -46,6 +47,56 @@ def add_detector_options(parser: argparse.ArgumentParser, *, topic: bool = True)
         help="any setting, e.g. --set neighbours=3 --set camera.ego_mask=bonnet.png",
     )
     group.add_argument("--camera", metavar="NAME", help="camera, if the settings have several")
+
+
+def add_fleet_options(parser: argparse.ArgumentParser) -> None:
+    """Add --ray, --num-gpus and --shards."""
+    group = parser.add_argument_group("fleet", "needs the extra [fleet]; see docs/fleet.md")
+    group.add_argument(
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help="run one task per source on Ray: HOST:PORT or auto connects to a cluster; without an "
+        "address, one is started on this machine (put --ray after the sources)",
+    )
+    group.add_argument(
+        "--num-gpus",
+        type=_share,
+        metavar="N",
+        help="GPUs of each task, such as 1 or 0.5 (default: 0, tasks run on CPUs)",
+    )
+    group.add_argument(
+        "--shards",
+        type=Path,
+        metavar="DIR",
+        help="folder that all nodes share, for finished parts; the same command runs only what "
+        "is missing there (default: beside the output, with '.shards' after its name)",
+    )
+
+
+def report_folders(out: Path, names: Sequence[str]) -> dict[str, Path]:
+    """Return the folders of reports by name: `out` for one, folders in it for several."""
+    if len(names) == 1:
+        return {names[0]: out}
+    return {name: out / name for name in names}
+
+
+def refuse_fleet_options(args: argparse.Namespace) -> None:
+    """Refuse options of `add_fleet_options` that have no effect without --ray.
+
+    Raises:
+        InputError: naming the option.
+    """
+    for name in ("num_gpus", "shards"):
+        if getattr(args, name) is not None:
+            raise InputError(f"--{name.replace('_', '-')}: expected --ray, found none")
+
+
+def shards_folder(args: argparse.Namespace) -> Path:
+    """Return --shards, or the folder beside --out."""
+    beside: Path = args.out.with_name(f"{args.out.name}.shards")
+    return args.shards or beside
 
 
 def add_components_option(parser: argparse.ArgumentParser) -> None:
@@ -99,6 +150,15 @@ def positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1, found {number}")
+    return number
+
+
+def _share(text: str) -> float:
+    number = float(text)
+    if not 0 <= number <= 64 or (number > 1 and number % 1):
+        raise argparse.ArgumentTypeError(
+            f"expected a part of a GPU, or a whole number up to 64, found {text}"
+        )
     return number
 
 

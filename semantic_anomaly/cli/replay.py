@@ -1,13 +1,26 @@
-"""Run a bag, video or folder through the detector."""
+"""Run bags, videos or folders through the detector."""
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from semantic_anomaly.cli.options import add_detector_options, count, settings_of
-from semantic_anomaly.cli.tables import report_losses, table
+from semantic_anomaly.cli.options import (
+    add_detector_options,
+    add_fleet_options,
+    count,
+    refuse_fleet_options,
+    report_folders,
+    settings_of,
+    shards_folder,
+)
+from semantic_anomaly.cli.tables import print_losses, report_losses, table
+from semantic_anomaly.errors import InputError
+
+if TYPE_CHECKING:
+    from semantic_anomaly.settings import Settings
 
 _LISTED_ALARMS = 20
 
@@ -15,12 +28,19 @@ _LISTED_ALARMS = 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `semantic-anomaly replay`."""
     parser.add_argument(
-        "source",
+        "sources",
+        nargs="+",
         metavar="BAG",
         help="rosbag2 bag, video or folder of images; 'BAG[START:STOP]' takes a part of it",
     )
     parser.add_argument("--index", type=Path, required=True, help="folder of the index")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder to write; of several bags, with a folder for each",
+    )
     parser.add_argument(
         "--every", type=count, metavar="N", help="pictures of every N-th frame (default: about 40)"
     )
@@ -32,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "after the first frame",
     )
     add_detector_options(parser)
+    add_fleet_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -41,18 +62,65 @@ def run(args: argparse.Namespace) -> int:
     from semantic_anomaly.evaluation.checkpoint import refuse_other_content
     from semantic_anomaly.evaluation.events import read_events
     from semantic_anomaly.evaluation.replay import SUMMARY, WRITTEN, replay
-    from semantic_anomaly.io.open import open_source
+    from semantic_anomaly.offline.drives import open_drives
 
     extras.require("matplotlib.figure", "jinja2")
     settings, camera = settings_of(args, args.index)
-    refuse_other_content(args.out, SUMMARY, WRITTEN)
+    if args.labels and len(args.sources) > 1:
+        raise InputError(f"--labels: expected one BAG, found {len(args.sources)}")
     events = read_events(args.labels) if args.labels else None
-    source = open_source(args.source, topic=args.topic)
+    if args.ray is not None:
+        return _run_on_cluster(args, settings, camera)
+    refuse_fleet_options(args)
+    drives = open_drives(args.sources, args.topic)
+    folders = report_folders(args.out, list(drives))
+    for folder in folders.values():
+        refuse_other_content(folder, SUMMARY, WRITTEN)
     detector = load_detector(settings, camera)
-    summary = replay(detector, source, args.out, every=args.every, events=events, progress=True)
-    print(_text(summary))
-    print(f"wrote {args.out}")
-    return report_losses([source])
+    for name, source in drives.items():
+        folder = folders[name]
+        summary = replay(detector, source, folder, every=args.every, events=events, progress=True)
+        print(_text(summary))
+        print(f"wrote {folder}")
+    return report_losses(drives.values())
+
+
+def _run_on_cluster(args: argparse.Namespace, settings: Settings, camera: str) -> int:
+    from semantic_anomaly.evaluation.checkpoint import refuse_other_content
+    from semantic_anomaly.evaluation.provenance import files_state
+    from semantic_anomaly.evaluation.replay import SUMMARY, WRITTEN
+    from semantic_anomaly.fleet.cluster import on_nodes
+    from semantic_anomaly.fleet.reports import replay_drive, reports_on_cluster
+    from semantic_anomaly.fleet.sources import open_readable
+
+    drives, failed = open_readable(args.sources, args.topic)
+    folders = report_folders(args.out, list(drives))
+    for folder in folders.values():
+        refuse_other_content(folder, SUMMARY, WRITTEN)
+    common = {
+        "parameters": on_nodes(settings, args.num_gpus or 0.0).to_parameters(),
+        "camera": camera,
+        "every": args.every,
+        "labels": str(args.labels.absolute()) if args.labels else "",
+    }
+    labels = [args.labels] if args.labels else []
+    reports = reports_on_cluster(
+        replay_drive,
+        {name: {"opened": s.opened, "topic": s.topic, **common} for name, s in drives.items()},
+        keys={name: files_state(*s.paths, args.index, *labels) for name, s in drives.items()},
+        folders=folders,
+        summary=SUMMARY,
+        address=args.ray,
+        shards=shards_folder(args),
+        num_gpus=args.num_gpus or 0.0,
+        progress=True,
+    )
+    for name in reports.finished:
+        print(_text(json.loads((folders[name] / SUMMARY).read_text(encoding="utf-8"))))
+        print(f"wrote {folders[name]}")
+    print(f"{len(reports.finished)} reports, of which {len(reports.ran)} were made by this run")
+    unreadable = [*((f.name, f.reason) for f in failed), *reports.unreadable.items()]
+    return print_losses(reports.losses.values(), unreadable)
 
 
 def _text(summary: dict[str, Any]) -> str:

@@ -55,10 +55,16 @@ def listed(names: Sequence[str]) -> str:
 
 def report_losses(sources: Iterable[FrameSource | Dataset]) -> int:
     """Print what sources or datasets left out; return the exit code, 3 if something, else 0."""
-    losses = [source.losses for source in sources if source.losses]
-    for loss in losses:
-        print(f"warning: left out: {loss}")
-    return 3 if losses else 0
+    return print_losses([source.losses for source in sources])
+
+
+def print_losses(losses: Iterable[str], unreadable: Iterable[tuple[str, str]] = ()) -> int:
+    """Print losses, and names and reasons of sources without result; return the exit code."""
+    lines = [f"left out: {loss}" for loss in losses if loss]
+    lines += [f"not readable: {name}: {reason}" for name, reason in unreadable]
+    for line in lines:
+        print(f"warning: {line}")
+    return 3 if lines else 0
 
 
 def drives_listed(drives: Iterable[tuple[str, int]]) -> str:

@@ -25,7 +25,7 @@ def require(*modules: str, extra: str = "report") -> None:
 
 
 def load(name: str, extra: str = "report") -> ModuleType:
-    """Import a module of an extra, report or vlm.
+    """Import a module of an extra, report, vlm or fleet.
 
     Raises:
         MissingPackageError: it is not installed.

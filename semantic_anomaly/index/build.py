@@ -5,7 +5,7 @@ Each stage has its own entries.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 from semantic_anomaly.embedding.identity import StageIdentity
 from semantic_anomaly.errors import ArtefactError, IndexMismatchError
 from semantic_anomaly.index.hnsw import HnswGraph
+from semantic_anomaly.index.partition import Partition, nearest_in_lists
 from semantic_anomaly.index.search import nearest_entries
 from semantic_anomaly.io.images import encode_jpeg
 from semantic_anomaly.linalg import inner_products
@@ -30,8 +31,10 @@ _THUMBNAIL_PX = 320
 # Below, a product with all stored embeddings is as quick as the graph, and has no error.
 _EXACT_UP_TO = 20_000
 _BLOCK = 2048
+# Entries that are added to the graph between two reports of progress.
+_GRAPH_BLOCK = 4096
 # A dedup_distance of -1 is measured on so many frames, with at most so many queries per frame.
-_MEASURED_FRAMES = 8
+MEASURED_FRAMES = 8
 _MEASURED_QUERIES = 512
 # Patches near a patch resemble it because they see the same.
 _NEIGHBOURHOOD = 4
@@ -135,6 +138,23 @@ class BuildReport:
     dropped: int
 
 
+@dataclass(frozen=True, eq=False)
+class TakenEntries:
+    """What became of the entries of another selection.
+
+    Attributes:
+        rows: (n,) int64, the row of each entry, or of the entry that covers it; -1: dropped.
+        is_stored: (n,) bool, entries that were stored.
+        nearest: (n,) int64, the row of the entry nearest to each; -1: none within `dedup_distance`.
+        frame_numbers: (frames,) int64, the new numbers of the frames; -1: nothing points to it.
+    """
+
+    rows: np.ndarray
+    is_stored: np.ndarray
+    nearest: np.ndarray
+    frame_numbers: np.ndarray
+
+
 class Selection:
     """The entries of one stage: each embedding at least `dedup_distance` from those before it.
 
@@ -151,7 +171,7 @@ class Selection:
 
     Attributes:
         dedup_distance: as measured, if it was -1.
-        stage: as given.
+        stage, max_entries: as given.
         frames: frames that entries point to.
         graph: of the entries, complete after `finish`.
     """
@@ -171,11 +191,12 @@ class Selection:
         self.frames: list[FrameRecord] = []
         self._number, self._roi = number, roi
         self._in_graph = 0
-        self._max_entries = max_entries
+        self.max_entries = max_entries
         # (max_entries,) bool or less by recording: entries that suppressed its embeddings.
         self._supported: dict[str, np.ndarray] = {}
         self._embeddings = np.empty((min(max_entries, 4096), dim), np.float32)
         self._entries = np.empty((len(self._embeddings), 3), np.int32)
+        self._radii = np.zeros((len(self._embeddings), 1), np.float32)
         self._counts = {"frames": 0, "seen": 0, "stored": 0, "suppressed": 0, "dropped": 0}
         self._waiting: list[FrameEmbeddings] = []
         self._distances: list[np.ndarray] = []
@@ -196,6 +217,11 @@ class Selection:
         return self._entries[: self.count]
 
     @property
+    def radii(self) -> np.ndarray:
+        """Return (count,) float32: largest cosine distance of an embedding that is suppressed."""
+        return self._radii[: self.count, 0]
+
+    @property
     def support(self) -> dict[str, np.ndarray]:
         """Return (n,) int64 by recording: entries of others that suppressed its embeddings."""
         support = {}
@@ -211,11 +237,72 @@ class Selection:
         return BuildReport(**self._counts)
 
     def resume(
-        self, embeddings: np.ndarray, entries: np.ndarray, frames: Sequence[FrameRecord]
+        self,
+        embeddings: np.ndarray,
+        entries: np.ndarray,
+        radii: np.ndarray,
+        frames: Sequence[FrameRecord],
     ) -> None:
-        """Begin with the entries, at most `max_entries`, and the frames of an index."""
-        self._store(embeddings, entries)
+        """Begin with the entries, at most `max_entries`, their radii and frames of an index."""
+        self._store(embeddings, entries, radii)
         self.frames = list(frames)
+
+    def reserve(self, count: int) -> None:
+        """Make room for `count` entries, so that memory is not copied while they are stored."""
+        self._enlarge(min(self.max_entries, count))
+
+    def add_entries(
+        self,
+        embeddings: np.ndarray,
+        entries: np.ndarray,
+        radii: np.ndarray,
+        frames: Sequence[FrameRecord],
+        further_frames: np.ndarray,
+    ) -> TakenEntries:
+        """Take in entries of another selection, each with all embeddings that it suppressed.
+
+        An entry is suppressed only if another one lies so near that it is within `dedup_distance`
+        of all that the entry suppressed itself. Angles of unit vectors add up at most, so that is
+        certain if the angle between both and that of the radius add up to less than that of
+        `dedup_distance`. Entries are not compared with others of the same call.
+
+        Args:
+            embeddings: (n, dim) float32, unit norm.
+            entries: (n, 3) int32: frame, row, col.
+            radii: (n,) float32, as `radii`.
+            frames: that entries point to.
+            further_frames: (m,) numbers of frames that are kept besides those of stored entries.
+        """
+        nearest = np.full(len(embeddings), -1, np.int64)
+        is_covered = np.zeros(len(embeddings), bool)
+        if self.count and self.dedup_distance > 0.0:
+            rows, similarities = self._nearest_of_many(embeddings)
+            is_near = similarities > np.float32(1.0 - self.dedup_distance)
+            nearest[is_near] = rows[is_near]
+            angles = _angles(1.0 - similarities) + _angles(radii)
+            is_covered = angles <= _angles(np.array(self.dedup_distance))
+            reached = 1.0 - np.cos(angles[is_covered])
+            np.maximum.at(self._radii[:, 0], rows[is_covered], reached.astype(np.float32))
+        before, new = self.count, np.flatnonzero(~is_covered)
+        stored = new[: self.max_entries - before]
+        self._counts["suppressed"] += int(is_covered.sum())
+        self._counts["dropped"] += len(new) - len(stored)
+        used = np.unique(np.concatenate([entries[stored, 0], further_frames])).astype(np.int64)
+        frame_numbers = np.full(len(frames), -1, np.int64)
+        frame_numbers[used] = len(self.frames) + np.arange(len(used))
+        self.frames += [frames[number] for number in used.tolist()]
+        renumbered = np.column_stack([frame_numbers[entries[stored, 0]], entries[stored, 1:]])
+        self._store(embeddings[stored], renumbered, radii[stored])
+        is_stored = np.zeros(len(embeddings), bool)
+        is_stored[stored] = True
+        rows = np.where(is_covered, nearest, -1)
+        rows[stored] = before + np.arange(len(stored))
+        return TakenEntries(rows, is_stored, nearest, frame_numbers)
+
+    def add_report(self, report: BuildReport) -> None:
+        """Count what another selection has read, suppressed and dropped."""
+        for name in ("frames", "seen", "suppressed", "dropped"):
+            self._counts[name] += getattr(report, name)
 
     def add(self, nominal_frame: NominalFrame) -> None:
         """Take in the embeddings of a frame.
@@ -237,11 +324,14 @@ class Selection:
             return
         self._waiting.append(embeddings)
         self._distances.append(self._distances_inside(nominal_frame))
-        if len(self._waiting) == _MEASURED_FRAMES:
+        if len(self._waiting) == MEASURED_FRAMES:
             self._take_waiting()
 
-    def finish(self) -> None:
+    def finish(self, report_progress: Callable[[int], object] | None = None) -> None:
         """Take in what is waiting, and complete the graph.
+
+        Args:
+            report_progress: called with numbers of entries that were added to the graph.
 
         Raises:
             ArtefactError: `dedup_distance` is to be measured, and grids are too small.
@@ -249,7 +339,7 @@ class Selection:
         if self._waiting:
             self._take_waiting()
         if self.count:
-            self._complete_graph()
+            self._complete_graph(report_progress)
             self.graph.trim()
 
     def _distances_inside(self, nominal_frame: NominalFrame) -> np.ndarray:
@@ -292,11 +382,12 @@ class Selection:
         entries = np.concatenate([frame_number, cells], axis=1)  # (n, 3)
         for start in range(0, len(entries), _BLOCK):
             block = frame_embeddings.embeddings[start : start + _BLOCK]
-            new = self._new_rows(block, frame_embeddings.frame.recording)
-            stored = new[: self._max_entries - self.count]
+            first, new = self.count, self._new_rows(block, frame_embeddings.frame.recording)
+            stored = new[: self.max_entries - first]
             self._counts["suppressed"] += len(block) - len(new)
             self._counts["dropped"] += len(new) - len(stored)
             self._store(block[stored], entries[start + stored])
+            self._note_radii(block, np.setdiff1d(np.arange(len(block)), new), first)
         if self.count > before:
             thumbnail = _thumbnail(frame_embeddings.frame.image)
             name, grid_hw = frame_embeddings.frame.name, frame_embeddings.grid_hw
@@ -314,6 +405,8 @@ class Selection:
         nearest, similarities = self._nearest(embeddings)
         is_far = similarities <= limit
         self._note_support(recording, nearest[~is_far])
+        distances = 1.0 - similarities[~is_far]
+        np.maximum.at(self._radii[:, 0], nearest[~is_far], np.maximum(distances, 0.0))
         candidates = np.flatnonzero(is_far)
         products = inner_products(embeddings[candidates], embeddings[candidates].T)
         is_new = np.ones(len(candidates), bool)
@@ -321,6 +414,17 @@ class Selection:
             if is_new[position]:
                 is_new[position + 1 :] &= products[position, position + 1 :] <= limit
         return candidates[is_new]
+
+    def _note_radii(self, embeddings: np.ndarray, suppressed: np.ndarray, first: int) -> None:
+        """Note rows that entries from row `first` on have suppressed, rather than older ones."""
+        if first == self.count or not len(suppressed):
+            return
+        products = inner_products(embeddings[suppressed], self.embeddings[first:].T)
+        nearest, similarities = products.argmax(axis=1), products.max(axis=1)
+        # Others are covered by older entries, or by one that was dropped.
+        is_near = similarities > np.float32(1.0 - self.dedup_distance)
+        distances = np.maximum(1.0 - similarities[is_near], 0.0)
+        np.maximum.at(self._radii[:, 0], first + nearest[is_near], distances)
 
     def _note_support(self, recording: str, rows: np.ndarray) -> None:
         is_supported = self._supported.get(recording, np.empty(0, bool))
@@ -338,20 +442,41 @@ class Selection:
         self._complete_graph()
         return self.graph.nearest(embeddings)
 
-    def _complete_graph(self) -> None:
-        if self._in_graph < self.count:
-            self.graph.add(self.embeddings[self._in_graph :])
-            self._in_graph = self.count
+    def _nearest_of_many(self, embeddings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return what `_nearest` does, of many embeddings: lists are faster than the graph."""
+        if self.count <= _EXACT_UP_TO:
+            return nearest_entries(embeddings, self.embeddings)
+        return nearest_in_lists(embeddings, self.embeddings, Partition.of(self.embeddings))
 
-    def _store(self, embeddings: np.ndarray, entries: np.ndarray) -> None:
+    def _complete_graph(self, report_progress: Callable[[int], object] | None = None) -> None:
+        if self._in_graph == self.count:
+            return
+        if report_progress is None:
+            self.graph.add(self.embeddings[self._in_graph :])
+        else:
+            self.graph.reserve(self.count)
+            for start in range(self._in_graph, self.count, _GRAPH_BLOCK):
+                block = self.embeddings[start : start + _GRAPH_BLOCK]
+                self.graph.add(block)
+                report_progress(len(block))
+        self._in_graph = self.count
+
+    def _store(
+        self, embeddings: np.ndarray, entries: np.ndarray, radii: np.ndarray | None = None
+    ) -> None:
         before, count = self.count, self.count + len(embeddings)
         if count > len(self._embeddings):
-            size = min(self._max_entries, max(count, 2 * len(self._embeddings)))
-            self._embeddings = _enlarged(self._embeddings, size)
-            self._entries = _enlarged(self._entries, size)
+            self._enlarge(min(self.max_entries, max(count, 2 * len(self._embeddings))))
         self._embeddings[before:count] = embeddings
         self._entries[before:count] = entries
+        self._radii[before:count, 0] = 0.0 if radii is None else radii
         self._counts["stored"] = count
+
+    def _enlarge(self, size: int) -> None:
+        if size > len(self._embeddings):
+            self._embeddings = _enlarged(self._embeddings, size)
+            self._entries = _enlarged(self._entries, size)
+            self._radii = _enlarged(self._radii, size)
 
 
 def select(frames: Iterable[NominalFrame], selections: Sequence[Selection]) -> None:
@@ -371,6 +496,12 @@ def select(frames: Iterable[NominalFrame], selections: Sequence[Selection]) -> N
             selection.add(nominal_frame)
     for selection in selections:
         selection.finish()
+
+
+def _angles(distances: np.ndarray) -> np.ndarray:
+    """Return the float64 angles in radians of unit vectors by their cosine distances."""
+    angles: np.ndarray = np.arccos(np.clip(1.0 - np.asarray(distances, np.float64), -1.0, 1.0))
+    return angles
 
 
 def _enlarged(array: np.ndarray, size: int) -> np.ndarray:

@@ -18,7 +18,7 @@ from semantic_anomaly.index.partition import Partition
 from semantic_anomaly.storage import canonical_json, sha256_bytes
 
 FORMAT = "semantic_anomaly.index"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 ADD, RETRACT = "add", "retract"
 
 
@@ -81,6 +81,33 @@ class RecordedSource:
     opened: str | tuple[str, ...] = ""
     topic: str = ""
     recordings: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class IndexPart:
+    """An index that was merged into another one.
+
+    Attributes:
+        fingerprint: of the part.
+        created: UTC, ISO 8601.
+        package_version: that wrote it.
+        entries: of all stages.
+        sources: names of its sources.
+    """
+
+    fingerprint: str
+    created: str
+    package_version: str
+    entries: int
+    sources: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FailedSource:
+    """A source that an index was to be built from, and why it could not be read."""
+
+    name: str
+    reason: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +180,9 @@ class IndexContent:
         segmenter_model: of the settings of the build; empty without.
         embeddings: (count, dim) float32, unit norm.
         entries: (count, 3) int32: frame, row, col.
+        radii: (count and retracted,) float32 by number of the entry: largest cosine distance of an
+            embedding that it suppressed; a merge relies on it. The fingerprint does not depend on
+            it, so that an edit can be undone.
         frames: the frames that entries point to.
         report: what became of the embeddings.
         search_ef: breadth of the graph search.
@@ -162,6 +192,8 @@ class IndexContent:
         retracted: entries that edits took out; None: no entries.
         further: of the first stage, fingerprints of the further ones.
         support: recordings that support entries of others.
+        parts: indexes that were merged into it; empty: it was built at once.
+        failed: sources that could not be read.
     """
 
     stage: StageIdentity
@@ -171,6 +203,7 @@ class IndexContent:
     segmenter_model: str
     embeddings: np.ndarray
     entries: np.ndarray
+    radii: np.ndarray
     frames: tuple[FrameRecord, ...]
     report: BuildReport
     search_ef: int
@@ -181,6 +214,8 @@ class IndexContent:
     further: tuple[str, ...] = ()
     support: Support = field(default_factory=Support)
     stride: int = 1
+    parts: tuple[IndexPart, ...] = ()
+    failed: tuple[FailedSource, ...] = ()
 
     @property
     def recordings(self) -> tuple[str, ...]:
@@ -258,6 +293,8 @@ class IndexContent:
                 "stride": self.stride,
                 "backbone": self.stage.spec.backbone,
                 "segmenter_model": self.segmenter_model,
+                "parts": [asdict(part) for part in self.parts],
+                "failed": [asdict(source) for source in self.failed],
                 "edits": [{"when": e.when, "note": e.note, "source": e.source} for e in self.edits],
             },
         }

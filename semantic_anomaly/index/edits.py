@@ -138,6 +138,7 @@ def add_nominal(
             stage.content,
             embeddings=selection.embeddings.copy(),
             entries=selection.entries.copy(),
+            radii=_updated_radii(stage.content, selection.radii),
             partition=stage.content.partition.with_entries(selection.embeddings),
             frames=tuple(selection.frames),
             support=stage.content.support.with_added(
@@ -155,6 +156,13 @@ def add_nominal(
         for selection, stage in zip(selections, index.stages, strict=True)
     ]
     return NominalIndex.of_stages(contents, [s.graph for s in selections]), report
+
+
+def _updated_radii(content: IndexContent, radii: np.ndarray) -> np.ndarray:
+    """Return the radii of an edited content by number, from (n,) radii by row."""
+    updated = content.radii.copy()
+    updated[content.numbers] = radii[: len(content.embeddings)]
+    return np.concatenate([updated, radii[len(content.embeddings) :]])
 
 
 def _of_recording(nominal_frame: NominalFrame, source: str) -> NominalFrame:
@@ -264,7 +272,8 @@ def _resumed(number: int, index: NominalIndex, roi: RegionOfInterest) -> Selecti
             f"index: stage {number}: expected room for more than {max_entries} entries, found none"
         )
     selection = Selection(number, index.stage, roi, limits["dedup_distance"], max_entries)
-    selection.resume(content.embeddings, content.entries, content.frames)
+    radii = content.radii[content.numbers]
+    selection.resume(content.embeddings, content.entries, radii, content.frames)
     return selection
 
 
@@ -294,6 +303,7 @@ class _Ledger:
         edits: (total,) int32, number of the edit that retracted each entry, 0 for none.
         frames: the frames that entries point to.
         support: of the entries.
+        radii: (total,) float32.
     """
 
     embeddings: np.ndarray
@@ -301,6 +311,7 @@ class _Ledger:
     edits: np.ndarray
     frames: tuple[FrameRecord, ...]
     support: Support
+    radii: np.ndarray
 
     @classmethod
     def of(cls, content: IndexContent) -> _Ledger:
@@ -310,7 +321,7 @@ class _Ledger:
             embeddings = np.concatenate([embeddings, retracted.embeddings])[order]
             entries = np.concatenate([entries, retracted.entries[:, :3]])[order]
         edits = _retracting_edits(content)
-        return cls(embeddings, entries, edits, content.frames, content.support)
+        return cls(embeddings, entries, edits, content.frames, content.support, content.radii)
 
     def to_content(self, content: IndexContent, edits: tuple[Edit, ...]) -> IndexContent:
         """Return a content with these entries, frames and edits."""
@@ -329,6 +340,7 @@ class _Ledger:
             edits=edits,
             frames=self.frames,
             support=self.support,
+            radii=self.radii,
         )
 
     def without_addition(self, edits: Sequence[Edit], edit: Edit) -> _Ledger:
@@ -350,4 +362,5 @@ class _Ledger:
             np.delete(self.edits, added),
             self.frames[:first_frame] + self.frames[first_frame + edit.frames :],
             self.support.without_addition(edit.number, start, edit.entries),
+            np.delete(self.radii, added),
         )

@@ -23,7 +23,9 @@ from semantic_anomaly.index.content import (
     FORMAT,
     FORMAT_VERSION,
     Edit,
+    FailedSource,
     IndexContent,
+    IndexPart,
     RecordedSource,
     Retracted,
     Support,
@@ -45,10 +47,10 @@ GRAPH = "graph.hnsw"
 EMBEDDINGS = "embeddings.npy"
 ENTRIES = "entries.npy"
 CENTROIDS, LISTS = "centroids.npy", "lists.npy"
-SUPPORT = "support.npy"
+SUPPORT, RADII = "support.npy", "radii.npy"
 FRAMES = "frames"
 RETRACTED = ("retracted_embeddings.npy", "retracted_entries.npy")
-_ARRAYS = frozenset({EMBEDDINGS, ENTRIES, CENTROIDS, LISTS, SUPPORT})
+_ARRAYS = frozenset({EMBEDDINGS, ENTRIES, CENTROIDS, LISTS, SUPPORT, RADII})
 _OWN_NAMES = frozenset({MANIFEST, GRAPH, FRAMES, *_ARRAYS, *RETRACTED})
 _STAGE_FOLDER = re.compile(r"stage_[1-9]\d?")
 _FRAME_FILE = re.compile(rf"{FRAMES}/\d{{6,}}\.jpg")
@@ -79,6 +81,7 @@ def write_content(folder: Path, content: IndexContent, graph: HnswGraph) -> None
     np.save(folder / CENTROIDS, content.partition.centroids)
     np.save(folder / LISTS, content.partition.lists)
     np.save(folder / SUPPORT, content.support.rows)
+    np.save(folder / RADII, content.radii)
     (folder / FRAMES).mkdir()
     for number, frame in enumerate(content.frames):
         (folder / _frame_file(number)).write_bytes(frame.thumbnail)
@@ -133,6 +136,22 @@ def fingerprint_of(folder: Path) -> str:
     """
     with _readable(folder):
         return str(_read_manifest(folder)["fingerprint"])
+
+
+def manifests_of(folder: Path) -> list[dict[str, Any]]:
+    """Return the manifests of all stages of an index folder, without a look at other files.
+
+    Raises:
+        IndexFormatError: a manifest is missing, damaged or of another version.
+    """
+    with _readable(folder):
+        try:
+            first = _read_manifest(folder)
+            further = range(1, 1 + len(first["content"].get("further", ())))
+            return [first, *(_read_manifest(folder / stage_folder(number)) for number in further)]
+        except _BAD_MANIFEST as error:
+            found = f"{type(error).__name__}: {error}"
+            raise _wrong(folder, "a complete manifest", found) from error
 
 
 def refuse_existing(folder: Path, force: bool) -> None:
@@ -268,11 +287,12 @@ def _read_content(folder: Path, manifest: Mapping[str, Any]) -> IndexContent:
         raise _wrong(
             folder, f"a graph of {graph_parameters()}", f"{described['graph']}; build it again"
         )
+    total = count + (described["retracted"]["count"] if "retracted" in described else 0)
     content = IndexContent(
         stage=StageIdentity(spec, identity, segmenter),
         roi=_read_roi(folder, described["roi"]),
         camera=str(described["camera"]),
-        sources=tuple(map(_read_source, written["sources"])),
+        sources=tuple(map(read_source, written["sources"])),
         stride=int(written["stride"]),
         segmenter_model=str(written["segmenter_model"]),
         embeddings=_read_array(folder, EMBEDDINGS, (count, dim), np.float32),
@@ -301,6 +321,9 @@ def _read_content(folder: Path, manifest: Mapping[str, Any]) -> IndexContent:
             tuple(map(str, described["recordings"])),
             _read_array(folder, SUPPORT, (described["support"], 3), np.int32),
         ),
+        radii=_read_array(folder, RADII, (total,), np.float32),
+        parts=tuple(map(_read_part, written["parts"])),
+        failed=tuple(FailedSource(str(f["name"]), str(f["reason"])) for f in written["failed"]),
     )
     if content.search_ef < 1:
         raise _wrong(folder, "search_ef of at least 1", content.search_ef)
@@ -315,13 +338,24 @@ def _read_content(folder: Path, manifest: Mapping[str, Any]) -> IndexContent:
     return content
 
 
-def _read_source(values: Mapping[str, Any]) -> RecordedSource:
+def read_source(values: Mapping[str, Any]) -> RecordedSource:
+    """Return a source from its values in a manifest."""
     opened = values["opened"]
     return RecordedSource(
         name=str(values["name"]),
         opened=tuple(map(str, opened)) if isinstance(opened, list) else str(opened),
         topic=str(values["topic"]),
         recordings={str(k): str(v) for k, v in dict(values["recordings"]).items()},
+    )
+
+
+def _read_part(values: Mapping[str, Any]) -> IndexPart:
+    return IndexPart(
+        fingerprint=str(values["fingerprint"]),
+        created=str(values["created"]),
+        package_version=str(values["package_version"]),
+        entries=int(values["entries"]),
+        sources=tuple(map(str, values["sources"])),
     )
 
 
@@ -380,6 +414,8 @@ def _check_arrays(folder: Path, content: IndexContent) -> None:
     rows = content.support.rows
     if not ((rows >= 0) & (rows < np.array(limits))).all():
         raise _wrong(folder, "support of its entries by its recordings", "others")
+    if not ((content.radii >= 0) & (content.radii <= 2)).all():
+        raise _wrong(folder, "radii of entries in [0, 2]", "others")
     arrays = [(content.embeddings, content.entries)]
     if content.retracted is not None:
         arrays.append((content.retracted.embeddings, content.retracted.entries[:, :3]))

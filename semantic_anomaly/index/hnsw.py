@@ -80,6 +80,11 @@ class HnswGraph:
             self._index.resize_index(max(total, 2 * count))
         self._index.add_items(embeddings, np.arange(count, total), num_threads=1)
 
+    def reserve(self, count: int) -> None:
+        """Make room for `count` vectors in all."""
+        if count > self._index.get_max_elements():
+            self._index.resize_index(count)
+
     def trim(self) -> None:
         """Free the room for more vectors. `load` accepts only files without such room."""
         self._index.resize_index(self._index.get_current_count())

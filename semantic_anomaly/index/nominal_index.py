@@ -122,6 +122,7 @@ class NominalIndex:
         sources: Sequence[RecordedSource] = (),
         stride: int = 1,
         camera: str = "camera",
+        dedup_distances: Sequence[float] | None = None,
     ) -> NominalIndex:
         """Build an index in one pass; memory grows with what is stored, not with what is seen.
 
@@ -132,15 +133,17 @@ class NominalIndex:
             settings: `dedup_distance`, `max_entries`, `search_ef` and `segmenter_model`.
             sources, stride: where the frames come from, and of how many one was taken.
             camera: its name.
+            dedup_distances: of each stage, instead of the setting; None: the setting.
 
         Raises:
             IndexMismatchError: a grid of other stages or of another dimension.
             ArtefactError: there is no nominal patch, or grids are too small to measure
                 `dedup_distance`.
         """
+        distances = dedup_distances or [settings.dedup_distance] * len(stages)
         selections = [
-            Selection(number, stage, roi, settings.dedup_distance, settings.max_entries)
-            for number, stage in enumerate(stages)
+            Selection(number, stage, roi, distance, settings.max_entries)
+            for number, (stage, distance) in enumerate(zip(stages, distances, strict=True))
         ]
         select(frames, selections)
         for selection in selections:
@@ -164,6 +167,7 @@ class NominalIndex:
                 segmenter_model=settings.segmenter_model,
                 embeddings=selection.embeddings.copy(),
                 entries=selection.entries.copy(),
+                radii=selection.radii.copy(),
                 partition=Partition.of(selection.embeddings),
                 frames=tuple(selection.frames),
                 report=selection.report,
@@ -226,6 +230,7 @@ class NominalIndex:
                     embeddings=content.embeddings[is_kept],
                     entries=content.entries[is_kept],
                     partition=partition,
+                    radii=content.radii[content.numbers][is_kept],
                     retracted=None,
                     support=Support(),
                 )

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from semantic_anomaly.index.search import largest_of_pairs, nearest_similarities
+from semantic_anomaly.linalg import inner_products
 
 # Lists of an index: the root of its entries, at most _MAX_LISTS. Each list is one step of a loop,
 # so many short lists take longer than few long ones.
@@ -87,6 +88,44 @@ class Partition:
         # In float64, so that the list of an entry depends neither on the machine nor on the others.
         lists = _nearest_centroids(embeddings, self.centroids, np.float64)
         return Partition(self.centroids, lists.astype(np.int32))
+
+
+def nearest_in_lists(
+    queries: np.ndarray, entries: np.ndarray, partition: Partition
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the nearest of the entries in the lists nearest to each query, for many queries.
+
+    Args:
+        queries: (n, dim) float32, unit norm.
+        entries: (count, dim) float32, unit norm.
+        partition: of the entries.
+
+    Returns:
+        (n,) int64 rows and (n,) float32 inner products, which may be smaller than the largest.
+    """
+    order = np.argsort(partition.lists, kind="stable")
+    ends = np.cumsum(np.bincount(partition.lists, minlength=len(partition.centroids)))
+    rows = np.zeros(len(queries), np.int64)
+    best = np.full(len(queries), -1.0, np.float32)
+    count = min(_NEAREST_LISTS, len(partition.centroids))
+    nearest = np.empty((len(queries), count), np.int32)
+    for start in range(0, len(queries), _BLOCK):
+        products = inner_products(queries[start : start + _BLOCK], partition.centroids.T)
+        nearest[start : start + _BLOCK] = np.argpartition(-products, count - 1, axis=1)[:, :count]
+    for number, end in enumerate(ends.tolist()):
+        of_list = order[ends[number - 1] if number else 0 : end]
+        asked = np.flatnonzero((nearest == number).any(axis=1))
+        if not (len(of_list) and len(asked)):
+            continue
+        members = entries[of_list]
+        for start in range(0, len(asked), _BLOCK):
+            some = asked[start : start + _BLOCK]
+            products = inner_products(queries[some], members.T)
+            column, largest = products.argmax(axis=1), products.max(axis=1)
+            is_nearer = largest > best[some]
+            best[some[is_nearer]] = largest[is_nearer]
+            rows[some[is_nearer]] = of_list[column[is_nearer]]
+    return rows, best
 
 
 class PartitionedEntries:

@@ -106,7 +106,7 @@ def build_index(
             # Other commands import no torch.
             from semantic_anomaly.embedding.precision import choose_precision
 
-            settings = choose_precision(settings, sample_images(drives), _median_distances)
+            settings = choose_precision(settings, sample_images(drives), median_distances)
             embedder = stack.enter_context(closing(RunningEmbedder.from_settings(settings)))
         _check_predicted_size(settings, roi, drives, embedder, stride, out)
         frames = embedded_frames(
@@ -142,15 +142,19 @@ def _keeping(
 ) -> Iterator[tuple[Frame, PatchGrid]]:
     """Yield frames and embeddings, and keep what fits."""
     number = 0
-    for number, (drive, _, frame, grid) in enumerate(frames, start=1):
+    sources: list[FrameSource] = []
+    for number, (drive, source, frame, grid) in enumerate(frames, start=1):
         if kept is not None:
-            kept.offer(EmbeddedFrame(drive, frame.recording, number - 1, frame.stamp_ns, grid))
+            if not sources or sources[-1] is not source:
+                sources.append(source)
+            position = drive, frame.recording, number - 1, frame.stamp_ns
+            kept.offer(EmbeddedFrame(*position, grid, len(sources) - 1))
         yield frame, grid
     if kept is not None:
         kept.are_all = len(kept.frames) == number
 
 
-def _median_distances(grids: Sequence[PatchGrid]) -> list[float]:
+def median_distances(grids: Sequence[PatchGrid]) -> list[float]:
     """Return the median distance by stage of some patches to the nearest of the other frames.
 
     Before there is an index, a few frames stand for it.

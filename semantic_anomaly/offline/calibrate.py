@@ -8,19 +8,26 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from semantic_anomaly.calibration.calibration import Calibration
 from semantic_anomaly.calibration.conformal import Episodes, drive_rank
 from semantic_anomaly.calibration.leakage import check_sources, is_seen, refuse_seen
-from semantic_anomaly.detection.detector import probe_scores, resolve_roi, resolve_settings
+from semantic_anomaly.detection.detector import (
+    load_embedder,
+    probe_scores,
+    resolve_roi,
+    resolve_settings,
+)
 from semantic_anomaly.embedding.identity import Embedder
 from semantic_anomaly.errors import CalibrationError, InputError
 from semantic_anomaly.index.content import RecordedSource
@@ -43,6 +50,7 @@ from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.scoring.distances import FrameScorer
 from semantic_anomaly.scoring.normalisation import (
     NormalisationSums,
+    ScoreNormalisation,
     class_anchors,
     normalisations_without,
 )
@@ -72,6 +80,7 @@ def calibrate(
     topic: str | None = None,
     embedder: Embedder | None = None,
     kept: KeptFrames | None = None,
+    scored: Scoring | None = None,
     progress: bool = False,
     **overrides: Any,
 ) -> Calibration:
@@ -101,6 +110,8 @@ def calibrate(
         embedder: already loaded, or that made the patch grids; None: loaded from the backbone of
             the index.
         kept: first frames of the drives of the index, embedded with its stride; None: none.
+        scored: scores opened sources elsewhere, with precision and execution of the settings or
+            the index; None: they are scored here.
         progress: show a progress bar on a terminal.
         **overrides: values of single settings, such as `target_false_alarm_rate`.
 
@@ -130,9 +141,9 @@ def calibrate(
     with ExitStack() as stack:
         if isinstance(sources, Mapping):
             running = (index.stage if embedder is None else embedder.stages[0]).embedder
-            drives: _Drives = _GridDrives(sources)
+            drives: Drives = _GridDrives(sources)
         else:
-            drives = opened = _SourceDrives.of(
+            drives = opened = SourceDrives.of(
                 index,
                 sources,
                 leave_one_drive_out,
@@ -142,7 +153,9 @@ def calibrate(
             )
             # Before the work rather than after it.
             drive_rank(len(opened.recordings), settings.confidence)
-            if embedder is None:
+            if embedder is None and scored is not None:
+                embedder = stack.enter_context(closing(load_embedder(settings, given)))
+            elif embedder is None:
                 from semantic_anomaly.embedding.precision import choose_precision
 
                 chosen = choose_precision(
@@ -159,8 +172,9 @@ def calibrate(
             running = embedder.stages[0].embedder
         device = "cpu" if embedder is None else embedder.device
         index.configure_search(settings.search, settings.search_ef, device)
-        scorers = _Scorers(index, settings, roi, device)
-        scores, by_fold = _scored(drives, scorers)
+        scorers = Scorers(index, settings, roi, device)
+        by_fold, rows_of_frames = (scored or _scored)(drives, scorers)
+        scores = _by_recording(rows_of_frames)
         normalisations = normalisations_without(by_fold, None)
         probes: list[float] = []
         patterns: list[float] = []
@@ -212,11 +226,11 @@ class _Scores:
     medians: list[float] = field(default_factory=list)
 
 
-class _Scorers:
+class Scorers:
     """Scorers against the index without one recording.
 
     Args:
-        index, settings, roi: of the calibration.
+        index, settings, roi: of the calibration; attributes too.
         device: that searches run on.
 
     Attributes:
@@ -228,7 +242,7 @@ class _Scorers:
         self, index: NominalIndex, settings: Settings, roi: RegionOfInterest, device: str
     ) -> None:
         self.index = index
-        self._settings, self._roi, self._device = settings, roi, device
+        self.settings, self.roi, self._device = settings, roi, device
         self._whole = FrameScorer(index, settings, roi)
         self.left_out = set(index.recordings) if len(_built_from(index)) > 1 else set()
         # Of the last recording that was left out: a copy of the entries is large.
@@ -241,8 +255,8 @@ class _Scorers:
         if self._last is None or self._last[0] != recording:
             self._last = None
             index = self.index.without(recording)
-            index.configure_search(self._settings.search, self._settings.search_ef, self._device)
-            self._last = recording, FrameScorer(index, self._settings, self._roi)
+            index.configure_search(self.settings.search, self.settings.search_ef, self._device)
+            self._last = recording, FrameScorer(index, self.settings, self.roi)
         return self._last[1]
 
 
@@ -253,23 +267,57 @@ def _built_from(index: NominalIndex) -> set[str]:
     return built or set(index.recordings)
 
 
-def _scored(
-    drives: _Drives, scorers: _Scorers
-) -> tuple[dict[str, _Scores], dict[int, list[NormalisationSums]]]:
-    """Return the scores by recording, and the sums of the score normalisation by fold."""
+@dataclass(frozen=True, eq=False)
+class SourceSums:
+    """What the score normalisation takes of a source.
+
+    Attributes:
+        sums: of each stage by fold.
+        counts: frames by recording.
+        largest: largest distance.
+    """
+
+    sums: dict[int, list[NormalisationSums]]
+    counts: Counter[str]
+    largest: float
+
+
+def source_sums(frames: Iterable[EmbeddedFrame], drives: Drives, scorers: Scorers) -> SourceSums:
+    """Return the sums of the frames of a source."""
     anchors = [class_anchors(stage.content.embeddings) for stage in scorers.index.stages]
     sums: dict[int, list[NormalisationSums]] = defaultdict(
         lambda: [NormalisationSums(of_stage) for of_stage in anchors]
     )
     counts: Counter[str] = Counter()
     largest = 0.0
-    for frame in drives.frames("score normalisation"):
+    for frame in frames:
         counts[frame.recording] += 1
-        of_fold = sums[drives.fold(frame)]
         maps = scorers.of(frame.recording).distance_maps(frame.grid)
-        for stage_sums, distances in zip(of_fold, maps, strict=True):
+        for stage_sums, distances in zip(sums[drives.fold(frame)], maps, strict=True):
             stage_sums.add(distances.values, distances.inside, distances.embeddings)
             largest = max(largest, float(distances.values.max()))
+    return SourceSums(dict(sums), counts, largest)
+
+
+def sums_by_fold(sources: Iterable[SourceSums]) -> dict[int, list[NormalisationSums]]:
+    """Return the sums of all sources by fold, added in the order of the sources.
+
+    Raises:
+        CalibrationError: no frames, one frame of a recording, or frames that the index has seen.
+    """
+    sums: dict[int, list[NormalisationSums]] = {}
+    counts: Counter[str] = Counter()
+    largest = 0.0
+    for source in sources:
+        for fold, of_stages in source.sums.items():
+            before = sums.get(fold)
+            sums[fold] = (
+                of_stages
+                if before is None
+                else [one + other for one, other in zip(before, of_stages, strict=True)]
+            )
+        counts += source.counts
+        largest = max(largest, source.largest)
     if not sums:
         raise CalibrationError("calibration: expected frames of nominal drives, found none")
     for recording, count in counts.items():
@@ -282,22 +330,54 @@ def _scored(
             "calibration: all distances are 0: the index has seen these frames; calibrate with "
             "other drives"
         )
-    by_fold = {fold: normalisations_without(sums, fold) for fold in sums}
-    scores: dict[str, _Scores] = defaultdict(_Scores)
-    for frame in drives.frames("calibration scores"):
+    return sums
+
+
+# Recording, drive, score, stamp in nanoseconds and median of the anomaly map of a frame.
+ScoredFrame: TypeAlias = tuple[str, str, float, int, float]
+
+
+def scored_frames(
+    frames: Iterable[EmbeddedFrame],
+    drives: Drives,
+    scorers: Scorers,
+    normalisations: Mapping[int, Sequence[ScoreNormalisation]],
+) -> Iterator[ScoredFrame]:
+    """Yield the scores of frames by the normalisations of their folds."""
+    for frame in frames:
         scorer = scorers.of(frame.recording)
-        frame_score = scorer.score(frame.grid, by_fold[drives.fold(frame)], None)
-        of_recording = scores[frame.recording]
-        of_recording.scores.append(frame_score.score)
-        part = of_recording.parts.setdefault(frame.drive, ([], []))
-        part[0].append(frame_score.score)
-        part[1].append(frame.stamp_ns)
-        inside = frame_score.anomaly_map[frame_score.inside]
-        of_recording.medians.append(float(np.median(inside)))
-    return dict(scores), dict(sums)
+        frame_score = scorer.score(frame.grid, normalisations[drives.fold(frame)], None)
+        median = float(np.median(frame_score.anomaly_map[frame_score.inside]))
+        yield frame.recording, frame.drive, frame_score.score, frame.stamp_ns, median
 
 
-class _Drives(ABC):
+def _scored(
+    drives: Drives, scorers: Scorers
+) -> tuple[dict[int, list[NormalisationSums]], Iterator[ScoredFrame]]:
+    """Return the sums of the score normalisation by fold, and the scores of all frames."""
+    frames = drives.frames("score normalisation")
+    sums = sums_by_fold(
+        source_sums(of_source, drives, scorers)
+        for _, of_source in groupby(frames, key=attrgetter("source"))
+    )
+    by_fold = {fold: normalisations_without(sums, fold) for fold in sums}
+    frames = drives.frames("calibration scores")
+    return sums, scored_frames(frames, drives, scorers, by_fold)
+
+
+def _by_recording(rows: Iterable[ScoredFrame]) -> dict[str, _Scores]:
+    scores: dict[str, _Scores] = defaultdict(_Scores)
+    for recording, drive, score, stamp_ns, median in rows:
+        of_recording = scores[recording]
+        of_recording.scores.append(score)
+        part = of_recording.parts.setdefault(drive, ([], []))
+        part[0].append(score)
+        part[1].append(stamp_ns)
+        of_recording.medians.append(median)
+    return dict(scores)
+
+
+class Drives(ABC):
     """Drives whose frames can be read several times.
 
     Args:
@@ -321,7 +401,7 @@ class _Drives(ABC):
         """Yield all frames, drive by drive."""
 
 
-class _GridDrives(_Drives):
+class _GridDrives(Drives):
     """Patch grids by drive, 100 ms apart."""
 
     def __init__(self, grids_by_drive: Mapping[str, Iterable[PatchGrid]]) -> None:
@@ -334,7 +414,7 @@ class _GridDrives(_Drives):
                 yield EmbeddedFrame(drive, drive, number, number * _FRAME_PERIOD_NS, grid)
 
 
-class _SourceDrives(_Drives):
+class SourceDrives(Drives):
     """Drives of opened sources.
 
     Args:
@@ -345,6 +425,7 @@ class _SourceDrives(_Drives):
         stride: of own.
 
     Attributes:
+        own, further, stride: as given; of_drive: the recordings.
         sources: own and further ones, by name.
         embedder, progress: to be set before frames are read.
         kept: frames that are not read again.
@@ -359,8 +440,8 @@ class _SourceDrives(_Drives):
         stride: int,
     ) -> None:
         super().__init__(recordings.values())
-        self._index, self._own, self._further = index, own, further
-        self._of_drive, self._stride = recordings, stride
+        self._index, self.own, self.further = index, own, further
+        self.of_drive, self.stride = recordings, stride
         self.sources = {**own, **further}
         self.embedder: Embedder | None = None
         self.progress = False
@@ -377,7 +458,7 @@ class _SourceDrives(_Drives):
         moved: Mapping[str, str],
         topic: str | None,
         settings: Settings,
-    ) -> _SourceDrives:
+    ) -> SourceDrives:
         """Open sources, and those of the index if a drive is to be left out at a time."""
         own: dict[str, FrameSource] = {}
         recordings: dict[str, str] = {}
@@ -409,23 +490,25 @@ class _SourceDrives(_Drives):
         return cls(index, own, further, recordings, stride)
 
     def frames(self, description: str) -> Iterator[EmbeddedFrame]:
+        """Yield all frames, drive by drive; those kept are not embedded again."""
         assert self.embedder is not None
         yield from self.kept.frames
         if self.kept.are_all:
             return
         given: set[tuple[Path, str]] = set()
+        numbers = {id(source): number for number, source in enumerate(self.sources.values())}
         total = len(self.kept.frames)
         items = embedded_frames(
             self.sources,
             self.embedder,
-            recordings=self._of_drive,
-            strides=dict.fromkeys(self._own, self._stride),
+            recordings=self.of_drive,
+            strides=dict.fromkeys(self.own, self.stride),
             skipped=len(self.kept.frames),
             description=description,
             progress=self.progress,
         )
         for number, (drive, source, frame, grid) in enumerate(items, start=total):
-            if source in self._own.values():
+            if source in self.own.values():
                 self._check_unchanged(source, frame)
             else:
                 refuse_seen(self._index, frame)
@@ -434,7 +517,8 @@ class _SourceDrives(_Drives):
                 if source.files and key in given:
                     raise CalibrationError(f"calibration frame '{frame.name}' is given twice")
                 given.add(key)
-            embedded = EmbeddedFrame(drive, frame.recording, number, frame.stamp_ns, grid)
+            position = drive, frame.recording, number, frame.stamp_ns
+            embedded = EmbeddedFrame(*position, grid, numbers[id(source)])
             self.kept.offer(embedded)
             total = number + 1
             yield embedded
@@ -448,6 +532,12 @@ class _SourceDrives(_Drives):
                 f"source '{source.path}' of the index: expected the frame '{frame.name}' that the "
                 "index was built from, found another image of that name"
             )
+
+
+# Returns what `_scored` does.
+Scoring: TypeAlias = Callable[
+    [Drives, Scorers], tuple[dict[int, list[NormalisationSums]], Iterable[ScoredFrame]]
+]
 
 
 def _median_distances(index: NominalIndex, grids: Sequence[PatchGrid]) -> list[float]:

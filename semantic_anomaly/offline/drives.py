@@ -30,19 +30,21 @@ BATCH_FRAMES = 4
 _SAMPLE_IMAGES, _SAMPLE_STRIDE = 8, 10
 # Embeddings that are kept for another reading of the drives.
 _KEPT_BYTES = 2**30
+_SELECTED = re.compile(r"(\[[-\d:]*\])?( \(\d+\))?$")
 # A file of a split bag.
 _BAG_PART = re.compile(r"(?P<recording>.+)_\d+\.(?:mcap|db3)")
 
 
 @dataclass(frozen=True, eq=False)
 class EmbeddedFrame:
-    """A frame of a drive: its number among all, stamp in nanoseconds and embeddings."""
+    """A frame of a drive: its number among all, stamp in nanoseconds, embeddings, and source."""
 
     drive: str
     recording: str
     number: int
     stamp_ns: int
     grid: PatchGrid
+    source: int = 0
 
 
 class KeptFrames:
@@ -250,6 +252,17 @@ def recorded_recording(
             if same and drive in other.recordings:
                 return other.recordings[drive]
     return None
+
+
+def file_of_recording(opened: str) -> tuple[str, str]:
+    """Return folder and name of the file that a source was opened from, equal for its parts."""
+    folder, name = _file_of_recording(split_selection(opened.removeprefix("@"))[0])
+    return str(folder), name
+
+
+def without_selection(name: str) -> str:
+    """Return the name of a source without its selection and number: 'drive[0:9] (2)', 'drive'."""
+    return _SELECTED.sub("", name)
 
 
 def _file_of_recording(path: Path) -> tuple[Path, str]:

@@ -159,6 +159,33 @@ class NormalisationSums:
         total._frames_of_class = self._frames_of_class + other._frames_of_class
         return total
 
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Return all that was added, without the anchors."""
+        return {
+            "sums": self._sums,
+            "frames": self._frames,
+            "frames_of_class": self._frames_of_class,
+        }
+
+    @classmethod
+    def from_arrays(
+        cls, anchors: np.ndarray | None, arrays: Mapping[str, np.ndarray]
+    ) -> NormalisationSums:
+        """Return the sums of `to_arrays` with the same anchors.
+
+        Raises:
+            CalibrationError: arrays of other shapes or types.
+        """
+        sums = cls(anchors)
+        for name, own in sums.to_arrays().items():
+            found = arrays.get(name)
+            if found is None or found.shape != own.shape or found.dtype != own.dtype:
+                raise CalibrationError(
+                    f"score normalisation: {name}: expected {own.shape} {own.dtype}, found another"
+                )
+            own[:] = found
+        return sums
+
     @property
     def empty(self) -> bool:
         """Return whether no frame was added."""

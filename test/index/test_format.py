@@ -79,6 +79,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
         *(("lists.npy", damage) for damage in ("missing", "flipped at the end")),
         ("frames/000000.jpg", "missing"),
         *(("support.npy", damage) for damage in ("missing", "flipped at the end")),
+        *(("radii.npy", damage) for damage in ("missing", "flipped at the end")),
         ("retracted_embeddings.npy", "missing"),
         ("retracted_entries.npy", "flipped at the end"),
     ],
@@ -249,10 +250,10 @@ def test_every_single_byte_of_the_manifest_counts(copy: Path) -> None:
             NominalIndex.load(copy)
 
 
-@pytest.mark.parametrize("version", [3, 5, "4", None])
+@pytest.mark.parametrize("version", [4, 6, "5", None])
 def test_another_version_is_to_be_built_again(copy: Path, version: object) -> None:
     sign_again(copy, lambda m: m.update(format_version=version))
-    with pytest.raises(IndexFormatError, match=f"version 4, found {version!r}; build it again"):
+    with pytest.raises(IndexFormatError, match=f"version 5, found {version!r}; build it again"):
         NominalIndex.load(copy)
 
 

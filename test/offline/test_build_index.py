@@ -18,7 +18,7 @@ from semantic_anomaly.errors import ArtefactError, SourceError, UnknownNameError
 from semantic_anomaly.index.content import RecordedSource
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.io.open import open_source
-from semantic_anomaly.offline.build_index import _median_distances, build_index
+from semantic_anomaly.offline.build_index import build_index, median_distances
 from semantic_anomaly.offline.calibrate import calibrate
 from semantic_anomaly.offline.drives import open_drives, sample_images
 from semantic_anomaly.roi import RegionOfInterest
@@ -128,8 +128,8 @@ def test_a_few_images_of_every_drive_are_measured(drives: Path) -> None:
     assert len(sample_images(open_drives(drives / "index"))) == 8
     grids = [PatchGrid(ColourEmbedder().embed([image])[0].features, image.shape[:2])
              for image in sample_images(opened)]  # fmt: skip
-    [median] = _median_distances(grids)
-    assert 0 < median < 1 and _median_distances(grids[:1]) == [0.0]
+    [median] = median_distances(grids)
+    assert 0 < median < 1 and median_distances(grids[:1]) == [0.0]
 
 
 def test_an_existing_index_is_replaced_only_with_force(drives: Path, tmp_path: Path) -> None:
