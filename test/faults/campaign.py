@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import signal
 import sys
 import threading
@@ -57,9 +58,10 @@ ALTERED = "altered"  # other answers without a word
 SKIPPED = "skipped"
 
 LOG = "log.txt"
-TIMEOUT_S = 120.0
+TIMEOUT_S = 60.0
 # Growth of the child that a case, or all cases after the first quarter, may leave or reach.
 PEAK_MB, GROWTH_MB = 600.0, 100.0
+_ROOM_MB = 4000.0
 _SETTLE_S = 1.0
 MB = 1e6
 
@@ -271,8 +273,8 @@ class Runner:
     """
 
     def __init__(self, group: str, folder: Path, seed: int = 0) -> None:
-        self._folder = folder
-        self._arguments = group, MODULES[group], folder, seed
+        self._group, self._folder, self._seed = group, folder, seed
+        self._starts = 0
         folder.mkdir(parents=True, exist_ok=True)
         self._child: Any = None
         self._pipe: Any = None
@@ -336,10 +338,15 @@ class Runner:
             return judged(case, Outcome(CRASHED, f"the process ended by {ended}")), None
 
     def _start(self) -> None:
+        # Of a process that died, a laboratory may be left.
+        self._starts += 1
+        place = self._folder / f"laboratory_{self._starts}"
+        place.mkdir()
+        arguments = self._group, MODULES[self._group], place, self._seed
         # Not forked: torch and rclpy have threads.
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
-        self._child = context.Process(target=_serve, args=(other, *self._arguments), daemon=False)
+        self._child = context.Process(target=_serve, args=(other, *arguments), daemon=False)
         self._child.start()
         other.close()
         # The laboratory is being made.
@@ -347,8 +354,8 @@ class Runner:
         if ready is not True:
             self._stop()
             raise RuntimeError(
-                f"the laboratory of '{self._arguments[0]}' failed:\n"
-                f"{(self._folder / LOG).read_text(errors='replace')[-3000:]}"
+                f"the laboratory of '{self._group}' failed:\n"
+                f"{(place / LOG).read_text(errors='replace')[-3000:]}"
             )
 
     def _received(self) -> Any:
@@ -384,6 +391,12 @@ def _serve(pipe: Any, group: str, module_name: str, folder: Path, seed: int) -> 
     module: FaultModule = importlib.import_module(module_name)
     cases = {case.name: case for case in cases_of(group, seed)}
     with module.laboratory(folder) as laboratory:
+        # What is there now is not collected: the cases make little garbage.
+        gc.collect()
+        gc.freeze()
+        # What asks for all memory is refused it before the machine has none.
+        room = round((_status_mb("VmSize") + _ROOM_MB) * MB)
+        resource.setrlimit(resource.RLIMIT_AS, (room, resource.RLIM_INFINITY))
         pipe.send(True)
         while (name := _next_name(pipe)) is not None:
             print(f"== {name}", flush=True)
