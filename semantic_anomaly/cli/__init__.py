@@ -6,7 +6,9 @@ import argparse
 import importlib
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +18,8 @@ from typing import NamedTuple
 from semantic_anomaly import __version__
 from semantic_anomaly.errors import InputError, SemanticAnomalyError
 
-DONE, FAILED, BAD_INPUT, INCOMPLETE, INTERRUPTED = 0, 1, 2, 3, 130
+DONE, FAILED, BAD_INPUT, INCOMPLETE = 0, 1, 2, 3
+INTERRUPTED, TERMINATED = 130, 143
 _EXIT_CODES = (
     "exit codes: 0 complete; 3 finished with losses, which are named, or requirements not met; "
     "2 bad input or usage; 1 any other failure"
@@ -88,27 +91,32 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code, one of `_EXIT_CODES` or 130: interrupted.
+    """Run one command and return its exit code.
+
+    It is one of `_EXIT_CODES`, 130: interrupted, or 143: terminated.
 
     Args:
         argv: arguments without the program's name; None: those of this process.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
-    try:
-        parsed = _parsed(arguments)
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else BAD_INPUT
-    with _messages_on_stderr():
+    debug = "--debug" in arguments
+    with _messages_on_stderr(), _termination_as_exception():
         try:
+            parsed = _parsed(arguments)
             code = int(module_of(parsed.verb).run(parsed))
             sys.stdout.flush()
             return code
         except SemanticAnomalyError as error:
-            if parsed.debug:
+            if debug:
                 traceback.print_exc()
             sentence = " ".join(str(error).split())
             print(f"semantic-anomaly: error: {sentence}", file=sys.stderr)
             return BAD_INPUT if isinstance(error, InputError) else FAILED
+        except SystemExit as stop:
+            return stop.code if isinstance(stop.code, int) else BAD_INPUT
+        except _TerminationError:
+            print("semantic-anomaly: terminated", file=sys.stderr)
+            return TERMINATED
         except KeyboardInterrupt:
             print("semantic-anomaly: interrupted", file=sys.stderr)
             return INTERRUPTED
@@ -158,6 +166,27 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         if name == asked:
             module_of(name).add_arguments(sub)
     return parser
+
+
+class _TerminationError(KeyboardInterrupt):
+    """SIGTERM arrived: what is half-written is removed, as after Ctrl-C."""
+
+
+@contextmanager
+def _termination_as_exception() -> Iterator[None]:
+    def terminate(*_: object) -> None:
+        raise _TerminationError
+
+    # Only the main thread may set handlers, and an embedding program may have one of its own.
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class _BesideProgressBars(logging.Handler):

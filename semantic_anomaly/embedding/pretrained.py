@@ -86,14 +86,15 @@ class PretrainedFolder:
         """Return the digest of the weights file, or of the digests of its shards.
 
         Raises:
-            BackboneError: no safetensors weights, or a shard is missing.
+            BackboneError: no safetensors weights, or a shard is missing or cannot be read.
         """
         names = self.weight_files
-        return (
-            sha256_file(self.path / _WEIGHTS)
-            if names == [_WEIGHTS]
-            else (_sha256_of_files(self.path, names))
-        )
+        try:
+            if names == [_WEIGHTS]:
+                return sha256_file(self.path / _WEIGHTS)
+            return _sha256_of_files(self.path, names)
+        except OSError as error:
+            raise BackboneError(f"{self.what}: weights: {error.strerror}") from error
 
     @property
     def weight_files(self) -> list[str]:
@@ -283,7 +284,7 @@ def _refuse_more_layers(folder: PretrainedFolder) -> None:
         for name in folder.weight_files:
             with safe_open(folder.path / name, framework="pt") as weights:
                 count += len(list(weights.keys()))
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise BackboneError(f"{folder.what}: {first_line(error)}") from error
     pending: list[Any] = [folder.config]
     while pending:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from semantic_anomaly.errors import ImageError, SourceError, first_line
 from semantic_anomaly.io.images import decode_compressed, decode_raw
 from semantic_anomaly.io.sources import BadFrame, FrameSource
+from semantic_anomaly.storage import parse_yaml, read_file
 from semantic_anomaly.structures import Frame
 from semantic_anomaly.timing import elapsed_ms
 
@@ -78,7 +79,7 @@ class BagSource(FrameSource):
         self.topic = _choose_topic(path, topics, topic)
         self._type, self._announced = topics[self.topic]
         self.compressed = self._type == COMPRESSED_TYPE
-        if not self._announced:
+        if self._announced < 1:
             raise SourceError(f"bag '{path}': topic '{self.topic}' has no messages")
 
     def _total(self, *, exact: bool) -> int:
@@ -145,6 +146,7 @@ def _opened(path: Path) -> Iterator[Reader]:
     except ImportError as error:
         raise SourceError(f"bag '{path}': reading bags needs the package 'rosbags'") from error
     try:
+        _check_metadata(path)
         _check_databases(path)
         reader = Reader(path)
         reader.open()
@@ -159,6 +161,13 @@ def _opened(path: Path) -> Iterator[Reader]:
     finally:
         with suppress(Exception):
             reader.close()
+
+
+def _check_metadata(path: Path) -> None:
+    # The reader of rosbags expands whatever the file repeats.
+    metadata = path / "metadata.yaml"
+    if metadata.is_file():
+        parse_yaml(read_file(metadata))
 
 
 def _check_databases(path: Path) -> None:

@@ -202,6 +202,15 @@ def test_configurations_that_never_end_or_nest_too_deep_are_refused(copy: Path, 
         open_folder("backbone", str(copy), ["dinov2"])
 
 
+def test_weights_that_cannot_be_read_are_named(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(pretrained, "sha256_file", refuse)
+    with pytest.raises(BackboneError, match=f"backbone '{copy.name}': weights: Permission denied"):
+        _ = open_folder("backbone", str(copy), ["dinov2"]).weights_sha256
+
+
 def test_more_layers_than_weights_are_refused_before_they_are_created(copy: Path) -> None:
     edit(copy / "config.json", num_hidden_layers=10**9)
     with pytest.raises(BackboneError, match=r"num_hidden_layers: expected at most \d+, the number"):
