@@ -99,31 +99,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; None: those of this process.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
-    debug = "--debug" in arguments
-    with _messages_on_stderr(), _termination_as_exception():
-        try:
-            parsed = _parsed(arguments)
-            code = int(module_of(parsed.verb).run(parsed))
-            sys.stdout.flush()
-            return code
-        except SemanticAnomalyError as error:
-            if debug:
-                traceback.print_exc()
-            sentence = " ".join(str(error).split())
-            print(f"semantic-anomaly: error: {sentence}", file=sys.stderr)
-            return BAD_INPUT if isinstance(error, InputError) else FAILED
-        except SystemExit as stop:
-            return stop.code if isinstance(stop.code, int) else BAD_INPUT
-        except _TerminationError:
-            print("semantic-anomaly: terminated", file=sys.stderr)
-            return TERMINATED
-        except KeyboardInterrupt:
-            print("semantic-anomaly: interrupted", file=sys.stderr)
-            return INTERRUPTED
-        except BrokenPipeError:
-            # The reader has closed the pipe (`| head`), and the interpreter would flush once more.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return FAILED
+    # Signals may arrive at any moment, also before the command begins.
+    try:
+        with _termination_as_exception(), _messages_on_stderr():
+            return _run(arguments)
+    except _TerminationError:
+        print("semantic-anomaly: terminated", file=sys.stderr)
+        return TERMINATED
+    except KeyboardInterrupt:
+        print("semantic-anomaly: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(arguments: Sequence[str]) -> int:
+    try:
+        parsed = _parsed(arguments)
+        code = int(module_of(parsed.verb).run(parsed))
+        sys.stdout.flush()
+        return code
+    except SemanticAnomalyError as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        sentence = " ".join(str(error).split())
+        print(f"semantic-anomaly: error: {sentence}", file=sys.stderr)
+        return BAD_INPUT if isinstance(error, InputError) else FAILED
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else BAD_INPUT
+    except BrokenPipeError:
+        # The reader has closed the pipe (`| head`), and the interpreter would flush once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
 
 
 def module_of(verb: str) -> ModuleType:

@@ -118,6 +118,23 @@ def test_an_interruption_while_the_arguments_are_read_is_no_traceback(
     assert capsys.readouterr().err == "semantic-anomaly: interrupted\n"
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_before_the_command_begins_is_no_traceback(
+    number: signal.Signals,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def stop(handler: logging.Handler) -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+
+    monkeypatch.setattr(logging.getLogger("semantic_anomaly"), "addHandler", stop)
+    assert main(["inspect-index", "x"]) == code
+    word = "interrupted" if number == signal.SIGINT else "terminated"
+    assert capsys.readouterr().err == f"semantic-anomaly: {word}\n"
+
+
 @pytest.mark.parametrize(
     "argv", [["--debug", "inspect-index", "x"], ["inspect-index", "x", "--debug"]]
 )

@@ -278,13 +278,19 @@ def _stopped(lab: Laboratory, verb: str, number: int, moment: str | float) -> Ou
     """Send a signal to a command; afterwards the same command works."""
     place = lab.place()
     try:
+        begun, begins = os.pipe()
 
         def work() -> int:
             if isinstance(moment, str):
                 _stop_at(moment, number)
+            os.write(begins, b"1")
             return run_command(lab.arguments(verb, place))
 
         def stop(pid: int) -> None:
+            # A fork takes its time on a busy machine.
+            os.read(begun, 1)
+            os.close(begun)
+            os.close(begins)
             if isinstance(moment, float):
                 time.sleep(moment)
                 with contextlib.suppress(ProcessLookupError):
