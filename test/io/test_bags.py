@@ -218,7 +218,7 @@ def test_metadata_that_expand_without_a_limit_are_refused(tmp_path: Path) -> Non
     lines = ["a0: &a0 {x: 1}"]
     lines += [f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}" for n in range(1, 60)]
     (bag / "metadata.yaml").write_text("\n".join(lines))
-    with pytest.raises(SourceError, match="drive' cannot be opened .*merge key"):
+    with pytest.raises(SourceError, match=r"drive' cannot be opened .*merge key"):
         open_source(bag)
 
 
