@@ -22,6 +22,9 @@ def cases(seed: int, case: Callable[..., Case]) -> Iterator[Case]:
         for share in (0.999, 0.9, 0.5, 0.1, 0.001):
             point = f"{storage} at {share:.1%}"
             yield case("bag cut off", point, _reading(storage, _cut(share)), cut)
+        # Without a digest or an end mark, missing bytes of raw images would be read as black.
+        run = _reading(storage, _cut_bytes(500), is_raw=True)
+        yield case("bag cut off", f"{storage} by 500 bytes, raw images", run, cut)
         for number in range(3):
             run = _reading(storage, _zero_middle, seed + number)
             yield case(
@@ -48,6 +51,14 @@ def _cut(share: float) -> Damage:
     def damage(bag: Path, rng: random.Random) -> None:
         path = _data(bag)
         path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
+    return damage
+
+
+def _cut_bytes(count: int) -> Damage:
+    def damage(bag: Path, rng: random.Random) -> None:
+        path = _data(bag)
+        path.write_bytes(path.read_bytes()[:-count])
 
     return damage
 
@@ -125,17 +136,25 @@ def _data(bag: Path) -> Path:
     return data_file(bag)
 
 
-def _made(lab: Any, place: Path, storage: str) -> Path:
-    from worlds.bags import COMPRESSED, compressed, write_bag
+def _made(lab: Any, place: Path, storage: str, *, is_raw: bool = False) -> Path:
+    from worlds.bags import COMPRESSED, RAW, compressed, raw, write_bag
     from worlds.ros import nominal_image
 
     from semantic_anomaly.io.images import encode_png
 
+    if is_raw:
+        images = [nominal_image(n) for n in range(FRAMES)]
+        height, width = images[0].shape[:2]
+        size = {"height": height, "width": width, "step": 3 * width, "encoding": "rgb8"}
+        raws = [raw(n, data=image.reshape(-1), **size) for n, image in enumerate(images)]
+        return write_bag(place / "bag", {RAW: raws}, storage)
     messages = [compressed(n, encode_png(nominal_image(n))) for n in range(FRAMES)]
     return write_bag(place / "bag", {COMPRESSED: messages}, storage)
 
 
-def _reading(storage: str, damage: Damage, seed: int = 0) -> Callable[[Any], Outcome]:
+def _reading(
+    storage: str, damage: Damage, seed: int = 0, *, is_raw: bool = False
+) -> Callable[[Any], Outcome]:
     """Return what reads a damaged bag: every frame is right, or its loss is named."""
 
     def run(lab: Any) -> Outcome:
@@ -146,7 +165,7 @@ def _reading(storage: str, damage: Damage, seed: int = 0) -> Callable[[Any], Out
 
         place = lab.place()
         try:
-            bag = _made(lab, place, storage)
+            bag = _made(lab, place, storage, is_raw=is_raw)
             damage(bag, random.Random(f"{storage} {seed}"))
             try:
                 source = open_source(bag)

@@ -278,6 +278,11 @@ def _sizes() -> Iterator[ImageFault]:
     yield changed("step too small", "0", step=0)
     yield changed("step too small", "by 1", step=lambda m, _: m.step - 1)
     yield changed("step too small", "of one channel", step=lambda m, _: m.width)
+    yield changed(
+        *("step too small", "by 1, data of this step"),
+        step=lambda m, _: m.step - 1,
+        data=lambda m, _: m.data[: m.height * m.step],
+    )
     yield changed("step too large", "by 1", step=lambda m, _: m.step + 1)
     yield changed("step too large", "2^32 - 1", step=2**32 - 1)
     yield changed("size zero", "height", height=0)

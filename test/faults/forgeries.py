@@ -24,10 +24,13 @@ MakeCase = Callable[..., Case]
 HUGE = (2**31, 2**40, 2**62, 2**64, 10**30)
 DEPTHS = (100, 400, 900, 3000, 200_000)
 
+_UNUSED = "embeddings.mask_token"
+
 
 def cases(seed: int, case: MakeCase) -> Iterator[Case]:
     """Yield all forgeries; `case` makes a case of class, point, entry and injection."""
     yield from _manifests(case)
+    yield from _by_hand(case)
     yield from _arrays(case)
     yield from _graphs(seed, case)
     yield from _calibrations(case)
@@ -193,6 +196,14 @@ def _manifests(case: MakeCase) -> Iterator[Case]:
             point = f"manifest: {name}"
             yield case(f"forged: {fault_class}", point, "load_detector", inject, allowed=allowed)
 
+    def edited(lab: Any, place: Any) -> None:
+        path = place.index / "manifest.json"
+        manifest = json.loads(path.read_bytes())
+        manifest["written"]["stride"] += 1
+        path.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+
+    yield case("edited, its digest not renewed", "manifest.json", "load_detector", edited)
+
     def stage_change(change: Change) -> Inject:
         return lambda lab, place: sign(place.index, stage=change)
 
@@ -226,6 +237,31 @@ def _manifests(case: MakeCase) -> Iterator[Case]:
         *("forged: paths that leave the folder", "manifest: file by ..", "configure"),
         lambda lab, place: sign(place.index, file("../outside")),
     )
+
+
+def _by_hand(case: MakeCase) -> Iterator[Case]:
+    """Yield edits that any editor could make, without new digests."""
+
+    def edit(name: str, old: str, new: str) -> Inject:
+        def inject(lab: Any, place: Any) -> None:
+            path = place.index / name
+            text = path.read_text()
+            assert old in text, f"{old} is not in {name}"
+            path.write_text(text.replace(old, new, 1))
+
+        return inject
+
+    for name, old, new in (
+        ("manifest.json", '"stride": 1', '"stride": 2'),
+        ("manifest.json", '"weight": 1.0', '"weight": 2.0'),
+        ("manifest.json", '"stride": 1', '"stride":  1'),
+        ("manifest.json", '"version"', '"versions"'),
+        ("calibration.json", '"confidence":0', '"confidence":1e-9,"_":0'),
+        ("calibration.json", '"left_out":false', '"left_out":true'),
+        ("calibration.json", '"camera":"camera"', '"camera":"camerb"'),
+    ):
+        point = f"{name}: {new}"
+        yield case("edited by hand", point, "load_detector", edit(name, old, new))
 
 
 def _arrays(case: MakeCase) -> Iterator[Case]:
@@ -389,12 +425,19 @@ def _graphs(seed: int, case: MakeCase) -> Iterator[Case]:
                 entry_bytes = _GRAPH_HEADER.unpack_from(data)[3]
                 start = 96 + rng.randrange(200) * entry_bytes
                 data[start : start + 4] = rng.choice((33, 65535, 2**24)).to_bytes(4, "little")
+            elif part == "vectors swapped":
+                # Each of unit norm, and of the index.
+                entry_bytes = _GRAPH_HEADER.unpack_from(data)[3]
+                starts = [96 + n * entry_bytes + 4 * 33 for n in rng.sample(range(200), 2)]
+                one, other = (data[s : s + entry_bytes - 4 * 33 - 8] for s in starts)
+                for start, vector in zip(starts, (other, one), strict=True):
+                    data[start : start + len(vector)] = vector
             path.write_bytes(data)
             sign(place.index)
 
         return inject
 
-    for part in ("bytes", "zeros", "cut", "longer", "links", "link counts"):
+    for part in ("bytes", "zeros", "cut", "longer", "links", "link counts", "vectors swapped"):
         for number in range(4):
             inject = damaged(number, part)
             # Zeros may meet zeros.
@@ -479,6 +522,16 @@ def _calibrations(case: MakeCase) -> Iterator[Case]:
             place.index, lambda b: b.update(target_false_alarm_rate=1.5)
         ),
     )
+
+    def edited(lab: Any, place: Any) -> None:
+        from semantic_anomaly.storage import canonical_json
+
+        path = place.index / "calibration.json"
+        body = json.loads(path.read_bytes())
+        body["heatmap_low"] -= 1e-3
+        path.write_text(canonical_json(body))
+
+    yield case("edited, its digest not renewed", "calibration.json", "load_detector", edited)
 
     def literal(text: str) -> Inject:
         def inject(lab: Any, place: Any) -> None:
@@ -602,6 +655,8 @@ def _backbones(case: MakeCase) -> Iterator[Case]:
         "one extra": lambda w: w.update({"extra.weight": w[first(w)].clone()}),
         "NaN": replaced(nan),
         "infinite": replaced(infinite),
+        # Images without masked patches do not use it.
+        "NaN that no output shows": lambda w: w.update({_UNUSED: nan(w[_UNUSED])}),
         "another shape": replaced(lambda t: t[..., :-1].contiguous()),
         "more axes": replaced(lambda t: t[None].contiguous()),
         "a scalar": replaced(lambda t: t.reshape(-1)[0].clone()),

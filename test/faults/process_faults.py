@@ -101,6 +101,9 @@ class Laboratory:
         drives = [str(drive) for drive in self.drives]
         return {
             "build-index": ["build-index", *drives, "--out", str(place / "out"), *self.options],
+            "build-index --force elsewhere": [
+                *("build-index", *drives, "--out", str(place / "out"), "--force", *self.options)
+            ],
             "build-index --force": [
                 *("build-index", *drives, "--out", index, "--force", *self.options)
             ],
@@ -468,14 +471,14 @@ def _disks(seed: int) -> Iterator[Case]:
             return read_only(lab, verb)
 
         yield _case("read-only folder", verb, run_locked, (REFUSED,))
-    for verb in ("build-index", "evaluate", "replay"):
+    for verb in ("build-index", "build-index --force elsewhere", "evaluate", "replay"):
         for kind in ("a file", "a link", "a folder of others"):
 
             def run_blocked(lab: Laboratory, verb: str = verb, kind: str = kind) -> Outcome:
                 return blocked(lab, verb, kind)
 
             # Reports add their files to a folder that has others.
-            of_others = kind == "a folder of others" and verb != "build-index"
+            of_others = kind == "a folder of others" and not verb.startswith("build-index")
             allowed = (REFUSED, HARMLESS) if of_others else (REFUSED,)
             yield _case("output in the way", f"{verb}, {kind}", run_blocked, allowed)
 
