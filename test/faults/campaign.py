@@ -383,9 +383,7 @@ def _serve(pipe: Any, group: str, module_name: str, folder: Path, seed: int) -> 
     for stream in (1, 2):
         os.dup2(log, stream)
     os.close(log)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("ROS_PYTHON_CHECK_FIELDS", "1")
-    os.environ.setdefault("FASTDDS_BUILTIN_TRANSPORTS", "LARGE_DATA")
+    prepare_environment()
     # A test may have registered a module of its own in the parent process.
     MODULES[group] = module_name
     module: FaultModule = importlib.import_module(module_name)
@@ -394,9 +392,7 @@ def _serve(pipe: Any, group: str, module_name: str, folder: Path, seed: int) -> 
         # What is there now is not collected: the cases make little garbage.
         gc.collect()
         gc.freeze()
-        # What asks for all memory is refused it before the machine has none.
-        room = round((_status_mb("VmSize") + _ROOM_MB) * MB)
-        resource.setrlimit(resource.RLIMIT_AS, (room, resource.RLIM_INFINITY))
+        limit_memory()
         pipe.send(True)
         while (name := _next_name(pipe)) is not None:
             print(f"== {name}", flush=True)
@@ -411,6 +407,19 @@ def _next_name(pipe: Any) -> str | None:
     with suppress(EOFError, ConnectionError):
         return pipe.recv()
     return None
+
+
+def prepare_environment() -> None:
+    """Set what the tests set: nothing from a network, checked messages, images of any size."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("ROS_PYTHON_CHECK_FIELDS", "1")
+    os.environ.setdefault("FASTDDS_BUILTIN_TRANSPORTS", "LARGE_DATA")
+
+
+def limit_memory() -> None:
+    """Refuse all memory to what asks for it, before the machine has none."""
+    room = round((_status_mb("VmSize") + _ROOM_MB) * MB)
+    resource.setrlimit(resource.RLIMIT_AS, (room, resource.RLIM_INFINITY))
 
 
 def compute_as_in_tests() -> None:
@@ -465,7 +474,7 @@ def _name(verdict: Verdict) -> str:
 
 
 def write_report(verdicts: Sequence[Verdict], out: Path, *, seed: int) -> None:
-    """Write faults.json and faults.md."""
+    """Write faults.json and faults.md by class, and verdicts.json by case."""
     out.mkdir(parents=True, exist_ok=True)
     values = {
         "seed": seed,
@@ -473,8 +482,9 @@ def write_report(verdicts: Sequence[Verdict], out: Path, *, seed: int) -> None:
         "not_allowed": sum(not verdict.is_allowed for verdict in verdicts),
         "seconds": round(sum(verdict.seconds for verdict in verdicts), 1),
         "classes": class_rows(verdicts),
-        "verdicts": [asdict(verdict) for verdict in verdicts],
     }
+    rows = [asdict(verdict) for verdict in verdicts]
+    (out / "verdicts.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     (out / "faults.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     (out / "faults.md").write_text(markdown(verdicts, seed=seed), encoding="utf-8")
 
