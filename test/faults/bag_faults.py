@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 import shutil
+import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,9 @@ def cases(seed: int, case: Callable[..., Case]) -> Iterator[Case]:
         for verb in ("replay", "build-index", "calibrate"):
             run = _command(storage, _cut(0.5), verb)
             yield case("bag cut off", f"{storage} by {verb}", run, cut)
+    for number in (0, 5, FRAMES - 1):
+        run = _reading("sqlite3", _lose(number))
+        yield case("bag with lost messages", f"sqlite3, message {number}", run, cut)
     for name, topics in _TYPES.items():
         yield case("bag of other types", name, _typed(topics), (REFUSED,))
 
@@ -91,6 +96,15 @@ def _folder(bag: Path, rng: random.Random) -> None:
     path = _data(bag)
     path.unlink()
     path.mkdir()
+
+
+def _lose(number: int) -> Damage:
+    def damage(bag: Path, rng: random.Random) -> None:
+        with closing(sqlite3.connect(_data(bag))) as database, database:
+            of_order = f"(SELECT id FROM messages ORDER BY id LIMIT 1 OFFSET {number})"
+            database.execute(f"DELETE FROM messages WHERE id = {of_order}")
+
+    return damage
 
 
 def _metadata(change: Callable[[str], str]) -> Damage:

@@ -255,7 +255,7 @@ def _by_hand(case: MakeCase) -> Iterator[Case]:
         ("manifest.json", '"stride": 1', '"stride": 2'),
         ("manifest.json", '"weight": 1.0', '"weight": 2.0'),
         ("manifest.json", '"stride": 1', '"stride":  1'),
-        ("manifest.json", '"version"', '"versions"'),
+        ("manifest.json", '"package_version"', '"package_versions"'),
         ("calibration.json", '"confidence":0', '"confidence":1e-9,"_":0'),
         ("calibration.json", '"left_out":false', '"left_out":true'),
         ("calibration.json", '"camera":"camera"', '"camera":"camerb"'),

@@ -11,7 +11,7 @@ from faults.fuzz import NAMES, fuzz
 from faults.guards import GUARDS, ROOT
 
 # Faults of each group: enough for a part of the classes, another one with another seed.
-SAMPLES = {"files": 60, "processes": 14, "messages": 40, "lifecycle": 14}
+SAMPLES = {"files": 60, "processes": 12, "messages": 40, "lifecycle": 12}
 FUZZ_CASES = 40
 
 
