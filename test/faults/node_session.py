@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -135,7 +135,9 @@ class NodeSession:
         )
 
     def deactivate(self) -> None:
-        """Deactivate the node."""
+        """Deactivate the node, once the scores of all statuses are here."""
+        for camera in self.cameras:
+            self._wait_for_scores(self._logs[camera])
         assert self.bench.node.trigger_deactivate() == SUCCESS
 
     @property
@@ -252,20 +254,23 @@ class NodeSession:
             ]
         return found
 
+    def _wait_for_scores(self, log: _CameraLog) -> int:
+        """Return how many statuses have a score, when as many scores are here or time is up."""
+        scored = sum("score" in answer.values for answer in log.answers)
+        with suppress(TimeoutError):
+            self.wait(lambda: len(log.scores) >= scored, "scores", 3.0)
+        return scored
+
     def _camera_violations(self, camera: str, lost: bool) -> Iterator[str]:
         log = self._logs[camera]
-        scored = sum("score" in answer.values for answer in log.answers)
+        scored = self._wait_for_scores(log)
         with_scores = [a for a in log.answers[log.judged :] if "score" in a.values]
-        try:
-            self.wait(lambda: len(log.scores) >= scored, "a score for each status with one", 3.0)
-        except TimeoutError as error:
-            yield f"{error}: {scored} statuses, {len(log.scores)} scores"
         for answer, score in zip(
             with_scores, log.scores[scored - len(with_scores) :], strict=False
         ):
             if np.float32(answer.values["score"]) != np.float32(score):
                 yield f"the topic has the score {score}, the status {answer.values['score']}"
-        if len(log.scores) > scored:
+        if len(log.scores) != scored:
             yield f"{len(log.scores)} scores for {scored} statuses with one"
         for answer in log.answers[log.judged :]:
             yield from self._answer_violations(answer)
