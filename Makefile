@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE := 1
 # Hides a notice: Material for MkDocs is maintained until May 2027; its successor reads the same mkdocs.yml.
 export NO_MKDOCS_2_WARNING := true
 
-.PHONY: demo test test-slow lint format docs bench clean
+.PHONY: demo test test-slow faults lint format docs bench clean
 
 demo: $(STAMP)  ## Drive through a synthetic street with the real node; images in demo_output/.
 	$(BIN)/semantic-anomaly demo --out demo_output
@@ -23,6 +23,15 @@ test: lint  ## Lint, types and the default tests: no GPU, no network, under ten 
 
 test-slow: $(STAMP)  ## The tests that take minutes: notebooks, demo, documentation, long runs.
 	$(BIN)/python -m pytest -q -m slow
+
+FAULTS := PYTHONPATH=test $(BIN)/python -m
+FUZZ_CASES ?= 100000
+
+faults: $(STAMP)  ## All injected faults, guards removed, parsers fuzzed, a soak; reports in faults_output/.
+	$(FAULTS) faults --out faults_output
+	$(FAULTS) faults.guards --out faults_output
+	$(FAULTS) faults.fuzz --cases $(FUZZ_CASES) --out faults_output
+	$(FAULTS) faults.soak --minutes 2 --out faults_output
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -45,4 +54,4 @@ $(STAMP): setup.py constraints.txt
 	touch $(VENV)/COLCON_IGNORE $@
 
 clean:
-	rm -rf $(VENV) build install log site bench_output demo_output *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build install log site bench_output demo_output faults_output *.egg-info .mypy_cache .pytest_cache .ruff_cache

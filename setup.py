@@ -56,7 +56,7 @@ setup(
         "fleet": ["ray>=2.40"],
         "notebook": ["ipykernel", "nbclient", "nbformat"],
         "docs": ["mkdocs-material"],
-        "test": ["mypy", "pytest>=7", "ruff", "types-PyYAML", "types-tqdm"],
+        "test": ["hypothesis>=6", "mypy", "pytest>=7", "ruff", "types-PyYAML", "types-tqdm"],
     },
     zip_safe=False,
     maintainer="semantic_anomaly maintainers",

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 import cv2
@@ -14,11 +15,12 @@ import numpy as np
 
 from semantic_anomaly.errors import ImageError, SettingsError
 from semantic_anomaly.settings import CameraSettings
-from semantic_anomaly.storage import sha256_bytes
+from semantic_anomaly.storage import read_file, sha256_bytes
 from semantic_anomaly.structures import PatchGrid
 
 # Polygons are compared on a grid of so many rows and columns.
 _COMPARED_HW = (500, 500)
+_CORNER_TYPES = [float, float], [int, int], [int, float], [float, int]
 
 
 @dataclass(frozen=True)
@@ -38,16 +40,17 @@ class RegionOfInterest:
     ego_mask_png: bytes = b""
 
     def __post_init__(self) -> None:
-        corners = np.array(self.polygon_xy, np.float64).reshape(-1, 2)
-        # NaN fails both comparisons.
+        # NaN fails both comparisons; integers of any size pass them before they are converted.
         expected = ""
-        if not np.all((corners >= 0.0) & (corners <= 1.0)):
+        inside = all(0.0 <= number <= 1.0 for corner in self.polygon_xy for number in corner)
+        corners = np.array(self.polygon_xy if inside else (), np.float64).reshape(-1, 2)
+        if not inside:
             expected = "corners in relative image coordinates [0, 1]"
         elif len(corners) and cv2.contourArea(corners.astype(np.float32)) <= 0.0:
             expected = "at least 3 corners around some area"
         if expected:
             found = [list(corner) for corner in self.polygon_xy]
-            raise SettingsError(f"region of interest: expected {expected}, found {found}")
+            raise SettingsError(f"region of interest: expected {expected}, found {short(found)}")
         if self.ego_mask_png:
             _ego_pixels(self.ego_mask_png)
 
@@ -64,7 +67,7 @@ class RegionOfInterest:
         content = b""
         if camera.ego_mask:
             try:
-                content = Path(camera.ego_mask).expanduser().read_bytes()
+                content = read_file(Path(camera.ego_mask).expanduser())
             except OSError as error:
                 raise ImageError(f"ego mask '{camera.ego_mask}': {error.strerror}") from error
             if not content:
@@ -96,6 +99,31 @@ class RegionOfInterest:
         outer = RegionOfInterest(tuple((x, y) for x, y in description["polygon_xy"]))
         inside = outer.pixel_mask(_COMPARED_HW)
         return bool(inside[RegionOfInterest(self.polygon_xy).pixel_mask(_COMPARED_HW)].all())
+
+    @classmethod
+    def checked_description(cls, values: Any) -> dict[str, Any]:
+        """Return what `describe` returned and a file has stored.
+
+        Raises:
+            SettingsError: other keys or types, or a polygon as refused by the class.
+        """
+        if not isinstance(values, dict) or set(values) != {"polygon_xy", "ego_mask_sha256"}:
+            raise SettingsError(
+                "region of interest: expected polygon_xy and ego_mask_sha256, found "
+                f"{short(values)}"
+            )
+        corners, digest = values["polygon_xy"], values["ego_mask_sha256"]
+        pairs = isinstance(corners, list) and all(
+            isinstance(corner, list) and [type(number) for number in corner] in _CORNER_TYPES
+            for corner in corners
+        )
+        if not pairs or not isinstance(digest, str):
+            raise SettingsError(
+                "region of interest: expected corners of two numbers and a digest, found "
+                f"{short(corners)} and {short(digest)}"
+            )
+        cls(tuple((x, y) for x, y in corners))
+        return values
 
     def describe(self) -> dict[str, object]:
         """Return what manifests store and compare: the polygon and the ego mask's sha256."""

@@ -10,14 +10,26 @@ from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from reprlib import Repr
 from typing import Any
 
 from semantic_anomaly.errors import SettingsError
+from semantic_anomaly.storage import parse_yaml, read_file
 
-# Nested lists of YAML aliases would fill pages.
-_REPR = Repr()
+
+class _Short(Repr):
+    """Cuts what would fill pages: nested lists of YAML aliases, and integers of any length."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to write out longer ones.
+        if x.bit_length() > 1000:
+            return f"an integer of {x.bit_length()} bits"
+        return super().repr_int(x, level)
+
+
+_REPR = _Short()
 _REPR.maxlevel = 2
 short = _REPR.repr
 DEFAULT_NODE = "semantic_anomaly"
@@ -100,9 +112,9 @@ class SettingSpec:
         elif self.element is float and not math.isfinite(value):
             expected = f"a finite number, found {value}"
         elif self.minimum is not None and value < self.minimum:
-            expected = f"at least {self.minimum}, found {value}"
+            expected = f"at least {self.minimum}, found {short(value)}"
         elif self.maximum is not None and value > self.maximum:
-            expected = f"at most {self.maximum}, found {value}"
+            expected = f"at most {self.maximum}, found {short(value)}"
         elif self.choices and value not in self.choices:
             expected = f"one of {', '.join(self.choices)}, found {short(value)}"
         else:
@@ -148,19 +160,13 @@ def read_parameters_yaml(path: Path, node: str = "") -> dict[str, Any]:
         SettingsError: unreadable, not YAML, not a mapping, a name given twice, no section of the
             node, or several nodes that may be meant.
     """
-    import yaml
-
     try:
-        content = path.read_bytes()
+        content = read_file(path)
     except OSError as error:
         raise SettingsError(f"settings file '{path}': {error.strerror}") from error
-    # PyYAML passes on any error that its constructors raise on unusual tags and dates.
     try:
-        _refuse_duplicates(yaml.compose(content, Loader=yaml.SafeLoader), path)
-        document = yaml.safe_load(content)
-    except SettingsError:
-        raise
-    except Exception as error:
+        document = parse_yaml(content, partial(_refuse_duplicates, path=path))
+    except ValueError as error:
         raise SettingsError(f"settings file '{path}' is not YAML: {error}") from error
     if document is None:
         return {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, fields
+from reprlib import repr as short
 from typing import Any
 
 from semantic_anomaly.errors import SettingsError
@@ -69,7 +70,7 @@ class StageSpec:
         for name, (expected, is_valid) in rules.items():
             if not is_valid:
                 found = getattr(self, name)
-                raise SettingsError(f"stage: {name}: expected {expected}, found {found!r}")
+                raise SettingsError(f"stage: {name}: expected {expected}, found {short(found)}")
 
     @classmethod
     def parse(cls, text: str) -> StageSpec:
@@ -80,19 +81,20 @@ class StageSpec:
         """
         # The blank lets a text without a backbone match, too.
         rest, values = f" {text.strip()}", dict[str, Any]()
+        text = f"{text[:200]}..." if len(text) > 200 else text
         types = {"layer": int, "size": int, "average": int, "kind": str, "weight": float}
         while match := _KEY.search(rest):
             key, value = match.groups()
             if key not in types or key in values:
                 raise SettingsError(
                     f"stage '{text}': expected 'BACKBONE' and each of {', '.join(types)} at most "
-                    f"once as 'key=value', found '{key}={value}'"
+                    f"once as 'key=value', found {short(f'{key}={value}')}"
                 )
             try:
                 values[key] = types[key](value)
             except ValueError:
                 raise SettingsError(
-                    f"stage '{text}': {key}: expected {types[key].__name__}, found '{value}'"
+                    f"stage '{text}': {key}: expected {types[key].__name__}, found {short(value)}"
                 ) from None
             rest = rest[: match.start()]
         try:

@@ -1,4 +1,4 @@
-"""Atomic writing of files and folders, canonical JSON and digests.
+"""Atomic writing of files and folders, bounded reading, canonical JSON and digests.
 
 A reader finds the old file or folder or the new one, never a part of either.
 """
@@ -6,6 +6,7 @@ A reader finds the old file or folder or the new one, never a part of either.
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -13,13 +14,17 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from semantic_anomaly.errors import ArtefactError
 
+# Of a file that is read as a whole: an image of 40 million pixels in 16 bits fits.
+MAX_FILE_BYTES = 512 << 20
+# Own files nest less than 10 deep; Python code that visits values nests as deep as they do.
+_MAX_DEPTH = 64
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _MOUNTS = Path("/proc/self/mountinfo")
@@ -44,6 +49,97 @@ def available_memory_bytes() -> int | None:
         )
         known.append(max(0, limit - taken))
     return min(known, default=None)
+
+
+def read_file(path: Path) -> bytes:
+    """Return the content of a regular file, or of one that a link leads to.
+
+    Raises:
+        OSError: it cannot be read, has more than `MAX_FILE_BYTES`, or is a pipe, a device or a
+            folder.
+    """
+    # Opening a pipe would wait for its other end.
+    status = path.stat()
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(status.st_mode):
+        reason = "expected a regular file, found a pipe or device"
+        raise OSError(errno.EINVAL, reason, str(path))
+    with path.open("rb") as file:
+        content = file.read(MAX_FILE_BYTES + 1) if status.st_size <= MAX_FILE_BYTES else b""
+    if max(status.st_size, len(content)) > MAX_FILE_BYTES:
+        reason = f"expected at most {MAX_FILE_BYTES} bytes, found {status.st_size}"
+        raise OSError(errno.EFBIG, reason, str(path))
+    return content
+
+
+def parse_json(text: str | bytes, **options: Any) -> Any:
+    """Return the value of a JSON text; `options` are those of `json.loads`.
+
+    Raises:
+        ValueError: no JSON, not UTF-8, or values that nest too deep.
+    """
+    try:
+        value = json.loads(text, **options)
+    except RecursionError as error:
+        raise ValueError(f"the values nest too deep: more than {_MAX_DEPTH} levels") from error
+    refuse_deep(value)
+    return value
+
+
+def parse_yaml(text: str | bytes, check: Callable[[Any], object] = lambda node: None) -> Any:
+    """Return the value of a YAML text, of plain types only.
+
+    Args:
+        text: of one document.
+        check: is given the root node, None for an empty text, before values are made of it.
+
+    Raises:
+        ValueError: no YAML, not UTF-8, values that nest too deep, or merge keys, which may expand
+            without a limit and are unknown to ROS.
+    """
+    import yaml
+
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        _refuse_merge_keys(root)
+        check(root)
+        value = yaml.safe_load(text)
+    except ArithmeticError as error:
+        raise ValueError(str(error)) from error
+    # The constructors of PyYAML raise nearly anything on unusual tags and dates.
+    except (yaml.YAMLError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    refuse_deep(value)
+    return value
+
+
+def refuse_deep(value: Any) -> None:
+    """Raise ValueError for lists and mappings that nest deeper than any of this package."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(_MAX_DEPTH):
+        # Aliases of YAML name one object many times.
+        inner: dict[int, Any] = {}
+        for item in level:
+            children = item.values() if isinstance(item, dict) else item
+            inner |= {id(child): child for child in children if isinstance(child, dict | list)}
+        if not (level := list(inner.values())):
+            return
+    raise ValueError(f"the values nest too deep: more than {_MAX_DEPTH} levels")
+
+
+def _refuse_merge_keys(root: Any) -> None:
+    pending, seen = [root], set()
+    while pending:
+        node = pending.pop()
+        if node is None or id(node) in seen or isinstance(node.value, str):
+            continue
+        seen.add(id(node))
+        for item in node.value:
+            pending.extend(item if isinstance(item, tuple) else (item,))
+            if isinstance(item, tuple) and item[0].tag == "tag:yaml.org,2002:merge":
+                line = item[0].start_mark.line + 1
+                raise ValueError(f"expected no merge key, found '<<' in line {line}")
 
 
 def canonical_json(value: Any) -> str:

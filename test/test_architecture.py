@@ -22,8 +22,8 @@ SCRIPTS = [
 ]
 
 # A room imports only rooms with a smaller rank, and itself.
-BASE = {"errors": 0, "structures": 1, "storage": 1, "linalg": 1, "settings_schema": 1, "stages": 1}
-BASE |= {"timing": 1, "stamps": 1, "settings": 2, "roi": 3}
+BASE = {"errors": 0, "structures": 1, "storage": 1, "linalg": 1, "settings_schema": 2, "stages": 1}
+BASE |= {"timing": 1, "stamps": 1, "settings": 3, "roi": 4}
 ROOMS = ("io", "embedding", "segmentation", "index", "scoring", "calibration", "detection")
 ROOMS += ("offline", "synthetic", "evaluation", "fleet", "review", "ros", "demo", "cli")
 RANK = {**BASE, **{room: 10 + number for number, room in enumerate(ROOMS)}}

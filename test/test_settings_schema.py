@@ -155,6 +155,7 @@ def test_parameters_of_ros_itself_are_left_out(tmp_path: Path) -> None:
             "one node, found 2: /f/semantic_anomaly, /r/semantic_anomaly",
         ),
         ("x: &x\n  y: *x", "nest too deep"),
+        ("x: &x {count: 1}\n/**: {ros__parameters: {<<: *x}}", "expected no merge key"),
     ],
 )
 def test_invalid_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -213,3 +214,11 @@ def test_paths_are_resolved_against_a_folder(
     assert resolve_paths(values, SPECS, Path("config")) == {**values, **changed}
     with pytest.raises(SettingsError, match=r"'front\.index': '~nobody-here/index': .*home"):
         resolve_paths({"front.index": "~nobody-here/index"}, SPECS, folder)
+
+
+@pytest.mark.parametrize("text", ["0x" + "f" * 20_000, ":".join(["59"] * 5000), "1" + "0" * 400])
+def test_integers_of_any_length_are_refused_in_a_short_message(tmp_path: Path, text: str) -> None:
+    values = read_parameters_yaml(written(tmp_path, f"count: {text}"))
+    with pytest.raises(SettingsError, match="at most") as caught:
+        SPECS["count"].check(values["count"])
+    assert len(str(caught.value)) < 200

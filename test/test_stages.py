@@ -36,6 +36,13 @@ def test_weights_survive_the_text() -> None:
     assert StageSpec.parse(str(stage)) == stage
 
 
+@pytest.mark.parametrize("key", ["", "layer=", "color=", "kind=", "net weight="])
+def test_errors_of_long_texts_are_short(key: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        StageSpec.parse(f"{key}{'9' * 4000}=")
+    assert "stage" in str(caught.value) and len(str(caught.value)) < 800
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -60,6 +67,13 @@ def test_invalid_texts_are_refused_with_the_text(text: str, message: str) -> Non
     with pytest.raises(SettingsError, match=message) as caught:
         StageSpec.parse(text)
     assert str(caught.value).startswith(f"stage '{text}': ")
+
+
+@pytest.mark.parametrize("text", ["net layer=" + "9" * 5000, "x" * 5000 + " size=0", "a=" * 900])
+def test_long_texts_are_refused_in_a_short_message(text: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        StageSpec.parse(f"{text} kind=none")
+    assert len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize(

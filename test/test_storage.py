@@ -251,3 +251,43 @@ def test_nothing_is_made_that_all_users_may_write(tmp_path: Path, umask: int, mo
     for name in ("parent", "folder", "parent/file", "folder/file"):
         expected = mode if (tmp_path / name).is_dir() else mode & 0o666
         assert (tmp_path / name).stat().st_mode & 0o777 == expected, name
+
+
+def test_only_regular_files_of_a_bounded_size_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "MAX_FILE_BYTES", 10)
+    path = tmp_path / "file"
+    path.write_bytes(b"0123456789")
+    (tmp_path / "link").symlink_to(path)
+    assert storage.read_file(path) == storage.read_file(tmp_path / "link") == b"0123456789"
+    path.write_bytes(b"0123456789a")
+    with pytest.raises(OSError, match="at most 10 bytes, found 11"):
+        storage.read_file(path)
+    # Either would never end.
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    for name in ("pipe", "device"):
+        with pytest.raises(OSError, match="expected a regular file, found a pipe or device"):
+            storage.read_file(tmp_path / name)
+    with pytest.raises(IsADirectoryError):
+        storage.read_file(tmp_path)
+
+
+@pytest.mark.parametrize("depth", [70, 900, 200_000])
+def test_deep_json_is_refused_whatever_the_limit_of_python(depth: int) -> None:
+    for text in ("[" * depth + "]" * depth, '{"a":' * depth + "1" + "}" * depth, "[" * depth):
+        with pytest.raises(ValueError, match=r"nest too deep|Expecting"):
+            storage.parse_json(text)
+    assert storage.parse_json("[" * 60 + "]" * 60)
+
+
+def test_yaml_does_not_expand_without_a_limit() -> None:
+    lines = ["a0: &a0 {x: 1}"]
+    lines += [f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}" for n in range(1, 60)]
+    with pytest.raises(ValueError, match="expected no merge key, found '<<' in line"):
+        storage.parse_yaml("\n".join(lines))
+    lines = ["a0: &a0 [1]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 60))]
+    assert storage.parse_yaml("\n".join(lines))["a59"]
+    with pytest.raises(ValueError, match="nest too deep"):
+        storage.parse_yaml("a: &a [*a]")

@@ -365,7 +365,7 @@ class Calibration:
         since = edits_since(self.stale_edits, changes)
         return replace(self, index_fingerprint=index.fingerprint, stale_edits=since)
 
-    def check(self, index_fingerprint: str, settings: Settings, roi: RegionOfInterest) -> None:
+    def check(self, index: NominalIndex, settings: Settings, roi: RegionOfInterest) -> None:
         """Check that index, settings and region of interest are those of the calibration.
 
         Raises:
@@ -373,7 +373,8 @@ class Calibration:
         """
         scoring, expected_scoring = settings.scoring, dict(self.scoring)
         pairs = {
-            "index fingerprint": (self.index_fingerprint, index_fingerprint),
+            "index fingerprint": (self.index_fingerprint, index.fingerprint),
+            "score normalisations": (len(self.normalisations), len(index.stages)),
             **{
                 f"setting '{name}'": (expected_scoring.get(name), scoring.get(name))
                 for name in sorted(expected_scoring.keys() | scoring.keys())

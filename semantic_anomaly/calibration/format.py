@@ -9,7 +9,6 @@ in the file because copying a file may change its time.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -19,10 +18,17 @@ from typing import Any, get_type_hints
 
 from semantic_anomaly.calibration.conformal import Episodes, scores_of_list
 from semantic_anomaly.calibration.staleness import StaleEdit
-from semantic_anomaly.errors import CalibrationError
+from semantic_anomaly.errors import CalibrationError, SettingsError
 from semantic_anomaly.index.format import is_calibration_file
+from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.scoring.normalisation import ScoreNormalisation
-from semantic_anomaly.storage import atomic_write_bytes, canonical_json, sha256_bytes
+from semantic_anomaly.storage import (
+    atomic_write_bytes,
+    canonical_json,
+    parse_json,
+    read_file,
+    sha256_bytes,
+)
 
 FILE_NAME = "calibration.json"
 FORMAT_VERSION = 4
@@ -96,7 +102,7 @@ def read(path: Path) -> dict[str, Any]:
         CalibrationError: missing, damaged, altered or of another format.
     """
     try:
-        content = path.read_bytes()
+        content = read_file(path)
     except FileNotFoundError:
         raise CalibrationError(
             f"calibration '{path}' does not exist; create it with 'semantic-anomaly calibrate'"
@@ -104,8 +110,8 @@ def read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CalibrationError(f"calibration '{path}': {error.strerror}") from error
     try:
-        body = json.loads(content, parse_constant=_finite, parse_float=_finite)
-    except (ValueError, RecursionError) as error:
+        body = parse_json(content, parse_constant=_finite, parse_float=_finite)
+    except ValueError as error:
         raise CalibrationError(f"calibration '{path}' is not JSON: {error}") from error
     try:
         return _from_body(body)
@@ -161,6 +167,10 @@ def _from_body(body: Any) -> dict[str, Any]:
                 raise CalibrationError(
                     f"'{key}' contains {short(row)}, expected {', '.join(row_types)}"
                 )
+    try:
+        RegionOfInterest.checked_description(body["roi"])
+    except SettingsError as error:
+        raise CalibrationError(str(error)) from error
     episodes = body["episodes"]
     return {
         **body,

@@ -6,7 +6,9 @@ import argparse
 import importlib
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +19,8 @@ from semantic_anomaly import __version__
 from semantic_anomaly.errors import InputError, SemanticAnomalyError
 from semantic_anomaly.storage import forbid_writing_by_all
 
-DONE, FAILED, BAD_INPUT, INCOMPLETE, INTERRUPTED = 0, 1, 2, 3, 130
+DONE, FAILED, BAD_INPUT, INCOMPLETE = 0, 1, 2, 3
+INTERRUPTED, TERMINATED = 130, 143
 _EXIT_CODES = (
     "exit codes: 0 complete; 3 finished with losses, which are named, or requirements not met; "
     "2 bad input or usage; 1 any other failure"
@@ -93,35 +96,45 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code, one of `_EXIT_CODES` or 130: interrupted.
+    """Run one command and return its exit code.
+
+    It is one of `_EXIT_CODES`, 130: interrupted, or 143: terminated.
 
     Args:
         argv: arguments without the program's name; None: those of this process.
     """
     forbid_writing_by_all()
     arguments = sys.argv[1:] if argv is None else list(argv)
+    # Signals may arrive at any moment, also before the command begins.
+    try:
+        with _termination_as_exception(), _messages_on_stderr():
+            return _run(arguments)
+    except _TerminationError:
+        print("semantic-anomaly: terminated", file=sys.stderr)
+        return TERMINATED
+    except KeyboardInterrupt:
+        print("semantic-anomaly: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(arguments: Sequence[str]) -> int:
     try:
         parsed = _parsed(arguments)
+        code = int(module_of(parsed.verb).run(parsed))
+        sys.stdout.flush()
+        return code
+    except SemanticAnomalyError as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        sentence = " ".join(str(error).split())
+        print(f"semantic-anomaly: error: {sentence}", file=sys.stderr)
+        return BAD_INPUT if isinstance(error, InputError) else FAILED
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else BAD_INPUT
-    with _messages_on_stderr():
-        try:
-            code = int(module_of(parsed.verb).run(parsed))
-            sys.stdout.flush()
-            return code
-        except SemanticAnomalyError as error:
-            if parsed.debug:
-                traceback.print_exc()
-            sentence = " ".join(str(error).split())
-            print(f"semantic-anomaly: error: {sentence}", file=sys.stderr)
-            return BAD_INPUT if isinstance(error, InputError) else FAILED
-        except KeyboardInterrupt:
-            print("semantic-anomaly: interrupted", file=sys.stderr)
-            return INTERRUPTED
-        except BrokenPipeError:
-            # The reader has closed the pipe (`| head`), and the interpreter would flush once more.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return FAILED
+    except BrokenPipeError:
+        # The reader has closed the pipe (`| head`), and the interpreter would flush once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
 
 
 def module_of(verb: str) -> ModuleType:
@@ -164,6 +177,27 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         if name == asked:
             module_of(name).add_arguments(sub)
     return parser
+
+
+class _TerminationError(KeyboardInterrupt):
+    """SIGTERM arrived: what is half-written is removed, as after Ctrl-C."""
+
+
+@contextmanager
+def _termination_as_exception() -> Iterator[None]:
+    def terminate(*_: object) -> None:
+        raise _TerminationError
+
+    # Only the main thread may set handlers, and an embedding program may have one of its own.
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class _BesideProgressBars(logging.Handler):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from semantic_anomaly.errors import InputError, SettingsError, UnknownNameError
 from semantic_anomaly.settings import Settings, read_settings_file
+from semantic_anomaly.storage import parse_yaml
 
 if TYPE_CHECKING:
     from semantic_anomaly.evaluation.components import SizeLimits
@@ -212,16 +213,14 @@ def add_sources_argument(parser: argparse.ArgumentParser, *, needed: bool = True
 
 
 def _override(item: str) -> tuple[str, Any]:
-    import yaml
-
     name, sign, text = item.partition("=")
     if not sign or not name:
         raise SettingsError(f"option --set: expected NAME=VALUE, found '{item}'")
     if _EXPONENT.fullmatch(text.strip()):
         return name, float(text)
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        value = parse_yaml(text)
+    except ValueError as error:
         raise SettingsError(f"option --set: '{text}' is not a YAML value") from error
     # --set ego_mask= means an empty text.
     return name, "" if value is None and not text.strip() else value

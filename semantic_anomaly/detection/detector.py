@@ -360,7 +360,7 @@ class AnomalyDetector:
                     settings.neighbours,
                 )
         if calibration is not None:
-            calibration.check(index.fingerprint, settings, roi)
+            calibration.check(index, settings, roi)
         if embedder is None:
             embedder = load_embedder(settings, given)
         index.check_embedder(embedder.stages)

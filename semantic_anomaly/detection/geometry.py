@@ -19,6 +19,8 @@ MIN_DEPTH_SHARE = 0.05
 MEASURED = "measured"
 GROUND = "ground"
 ASSUMED = "assumed"
+# Numbers of distortion coefficients that OpenCV takes.
+PINHOLE_COEFFICIENTS, FISHEYE_COEFFICIENTS = (4, 5, 8, 12, 14), (4,)
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class Intrinsics:
         fisheye: whether the coefficients are those of the equidistant model.
 
     Raises:
-        ImageError: not finite, or a focal length or size that is not positive.
+        ImageError: not finite, a focal length or size that is not positive, or another number of
+            coefficients than OpenCV takes.
     """
 
     fx: float
@@ -50,6 +53,12 @@ class Intrinsics:
                 "camera info: expected finite numbers, positive focal lengths and size, found "
                 f"fx {self.fx:g}, fy {self.fy:g}, cx {self.cx:g}, cy {self.cy:g}, "
                 f"{self.image_hw[1]}x{self.image_hw[0]}"
+            )
+        counts = FISHEYE_COEFFICIENTS if self.fisheye else PINHOLE_COEFFICIENTS
+        if any(self.distortion) and len(self.distortion) not in counts:
+            raise ImageError(
+                "camera info: expected distortion coefficients in number "
+                f"{' or '.join(map(str, counts))}, found {len(self.distortion)}"
             )
 
     @classmethod

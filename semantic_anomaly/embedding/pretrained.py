@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from semantic_anomaly.errors import BackboneError, UnknownNameError, first_line
-from semantic_anomaly.storage import canonical_json, sha256_bytes, sha256_file
+from semantic_anomaly.storage import (
+    canonical_json,
+    parse_json,
+    read_file,
+    sha256_bytes,
+    sha256_file,
+)
 
 SHIPPED = Path(__file__).parents[1] / "backbones"
 CONFIG = "config.json"
@@ -27,6 +34,8 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SAFETENSORS = re.compile(r"[\w.-]+\.safetensors")
 # Keys of config.json that would load other weights than those of the folder.
 _UNSUPPORTED_KEYS = ("transformers_weights", "quantization_config", "use_pretrained_backbone")
+# Keys of config.json with numbers of layers.
+_LAYER_COUNTS = re.compile(r"num_\w*layers|depths|repeats")
 # Names of a convolution and of the batch norm after it in ResNet, RegNet, MobileNet, EfficientNet.
 _CONVOLUTION_AND_NORM = (
     ("convolution", "normalization"),
@@ -77,10 +86,25 @@ class PretrainedFolder:
         """Return the digest of the weights file, or of the digests of its shards.
 
         Raises:
+            BackboneError: no safetensors weights, or a shard is missing or cannot be read.
+        """
+        names = self.weight_files
+        try:
+            if names == [_WEIGHTS]:
+                return sha256_file(self.path / _WEIGHTS)
+            return _sha256_of_files(self.path, names)
+        except OSError as error:
+            raise BackboneError(f"{self.what}: weights: {error.strerror}") from error
+
+    @property
+    def weight_files(self) -> list[str]:
+        """Return the names of the weights file or of its shards.
+
+        Raises:
             BackboneError: no safetensors weights, or a shard is missing.
         """
         if (self.path / _WEIGHTS).is_file():
-            return sha256_file(self.path / _WEIGHTS)
+            return [_WEIGHTS]
         if not (self.path / _SHARDS).is_file():
             raise BackboneError(
                 f"{self.what}: expected weights in {_WEIGHTS} (safetensors only), "
@@ -96,7 +120,7 @@ class PretrainedFolder:
         for name in sorted(names):
             if not (self.path / name).is_file():
                 raise BackboneError(f"{self.what}: missing weights {name}")
-        return _sha256_of_files(self.path, names)
+        return sorted(names)
 
 
 def shipped_backbones() -> list[str]:
@@ -119,7 +143,7 @@ def open_folder(role: str, name: str, architectures: Collection[str]) -> Pretrai
     what = f"{role} '{model_id}'"
     config = _read_json(path / CONFIG, what)
     architecture: Any = config.get("model_type")
-    if architecture not in architectures:
+    if not isinstance(architecture, str) or architecture not in architectures:
         raise BackboneError(
             f"{what}: architecture {architecture!r} is not supported here; expected one of: "
             f"{', '.join(sorted(architectures))}"
@@ -166,6 +190,7 @@ def load_network(
     Raises:
         BackboneError: damaged, incomplete, of another configuration, or weights not finite.
     """
+    _refuse_more_layers(folder)
     try:
         with quiet_transformers():
             model, info = model_class.from_pretrained(
@@ -252,6 +277,29 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return _DTYPES[name]
 
 
+def _refuse_more_layers(folder: PretrainedFolder) -> None:
+    """Raise BackboneError for more layers than weights: to create them would take for ever."""
+    try:
+        count = 0
+        for name in folder.weight_files:
+            with safe_open(folder.path / name, framework="pt") as weights:
+                count += len(list(weights.keys()))
+    except (OSError, SafetensorError) as error:
+        raise BackboneError(f"{folder.what}: {first_line(error)}") from error
+    pending: list[Any] = [folder.config]
+    while pending:
+        values = pending.pop()
+        pending += [value for value in values.values() if isinstance(value, dict)]
+        for key, value in values.items():
+            repeats = value if isinstance(value, list) else [value]
+            numbers = [number for number in repeats if type(number) is int]
+            if _LAYER_COUNTS.search(key) and sum(numbers) > count:
+                raise BackboneError(
+                    f"{folder.what}: {CONFIG}: {key}: expected at most {count}, the number of "
+                    f"weights, found {short(value)}"
+                )
+
+
 def _locate(role: str, name: str) -> tuple[Path, str, str]:
     """Return folder, model id and hub revision of a shipped name, folder or hub id."""
     if name in shipped_backbones():
@@ -281,7 +329,7 @@ def _locate(role: str, name: str) -> tuple[Path, str, str]:
 
 def _read_json(path: Path, what: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(read_file(path))
     except OSError as error:
         raise BackboneError(
             f"{what}: {path.name}: {error.strerror}; found {_listing(path.parent)}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,7 +12,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-import yaml
 
 from semantic_anomaly.errors import ImageError, InputError
 from semantic_anomaly.evaluation import extras
@@ -27,6 +25,7 @@ from semantic_anomaly.io.sources import (
     ImageFiles,
     folder_images,
 )
+from semantic_anomaly.storage import parse_json, parse_yaml, read_file
 from semantic_anomaly.structures import Frame
 
 NORMAL, ANOMALY, IGNORE = 0, 1, 255
@@ -246,7 +245,7 @@ def read_mask(path: Path) -> np.ndarray:
             values.
     """
     try:
-        content = path.read_bytes()
+        content = read_file(path)
         kind, _, _ = inspect_image(content)
     except (OSError, ImageError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
@@ -283,16 +282,16 @@ def read_mask(path: Path) -> np.ndarray:
 def read_json(path: Path | str, what: str) -> Any:
     """Return the content of a JSON file; raise InputError when it cannot be read."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return parse_json(read_file(Path(path)))
+    except (OSError, ValueError) as error:
         raise InputError(f"{what} '{path}' cannot be read: {error}") from error
 
 
 def read_yaml(path: Path | str, what: str) -> Any:
     """Return the content of a YAML file; raise InputError when it cannot be read."""
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        return parse_yaml(read_file(Path(path)))
+    except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{what} '{path}' cannot be read: {reason}") from error
 

@@ -27,6 +27,7 @@ from semantic_anomaly.evaluation.datasets import (
 from semantic_anomaly.io.bags import BagSource
 from semantic_anomaly.io.images import read_image
 from semantic_anomaly.io.sources import MAX_BAD_SHARE, BadFrame, FrameSource, is_bag, natural
+from semantic_anomaly.storage import read_file
 from semantic_anomaly.structures import Frame
 from semantic_anomaly.timing import elapsed_ms
 
@@ -240,7 +241,7 @@ class LayoutDataset(Dataset):
 
     def _read_labels(self, file: Path) -> np.ndarray:
         try:
-            encoded = file.read_bytes()
+            encoded = read_file(file)
         except OSError as error:
             raise InputError(f"labels '{file}': {error.strerror}") from error
         palette = read_palette(encoded, f"labels '{file}'")

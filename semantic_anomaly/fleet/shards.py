@@ -6,7 +6,6 @@ Everything in it is named by a digest of what it depends on, and written atomica
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -16,7 +15,13 @@ from typing import Any
 
 from semantic_anomaly import __version__
 from semantic_anomaly.errors import ArtefactError, InputError
-from semantic_anomaly.storage import atomic_write_bytes, canonical_json, sha256_bytes
+from semantic_anomaly.storage import (
+    atomic_write_bytes,
+    canonical_json,
+    parse_json,
+    read_file,
+    sha256_bytes,
+)
 
 _DIGITS = 24
 
@@ -83,7 +88,7 @@ def read_values(path: Path) -> dict[str, Any] | None:
         ArtefactError: the file is damaged.
     """
     try:
-        values = json.loads(path.read_bytes())
+        values = parse_json(read_file(path))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

@@ -17,7 +17,12 @@ from semantic_anomaly.embedding.identity import (
     SegmenterIdentity,
     StageIdentity,
 )
-from semantic_anomaly.errors import ArtefactError, IndexFormatError, SettingsError
+from semantic_anomaly.errors import (
+    ArtefactError,
+    IndexFormatError,
+    SettingsError,
+    first_line,
+)
 from semantic_anomaly.index.build import BuildReport, FrameRecord
 from semantic_anomaly.index.content import (
     FORMAT,
@@ -38,6 +43,8 @@ from semantic_anomaly.stages import GRID, INSTANCES, StageSpec
 from semantic_anomaly.storage import (
     available_memory_bytes,
     canonical_json,
+    parse_json,
+    read_file,
     sha256_bytes,
     sha256_file,
 )
@@ -113,7 +120,7 @@ def read_content(folder: Path) -> tuple[IndexContent, dict[str, Any]]:
             return _read_content(folder, manifest), manifest
         # A manifest of other types and numbers may raise any of these.
         except _BAD_MANIFEST as error:
-            found = f"{type(error).__name__}: {error}"
+            found = f"{type(error).__name__}: {first_line(error)}"
             raise _wrong(folder, "a complete manifest", found) from error
 
 
@@ -125,7 +132,8 @@ def read_graph(folder: Path, content: IndexContent, manifest: Mapping[str, Any])
     """
     with _readable(folder):
         _check_file(folder, GRAPH, manifest["files"][GRAPH])
-        return HnswGraph.load(folder / GRAPH, content.embeddings)
+        with _named(folder):
+            return HnswGraph.load(folder / GRAPH, content.embeddings)
 
 
 def fingerprint_of(folder: Path) -> str:
@@ -199,10 +207,10 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file() or path.is_symlink():
         raise _wrong(folder, "manifest.json", "no such file: not an index")
-    raw = path.read_bytes()
+    raw = read_file(path)
     try:
-        manifest = json.loads(raw)
-    except (ValueError, RecursionError) as error:
+        manifest = parse_json(raw)
+    except ValueError as error:
         raise _wrong(folder, "manifest.json as JSON", str(error)) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise _wrong(folder, f"manifest.json of format {FORMAT}", "another")
@@ -271,10 +279,12 @@ def _check_memory(folder: Path, files: Mapping[str, Any]) -> None:
 def _read_content(folder: Path, manifest: Mapping[str, Any]) -> IndexContent:
     described, written = manifest["content"], manifest["written"]
     dim, count = described["dim"], described["count"]
-    identity = EmbedderIdentity.from_dict(described["identity"])
+    with _named(folder):
+        identity = EmbedderIdentity.from_dict(described["identity"])
     segmenter = None
     if "segmenter" in described:
-        segmenter = SegmenterIdentity.from_dict(described["segmenter"])
+        with _named(folder):
+            segmenter = SegmenterIdentity.from_dict(described["segmenter"])
     spec = StageSpec(
         backbone=str(written["backbone"]),
         layer=identity.layer,
@@ -359,13 +369,11 @@ def _read_part(values: Mapping[str, Any]) -> IndexPart:
     )
 
 
-def _read_roi(folder: Path, roi: Mapping[str, Any]) -> Mapping[str, Any]:
-    polygon = tuple((float(x), float(y)) for x, y in roi["polygon_xy"])
+def _read_roi(folder: Path, roi: Any) -> Mapping[str, Any]:
     try:
-        RegionOfInterest(polygon)
+        return RegionOfInterest.checked_description(roi)
     except SettingsError as error:
         raise _wrong(folder, "a region of interest", str(error)) from error
-    return {**roi, "ego_mask_sha256": str(roi["ego_mask_sha256"])}
 
 
 def _read_edits(folder: Path, manifest: Mapping[str, Any]) -> tuple[Edit, ...]:
@@ -391,8 +399,15 @@ def _read_retracted(folder: Path, described: Mapping[str, Any], dim: int) -> Ret
 
 
 def _read_array(folder: Path, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    # Mapped first: a header that claims more than the file holds allocates nothing.
-    mapped: np.ndarray = np.load(folder / name, mmap_mode="r", allow_pickle=False)
+    try:
+        # Mapped first: a header that claims more than the file holds allocates nothing.
+        mapped: np.ndarray = np.load(folder / name, mmap_mode="r", allow_pickle=False)
+    except OSError:
+        raise
+    # numpy parses the header as Python text, which raises nearly anything if it is another one.
+    except Exception as error:
+        found = f"{type(error).__name__}: {first_line(error)}"
+        raise _wrong(folder, f"{name} as an array", found) from error
     if mapped.shape != shape or mapped.dtype != dtype or not mapped.flags.c_contiguous:
         expected = f"{name} {shape} {np.dtype(dtype).name}"
         raise _wrong(folder, expected, f"{mapped.shape} {mapped.dtype}")
@@ -439,6 +454,15 @@ def _manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
 
 def _wrong(folder: Path, expected: str, found: object) -> IndexFormatError:
     return IndexFormatError(f"index '{folder}': expected {expected}, found {found}")
+
+
+@contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """Add the folder to errors of those who do not know it."""
+    try:
+        yield
+    except IndexFormatError as error:
+        raise IndexFormatError(f"index '{folder}': {error}") from error
 
 
 @contextmanager

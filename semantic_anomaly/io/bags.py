@@ -11,13 +11,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from semantic_anomaly.errors import ImageError, SourceError, first_line
 from semantic_anomaly.io.bag_files import announced_bytes, bag_files, recorded_messages
 from semantic_anomaly.io.images import decode_compressed, decode_raw
 from semantic_anomaly.io.remarks import Remarks
 from semantic_anomaly.io.sources import BadFrame, FrameSource
+from semantic_anomaly.storage import parse_yaml, read_file
 from semantic_anomaly.structures import Frame
 from semantic_anomaly.timing import elapsed_ms
 
@@ -90,7 +89,7 @@ class BagSource(FrameSource):
         self.topic = _choose_topic(path, topics, topic)
         self._type, self._count = topics[self.topic]
         self.compressed = self._type == COMPRESSED_TYPE
-        if not self._count:
+        if self._count < 1:
             raise SourceError(f"bag '{path}': topic '{self.topic}' has no messages")
 
     def _readable_topics(self, error: SourceError) -> dict[str, tuple[str, int]]:
@@ -240,7 +239,7 @@ def _announced_topics(path: Path) -> dict[str, tuple[str, int]]:
 def _count_in_metadata(path: Path, topic: str) -> int | None:
     """Return the number of messages of a topic by metadata.yaml, None if there is none."""
     try:
-        content = yaml.safe_load((path / "metadata.yaml").read_text(encoding="utf-8"))
+        content = parse_yaml(read_file(path / "metadata.yaml"))
         rows = content["rosbag2_bagfile_information"]["topics_with_message_count"]
         counts = {row["topic_metadata"]["name"]: int(row["message_count"]) for row in rows}
         return counts.get(topic)
@@ -256,6 +255,7 @@ def _opened(path: Path) -> Iterator[Reader]:
     except ImportError as error:
         raise SourceError(f"bag '{path}': reading bags needs the package 'rosbags'") from error
     try:
+        _check_metadata(path)
         _check_databases(path)
         reader = Reader(path)
         reader.open()
@@ -271,6 +271,13 @@ def _opened(path: Path) -> Iterator[Reader]:
     finally:
         with suppress(Exception):
             reader.close()
+
+
+def _check_metadata(path: Path) -> None:
+    # The reader of rosbags expands whatever the file repeats.
+    metadata = path / "metadata.yaml"
+    if metadata.is_file():
+        parse_yaml(read_file(metadata))
 
 
 def _check_databases(path: Path) -> None:

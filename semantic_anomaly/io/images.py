@@ -18,7 +18,7 @@ import numpy as np
 
 from semantic_anomaly import MAX_IMAGE_PIXELS
 from semantic_anomaly.errors import ImageError
-from semantic_anomaly.storage import atomic_write_bytes
+from semantic_anomaly.storage import atomic_write_bytes, read_file
 
 BytesLike = bytes | bytearray | memoryview | array | np.ndarray
 # Encodings of 8 and 16 bits: channels, OpenCV's conversion to RGB (None: already RGB).
@@ -89,8 +89,8 @@ def decode_raw(
 
     Raises:
         UnsupportedEncodingError: another encoding.
-        ImageError: size, step and length of the data disagree or are out of bounds, or few grey
-            levels of 16 bits would remain in 8.
+        ImageError: size, step and length of the data disagree or are out of bounds, rows hold more
+            than the pixels of the encoding, or few grey levels of 16 bits would remain in 8.
     """
     if encoding in _PLANAR:
         _check_even(encoding, height, width, both=True)
@@ -241,7 +241,7 @@ def read_image(path: Path) -> np.ndarray:
         ImageError: the file cannot be read or decoded; names the file.
     """
     try:
-        return decode_compressed(Path(path).read_bytes())
+        return decode_compressed(read_file(Path(path)))
     except OSError as error:
         raise ImageError(f"image '{path}': {error.strerror}") from error
     except ImageError as error:
@@ -456,7 +456,15 @@ def _rows(
             f"image of {width}x{height} pixels: expected {data_rows * step} bytes "
             f"({data_rows} rows of {step}), found {content.size}"
         )
-    return content.reshape(data_rows, step)
+    rows = content.reshape(data_rows, step)
+    # Padding is shorter than a row. A message of wider pixels under another encoding is not padded.
+    behind = rows[:, row_bytes:]
+    if step >= 2 * row_bytes and (behind != behind[0, 0]).any():
+        raise ImageError(
+            f"image of {width}x{height} pixels: expected rows of {row_bytes} bytes, found a step "
+            f"of {step} bytes with content behind the pixels; is the encoding wrong?"
+        )
+    return rows
 
 
 def _check_size(height: int, width: int) -> None:

@@ -23,6 +23,7 @@ from semantic_anomaly.io.sources import (
     is_bag,
     natural,
 )
+from semantic_anomaly.storage import read_file
 
 SourceLike: TypeAlias = "str | Path | np.ndarray | Sequence[str | Path] | Sequence[np.ndarray]"
 
@@ -117,7 +118,7 @@ def _open(path: Path, selection: slice, topic: str | None, name: str) -> FrameSo
 def _list_files(path: Path) -> list[Path]:
     """Return the image files that a text file lists."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_file(path).decode("utf-8-sig").splitlines()
     except OSError as error:
         raise SourceError(f"list '{path}': {error.strerror}") from error
     except ValueError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -22,6 +21,7 @@ import numpy as np
 from semantic_anomaly.errors import ImageError, SourceError
 from semantic_anomaly.io.images import read_image
 from semantic_anomaly.io.remarks import Remarks
+from semantic_anomaly.storage import parse_json, read_file
 from semantic_anomaly.structures import Frame
 from semantic_anomaly.timing import elapsed_ms
 
@@ -482,7 +482,7 @@ def _read_labels(folder: Path, files: list[Path]) -> tuple[dict[str, int], dict[
     if not labels.is_file():
         return {}, {}
     try:
-        content = json.loads(labels.read_text(encoding="utf-8"))
+        content = parse_json(read_file(labels))
     except (OSError, ValueError) as error:
         raise SourceError(f"labels '{labels}' cannot be read: {error}") from error
     content = content if isinstance(content, dict) else {}

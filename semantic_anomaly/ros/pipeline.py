@@ -24,7 +24,7 @@ from std_msgs.msg import Header
 from semantic_anomaly.detection.blindness import BLIND
 from semantic_anomaly.detection.detector import embed_timed
 from semantic_anomaly.detection.geometry import place_box
-from semantic_anomaly.errors import ImageError, SemanticAnomalyError
+from semantic_anomaly.errors import ImageError, IndexMismatchError, SemanticAnomalyError
 from semantic_anomaly.ros import messages
 from semantic_anomaly.ros.camera import LATENCY, Camera
 from semantic_anomaly.ros.logs import ThrottledLog
@@ -188,7 +188,7 @@ class Pipeline:
     def process(self, batch: Mapping[str, Any]) -> None:
         """Process the newest message of each camera that has one."""
         models = self._models()
-        accepted = [self._accept(models, self._cameras[name], batch[name]) for name in batch]
+        accepted = [self._try_accept(models, self._cameras[name], batch[name]) for name in batch]
         jobs = [job for job in accepted if job is not None]
         if not jobs:
             return
@@ -213,7 +213,16 @@ class Pipeline:
             try:
                 self._assess(models, job, grid, stage_ms)
             except Exception as error:
-                self._fail(job, error)
+                self._fail(job.camera, job.header, error)
+
+    def _try_accept(self, models: Models, camera: Camera, message: Any) -> _Job | None:
+        # A failure concerns neither the other cameras of the batch nor the next frame.
+        try:
+            return self._accept(models, camera, message)
+        except Exception as error:
+            self._wait_for_assessment()
+            self._fail(camera, message.header, error)
+            return None
 
     def _accept(self, models: Models, camera: Camera, message: Any) -> _Job | None:
         header, settings = message.header, models.detectors[camera.name].settings
@@ -243,14 +252,7 @@ class Pipeline:
                 "topic? It is processed, and the tracks stay",
             )
         self._last_stamp_ns[camera.name] = max(newest_ns, stamp_ns)
-        try:
-            frame = messages.frame_of(message, f"{camera.name}/{stamp_ns}")
-        except ImageError as error:
-            self._wait_for_assessment()
-            camera.counts.frames_bad += 1
-            reason = f"bad image: {error}"
-            camera.publish_unknown(header, DiagnosticStatus.ERROR, "bad image", reason)
-            return None
+        frame = messages.frame_of(message, f"{camera.name}/{stamp_ns}")
         messages.remark(message, camera.remarks)
         return _Job(camera, header, frame)
 
@@ -264,7 +266,7 @@ class Pipeline:
                 self._log.warning("memory", f"out of memory, trying once more: {error}")
             elif len(jobs) == 1:
                 self._wait_for_assessment()
-                self._fail(jobs[0], error)
+                self._fail(jobs[0].camera, jobs[0].header, error)
                 return []
         # Single images take less memory, and the failure of one camera does not affect the others.
         embedded: list[_Embedded] = []
@@ -274,7 +276,7 @@ class Pipeline:
                 embedded.append((job, grid, stage_ms))
             except Exception as error:
                 self._wait_for_assessment()
-                self._fail(job, error)
+                self._fail(job.camera, job.header, error)
         return embedded
 
     def _assess(
@@ -309,11 +311,16 @@ class Pipeline:
         camera.outputs.publish_result(job.header, result, values)
         camera.note_published(result.decision, result.reason)
         camera.alarms.update(job.frame.stamp_ns, result, settings.silence_s)
-        if camera.outputs.wants_markers:
-            self._publish_markers(job, result, settings)
-        camera.outputs.publish_pictures(
-            job.header, job.frame, result, detector.roi, settings.overlay_alpha
-        )
+        try:
+            if camera.outputs.wants_markers:
+                self._publish_markers(job, result, settings)
+            camera.outputs.publish_pictures(
+                job.header, job.frame, result, detector.roi, settings.overlay_alpha
+            )
+        except Exception:
+            # The decision is published and stands.
+            trace = traceback.format_exc()
+            self._log.error(f"{camera.name} pictures", f"camera '{camera.name}': {trace}")
         camera.times.add({**result.stage_ms, PUBLISH: elapsed_ms(begin_s), LATENCY: latency_ms})
 
     def _is_too_old(self, job: _Job, settings: Settings) -> bool:
@@ -338,17 +345,22 @@ class Pipeline:
             ]
         job.camera.outputs.markers.publish(messages.marker_array(job.header, boxes))
 
-    def _fail(self, job: _Job, error: Exception) -> None:
+    def _fail(self, camera: Camera, header: Header, error: Exception) -> None:
         if self._is_closed:
             return
-        job.camera.counts.frames_failed += 1
         text = str(error)
+        if isinstance(error, (ImageError, IndexMismatchError)):
+            camera.counts.frames_bad += 1
+            kind = "bad image"
+        else:
+            camera.counts.frames_failed += 1
+            kind = "model error"
         if not isinstance(error, SemanticAnomalyError):
-            text = f"{type(error).__name__}: {error}"
+            # Some libraries write several lines.
+            text = f"{type(error).__name__}: {' '.join(text.split())}"
             trace = "".join(traceback.format_exception(error))
-            self._log.error(f"{job.camera.name} model", f"camera '{job.camera.name}': {trace}")
-        reason = f"model error: {text}"
-        job.camera.publish_unknown(job.header, DiagnosticStatus.ERROR, "model error", reason)
+            self._log.error(f"{camera.name} model", f"camera '{camera.name}': {trace}")
+        camera.publish_unknown(header, DiagnosticStatus.ERROR, kind, f"{kind}: {text}")
 
 
 def _is_out_of_memory(error: Exception) -> bool:

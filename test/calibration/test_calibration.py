@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from worlds.calibrations import FINGERPRINT, RIGHT_HALF, fitted
+from worlds.calibrations import RIGHT_HALF, fitted, index_of
 
 from semantic_anomaly.calibration.conformal import Episodes
 from semantic_anomaly.errors import CalibrationError, MismatchError, ModelOutputError
@@ -200,22 +200,23 @@ def test_scores_below_zero_calibrate() -> None:
 
 
 def test_check_accepts_the_same_conditions_and_any_live_setting() -> None:
-    fitted(steps(20)).check(FINGERPRINT, Settings(threshold=0.5, search="exact"), RIGHT_HALF)
+    fitted(steps(20)).check(index_of(), Settings(threshold=0.5, search="exact"), RIGHT_HALF)
 
 
 @pytest.mark.parametrize(
-    ("fingerprint", "changes", "roi", "named"),
+    ("index", "changes", "roi", "named"),
     [
-        ("0" * 64, {}, RIGHT_HALF, "index fingerprint"),
-        (FINGERPRINT, {"neighbours": 2}, RIGHT_HALF, "'neighbours': expected 1, found 2"),
-        (FINGERPRINT, {}, RegionOfInterest(), "region of interest"),
+        (index_of("0" * 64), {}, RIGHT_HALF, "index fingerprint"),
+        (index_of(stages=2), {}, RIGHT_HALF, "score normalisations: expected 1, found 2"),
+        (index_of(), {"neighbours": 2}, RIGHT_HALF, "'neighbours': expected 1, found 2"),
+        (index_of(), {}, RegionOfInterest(), "region of interest"),
     ],
 )
 def test_check_names_what_differs(
-    fingerprint: str, changes: dict[str, Any], roi: RegionOfInterest, named: str
+    index: Any, changes: dict[str, Any], roi: RegionOfInterest, named: str
 ) -> None:
     with pytest.raises(MismatchError, match=named):
-        fitted(steps(20)).check(fingerprint, Settings(**changes), roi)
+        fitted(steps(20)).check(index, Settings(**changes), roi)
 
 
 def test_scores_cannot_be_written_to() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from worlds.calibrations import FINGERPRINT, RIGHT_HALF, fitted
+from worlds.calibrations import FINGERPRINT, RIGHT_HALF, fitted, index_of
 
 from semantic_anomaly.calibration.calibration import Calibration
 from semantic_anomaly.calibration.conformal import Episodes
@@ -57,7 +58,7 @@ def test_round_trip_keeps_every_bit(tmp_path: Path) -> None:
     assert (
         loaded.sha256 == written.sha256 == json.loads((tmp_path / FILE_NAME).read_text())["sha256"]
     )
-    loaded.check(FINGERPRINT, Settings(), RIGHT_HALF)
+    loaded.check(index_of(), Settings(), RIGHT_HALF)
     assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME], "no temporary files"
 
 
@@ -210,6 +211,49 @@ def test_a_folder_in_place_of_the_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / FILE_NAME).mkdir()
     with pytest.raises(CalibrationError, match="directory"):
         Calibration.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "roi",
+    [
+        {},
+        {"polygon_xy": 1, "ego_mask_sha256": ""},
+        {"polygon_xy": [[0.0]], "ego_mask_sha256": ""},
+        {"polygon_xy": [["0", 0.0]], "ego_mask_sha256": ""},
+        {"polygon_xy": [[10**400, 0], [1, 0], [1, 1]], "ego_mask_sha256": ""},
+        {"polygon_xy": [], "ego_mask_sha256": 1},
+    ],
+)
+def test_regions_of_interest_of_another_form_are_refused(
+    tmp_path: Path, roi: dict[str, Any]
+) -> None:
+    path = fitted(SCORES).save(tmp_path)
+    body = {**json.loads(path.read_text()), "roi": roi}
+    del body["sha256"]
+    digest = sha256_bytes(canonical_json(body).encode())
+    path.write_text(canonical_json({**body, "sha256": digest}))
+    with pytest.raises(CalibrationError, match=f"{path}.*region of interest: expected"):
+        Calibration.of_file(path)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_never_ends_is_not_read(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / FILE_NAME
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(CalibrationError, match="expected a regular file"):
+        Calibration.of_file(path)
+
+
+@pytest.mark.parametrize("depth", [100, 900, 100_000])
+def test_deep_values_are_refused(tmp_path: Path, depth: int) -> None:
+    path = fitted(SCORES).save(tmp_path)
+    deep = "[" * depth + "]" * depth
+    path.write_text(path.read_text().replace('"roi":', f'"roi":{deep},"before":'))
+    with pytest.raises(CalibrationError, match="nest too deep"):
+        Calibration.of_file(path)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:

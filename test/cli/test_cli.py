@@ -6,8 +6,10 @@ import argparse
 import logging
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,53 @@ def test_exit_codes(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("semantic-anomaly: ")
     assert "  that" not in lines[0]
+
+
+def test_termination_is_handled_as_an_interruption(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cleaned = []
+
+    def wait(args: argparse.Namespace) -> int:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        finally:
+            cleaned.append(True)
+        return 0
+
+    monkeypatch.setattr(inspect_index, "run", wait)
+    assert main(["inspect-index", "x"]) == 143
+    assert cleaned and capsys.readouterr().err == "semantic-anomaly: terminated\n"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_an_interruption_while_the_arguments_are_read_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(parser: argparse.ArgumentParser) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inspect_index, "add_arguments", interrupt)
+    assert main(["inspect-index", "x"]) == 130
+    assert capsys.readouterr().err == "semantic-anomaly: interrupted\n"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_before_the_command_begins_is_no_traceback(
+    number: signal.Signals,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def stop(handler: logging.Handler) -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+
+    monkeypatch.setattr(logging.getLogger("semantic_anomaly"), "addHandler", stop)
+    assert main(["inspect-index", "x"]) == code
+    word = "interrupted" if number == signal.SIGINT else "terminated"
+    assert capsys.readouterr().err == f"semantic-anomaly: {word}\n"
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,16 @@ def test_impossible_cameras_are_refused(numbers: tuple[float, ...]) -> None:
         Intrinsics(*numbers, HW)
 
 
+@pytest.mark.parametrize(("count", "fisheye"), [(3, False), (6, False), (100, False), (5, True)])
+def test_a_number_of_coefficients_that_opencv_does_not_take_is_refused(
+    count: int, fisheye: bool
+) -> None:
+    with pytest.raises(ImageError, match=f"coefficients in number .*found {count}"):
+        Intrinsics(80.0, 90.0, 99.5, 49.5, HW, (0.1,) * count, fisheye)
+    # Zeros are no distortion, whatever the model.
+    pixel_rays(np.zeros((1, 2)), Intrinsics(80.0, 90.0, 99.5, 49.5, HW, (0.0,) * count, fisheye))
+
+
 @pytest.mark.parametrize(
     ("ray_y", "height_m", "expected"),
     [

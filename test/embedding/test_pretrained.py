@@ -144,6 +144,7 @@ FOLDER_FAULTS: dict[str, tuple[Damage, str]] = {
     "zero std": (preprocessor(image_std=[1, 1, 0]), "image_std"),
     "nan std": (preprocessor(image_std=[1, 1, float("nan")]), "image_std"),
     "odd rescale": (preprocessor(rescale_factor="255"), "rescale_factor"),
+    "type of another type": (config(model_type=["dinov2"]), "is not supported here"),
     "text model": (config(model_type="bert"), "'bert' is not supported"),
     "odd layers": (config(out_indices=["a"]), "out_indices"),
     "timm weights": (config(use_pretrained_backbone=True), "use_pretrained_backbone"),
@@ -185,6 +186,35 @@ def test_heads_and_poolers_are_optional(copy: Path) -> None:
     heads = {"classifier.weight": torch.zeros(2, 64), "classifier.bias": torch.zeros(2)}
     weights(lambda w: (w.update(heads), w.pop("embeddings.mask_token")))(copy)
     load(copy)
+
+
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
+def test_configurations_that_never_end_or_nest_too_deep_are_refused(copy: Path, name: str) -> None:
+    for depth in (100, 900, 100_000):
+        content = (copy / name).read_text()
+        (copy / name).write_text('{"deep": ' + "[" * depth + "]" * depth + "," + content[1:])
+        with pytest.raises(BackboneError, match=f"{name} is not JSON: the values nest too deep"):
+            open_folder("backbone", str(copy), ["dinov2"])
+        (copy / name).write_text(content)
+    (copy / name).unlink()
+    (copy / name).symlink_to("/dev/zero")
+    with pytest.raises(BackboneError, match="expected a regular file"):
+        open_folder("backbone", str(copy), ["dinov2"])
+
+
+def test_weights_that_cannot_be_read_are_named(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(pretrained, "sha256_file", refuse)
+    with pytest.raises(BackboneError, match=f"backbone '{copy.name}': weights: Permission denied"):
+        _ = open_folder("backbone", str(copy), ["dinov2"]).weights_sha256
+
+
+def test_more_layers_than_weights_are_refused_before_they_are_created(copy: Path) -> None:
+    edit(copy / "config.json", num_hidden_layers=10**9)
+    with pytest.raises(BackboneError, match=r"num_hidden_layers: expected at most \d+, the number"):
+        load_network(open_folder("backbone", str(copy), ["dinov2"]), transformers.Dinov2Model)
 
 
 def test_code_in_a_folder_is_not_run(copy: Path, tmp_path: Path) -> None:

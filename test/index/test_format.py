@@ -215,6 +215,43 @@ def test_pickled_arrays_are_not_read(copy: Path) -> None:
         NominalIndex.load(copy)
 
 
+@pytest.mark.parametrize(
+    "header",
+    ["{'descr': (\n", "[" * 4000, "-" * 9000 + "1", "1" + "+1j" * 3000, "\0" * 64, "x" * 60000],
+    ids=["unterminated", "brackets", "signs", "additions", "nulls", "long"],
+)
+def test_headers_of_arrays_that_are_no_headers_are_refused(copy: Path, header: str) -> None:
+    path = copy / "entries.npy"
+    size = len(header).to_bytes(2, "little")
+    path.write_bytes(b"\x93NUMPY\x01\x00" + size + header.encode() + path.read_bytes()[128:])
+    sign_again(copy)
+    with pytest.raises(
+        IndexFormatError, match=r"expected entries\.npy as an array, found \w+: "
+    ) as e:
+        NominalIndex.load(copy)
+    assert len(str(e.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("depth", [100, 900, 100_000])
+def test_manifests_that_nest_deep_are_refused(copy: Path, depth: int) -> None:
+    path = copy / "manifest.json"
+    path.write_text(
+        path.read_text().replace('"stride"', f'"deep": {"[" * depth + "]" * depth}, "s"')
+    )
+    with pytest.raises(IndexFormatError, match="nest too deep"):
+        NominalIndex.load(copy)
+
+
+def test_errors_of_identities_and_graphs_name_the_index(copy: Path) -> None:
+    (copy / "graph.hnsw").write_bytes(b"1")
+    sign_again(copy)
+    with pytest.raises(IndexFormatError, match=rf"index '{copy}': graph\.hnsw: expected at least"):
+        NominalIndex.load(copy).configure_search("graph", 10)
+    sign_again(copy, lambda m: m["content"]["identity"].update(dim=-1))
+    with pytest.raises(IndexFormatError, match=rf"index '{copy}': embedder identity: dim"):
+        NominalIndex.load(copy)
+
+
 def test_forged_graphs_are_refused_before_hnswlib_reads_them(copy: Path) -> None:
     path = copy / "graph.hnsw"
     data = bytearray(path.read_bytes())

@@ -354,6 +354,23 @@ def test_bags_of_ros_1_and_packed_bags_say_what_to_do(tmp_path: Path) -> None:
             open_source(tmp_path / name)
 
 
+def test_metadata_that_expand_without_a_limit_are_refused(tmp_path: Path) -> None:
+    bag = write_bag(tmp_path / "drive", {RAW: [raw(0)]})
+    lines = ["a0: &a0 {x: 1}"]
+    lines += [f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}" for n in range(1, 60)]
+    (bag / "metadata.yaml").write_text("\n".join(lines))
+    with pytest.raises(SourceError, match=r"drive' cannot be opened .*merge key"):
+        open_source(bag)
+
+
+def test_negative_numbers_of_messages_are_none(tmp_path: Path) -> None:
+    bag = write_bag(tmp_path / "drive", {RAW: [raw(0)]})
+    metadata = bag / "metadata.yaml"
+    metadata.write_text(metadata.read_text().replace("message_count: 1", "message_count: -1"))
+    with pytest.raises(SourceError, match="has no messages"):
+        open_source(bag)
+
+
 def test_a_damaged_message_is_named(tmp_path: Path) -> None:
     bag = write_bag(tmp_path / "drive", {RAW: [raw(n) for n in range(4)]}, "sqlite3")
     with sqlite3.connect(data_file(bag)) as database:

@@ -166,6 +166,22 @@ def test_sizes_that_disagree_are_refused(change: dict[str, Any], found: str) -> 
         decode_raw(is_bigendian=False, **{**GOOD, **change})
 
 
+@pytest.mark.parametrize(
+    ("encoding", "row_bytes"), [("mono8", 30), ("bayer_rggb8", 30), ("mono8", 20), ("rgb8", 60)]
+)
+def test_wider_pixels_under_another_encoding_are_refused(
+    encoding: str, row_bytes: int, rng: np.random.Generator
+) -> None:
+    pixels = rng.integers(0, 256, (6, row_bytes), np.uint8)
+    with pytest.raises(ImageError, match="content behind the pixels; is the encoding wrong"):
+        decode_raw(encoding, 6, 10, row_bytes, False, pixels)
+    used = {"rgb8": 30}.get(encoding, 10)
+    # Padding without content may be long.
+    padded = np.zeros((6, 3 * used), np.uint8)
+    padded[:, :used] = rng.integers(0, 256, (6, used), np.uint8)
+    assert decode_raw(encoding, 6, 10, 3 * used, False, padded).shape == (6, 10, 3)
+
+
 @pytest.mark.parametrize("encoding", ["", "RGB8", "32FC1", "x" * 10_000])
 def test_unknown_encodings_are_named_with_those_supported(encoding: str) -> None:
     with pytest.raises(UnsupportedEncodingError, match=r"'.*' is not supported.*bgr8") as raised:

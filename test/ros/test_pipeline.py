@@ -24,6 +24,7 @@ from worlds.ros import (
     nominal_image,
     odd_image,
     two_cameras,
+    values_of,
 )
 
 from semantic_anomaly.errors import ModelOutputError
@@ -107,6 +108,63 @@ def test_a_failure_of_one_camera_does_not_affect_the_other(
         assert b.answer(bad, "left")["decision"] == "unknown"
         assert b.answer(good, "right")["decision"] == "nominal"
     assert max(batches) == 1 or device != "cpu"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_an_unexpected_failure_to_decode_is_a_status_of_that_frame_alone(
+    values: dict[str, Any], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with bench(two_cameras(values, "left", "right"), ("left", "right")) as b:
+        b.start("status")
+        monkeypatch.setattr(RunningEmbedder, "device", device)
+        frame_of = messages.frame_of
+
+        def failing(message: Any, name: str) -> Any:
+            if message.height == 70:
+                raise ZeroDivisionError("two\nlines")
+            return frame_of(message, name)
+
+        monkeypatch.setattr(messages, "frame_of", failing)
+        gate = Gate(b, monkeypatch)
+        first = b.send(nominal_image(10), "/left/image")
+        b.spin_until(gate.entered.is_set)
+        # Both wait, and are taken as one batch.
+        bad = b.send(nominal_image(11, (70, 140)), "/left/image")
+        good = b.send(nominal_image(12), "/right/image")
+        b.spin_until(lambda: all(c.counts.frames_received for c in b.node._cameras.values()))
+        counts = b.node._cameras["left"].counts
+        b.spin_until(lambda: counts.frames_received == 2)
+        gate.opened.set()
+        status = b.answer(bad, "left")
+        assert status["reason"] == "model error: ZeroDivisionError: two lines"
+        assert status["frames_failed"] == "1"
+        assert b.answer(first, "left")["decision"] == "nominal"
+        assert b.answer(good, "right")["decision"] == "nominal"
+
+
+def test_an_image_of_other_sides_than_the_index_is_a_bad_image(values: dict[str, Any]) -> None:
+    with bench(values) as b:
+        b.start("status")
+        status = b.answer(b.send(nominal_image(10, (140, 84))))
+        assert status["decision"] == "unknown" and status["frames_bad"] == "1"
+        assert status["reason"].startswith("bad image: image, width by height: expected about 1.67")
+
+
+def test_a_failure_to_draw_does_not_change_a_published_decision(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any) -> None:
+        raise RuntimeError("no picture")
+
+    with bench(values) as b:
+        b.start("status")
+        monkeypatch.setattr(b.node._cameras["camera"].outputs, "publish_pictures", failing)
+        bad = b.send(odd_image(3))
+        b.spin_until_logged("no picture")
+        after = b.answer(b.send(odd_image(4)))
+        answers = [s for s in b.got["camera"]["status"] if s.header == bad.header]
+        assert [values_of(s.status[0])["decision"] for s in answers] == ["anomaly"]
+        assert (after["frames_processed"], after["frames_failed"]) == ("2", "0")
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])

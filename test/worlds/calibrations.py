@@ -16,6 +16,11 @@ FINGERPRINT = "f" * 64
 RIGHT_HALF = RegionOfInterest(((0.5, 0.0), (1.0, 0.0), (1.0, 1.0), (0.5, 1.0)))
 
 
+def index_of(fingerprint: str = FINGERPRINT, stages: int = 1) -> Any:
+    """Return what a calibration compares of an index."""
+    return SimpleNamespace(fingerprint=fingerprint, stages=(None,) * stages)
+
+
 def normalisation() -> ScoreNormalisation:
     mean = np.linspace(0.01, 0.2, CELLS_HW[0] * CELLS_HW[1], dtype=np.float32).reshape(CELLS_HW)
     return ScoreNormalisation(mean, mean / 3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -127,9 +128,9 @@ def sign_again(folder: Path, change: Callable[[dict[str, Any]], object] = lambda
         path = folder / name
         facts.update(bytes=path.stat().st_size, sha256=sha256_file(path))
     for name in ("embeddings", "entries", "centroids", "lists", "support"):
-        data = (folder / f"{name}.npy").read_bytes()
-        if b"'descr': '|O'" not in data:
-            array = np.load(folder / f"{name}.npy", allow_pickle=False)
+        # What is no array keeps the digest of the array before it.
+        with suppress(Exception):
+            array = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
             manifest["content"][f"{name}_sha256"] = sha256_bytes(array.tobytes())
     change(manifest)
     del manifest["sha256"]
