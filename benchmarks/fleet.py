@@ -1,7 +1,8 @@
 """Measure what a second worker gains, what merging costs, and what a plan for a fleet needs.
 
 workers: `build-index --ray` of drives of the synthetic street by one worker and by two, each of one
-    thread, in turn in one run: the whole call with connection, start of the workers and merge.
+    thread, in turn in one run. `seconds` are of the whole call with connection, start of workers
+    and merge; `drives_per_minute` is the rate once every worker has finished its first drive.
 merge: ten shards of --entries become one index on disk: time, processor time, peak memory. Shards
     are drawn in memory, which is not counted; reading them from a disk is not either.
 growth: entries of the merged index by number of drives, from the shards of the workers.
@@ -68,12 +69,13 @@ def worker_rows(
     )
     for number in range(rounds):
         for workers in (1, 2):
+            shards = root / f"shards_{workers}_{number}"
             with _cluster(workers) as address:
                 begin_s = time.perf_counter()
                 build_index_on_cluster(
                     drives,
                     address=address,
-                    shards=root / f"shards_{workers}_{number}",
+                    shards=shards,
                     out=root / f"index_{workers}_{number}",
                     settings=settings,
                 )
@@ -84,11 +86,19 @@ def worker_rows(
                 "drives": len(drives),
                 "frames_per_drive": frames,
                 "seconds": round(end_s - begin_s, 1),
+                "drives_per_minute": round(drives_per_minute(shards, workers), 2),
                 "load_1min": round(os.getloadavg()[0], 2),
             }
             rows.append(row)
             print(row, flush=True)
     return rows
+
+
+def drives_per_minute(shards: Path, workers: int) -> float:
+    """Return the rate of shards, without the start of workers: by the times of their folders."""
+    folders = [path for path in shards.glob("shard-*") if path.is_dir()]
+    times_s = sorted(path.stat().st_mtime for path in folders)
+    return 60 * (len(times_s) - workers) / (times_s[-1] - times_s[workers - 1])
 
 
 class _cluster:  # noqa: N801
@@ -207,7 +217,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="of one and two workers")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    drives, frames = (2, 4) if args.quick else (8, 40)
+    drives, frames = (3, 4) if args.quick else (8, 40)
     path = args.out / "fleet.json"
     figures: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     figures["machine"] = {
@@ -223,10 +233,11 @@ def main() -> None:
         if args.only != "merge":
             folders = write_drives(root, drives, frames)
             rows = figures["workers"] = worker_rows(root, folders, frames, args.rounds)
-            seconds = [
-                median(row["seconds"] for row in rows if row["workers"] == n) for n in (1, 2)
+            rates = [
+                median(row["drives_per_minute"] for row in rows if row["workers"] == n)
+                for n in (1, 2)
             ]
-            figures["gain_of_two_workers"] = round(seconds[0] / seconds[1], 2)
+            figures["gain_of_two_workers"] = round(rates[1] / rates[0], 2)
             shards = sorted(p for p in root.glob("shards_2_0/shard-*") if p.is_dir())
             figures["growth"] = growth_rows(shards, root / "growth")
         if args.only != "workers":

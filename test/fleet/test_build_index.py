@@ -17,15 +17,11 @@ from worlds.fleet import NODE
 
 from semantic_anomaly.cli import main
 from semantic_anomaly.errors import ArtefactError, InputError, SourceError
-from semantic_anomaly.evaluation.evaluate import evaluate
 from semantic_anomaly.fleet import build_index as fleet_build
 from semantic_anomaly.fleet.build_index import FleetBuild, build_index_on_cluster, build_shard
 from semantic_anomaly.index.nominal_index import NominalIndex
 from semantic_anomaly.offline.build_index import build_index
-from semantic_anomaly.offline.calibrate import calibrate
 from semantic_anomaly.settings import Settings
-from semantic_anomaly.synthetic import StreetDrive
-from semantic_anomaly.synthetic.export import write_folder
 
 pytest.importorskip("ray", reason="Ray is not installed: extra [fleet]")
 
@@ -129,33 +125,6 @@ def test_only_changed_sources_run_again(
     assert found == pytest.approx(alone.content.limits["dedup_distance"], rel=0.01)
     other = {**options, "max_entries": 1000}
     assert on_cluster(cluster, drives[:1], tmp_path / "index", other, force=True).ran == 1
-
-
-@pytest.mark.slow
-def test_calibration_and_auroc_are_those_of_the_index_built_at_once(
-    cluster: Any, tmp_path: Path
-) -> None:
-    size = (216, 384)
-    seeds = range(101, 107)
-    for seed in seeds:
-        drive = StreetDrive(seed, 240, image_hw=size)
-        write_folder([drive], tmp_path / f"drive_{seed}", stride=6, progress=False)
-    odd = [StreetDrive(s, 240, anomalies=("cow", "sofa"), image_hw=size) for s in (201, 202)]
-    write_folder(odd, tmp_path / "labelled", stride=6, progress=False)
-    drives = [str(tmp_path / f"drive_{seed}") for seed in seeds]
-    options = {
-        **{"stages": ("efficientnet_lite2 layer=20 size=384",), "device": "cpu"},
-        **{"dtype": "float32", "execution": "torch", "target_false_alarm_rate": 0.05},
-    }
-    settings = Settings(**options)
-    index = on_cluster(cluster, drives, tmp_path / "index", options).index
-    at_once = build_index(drives, settings=settings)
-    found, expected = calibrate(index, settings=settings), calibrate(at_once, settings=settings)
-    assert found.frames_by_drive == expected.frames_by_drive
-    assert found.threshold == pytest.approx(expected.threshold, rel=0.02)
-    labelled = tmp_path / "labelled"
-    aurocs = [evaluate(one, labelled, settings=settings)["frame_auroc"] for one in (index, at_once)]
-    assert aurocs[0] == pytest.approx(aurocs[1], abs=0.005)
 
 
 @contextmanager
