@@ -224,7 +224,8 @@ class Soak:
         if mode == "silence":
             return
         number = self._number[camera] = self._number[camera] + 1
-        choice = (number * 7 + CAMERAS.index(camera) * 11) % POOL
+        # Image 0 is the frozen one.
+        choice = 1 + (number * 7 + CAMERAS.index(camera) * 11) % (POOL - 1)
         if mode == "frozen":
             choice = 0
         image, expected, reasons = self._images[choice], self._expected[choice], ("stale",)
@@ -720,7 +721,6 @@ _PARAMETERS: Sequence[tuple[str, Any, bool]] = (
     ("cameras", ["other"], False),
     ("confirm_count", 0, False),
     ("threshold", "high", False),
-    ("target_false_alarm_rate", 0.001, False),
 )
 
 
