@@ -31,6 +31,7 @@ faults: $(STAMP)  ## All injected faults, guards removed, parsers fuzzed, a soak
 	$(FAULTS) faults --out faults_output
 	$(FAULTS) faults.guards --out faults_output
 	$(FAULTS) faults.fuzz --cases $(FUZZ_CASES) --out faults_output
+	$(FAULTS) faults.lifecycle_faults --cycles 500
 	$(FAULTS) faults.soak --minutes 2 --out faults_output
 
 lint: $(STAMP)

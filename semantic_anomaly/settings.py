@@ -291,7 +291,7 @@ class Settings:
         ("camera",), "Names of the cameras; the settings of each are under its name."
     )
     max_age_s: float = setting(
-        0.5,
+        1.0,
         "Images older than this, when their turn comes or their result is ready, are unknown and "
         "counted. A missing result is reported within this time.",
         bounds=(0.01, 60.0),

@@ -81,7 +81,6 @@ def run_demo(out: Path, plan: DemoPlan, overrides: dict[str, Any]) -> dict[str, 
     # The node takes all other settings from the index and the calibration.
     parameters = {
         "index": str((out / "index").absolute()),
-        "max_age_s": 1.0,
         "camera": {"image_topic": "/camera/image_raw", "region_of_interest": list(ROAD)},
     }
     document = {"/**": {"ros__parameters": parameters}}

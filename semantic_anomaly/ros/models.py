@@ -17,7 +17,12 @@ import numpy as np
 from semantic_anomaly.calibration.leakage import refuse_seen
 from semantic_anomaly.calibration.staleness import staleness_warning
 from semantic_anomaly.detection.detector import AnomalyDetector, load_detector
-from semantic_anomaly.errors import IndexMismatchError, ModelOutputError, SemanticAnomalyError
+from semantic_anomaly.errors import (
+    CalibrationError,
+    IndexMismatchError,
+    ModelOutputError,
+    SemanticAnomalyError,
+)
 from semantic_anomaly.index import edits
 from semantic_anomaly.offline.edit_index import save_edited
 from semantic_anomaly.settings import Settings
@@ -82,9 +87,16 @@ class Models:
         """Return models with indexes and calibrations read again, and the same embedder.
 
         Raises:
+            CalibrationError: a camera that has a threshold would have none.
             SemanticAnomalyError: as `load`; the present models are unaffected.
         """
         models = Models(self.embedder, load_detectors(settings, self.embedder), self.probe)
+        for camera, detector in models.detectors.items():
+            if detector.threshold is None and self.detectors[camera].threshold is not None:
+                raise CalibrationError(
+                    f"camera '{camera}': index '{settings.index_of(camera)}': expected a "
+                    "calibration, as before, found none; calibrate it first"
+                )
         models.self_test()
         for camera, detector in models.detectors.items():
             detector.continue_drift(self.detectors[camera])

@@ -396,7 +396,7 @@ def _compressed() -> Iterator[ImageFault]:
             return FaultyImage(compressed(bytes(data), kind))
 
         yield fault("compressed", kind, whole, False)
-        yield fault("compressed truncated", kind, truncated, True, "image", seeds=4)
+        yield fault("compressed truncated", kind, truncated, True, "truncated", seeds=4)
         yield fault("compressed bits flipped", kind, flipped, None, seeds=4)
         yield fault("compressed block zeroed", kind, zeroed, None, seeds=2)
     for written, said in (("png", "jpeg"), ("jpeg", "png"), ("bmp", ""), ("jpeg", "x" * 10_000)):

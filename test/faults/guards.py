@@ -326,6 +326,14 @@ GUARDS = (
     ),
     # The check for the end of a JPEG is not here: OpenCV 5 refuses truncated ones too.
     Guard(
+        "end of a compressed image",
+        "io/images.py",
+        'return width, height, data.rfind(b"\\xff\\xd9", position) >= 0',
+        "return width, height, True",
+        "messages",
+        "compressed truncated/.*jpeg.*offline",
+    ),
+    Guard(
         "byte order of 16 bits",
         "io/images.py",
         '.view(">u2" if is_bigendian else "<u2")',
@@ -395,7 +403,7 @@ GUARDS = (
         "        if file.stat().st_size < announced:\n",
         "        if False:\n",
         "processes",
-        "bag cut off/sqlite3",
+        "bag cut off/sqlite3.*raw images",
     ),
     Guard(
         "metadata of bags that expand",
@@ -415,8 +423,8 @@ GUARDS = (
     ),
     Guard(
         "finite outputs of a network",
-        "index/nominal_index.py",
-        "        if not are_unit_vectors(queries):\n",
+        "structures.py",
+        "        if not np.all(np.abs(squares - 1.0) <= 2 * UNIT_NORM_TOLERANCE):\n",
         "        if False:\n",
         "processes",
         "failing computation/NaN",

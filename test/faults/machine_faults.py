@@ -224,7 +224,9 @@ def _nan_embedder(b: Any, lab: Any) -> Outcome:
     def failing(self: Any, values: Any) -> Any:
         return forward(self, values) * torch.nan
 
-    return _patched(b, nn.LayerNorm, "forward", failing)
+    outcome = _patched(b, nn.LayerNorm, "forward", failing)
+    named = "patch features" in outcome.text
+    return outcome.objecting("" if named else f"the reason is not the network: {outcome.text}")
 
 
 def _failing_pictures(b: Any, lab: Any) -> Outcome:

@@ -105,6 +105,24 @@ def test_nothing_is_added_unless_it_is_allowed(values: dict[str, Any], index: Pa
         assert NominalIndex.load(index).fingerprint == before
 
 
+def test_a_reload_that_would_lose_the_calibration_keeps_the_old_one(
+    values: dict[str, Any], index: Path
+) -> None:
+    with bench(values) as b:
+        b.start("status")
+        before = b.node.models
+        calibration = index / "calibration.json"
+        content = calibration.read_bytes()
+        calibration.unlink()
+        response = b.call("reload_index")
+        assert not response.success and "the old one is kept" in response.message
+        assert "expected a calibration, as before, found none" in response.message
+        assert b.node.models is before
+        assert b.answer(b.send(nominal_image(50)))["decision"] == "nominal"
+        calibration.write_bytes(content)
+        assert b.call("reload_index").success
+
+
 def test_a_reload_that_fails_keeps_the_old_index_and_says_why(
     values: dict[str, Any], index: Path
 ) -> None:
