@@ -598,6 +598,18 @@ def _deep(case: MakeCase) -> Iterator[Case]:
                     "deeply nested", f"{name}: {depth} {kind}", entry, deep(name, kind, depth)
                 )
 
+    # With its digest renewed, the value comes as far as the comparison with the settings.
+    for depth in DEPTHS[:3]:
+
+        def compared(lab: Any, place: Any, depth: int = depth) -> None:
+            value: Any = 1
+            for _ in range(depth):
+                value = [value]
+            sign_calibration(place.index, lambda body: body["scoring"].update(neighbours=value))
+
+        point = f"calibration.json: {depth} lists, digest renewed"
+        yield case("deeply nested", point, "load_detector", compared)
+
     def aliases(kind: str) -> Inject:
         def inject(lab: Any, place: Any) -> None:
             lines = ["a0: &a0 {neighbours: 1}"]

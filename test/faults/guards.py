@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -27,7 +28,7 @@ from typing import Any
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[2]
-_TIMEOUT_S = 150
+_TIMEOUT_S = 45
 _CASES = 40
 
 
@@ -242,7 +243,7 @@ GUARDS = (
         "    refuse_deep(value)\n    return value\n\n\ndef parse_yaml",
         "    return value\n\n\ndef parse_yaml",
         "files",
-        "deeply nested/.*: (400|900) ",
+        "deeply nested/.*digest renewed",
     ),
     Guard(
         "merge keys of YAML",
@@ -523,6 +524,9 @@ def _result(guard: Guard, cases: Sequence[Any], laboratory: Any, folder: Path) -
             os.waitpid(pid, 0)
             break
         time.sleep(0.02)
+    # The next fork uses the same names, and a fork that was killed could not clean up.
+    for left in folder.glob("case_*"):
+        shutil.rmtree(left, ignore_errors=True)
     found: dict[str, Any] = json.loads((folder / "row.json").read_text())
     return found
 

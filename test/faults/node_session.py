@@ -23,7 +23,7 @@ from worlds.ros import SUCCESS, Bench, bench, offline_detector, values_of
 
 from faults.campaign import text_problem
 from semantic_anomaly.detection.detector import embed_timed
-from semantic_anomaly.errors import ImageError
+from semantic_anomaly.errors import ImageError, IndexMismatchError
 from semantic_anomaly.ros import messages
 from semantic_anomaly.ros.inputs import SILENCE
 
@@ -273,10 +273,11 @@ class NodeSession:
         if len(log.scores) != scored:
             yield f"{len(log.scores)} scores for {scored} statuses with one"
         for answer in log.answers[log.judged :]:
+            # First, so that an exception does not come again in each later case.
+            log.judged += 1
             yield from self._answer_violations(answer)
             # Its pixels are not needed any more.
             answer.message = None
-        log.judged = len(log.answers)
         counts = self.counts(camera)
         if not counts:
             return
@@ -339,10 +340,10 @@ class NodeSession:
         detector = self.offline[camera]
         try:
             frame = messages.frame_of(message)
-        except ImageError as error:
+            [grid], _ = embed_timed(detector.embedder, [frame.image])
+            result = detector.assess(frame, grid)
+        except (ImageError, IndexMismatchError) as error:
             return "unknown", None, f"bad image: {error}"
-        [grid], _ = embed_timed(detector.embedder, [frame.image])
-        result = detector.assess(frame, grid)
         score = None if result.blind else repr(float(result.score))
         return result.decision.value, score, result.reason
 
