@@ -28,7 +28,7 @@ from typing import Any
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[2]
-_TIMEOUT_S = 45
+_TIMEOUT_S = 120
 _CASES = 40
 
 
@@ -187,7 +187,7 @@ GUARDS = (
         'if not np.array_equal(piece["vector"], embeddings[start : start + _PIECE]):',
         "if False:",
         "files",
-        "forged: graph body/.*(bytes|zeros)",
+        "forged: graph body/.*vectors swapped",
     ),
     Guard(
         "digest of a calibration",
@@ -195,7 +195,7 @@ GUARDS = (
         'if body.pop("sha256") != _digest(body):',
         'if not body.pop("sha256"):',
         "files",
-        "bit flipped/calibration|block zeroed/calibration",
+        "digest not renewed/calibration",
     ),
     Guard(
         "types in a calibration",
@@ -283,7 +283,7 @@ GUARDS = (
         "if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):",
         "if False:",
         "files",
-        "forged: weights/.*(NaN|infinite), digests renewed",
+        "forged: weights/.*no output shows, digests renewed",
     ),
     Guard(
         "more layers than weights",
