@@ -192,7 +192,7 @@ class BagSource(FrameSource):
     def _recorded(self) -> Iterator[tuple[int, Any]]:
         """Yield the same without metadata and index."""
         for message in recorded_messages(self._files):
-            if message.topic == self.topic:
+            if (message.topic, message.type_name) == (self.topic, self._type):
                 yield message.time_ns, message.data
 
     def _frame(self, index: int, bag_time_ns: int, raw: Any) -> Frame | BadFrame:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from worlds.calibrations import FINGERPRINT, RIGHT_HALF, fitted, index_of
+from worlds.calibrations import FINGERPRINT, RIGHT_HALF, fitted, index_of, sealed
 
 from semantic_anomaly.calibration.calibration import Calibration
 from semantic_anomaly.calibration.conformal import Episodes
@@ -22,7 +22,6 @@ from semantic_anomaly.calibration.format import FILE_NAME, calibration_files
 from semantic_anomaly.calibration.staleness import StaleEdit
 from semantic_anomaly.errors import ArtefactError, CalibrationError
 from semantic_anomaly.settings import Settings
-from semantic_anomaly.storage import canonical_json, sha256_bytes
 
 SCORES = np.arange(1, 21) / 1000
 
@@ -120,15 +119,8 @@ def resealed(change: Callable[[dict[str, Any]], object]) -> Callable[[bytes], by
 
     def attack(content: bytes) -> bytes:
         body = json.loads(content)
-        del body["sha256"], body["created_sha256"]
         change(body)
-        # As in the format's description: sha256 of the canonical JSON of everything else but the
-        # time, and of the time with that digest.
-        content = {name: value for name, value in body.items() if name != "created"}
-        sha256 = sha256_bytes(canonical_json(content).encode())
-        created = canonical_json([body.get("created"), sha256]).encode()
-        sealed = {**body, "sha256": sha256, "created_sha256": sha256_bytes(created)}
-        return canonical_json(sealed).encode()
+        return sealed(body).encode()
 
     return attack
 
@@ -229,9 +221,7 @@ def test_regions_of_interest_of_another_form_are_refused(
 ) -> None:
     path = fitted(SCORES).save(tmp_path)
     body = {**json.loads(path.read_text()), "roi": roi}
-    del body["sha256"]
-    digest = sha256_bytes(canonical_json(body).encode())
-    path.write_text(canonical_json({**body, "sha256": digest}))
+    path.write_text(sealed(body))
     with pytest.raises(CalibrationError, match=f"{path}.*region of interest: expected"):
         Calibration.of_file(path)
 

@@ -58,14 +58,12 @@ def sign(folder: Path, change: Change = lambda m: None, stage: Change | None = N
 
 def sign_calibration(folder: Path, change: Change) -> None:
     """Change the calibration of an index, and make its digest fit again."""
-    from semantic_anomaly.storage import canonical_json, sha256_bytes
+    from worlds.calibrations import sealed
 
     path = folder / "calibration.json"
     body = json.loads(path.read_bytes())
-    del body["sha256"]
     change(body)
-    digest = sha256_bytes(canonical_json(body).encode())
-    path.write_text(canonical_json({**body, "sha256": digest}))
+    path.write_text(sealed(body))
 
 
 def adopt_backbone(place: Any) -> None:

@@ -354,11 +354,17 @@ def test_bags_of_ros_1_and_packed_bags_say_what_to_do(tmp_path: Path) -> None:
             open_source(tmp_path / name)
 
 
-def test_metadata_that_expand_without_a_limit_are_refused(tmp_path: Path) -> None:
+def test_metadata_that_expand_without_a_limit_are_not_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     bag = write_bag(tmp_path / "drive", {RAW: [raw(0)]})
     lines = ["a0: &a0 {x: 1}"]
     lines += [f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}" for n in range(1, 60)]
     (bag / "metadata.yaml").write_text("\n".join(lines))
+    source = open_source(bag)
+    assert len(list(source)) == 1
+    assert "drive': read without metadata and index: drive.mcap" in caplog.text
+    data_file(bag).unlink()
     with pytest.raises(SourceError, match=r"drive' cannot be opened .*merge key"):
         open_source(bag)
 

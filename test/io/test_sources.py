@@ -175,7 +175,7 @@ def test_a_damaged_image_is_named(tmp_path: Path) -> None:
 
 def test_a_bag_folder_without_metadata_is_recognised(tmp_path: Path) -> None:
     (tmp_path / "drive_0.mcap").write_bytes(b"")
-    with pytest.raises(SourceError, match=r"found none; drive_0\.mcap lacks its metadata\.yaml"):
+    with pytest.raises(SourceError, match=r"cannot be opened .*metadata file"):
         open_source(tmp_path)
 
 

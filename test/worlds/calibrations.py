@@ -11,7 +11,9 @@ from semantic_anomaly.calibration.calibration import Calibration
 from semantic_anomaly.roi import RegionOfInterest
 from semantic_anomaly.scoring.normalisation import CELLS_HW, ScoreNormalisation
 from semantic_anomaly.settings import Settings
+from semantic_anomaly.storage import canonical_json, sha256_bytes
 
+_SEALS = ("sha256", "created_sha256")
 FINGERPRINT = "f" * 64
 RIGHT_HALF = RegionOfInterest(((0.5, 0.0), (1.0, 0.0), (1.0, 1.0), (0.5, 1.0)))
 
@@ -19,6 +21,17 @@ RIGHT_HALF = RegionOfInterest(((0.5, 0.0), (1.0, 0.0), (1.0, 1.0), (0.5, 1.0)))
 def index_of(fingerprint: str = FINGERPRINT, stages: int = 1) -> Any:
     """Return what a calibration compares of an index."""
     return SimpleNamespace(fingerprint=fingerprint, stages=(None,) * stages)
+
+
+def sealed(body: dict[str, Any]) -> str:
+    """Return the text of a calibration file with these fields, whose digests fit."""
+    body = {name: value for name, value in body.items() if name not in _SEALS}
+    # As in the format's description: sha256 of the canonical JSON of everything else but the
+    # time, and of the time with that digest.
+    content = {name: value for name, value in body.items() if name != "created"}
+    sha256 = sha256_bytes(canonical_json(content).encode())
+    created_sha256 = sha256_bytes(canonical_json([body.get("created"), sha256]).encode())
+    return canonical_json({**body, "sha256": sha256, "created_sha256": created_sha256})
 
 
 def normalisation() -> ScoreNormalisation:
