@@ -160,7 +160,7 @@ def _manifests(case: MakeCase) -> Iterator[Case]:
         },
         "other versions": {
             f"format_version {n!r}": (lambda m, n=n: m.update(format_version=n))  # type: ignore[misc]
-            for n in (3, 5, "4", 4.0, True, None, [4], 2**70)
+            for n in (4, 6, "5", 5.0, True, None, [5], 2**70)
         },
         "keys missing or unknown": {
             **{
@@ -462,7 +462,7 @@ def _calibrations(case: MakeCase) -> Iterator[Case]:
         "unknown key": lambda b: b.update(unknown=1),
         **{
             f"format {value!r}": (lambda b, value=value: b.update(format=value))  # type: ignore[misc]
-            for value in (2, 4, "3", True, None, 2**70)
+            for value in (3, 5, "4", True, None, 2**70)
         },
         "no drives": lambda b: b.update(drives=[]),
         "drives of one name": lambda b: b.update(drives=[b["drives"][0]] * 2),

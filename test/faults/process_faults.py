@@ -443,7 +443,7 @@ def _disks(seed: int) -> Iterator[Case]:
 
         return _on_disk(lab, verb, block, foreign=True)
 
-    # Checks before the work will make these REFUSED throughout; today some are found at the end.
+    # Free disk space is estimated before the work; a limit of the process is found at the end.
     for verb in VERBS:
         # Smaller than the first, a later and no file of an index.
         for size in (100, 5_000, 40_000):

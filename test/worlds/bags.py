@@ -15,6 +15,8 @@ from semantic_anomaly.io.images import encode_png
 
 STORE = get_typestore(Stores.ROS2_JAZZY)
 STORAGES = {"mcap": StoragePlugin.MCAP, "sqlite3": StoragePlugin.SQLITE3}
+# Seconds of the stamp of the first image; a second apart.
+FIRST_S = 100
 START_NS = 1_700_000_000_000_000_000
 RAW, COMPRESSED = "/camera/image_raw", "/camera/image_raw/compressed"
 
@@ -26,7 +28,7 @@ def rgb(index: int) -> np.ndarray:
 
 def header(index: int, *, stamped: bool = True) -> Any:
     time = STORE.types["builtin_interfaces/msg/Time"]
-    stamp = time(100 + index, 5) if stamped else time(0, 0)
+    stamp = time(FIRST_S + index, 5) if stamped else time(0, 0)
     return STORE.types["std_msgs/msg/Header"](stamp, "camera_optical")
 
 
