@@ -15,6 +15,8 @@ from semantic_anomaly.errors import ImageError
 from semantic_anomaly.structures import Localization
 
 GROUND_LIMIT_M = 100.0
+# No sensor measures more; larger values mark what is not known, and their sums overflow.
+DEPTH_LIMIT_M = 1000.0
 MIN_DEPTH_SHARE = 0.05
 MEASURED = "measured"
 GROUND = "ground"
@@ -107,12 +109,13 @@ def measured_range(depth: np.ndarray, mask: np.ndarray) -> float | None:
     """Return the median depth in metres, None if less than `MIN_DEPTH_SHARE` of the mask has one.
 
     Args:
-        depth: (h, w) float32 metres, 0 for none; the view of the image at any size.
+        depth: (h, w) float32 metres, none where it is 0 or above `DEPTH_LIMIT_M`; the view of the
+            image at any size.
         mask: (height, width) bool at image size.
     """
     rows, cols = np.nonzero(mask)
     depths = depth[rows * depth.shape[0] // mask.shape[0], cols * depth.shape[1] // mask.shape[1]]
-    depths = depths[depths > 0]
+    depths = depths[(depths > 0) & (depths <= DEPTH_LIMIT_M)]
     if len(depths) < max(1.0, MIN_DEPTH_SHARE * len(rows)):
         return None
     return float(np.median(depths))

@@ -111,6 +111,9 @@ def test_measured_range_is_the_median_of_what_there_is() -> None:
     depth[10, 30] = 4.0
     assert measured_range(depth, inside) is None, "one depth in two hundred is no measurement"
     assert measured_range(depth, np.zeros(HW, bool)) is None
+    # Their mean would be infinite.
+    depth[:] = np.finfo(np.float32).max
+    assert measured_range(depth, inside) is None
 
 
 def test_boxes_are_placed_by_depth_then_ground_then_assumption() -> None:
