@@ -312,6 +312,13 @@ class Calibration:
     @property
     def promise(self) -> str:
         """Return in one sentence what the threshold promises."""
+        return self._promise_for(self.target_false_alarm_rate, self.confidence)
+
+    def promise_of(self, settings: Settings) -> str:
+        """Return in one sentence what the threshold of `threshold_of` promises."""
+        return self._promise_for(settings.target_false_alarm_rate, settings.confidence)
+
+    def _promise_for(self, rate: float, confidence: float) -> str:
         count = len(self.drives)
         if count == 1:
             return (
@@ -319,22 +326,21 @@ class Calibration:
                 f"least 2 drives, with {drives_needed(DEFAULT_CONFIDENCE)} for a probability of "
                 f"{DEFAULT_CONFIDENCE:g}"
             )
-        rank = drive_rank(count, self.confidence)
+        rank = drive_rank(count, confidence)
         estimated = any(drive.left_out for drive in self.drives)
-        short = len(self._short_drives)
-        needed = frames_needed(self.target_false_alarm_rate)
+        short = len(self._short_drives(rate))
+        needed = frames_needed(rate)
         return (
             f"{'estimated by leaving one drive out: ' * estimated}on a new drive like "
-            f"these {count}, at most {100 * self.target_false_alarm_rate:g} % of the frames are "
+            f"these {count}, at most {100 * rate:g} % of the frames are "
             f"above the threshold, with probability {rank}/{count + 1}"
             + f"; {short} of them have fewer than the {needed} frames that it takes, so more may be"
             * (short > 0)
         )
 
-    @property
-    def _short_drives(self) -> list[str]:
-        """Return the names of drives with too few frames to show the target rate."""
-        needed = frames_needed(self.target_false_alarm_rate)
+    def _short_drives(self, rate: float) -> list[str]:
+        """Return the names of drives with too few frames to show a rate."""
+        needed = frames_needed(rate)
         return [drive.name for drive in self.drives if len(drive.scores) < needed]
 
     @property
@@ -349,11 +355,12 @@ class Calibration:
                 f"{count} calibration drives: new drives keep the rate with probability "
                 f"{count}/{count + 1}; {wanted} drives give {DEFAULT_CONFIDENCE:g}"
             )
-        needed, short = frames_needed(self.target_false_alarm_rate), self._short_drives
+        rate = self.target_false_alarm_rate
+        needed, short = frames_needed(rate), self._short_drives(rate)
         if short:
             warnings.append(
                 f"{len(short)} of {count} calibration drives have fewer than the {needed} frames "
-                f"of a rate of {self.target_false_alarm_rate:g}, such as '{short[0]}': their "
+                f"of a rate of {rate:g}, such as '{short[0]}': their "
                 "largest score counts"
             )
         if self.stale_edits:

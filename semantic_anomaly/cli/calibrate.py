@@ -219,7 +219,7 @@ def _check(args: argparse.Namespace) -> int:
     ]
     print(f"\n{table(of_drives, ('drive', 'frames', 'rate of frames'))}")
     assert detector.calibration is not None
-    print(f"\npromise: {detector.calibration.promise}")
+    print(f"\npromise: {detector.promise}")
     if not rates["kept"]:
         print("warning: more false alarms than the target: calibrate with drives like these")
     return 0

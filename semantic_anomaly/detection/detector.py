@@ -399,6 +399,15 @@ class AnomalyDetector:
         """Return the anomaly score above which a frame is anomalous, None without a threshold."""
         return self._live.threshold
 
+    @property
+    def promise(self) -> str | None:
+        """Return in one sentence what the threshold in force promises, None without calibration."""
+        if self.calibration is None:
+            return None
+        if self.settings.threshold is not None:
+            return "the threshold is a setting: nothing is promised"
+        return self.calibration.promise_of(self.settings)
+
     def detect(self, image: np.ndarray | Frame) -> AnomalyResult:
         """Return score, decision, heatmap and localizations of an image.
 

@@ -333,7 +333,7 @@ def _results(
         "threshold_from": "setting" if by_hand else "calibration" if calibration else None,
         "calibration": {
             "frames": calibration.count,
-            "promise": calibration.promise,
+            "promise": detector.promise,
             "warnings": list(calibration.warnings),
         }
         if calibration

@@ -266,7 +266,7 @@ class AnomalyNode(LifecycleNode):
                 "index_fingerprint": detector.index.fingerprint,
                 "stages": ", ".join(stage.stage.name for stage in detector.index.stages),
                 "threshold": detector.threshold,
-                "promise": calibration.promise if calibration else None,
+                "promise": detector.promise,
                 "calibration_created": calibration.created or None if calibration else None,
                 "calibration_age_days": calibration.age_days if calibration else None,
                 "stale_calibration": stale_calibration(detector),

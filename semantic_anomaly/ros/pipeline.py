@@ -306,7 +306,7 @@ class Pipeline:
             # False would hide the drift of the frames before a restart.
             values["drift"] = None
         if detector.calibration is not None:
-            values["promise"] = detector.calibration.promise
+            values["promise"] = detector.promise
             values["calibration_age_days"] = detector.calibration.age_days
         camera.outputs.publish_result(job.header, result, values)
         camera.note_published(result.decision, result.reason)

@@ -139,6 +139,11 @@ def test_the_promise_in_one_sentence(
         steps(100 * drives), 0.01, drives=drives, confidence=confidence, left_out=left_out
     )
     assert calibration.promise == expected
+    settings = calibration.resolve(Settings())
+    assert calibration.promise_of(settings) == expected
+    if drives > 1:
+        other = calibration.promise_of(settings.replace(target_false_alarm_rate=0.2))
+        assert "at most 20 % of the frames" in other
     assert [drive.name for drive in calibration.drives if drive.left_out] == left_out
 
 

@@ -227,8 +227,11 @@ def test_live_settings_take_effect_at_once() -> None:
     assert before is not None and detector.threshold is not None
     assert detector.threshold < before
     detector.update(detector.settings.replace(threshold=1.5))
+    assert detector.promise == "the threshold is a setting: nothing is promised"
     assert detector.detect(street(1, odd=True)).decision is Decision.NOMINAL
     detector.update(detector.settings.replace(threshold=None, target_false_alarm_rate=0.05))
+    assert detector.calibration is not None
+    assert detector.promise == detector.calibration.promise_of(detector.settings)
     assert detector.threshold == before
     assert detector.detect(street(1, odd=True)).decision is Decision.ANOMALY
 
