@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -12,6 +13,8 @@ from faults.campaign import MODULES, groups, run_group, write_report
 
 def main() -> int:
     """Run the cases and write a report; 1 if an outcome is not allowed."""
+    # A shell that starts this in the background makes it, and the commands it stops, ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = argparse.ArgumentParser(prog="faults", description=__doc__)
     parser.add_argument("--group", choices=sorted(MODULES), action="append", help="default: all")
     parser.add_argument("--seed", type=int, default=0)
