@@ -16,7 +16,7 @@ from reprlib import Repr
 from typing import Any
 
 from semantic_anomaly.errors import SettingsError
-from semantic_anomaly.storage import parse_yaml, read_file
+from semantic_anomaly.storage import parse_yaml, read_file, yaml_keys
 
 
 class _Short(Repr):
@@ -281,16 +281,8 @@ def resolve_paths(
 
 def _refuse_duplicates(node: Any, path: Path) -> None:
     # YAML readers silently keep the last of two equal keys.
-    pending, seen = [node], set()
-    while pending:
-        node = pending.pop()
-        if node is None or id(node) in seen or isinstance(node.value, str):
-            continue
-        seen.add(id(node))
-        for item in node.value:
-            pending.extend(item if isinstance(item, tuple) else (item,))
-        keys = [item[0].value for item in node.value if isinstance(item, tuple)]
-        counts = Counter(key for key in keys if isinstance(key, str))
+    for keys in yaml_keys(node):
+        counts = Counter(key.value for key in keys if isinstance(key.value, str))
         for key, count in counts.most_common(1):
             if count > 1:
                 raise SettingsError(f"settings file '{path}': {short(key)} is given twice")

@@ -128,7 +128,12 @@ def refuse_deep(value: Any) -> None:
     raise ValueError(f"the values nest too deep: more than {_MAX_DEPTH} levels")
 
 
-def _refuse_merge_keys(root: Any) -> None:
+def yaml_keys(root: Any) -> Iterator[list[Any]]:
+    """Yield the nodes of the keys of each mapping in a YAML document, each mapping once.
+
+    Args:
+        root: node of the document, as `yaml.compose` returns it; None for an empty one.
+    """
     pending, seen = [root], set()
     while pending:
         node = pending.pop()
@@ -137,8 +142,14 @@ def _refuse_merge_keys(root: Any) -> None:
         seen.add(id(node))
         for item in node.value:
             pending.extend(item if isinstance(item, tuple) else (item,))
-            if isinstance(item, tuple) and item[0].tag == "tag:yaml.org,2002:merge":
-                line = item[0].start_mark.line + 1
+        yield [item[0] for item in node.value if isinstance(item, tuple)]
+
+
+def _refuse_merge_keys(root: Any) -> None:
+    for keys in yaml_keys(root):
+        for key in keys:
+            if key.tag == "tag:yaml.org,2002:merge":
+                line = key.start_mark.line + 1
                 raise ValueError(f"expected no merge key, found '<<' in line {line}")
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from semantic_anomaly.cli.options import (
     add_detector_options,
     add_fleet_options,
+    add_index_output,
     add_sources_argument,
     positive,
     refuse_fleet_options,
@@ -25,14 +26,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `semantic-anomaly build-index`."""
     add_sources_argument(parser)
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="INDEX", help="folder of the new index"
-    )
-    parser.add_argument(
-        "--force",
-        action="store_true",
-        help="replace an index in --out, with its calibrations and edits",
-    )
+    add_index_output(parser)
     parser.add_argument(
         "--stride", type=positive, default=1, metavar="N", help="use every N-th frame (default 1)"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from semantic_anomaly.cli.options import (
     settings_of,
     shards_folder,
 )
-from semantic_anomaly.cli.tables import print_losses, report_losses, table
+from semantic_anomaly.cli.tables import print_losses, print_reports, report_losses, table
 from semantic_anomaly.errors import InputError
 from semantic_anomaly.evaluation.measures import HEADER, figure, measure_rows
 
@@ -175,10 +174,7 @@ def _run_on_cluster(
         num_gpus=args.num_gpus or 0.0,
         progress=True,
     )
-    for name in reports.finished:
-        print(_summary(json.loads((folders[name] / RESULTS).read_text(encoding="utf-8"))))
-        print(f"wrote {folders[name]}")
-    print(f"{len(reports.finished)} reports, of which {len(reports.ran)} were made by this run")
+    print_reports(reports, folders, RESULTS, _summary)
     return print_losses(reports.losses.values(), reports.unreadable.items())
 
 

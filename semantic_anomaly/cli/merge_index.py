@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from semantic_anomaly.cli.options import positive
+from semantic_anomaly.cli.options import add_index_output, positive
 from semantic_anomaly.cli.tables import folder_size, table
 from semantic_anomaly.errors import InputError
 
@@ -23,14 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="INDEX",
         help="folders of indexes of one camera, built with the same settings from other drives",
     )
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="INDEX", help="folder of the new index"
-    )
-    parser.add_argument(
-        "--force",
-        action="store_true",
-        help="replace an index in --out, with its calibrations and edits",
-    )
+    add_index_output(parser)
     parser.add_argument(
         "--max-entries",
         type=positive,

@@ -100,6 +100,18 @@ def shards_folder(args: argparse.Namespace) -> Path:
     return args.shards or beside
 
 
+def add_index_output(parser: argparse.ArgumentParser) -> None:
+    """Add --out, the folder of a new index, and --force."""
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="INDEX", help="folder of the new index"
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="replace an index in --out, with its calibrations and edits",
+    )
+
+
 def add_components_option(parser: argparse.ArgumentParser) -> None:
     """Add --components, a `SizeLimits`."""
     parser.add_argument(

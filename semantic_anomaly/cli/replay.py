@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from semantic_anomaly.cli.options import (
     settings_of,
     shards_folder,
 )
-from semantic_anomaly.cli.tables import print_losses, report_losses, table
+from semantic_anomaly.cli.tables import print_losses, print_reports, report_losses, table
 from semantic_anomaly.errors import InputError
 
 if TYPE_CHECKING:
@@ -115,10 +114,7 @@ def _run_on_cluster(args: argparse.Namespace, settings: Settings, camera: str) -
         num_gpus=args.num_gpus or 0.0,
         progress=True,
     )
-    for name in reports.finished:
-        print(_text(json.loads((folders[name] / SUMMARY).read_text(encoding="utf-8"))))
-        print(f"wrote {folders[name]}")
-    print(f"{len(reports.finished)} reports, of which {len(reports.ran)} were made by this run")
+    print_reports(reports, folders, SUMMARY, _text)
     unreadable = [*((f.name, f.reason) for f in failed), *reports.unreadable.items()]
     return print_losses(reports.losses.values(), unreadable)
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from semantic_anomaly.storage import folder_bytes
 
 if TYPE_CHECKING:
     from semantic_anomaly.evaluation.datasets import Dataset
+    from semantic_anomaly.fleet.reports import FleetReports
     from semantic_anomaly.io.sources import FrameSource
 
 _LISTED = 10
@@ -65,6 +67,26 @@ def print_losses(losses: Iterable[str], unreadable: Iterable[tuple[str, str]] = 
     for line in lines:
         print(f"warning: {line}")
     return 3 if lines else 0
+
+
+def print_reports(
+    reports: FleetReports,
+    folders: Mapping[str, Path],
+    summary: str,
+    text_of: Callable[[dict[str, Any]], str],
+) -> None:
+    """Print reports that were written on a cluster.
+
+    Args:
+        reports: as written.
+        folders: of the reports, by name.
+        summary: file of a report, JSON.
+        text_of: returns the text of the values of that file.
+    """
+    for name in reports.finished:
+        print(text_of(json.loads((folders[name] / summary).read_text(encoding="utf-8"))))
+        print(f"wrote {folders[name]}")
+    print(f"{len(reports.finished)} reports, of which {len(reports.ran)} were made by this run")
 
 
 def drives_listed(drives: Iterable[tuple[str, int]]) -> str:

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -189,11 +189,8 @@ class Laboratory:
 def laboratory(folder: Path) -> Iterator[Laboratory]:
     """Make the indexes; the node is started by the cases."""
     compute_as_in_tests()
-    made = Laboratory(folder)
-    try:
+    with closing(Laboratory(folder)) as made:
         yield made
-    finally:
-        made.close()
 
 
 def cases(seed: int) -> Iterator[Case]:

@@ -11,7 +11,7 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +113,8 @@ class Laboratory:
 @contextmanager
 def laboratory(folder: Path) -> Iterator[Laboratory]:
     """Make the index; nodes are started by the cases."""
-    made = Laboratory(folder)
-    try:
+    with closing(Laboratory(folder)) as made:
         yield made
-    finally:
-        made.close()
 
 
 def cases(seed: int) -> Iterator[Case]:
