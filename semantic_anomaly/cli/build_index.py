@@ -17,9 +17,9 @@ from semantic_anomaly.cli.options import (
     shards_folder,
 )
 from semantic_anomaly.cli.tables import folder_size, print_losses, report_losses, table
-from semantic_anomaly.errors import InputError
 
 if TYPE_CHECKING:
+    from semantic_anomaly.calibration.calibration import Calibration
     from semantic_anomaly.index.nominal_index import NominalIndex
 
 
@@ -63,19 +63,13 @@ def run(args: argparse.Namespace) -> int:
         progress=True,
     )
     _print_summary(index, args.out)
-    if not args.calibrate:
-        print(f"wrote {args.out}; next: semantic-anomaly calibrate {args.out}")
-        return report_losses(sources)
-    calibration = Calibration.load(args.out, camera)
-    print(f"wrote {args.out}; threshold {calibration.threshold:.4f}; {calibration.promise}")
+    _print_written(args.out, Calibration.load(args.out, camera) if args.calibrate else None)
     return report_losses(sources)
 
 
 def _run_on_cluster(args: argparse.Namespace) -> int:
     from semantic_anomaly.fleet.build_index import build_index_on_cluster
 
-    if args.calibrate:
-        raise InputError("--calibrate: expected no --ray; run calibrate on the finished index")
     settings, camera = settings_of(args)
     built = build_index_on_cluster(
         args.sources,
@@ -87,14 +81,24 @@ def _run_on_cluster(args: argparse.Namespace) -> int:
         force=args.force,
         topic=args.topic,
         stride=args.stride,
+        calibrated=args.calibrate,
         num_gpus=args.num_gpus or 0.0,
         progress=True,
     )
     content = built.index.content
     _print_summary(built.index, args.out)
     print(f"{len(content.sources)} sources, of which {built.ran} were read by this run")
-    print(f"wrote {args.out}; next: semantic-anomaly calibrate {args.out}")
-    return print_losses(built.losses, ((f.name, f.reason) for f in content.failed))
+    fleet = built.calibration
+    _print_written(args.out, fleet.calibration if fleet else None)
+    failed = (*content.failed, *(fleet.failed if fleet else ()))
+    return print_losses(built.losses, ((f.name, f.reason) for f in failed))
+
+
+def _print_written(out: Path, calibration: Calibration | None) -> None:
+    if calibration is None:
+        print(f"wrote {out}; next: semantic-anomaly calibrate {out}")
+    else:
+        print(f"wrote {out}; threshold {calibration.threshold:.4f}; {calibration.promise}")
 
 
 def _print_summary(index: NominalIndex, out: Path) -> None:

@@ -539,6 +539,10 @@ class AnomalyDetector:
         if self._live.settings.drift_window == before.settings.drift_window:
             self._drift = before._drift
 
+    def continue_blindness(self, before: BlindnessCheck) -> None:
+        """Go on with the images that another check has seen last."""
+        self._blindness = before
+
     def _note_drift(self, score: float) -> None:
         if self._drift is not None and self._drift.add(score):
             _log.warning("camera '%s': %s", self.camera, DRIFT)

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from semantic_anomaly.detection.blindness import BlindnessCheck
 from semantic_anomaly.errors import ArtefactError, InputError, SemanticAnomalyError
 from semantic_anomaly.storage import (
     atomic_folder,
@@ -284,12 +285,36 @@ def losses_of(sources: Iterable[FrameSource], rows: Iterable[Mapping[str, Any]])
     }
 
 
-def restore_tracks(
-    detector: AnomalyDetector, frame: Frame, rows: Iterable[Mapping[str, Any]]
-) -> None:
-    """Warm a detector up with its next frame, and restore its tracks from earlier rows.
+class SkippedFrames:
+    """What the frames of an earlier run leave behind, besides their rows: the last image."""
 
-    Rows are of one drive after the other, and name it under `sequence`; tracks end with a drive.
+    def __init__(self) -> None:
+        self._sequence: str | None = None
+        self.blindness = BlindnessCheck()
+
+    def add(self, frame: Frame | BadFrame, sequence: str) -> None:
+        """Add the next frame; what is known of a drive ends with it."""
+        if sequence != self._sequence:
+            self.blindness.clear()
+        self._sequence = sequence
+        if isinstance(frame, Frame):
+            self.blindness.reason(frame, 0.0, 0.0)
+
+
+def restore(
+    detector: AnomalyDetector,
+    frame: Frame,
+    rows: Iterable[Mapping[str, Any]],
+    skipped: SkippedFrames,
+) -> None:
+    """Warm a detector up with its next frame, and restore its state after earlier frames.
+
+    Args:
+        detector: to be restored.
+        frame: the next one.
+        rows: of earlier frames, of one drive after the other, which is named under `sequence`;
+            tracks end with a drive.
+        skipped: earlier frames that this run has not passed to the detector.
     """
     detector.reset()
     # The first call allocates and compiles; its time would be an outlier.
@@ -302,6 +327,7 @@ def restore_tracks(
         before = row["sequence"]
         if row["score"] is not None:
             detector.recall(row["stamp_ns"], row["boxes"], row["score"])
+    detector.continue_blindness(skipped.blindness)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -16,11 +16,12 @@ from semantic_anomaly.errors import CalibrationError, InputError
 from semantic_anomaly.evaluation import extras, figures, provenance, report
 from semantic_anomaly.evaluation.checkpoint import (
     Checkpoint,
+    SkippedFrames,
     bad_row,
     losses_of,
     refuse_full_disk,
     refuse_other_content,
-    restore_tracks,
+    restore,
     result_row,
     resumable_report,
     score_text,
@@ -216,8 +217,10 @@ def _score_frames(
     disable = None if progress else True
     bar = tqdm(dataset.read(), "evaluate", len(dataset), unit="frame", disable=disable)
     group: int | None = None
+    skipped = SkippedFrames()
     for number, (frame, truth) in enumerate(bar):
         if number < done:
+            skipped.add(frame, truth.sequence)
             continue
         if isinstance(frame, BadFrame):
             unknown = {"localized": None, "anomaly_px": None, "seen": False}
@@ -233,7 +236,9 @@ def _score_frames(
             if protocol is not None:
                 detector = protocol.detector_of(truth)
             rows = zip(checkpoint.rows, groups, strict=False)
-            restore_tracks(detector, frame, (row for row, of_row in rows if of_row == group))
+            of_group = (row for row, of_row in rows if of_row == group)
+            restore(detector, frame, of_group, skipped)
+            skipped = SkippedFrames()
         if checkpoint.rows and checkpoint.rows[-1]["sequence"] != truth.sequence:
             detector.reset()
         # Protocols exclude the frames that they score from their indexes.

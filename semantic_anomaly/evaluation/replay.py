@@ -15,10 +15,11 @@ from tqdm import tqdm
 
 from semantic_anomaly.evaluation import extras, figures, provenance, report
 from semantic_anomaly.evaluation.checkpoint import (
+    SkippedFrames,
     bad_row,
     losses_of,
     refuse_full_disk,
-    restore_tracks,
+    restore,
     result_row,
     resumable_report,
     score_text,
@@ -84,19 +85,20 @@ def replay(
     }
     with resumable_report(out, SUMMARY, WRITTEN, key) as checkpoint:
         album = report.Album(checkpoint.folder, every)
-        done, warm = len(checkpoint.rows), False
+        done, warm, skipped = len(checkpoint.rows), False, SkippedFrames()
         newest_ns: int | None = max((row["stamp_ns"] for row in checkpoint.rows), default=None)
         # As the node, which calls a bad image unknown and goes on.
         source.max_bad_share = MAX_BAD_SHARE
         bar = tqdm(source.read(), "replay", count, unit="frame", disable=None if progress else True)
         for number, frame in enumerate(bar):
+            drive = source.drive_of(frame)
             if number < done:
+                skipped.add(frame, drive)
                 continue
             newest_ns = frame.stamp_ns if newest_ns is None else newest_ns
             if events is not None:
                 refuse_jump([newest_ns, frame.stamp_ns])
             newest_ns = max(newest_ns, frame.stamp_ns)
-            drive = source.drive_of(frame)
             common = {"name": frame.name, "sequence": drive}
             if isinstance(frame, BadFrame):
                 checkpoint.record({**common, **bad_row(frame), "alarm": False})
@@ -105,7 +107,7 @@ def replay(
                 warm = True
                 if count is not None:
                     refuse_full_disk(checkpoint.folder, frame.image_hw, count - number, every)
-                restore_tracks(detector, frame, checkpoint.rows)
+                restore(detector, frame, checkpoint.rows, skipped)
             if checkpoint.rows and checkpoint.rows[-1]["sequence"] != drive:
                 detector.reset()
             result = detector.detect(frame)

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from semantic_anomaly.embedding.identity import Embedder
-from semantic_anomaly.errors import SourceError
+from semantic_anomaly.errors import CalibrationError, SourceError
 from semantic_anomaly.evaluation.provenance import files_state
+from semantic_anomaly.fleet.calibrate import FleetCalibration, calibrate_on_cluster
 from semantic_anomaly.fleet.cluster import Cluster, connected, on_nodes
 from semantic_anomaly.fleet.shards import Shards, open_shards, read_values, write_values
 from semantic_anomaly.fleet.sources import open_on_node, open_readable
@@ -48,11 +49,13 @@ class FleetBuild:
         index: as written.
         ran: sources that tasks have read; the shards of the others were finished before.
         losses: what sources left out, one sentence each.
+        calibration: as written; None where none was asked for.
     """
 
     index: NominalIndex
     ran: int
     losses: tuple[str, ...]
+    calibration: FleetCalibration | None = None
 
 
 def build_index_on_cluster(
@@ -66,6 +69,7 @@ def build_index_on_cluster(
     force: bool = False,
     topic: str | None = None,
     stride: int = 1,
+    calibrated: bool = False,
     num_gpus: float = 0.0,
     progress: bool = False,
 ) -> FleetBuild:
@@ -81,11 +85,12 @@ def build_index_on_cluster(
         address: of the cluster, or 'local': one is started on this machine.
         shards: folder on storage that all nodes share.
         out: folder to which the index is written.
-        settings, camera, force, topic, stride, progress: as in `build_index`.
+        settings, camera, force, topic, stride, calibrated, progress: as in `build_index`.
         num_gpus: GPUs of each task, may be a part of one.
 
     Raises:
         SourceError: a source does not exist, is given twice, or none can be read.
+        CalibrationError: `calibrated` with fewer than two drives.
         ClusterError: the cluster does not answer, or its nodes cannot do the work.
         TaskError: a task was lost again and again.
         ArtefactError: `out` has an index and `force` is false, or something cannot be written.
@@ -94,8 +99,11 @@ def build_index_on_cluster(
     out = Path(out).expanduser()
     refuse_existing(out, force)
     drives, failed = open_readable(sources, topic)
+    given = settings
     settings = on_nodes(settings.with_build_defaults(), num_gpus)
     recordings = recordings_of(drives, settings.recording_pattern)
+    if calibrated and len(set(recordings.values())) < 2:
+        raise CalibrationError("calibrated: expected at least 2 drives, found 1")
     with (
         open_shards(Path(shards)) as finished,
         connected(address, finished.folder, num_gpus) as cluster,
@@ -166,7 +174,19 @@ def build_index_on_cluster(
             failed=failed,
             progress=progress,
         )
-    return FleetBuild(index, len(missing), tuple(filter(None, losses)))
+    calibration = None
+    if calibrated:
+        calibration = calibrate_on_cluster(
+            out,
+            address=address,
+            shards=shards,
+            settings=given,
+            camera=camera,
+            num_gpus=num_gpus,
+            progress=progress,
+        )
+        calibration.calibration.save(out)
+    return FleetBuild(index, len(missing), tuple(filter(None, losses)), calibration)
 
 
 def build_shard(
@@ -306,6 +326,7 @@ def _merged_in_tree(
             [tasks[number] for number in missing],
             [merged[number].name for number in missing],
             description="merge",
+            on_gpu=False,
             progress=progress,
         ):
             pass

@@ -183,6 +183,7 @@ class Cluster:
         names: Sequence[str],
         *,
         description: str,
+        on_gpu: bool = True,
         progress: bool = False,
     ) -> Iterator[tuple[int, Outcome]]:
         """Run a function once for each request; yield number and outcome as they come in.
@@ -195,13 +196,15 @@ class Cluster:
             requests: arguments, of JSON types.
             names: of the sources of the requests, for messages.
             description: of the progress bar.
+            on_gpu: tasks take their GPUs; otherwise CPUs only.
             progress: show a progress bar on a terminal.
 
         Raises:
             StorageError, InputError, TaskError: a task has failed; those that wait do not run.
         """
         ray = self._ray
-        remote = ray.remote(num_cpus=1, num_gpus=self._num_gpus, max_retries=_RETRIES)(run_task)
+        num_gpus = self._num_gpus if on_gpu else 0
+        remote = ray.remote(num_cpus=1, num_gpus=num_gpus, max_retries=_RETRIES)(run_task)
         folder = str(Path.cwd())
         waiting = {remote.remote(function, dict(r), folder): n for n, r in enumerate(requests)}
         lost: list[str] = []

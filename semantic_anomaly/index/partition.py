@@ -3,10 +3,8 @@
 The nearest entry among some entries is never nearer than the nearest of all: a search of some lists
 gives upper bounds of distances.
 
-Both that search and the exact one compare projections: onto the directions in which entries vary
-most. With the projection P and what it leaves over, R, the inequality of Cauchy and Schwarz gives
-q.x <= Pq.Px + |Rq||Rx|: one product of a few dimensions. Only entries whose limit reaches the best
-similarity known are compared in full.
+Both that search and the exact one compare limits (`limits.py`) first. Only entries whose limit
+reaches the best similarity known are compared in full.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from semantic_anomaly.index.limits import ROUNDING, EntryLimits, Pairs, pair_products
 from semantic_anomaly.index.search import largest_of_pairs, nearest_similarities
 from semantic_anomaly.linalg import inner_products
 
@@ -29,18 +28,11 @@ _SEED = 100
 _BLOCK = 2048
 # Lists that bounds come from.
 _NEAREST_LISTS = 4
-# Share of the squared norms that the projection keeps, and of the dimensions that it may have.
-_PROJECTED_SHARE = 0.97
-_MAX_PROJECTED_DIMS = 0.5
-_PROJECTION_SAMPLES = 20_000
-# Limits are compared by the maxima of so many entries first; divides _BLOCK.
-_GROUP = 64
 # Queries that are compared at once with the entries of a block.
 _EXACT_QUERIES = 256
-# A query that more of the entries could be nearest to takes part in one product with all of them.
-_MAX_SURVIVORS = 0.01
-# More than the rounding errors of float32 products and roots of unit vectors: limits stay limits.
-_ROUNDING = 2e-6
+# Queries that many entries could be nearest to take part in one product with all of them, so that
+# the others have at most so many pairs with entries as there are entries, times this.
+_MAX_PAIRS_PER_ENTRY = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,8 +123,6 @@ def nearest_in_lists(
 class PartitionedEntries:
     """The entries in the order of their lists, and searches that read some of them.
 
-    Holds the projections of the entries, 14 to 50 % of the size of the embeddings.
-
     Args:
         embeddings: (count, dim) float32, unit norm; not copied.
         partition: of these entries.
@@ -145,22 +135,13 @@ class PartitionedEntries:
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             self._entries = torch.from_numpy(embeddings)
         lists = len(partition.centroids)
-        # The rows of the entries, list by list.
-        self._order = torch.from_numpy(np.argsort(partition.lists, kind="stable"))
         sizes = np.bincount(partition.lists, minlength=lists)
         self._starts = [0, *np.cumsum(sizes).tolist()]
         self._is_empty = torch.from_numpy(sizes == 0)
-        self._projection = _projection(embeddings)
-        count, dims = len(embeddings), self._projection.shape[1]
-        # Whole groups: of the last entry there are several, which only the limits know.
-        self._projected = torch.empty(count + -count % _GROUP, dims + 1)
-        for start in range(0, count, _BLOCK):
-            rows = self._order[start : start + _BLOCK]
-            factors = self._limit_factors(self._entries[rows])
-            self._projected[start : start + len(rows)] = factors
-        self._projected[count:] = self._projected[count - 1]
+        self._limits = EntryLimits(self._entries, partition.lists)
+        self._order = self._limits.order
         centroids = torch.from_numpy(np.require(partition.centroids, requirements="W"))
-        self._centroids = self._limit_factors(centroids).T.contiguous()
+        self._centroids = self._limits.factors(centroids).T.contiguous()
 
     def similarities(self, queries: np.ndarray, k: int) -> np.ndarray:
         """Return (n, k) float32: large inner products within the lists nearest to a query.
@@ -172,7 +153,7 @@ class PartitionedEntries:
             k: 1 to count.
         """
         vectors = torch.from_numpy(np.require(queries, requirements="W"))
-        entries, is_found = self._likely(self._limit_factors(vectors), k)
+        entries, is_found = self._likely(self._limits.factors(vectors), k)
         similarities = torch.empty(len(vectors), k)
         for start in range(0, len(vectors), _BLOCK):
             piece = slice(start, start + _BLOCK)
@@ -196,11 +177,14 @@ class PartitionedEntries:
         best = torch.from_numpy(self.similarities(queries, k) if known is None else known.copy())
         vectors = torch.from_numpy(np.require(queries, requirements="W"))
         is_wide = torch.zeros(len(queries), dtype=torch.bool)
+        most = max(int(_MAX_PAIRS_PER_ENTRY * len(self._entries)), len(queries))
         # Pieces of equal size: each reads the projections of all entries.
         pieces = max(1, -(-len(queries) // _EXACT_QUERIES))
         for rows in torch.arange(len(queries)).tensor_split(pieces):
-            pairs, is_wide[rows] = self._survivors(vectors[rows], best[rows].amin(dim=1))
-            best[rows] = self._compared(vectors[rows], *pairs, best[rows])
+            factors = self._limits.factors(vectors[rows])
+            least = best[rows].amin(dim=1) - ROUNDING
+            pairs, is_wide[rows] = self._limits.reaching(factors, least, most)
+            best[rows] = self._compared(vectors[rows], factors, pairs, best[rows])
         if is_wide.any():
             product = nearest_similarities(queries[is_wide.numpy()], self._embeddings, k)
             best[is_wide] = torch.from_numpy(product)
@@ -233,7 +217,7 @@ class PartitionedEntries:
             if first == last:
                 continue
             # Near entries have similar remainders too: limits come near to their similarities.
-            limits = torch.mm(factors[rows[begin:end]], self._projected[first:last].T)
+            limits = self._limits.of_range(factors[rows[begin:end]], first, last)
             own, size = order[begin:end], min(k, last - first)
             if k == 1:
                 largest, columns = limits.max(dim=1, keepdim=True)
@@ -245,68 +229,28 @@ class PartitionedEntries:
         entries = positions.view(len(factors), -1).gather(1, columns)
         return entries, values.isfinite().all(dim=1)
 
-    def _limit_factors(self, vectors: torch.Tensor) -> torch.Tensor:
-        """Return (n, dims + 1): projections, and norms of what they leave over, rounded up."""
-        projected = torch.mm(vectors, self._projection)
-        rest = (vectors**2).sum(dim=1) - (projected**2).sum(dim=1)
-        return torch.cat([projected, (rest.clamp(min=0.0) + _ROUNDING).sqrt()[:, None]], dim=1)
-
-    def _survivors(
-        self, queries: torch.Tensor, least: torch.Tensor
-    ) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
-        """Return pairs of query and entry whose similarity may reach the least that counts.
+    def _compared(
+        self, queries: torch.Tensor, factors: torch.Tensor, pairs: Pairs, best: torch.Tensor
+    ) -> torch.Tensor:
+        """Return (n, k): largest similarities of pairs; `best` where a query has fewer than k.
 
         Args:
-            queries: (n, dim).
-            least: (n,), k-th largest similarity known so far.
-
-        Returns:
-            (pairs,) rows of queries, (pairs,) rows of entries; and (n,) bool, queries with too many
-            of them, which have no pairs.
+            queries, factors: (n, dim) and (n, dims + 1).
+            pairs: of query and position.
+            best: (n, k), known so far.
         """
-        factors = self._limit_factors(queries).T.contiguous()
-        least = least - _ROUNDING
-        counts = torch.zeros(len(queries), dtype=torch.int64)
-        most = max(_MAX_SURVIVORS * len(self._entries), 1.0)
-        found: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for start in range(0, len(self._projected), _BLOCK):
-            limits = torch.mm(self._projected[start : start + _BLOCK], factors)
-            limits = limits.view(-1, _GROUP, len(queries))  # (groups, entries, n)
-            maxima = limits.amax(dim=1)
-            groups, rows = torch.nonzero((maxima >= least) & (counts <= most), as_tuple=True)
-            reaches = limits[groups, :, rows] >= least[rows, None]
-            pairs, entries = torch.nonzero(reaches, as_tuple=True)
-            rows = rows[pairs]
-            counts += torch.bincount(rows, minlength=len(queries))
-            found.append((rows, start + _GROUP * groups[pairs] + entries))
-            if (counts > most).all():
-                break
-        rows, entries = (torch.cat(parts) for parts in zip(*found, strict=True))
-        kept = (counts <= most)[rows] & (entries < len(self._entries))
-        return (rows[kept], self._order[entries[kept]]), counts > most
-
-    def _compared(
-        self, queries: torch.Tensor, rows: torch.Tensor, entries: torch.Tensor, best: torch.Tensor
-    ) -> torch.Tensor:
-        """Return (n, k): largest similarities of pairs; `best` where a query has fewer than k."""
-        similarities = torch.empty(len(rows))
-        for start in range(0, len(rows), _BLOCK):
-            piece = slice(start, start + _BLOCK)
-            products = queries[rows[piece]] * self._entries[entries[piece]]
-            torch.sum(products, dim=1, out=similarities[piece])
-        largest = largest_of_pairs(rows, similarities, *best.shape)
+        rows, positions = pairs
+        limits = self._limits.of_pairs(factors, pairs)
+        least = best.amin(dim=1)
+        # The k likeliest entries of each query first: few others then remain.
+        likeliest = largest_of_pairs(rows, limits, *best.shape)[:, -1]
+        for at_least in (likeliest, None):
+            kept = limits >= (least - ROUNDING if at_least is None else at_least)[rows]
+            entries = self._order[positions[kept]]
+            similarities = pair_products(queries, self._entries, rows[kept], entries)
+            largest = largest_of_pairs(rows[kept], similarities, *best.shape)
+            least = torch.maximum(least, largest[:, -1])
         return torch.where(largest[:, -1:] > -torch.inf, largest, best)
-
-
-def _projection(embeddings: np.ndarray) -> torch.Tensor:
-    """Return (dim, dims) float32, orthonormal: directions that keep most of the squared norms."""
-    sample = embeddings[:: max(1, len(embeddings) // _PROJECTION_SAMPLES)].astype(np.float64)
-    rows = torch.from_numpy(sample)
-    energies, directions = torch.linalg.eigh(torch.mm(rows.T, rows))
-    kept = energies.flip(0).clamp(min=0.0).cumsum(0) / energies.clamp(min=0.0).sum()
-    most = max(1, int(_MAX_PROJECTED_DIMS * len(kept)))
-    dims = min(most, 1 + int((kept < _PROJECTED_SHARE).sum()))
-    return directions.flip(1)[:, :dims].to(torch.float32).contiguous()
 
 
 def list_count(count: int) -> int:

@@ -106,6 +106,21 @@ def test_an_interrupted_run_is_resumed(tmp_path: Path, run: Run) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["drive", "out", "whole"]
 
 
+def test_a_run_interrupted_while_the_camera_is_frozen_is_resumed(tmp_path: Path, run: Run) -> None:
+    images = tmp_path / "drive/images"
+    for number in range(3, 10):
+        (images / f"{number:05d}.png").write_bytes((images / "00002.png").read_bytes())
+    settings = {"threshold": 0.1, "frozen_after_s": 0.45}
+    expected = run(tmp_path / "whole", make_detector(**settings))
+    assert expected["frames_blind"] > 2
+    stopped = make_detector(**settings)
+    # One frame is detected twice.
+    stop_after(stopped, 7, MemoryError)
+    with pytest.raises(MemoryError):
+        run(tmp_path / "out", stopped)
+    assert untimed(run(tmp_path / "out", make_detector(**settings))) == untimed(expected)
+
+
 def test_a_run_interrupted_while_its_report_is_written_is_resumed(
     tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,6 +67,25 @@ def test_it_equals_that_of_one_process_and_damaged_drives_are_named(
         _read_sums(damaged.with_suffix(""), [None])
 
 
+def test_an_index_is_built_and_calibrated_by_one_command(
+    cluster: Any, drives: list[str], options: dict[str, Any], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out = tmp_path / "index"
+    settings = [f"--set={name}={value}" for name, value in options.items()]
+    ray = ["--calibrate", *settings, "--shards", str(tmp_path / "shards")]
+    ray += ["--ray", cluster.address]
+    assert main(["build-index", *drives[:2], "--out", str(out), *ray]) == 0
+    found = Calibration.load(out)
+    assert f"threshold {found.threshold:.4f}" in capsys.readouterr().out
+    expected = calibrate(NominalIndex.load(out), settings=Settings(**options))
+    assert found.sha256 == expected.sha256
+    # Before the work.
+    assert main(["build-index", drives[0], "--out", str(tmp_path / "one"), *ray]) == 1
+    assert "expected at least 2 drives, found 1" in capsys.readouterr().err
+    assert not (tmp_path / "one").exists()
+
+
 def test_bad_input_is_refused(
     cluster: Any, drives: list[str], folder: Path, options: dict[str, Any], tmp_path: Path
 ) -> None:

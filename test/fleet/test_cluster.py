@@ -52,7 +52,6 @@ def test_options_of_a_fleet_need_ray(
     command = argv(drives, tmp_path)
     refused([*command, "--num-gpus", "1"], "--num-gpus: expected --ray", capsys)
     refused([*command, "--shards", str(tmp_path)], "--shards: expected --ray", capsys)
-    refused([*command, "--calibrate", "--ray"], "--calibrate: expected no --ray", capsys)
 
 
 def test_without_the_extra_ray_is_asked_for(drives: list[str], tmp_path: Path) -> None:

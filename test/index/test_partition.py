@@ -6,9 +6,12 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 from worlds.nominal_world import unit
 
+from semantic_anomaly.index import limits as limits_module
 from semantic_anomaly.index import partition as partition_module
+from semantic_anomaly.index.limits import EntryLimits
 from semantic_anomaly.index.partition import Partition, PartitionedEntries
 
 Rng = np.random.Generator
@@ -41,6 +44,15 @@ def few(rng: Rng) -> np.ndarray:
 def entries(request: pytest.FixtureRequest, rng: Rng) -> np.ndarray:
     make: Callable[[Rng], np.ndarray] = request.param
     return make(rng)
+
+
+@pytest.fixture(params=["integers", "floats"], autouse=True)
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run every test with both kinds of products that limits are computed with."""
+    if request.param == "floats":
+        monkeypatch.setattr(limits_module, "has_integer_products", lambda: False)
+    elif not limits_module.has_integer_products():
+        pytest.skip("this processor has no products of 8-bit integers (VNNI)")
 
 
 def queries(rng: Rng, entries: np.ndarray) -> np.ndarray:
@@ -82,16 +94,16 @@ def test_few_entries_are_compared_in_full_where_they_are_clustered(
     entries[:, DIM // 2 :] *= 0.05
     entries = unit(entries)
     searched = PartitionedEntries(entries, Partition.of(entries))
-    monkeypatch.setattr(partition_module, "_MAX_SURVIVORS", 0.1)
+    monkeypatch.setattr(partition_module, "_MAX_PAIRS_PER_ENTRY", 50.0)
     monkeypatch.setattr(partition_module, "nearest_similarities", None)
     pairs: list[int] = []
-    compared = PartitionedEntries._compared
+    products = partition_module.pair_products
 
-    def counted(self: PartitionedEntries, asked: object, rows: object, *rest: object) -> object:
-        pairs.append(len(rows))  # type: ignore[arg-type]
-        return compared(self, asked, rows, *rest)  # type: ignore[arg-type]
+    def counted(*arguments: torch.Tensor) -> torch.Tensor:
+        pairs.append(len(arguments[2]))
+        return products(*arguments)
 
-    monkeypatch.setattr(PartitionedEntries, "_compared", counted)
+    monkeypatch.setattr(partition_module, "pair_products", counted)
     searched.exact_similarities(entries[:50], 1)
     assert 50 <= sum(pairs) < 50 * len(entries) / 20
 
@@ -101,7 +113,6 @@ def test_one_product_replaces_the_comparisons_where_too_many_entries_are_near(
     rng: Rng, monkeypatch: pytest.MonkeyPatch, k: int
 ) -> None:
     entries = scattered(rng)
-    searched = PartitionedEntries(entries, Partition.of(entries))
     calls: list[int] = []
     product = partition_module.nearest_similarities
 
@@ -110,10 +121,11 @@ def test_one_product_replaces_the_comparisons_where_too_many_entries_are_near(
         return product(asked, stored, k)
 
     monkeypatch.setattr(partition_module, "nearest_similarities", counted)
-    monkeypatch.setattr(partition_module, "_MAX_SURVIVORS", 0.05)
-    monkeypatch.setattr(partition_module, "_BLOCK", 64)
-    monkeypatch.setattr(partition_module, "_GROUP", 16)
+    monkeypatch.setattr(partition_module, "_MAX_PAIRS_PER_ENTRY", 1.0)
+    monkeypatch.setattr(limits_module, "_BLOCK", 64)
+    monkeypatch.setattr(limits_module, "_GROUP", 16)
     monkeypatch.setattr(partition_module, "_EXACT_QUERIES", 16)
+    searched = PartitionedEntries(entries, Partition.of(entries))
     asked = np.concatenate([unit(rng.standard_normal((30, DIM))), entries[:10]])
     similarities = np.sort(searched.exact_similarities(asked, k), axis=1)
     expected = np.sort(asked @ entries.T, axis=1)[:, -k:]
@@ -161,3 +173,30 @@ def test_empty_lists_are_never_nearest(rng: Rng) -> None:
     np.testing.assert_allclose(
         np.sort(searched.exact_similarities(entries, 2), axis=1), expected[:, -2:], atol=1e-6
     )
+
+
+def test_no_entry_that_counts_is_left_out_and_few_others_stay(
+    rng: Rng, entries: np.ndarray
+) -> None:
+    points = torch.from_numpy(entries)
+    asked = torch.from_numpy(queries(rng, entries).astype(np.float32))
+    limits = EntryLimits(points, np.zeros(len(points), int))
+    factors = limits.factors(asked)
+    true = asked @ points[limits.order].T
+    of_all = limits.of_range(factors, 0, len(points))
+    assert (of_all >= true - 1e-6).all()
+    for quantile in (0.5, 0.9, 1.0):
+        least = true.quantile(quantile, dim=1)
+        (rows, positions), is_wide = limits.reaching(factors, least, 10**6)
+        assert not is_wide.any()
+        reached = torch.zeros_like(true, dtype=torch.bool)
+        reached[rows, positions] = True
+        assert reached[true >= least[:, None] + 1e-6].all(), "an entry that counts is left out"
+        # Steps are 1/127 of the largest of 6 values: what they leave over is below .03.
+        assert not reached[of_all < least[:, None] - 0.03].any()
+        # With fewer pairs, the queries with the most have none.
+        most = len(rows) // 2
+        (few, _), is_wide = limits.reaching(factors, least, most)
+        counts = torch.bincount(rows, minlength=len(asked))
+        assert len(few) <= most and is_wide.any() and not is_wide[few].any()
+        assert counts[~is_wide].double().mean() < counts[is_wide].double().mean()
