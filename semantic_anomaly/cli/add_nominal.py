@@ -94,9 +94,9 @@ def _chosen(
 ) -> Iterator[Frame]:
     from semantic_anomaly.calibration.leakage import refuse_seen
     from semantic_anomaly.io.sources import BadFrame
-    from semantic_anomaly.offline.drives import recorded_recording
+    from semantic_anomaly.offline.drives import BlindFrames, recorded_recording
 
-    wanted, read = _wanted(args), set()
+    wanted, read, blind_frames = _wanted(args), set(), BlindFrames(args.source)
     for number, frame in enumerate(source.read(), start=first):
         if wanted is not None and number not in wanted:
             continue
@@ -107,8 +107,10 @@ def _chosen(
             refuse_seen(index, frame)
         except CalibrationError:
             raise InputError(f"frame '{frame.name}': the index was built from it already") from None
+        blind_frames.add(frame)
         drive = source.drive_of(frame)
         recording = recorded_recording(index.content.sources, source, drive)
         yield replace(frame, recording=recording or "")
     if missing := sorted((wanted or set()) - read):
         raise SourceError(f"source '{source.path}': frame {missing[0]}: there is no such frame")
+    blind_frames.warn()

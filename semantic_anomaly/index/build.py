@@ -6,6 +6,7 @@ Each stage has its own entries.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -191,6 +192,8 @@ class Selection:
         self.frames: list[FrameRecord] = []
         self._number, self._roi = number, roi
         self._in_graph = 0
+        # Additions to the graph that are under way, with their entries.
+        self._growing: list[tuple[Future[None], int]] = []
         self.max_entries = max_entries
         # (max_entries,) bool or less by recording: entries that suppressed its embeddings.
         self._supported: dict[str, np.ndarray] = {}
@@ -298,6 +301,19 @@ class Selection:
         rows = np.where(is_covered, nearest, -1)
         rows[stored] = before + np.arange(len(stored))
         return TakenEntries(rows, is_stored, nearest, frame_numbers)
+
+    def grow_graph(self, executor: Executor) -> None:
+        """Add the entries so far to the graph while more are taken in; `finish` waits for it.
+
+        Args:
+            executor: of one thread, so that equal entries give equal graphs.
+        """
+        if not self._growing:
+            self.graph.reserve(len(self._embeddings))
+        for start in range(self._in_graph, self.count, _GRAPH_BLOCK):
+            block = self.embeddings[start : start + _GRAPH_BLOCK]
+            self._growing.append((executor.submit(self.graph.add, block), len(block)))
+        self._in_graph = self.count
 
     def add_report(self, report: BuildReport) -> None:
         """Count what another selection has read, suppressed and dropped."""
@@ -449,6 +465,11 @@ class Selection:
         return nearest_in_lists(embeddings, self.embeddings, Partition.of(self.embeddings))
 
     def _complete_graph(self, report_progress: Callable[[int], object] | None = None) -> None:
+        for future, entries in self._growing:
+            future.result()
+            if report_progress is not None:
+                report_progress(entries)
+        self._growing.clear()
         if self._in_graph == self.count:
             return
         if report_progress is None:

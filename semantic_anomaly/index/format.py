@@ -35,7 +35,7 @@ from semantic_anomaly.index.content import (
     Retracted,
     Support,
 )
-from semantic_anomaly.index.hnsw import HnswGraph, graph_parameters
+from semantic_anomaly.index.hnsw import HnswGraph, check_graph_file, graph_parameters
 from semantic_anomaly.index.partition import Partition
 from semantic_anomaly.index.search import are_unit_vectors
 from semantic_anomaly.roi import RegionOfInterest
@@ -130,10 +130,22 @@ def read_graph(folder: Path, content: IndexContent, manifest: Mapping[str, Any])
     Raises:
         IndexFormatError: changed since the folder was read, or not the graph of its embeddings.
     """
+    with _checked_graph(folder, manifest) as path:
+        return HnswGraph.load(path, content.embeddings)
+
+
+def check_graph(folder: Path, content: IndexContent, manifest: Mapping[str, Any]) -> None:
+    """Check the file of the graph of an index folder in little memory; raises as `read_graph`."""
+    with _checked_graph(folder, manifest) as path:
+        check_graph_file(path, content.embeddings)
+
+
+@contextmanager
+def _checked_graph(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Path]:
     with _readable(folder):
         _check_file(folder, GRAPH, manifest["files"][GRAPH])
         with _named(folder):
-            return HnswGraph.load(folder / GRAPH, content.embeddings)
+            yield folder / GRAPH
 
 
 def fingerprint_of(folder: Path) -> str:

@@ -145,27 +145,29 @@ def check_graph_file(path: Path, embeddings: np.ndarray) -> None:
         OSError: the file cannot be read.
     """
     count, dim = embeddings.shape
-    data = np.fromfile(path, np.uint8)
     layout = _element_layout(dim)
-    end = _HEADER.size + count * layout.itemsize
-    if len(data) < end + 4 * count:
-        raise _wrong(f"at least {end + 4 * count} bytes", len(data))
-    header = _HEADER.unpack(data[: _HEADER.size].tobytes())
-    found = (*header[:6], *header[8:11])
-    size, links_bytes = layout.itemsize, layout["links"].itemsize
+    size, length = layout.itemsize, path.stat().st_size
+    end = _HEADER.size + count * size
+    if length < end + 4 * count:
+        raise _wrong(f"at least {end + 4 * count} bytes", length)
+    links_bytes = layout["links"].itemsize
     expected = (0, count, count, size, links_bytes + dim * 4, links_bytes, M, 2 * M, M)
-    if found != expected:
-        raise _wrong(f"header {expected}", found)
-    elements = data[_HEADER.size : end].view(layout)
-    # In pieces, because what is compared is copied.
-    for start in range(0, count, _PIECE):
-        piece = elements[start : start + _PIECE]
-        if not np.array_equal(piece["vector"], embeddings[start : start + _PIECE]):
-            raise _wrong("the vectors of embeddings.npy", "others")
-        if not np.array_equal(piece["label"], np.arange(start, start + len(piece))):
-            raise _wrong("labels in row order", "others")
-        _check_links(piece["links"], count, 2 * M)
-    _check_upper_levels(data[end:], count, header[6], header[7])
+    with path.open("rb") as file:
+        header = _HEADER.unpack(file.read(_HEADER.size))
+        found = (*header[:6], *header[8:11])
+        if found != expected:
+            raise _wrong(f"header {expected}", found)
+        # In pieces: the graph is as large as the index.
+        for start in range(0, count, _PIECE):
+            rows = min(_PIECE, count - start)
+            piece = np.frombuffer(file.read(rows * size), layout)
+            if not np.array_equal(piece["vector"], embeddings[start : start + rows]):
+                raise _wrong("the vectors of embeddings.npy", "others")
+            if not np.array_equal(piece["label"], np.arange(start, start + rows)):
+                raise _wrong("labels in row order", "others")
+            _check_links(piece["links"], count, 2 * M)
+        upper_levels = np.frombuffer(file.read(), np.uint8)
+    _check_upper_levels(upper_levels, count, header[6], header[7])
 
 
 def _element_layout(dim: int) -> np.dtype[np.void]:

@@ -88,7 +88,8 @@ class EntryLimits:
         Args:
             factors: (n, dims + 1), of the queries.
             least: (n,), of each query.
-            most: pairs; with more of them, the queries with the most have none.
+            most: pairs; with more of them, the queries with the most have none, or all queries if
+                that is true for more than half of them.
 
         Returns:
             (pairs,) queries and (pairs,) positions; and (n,) bool, queries that have none because
@@ -116,7 +117,9 @@ class EntryLimits:
             if counts[is_open].sum() > most:
                 order = torch.where(is_open, counts, most + 1).argsort(stable=True)
                 is_open[order] &= counts[order].cumsum(0) <= most
-                if not is_open.any():
+                # One product with all entries costs less than to tell so many apart.
+                if 2 * is_open.sum() < len(is_open):
+                    is_open[:] = False
                     break
         rows, positions = (torch.cat(parts) for parts in zip(*reached, strict=True))
         kept = is_open[rows] & (positions < self._count)

@@ -6,7 +6,9 @@ merged index, and numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -108,50 +110,62 @@ def merge(
     all_failed = [*failed]
     template: list[IndexContent] = []
     edits = 0
-    for number, part in enumerate(parts):
-        renamed = recordings[number] if recordings else {}
-        if not template:
-            template = [_without_arrays(stage.content) for stage in part.stages]
-            merged = [
-                _MergedStage.of(stage, stage_number, max_entries, dedup_distance, count)
-                for stage_number, (stage, dedup_distance) in enumerate(
-                    zip(part.stages, dedup_distances, strict=True)
-                )
-            ]
-        for stage, of_part in zip(merged, part.stages, strict=True):
-            stage.add(of_part.content, renamed, edits, report_progress)
-        edits += max((edit.number for edit in part.edits), default=0)
-        content = part.content
-        written = part.manifest["written"]
-        described += content.parts or (
-            IndexPart(
-                part.fingerprint,
-                str(written["created"]),
-                str(written["package_version"]),
-                sum(stage.count for stage in part.stages),
-                tuple(source.name for source in content.sources),
-            ),
-        )
-        names = source_names[number] if source_names else [s.name for s in content.sources]
-        sources += [
-            replace(
-                source,
-                name=name,
-                recordings={d: renamed.get(r, r) for d, r in source.recordings.items()},
+    with _one_thread() as executor:
+        for number, part in enumerate(parts):
+            renamed = recordings[number] if recordings else {}
+            if not template:
+                template = [_without_arrays(stage.content) for stage in part.stages]
+                merged = [
+                    _MergedStage.of(stage, stage_number, max_entries, dedup_distance, count)
+                    for stage_number, (stage, dedup_distance) in enumerate(
+                        zip(part.stages, dedup_distances, strict=True)
+                    )
+                ]
+            for stage, of_part in zip(merged, part.stages, strict=True):
+                stage.add(of_part.content, renamed, edits, report_progress)
+                stage.selection.grow_graph(executor)
+            edits += max((edit.number for edit in part.edits), default=0)
+            content = part.content
+            written = part.manifest["written"]
+            described += content.parts or (
+                IndexPart(
+                    part.fingerprint,
+                    str(written["created"]),
+                    str(written["package_version"]),
+                    sum(stage.count for stage in part.stages),
+                    tuple(source.name for source in content.sources),
+                ),
             )
-            for source, name in zip(content.sources, names, strict=True)
+            names = source_names[number] if source_names else [s.name for s in content.sources]
+            sources += [
+                replace(
+                    source,
+                    name=name,
+                    recordings={d: renamed.get(r, r) for d, r in source.recordings.items()},
+                )
+                for source, name in zip(content.sources, names, strict=True)
+            ]
+            all_failed += content.failed
+        contents = [
+            replace(
+                stage.content(of_template, report_progress),
+                sources=tuple(sources),
+                parts=tuple(described),
+                failed=tuple(all_failed),
+            )
+            for stage, of_template in zip(merged, template, strict=True)
         ]
-        all_failed += content.failed
-    contents = [
-        replace(
-            stage.content(of_template, report_progress),
-            sources=tuple(sources),
-            parts=tuple(described),
-            failed=tuple(all_failed),
-        )
-        for stage, of_template in zip(merged, template, strict=True)
-    ]
-    return NominalIndex.of_stages(contents, [stage.selection.graph for stage in merged])
+        return NominalIndex.of_stages(contents, [stage.selection.graph for stage in merged])
+
+
+@contextmanager
+def _one_thread() -> Iterator[Executor]:
+    """Yield an executor on which graphs grow while the next parts are compared."""
+    executor = ThreadPoolExecutor(1)
+    try:
+        yield executor
+    finally:
+        executor.shutdown(cancel_futures=True)
 
 
 def _without_arrays(content: IndexContent) -> IndexContent:

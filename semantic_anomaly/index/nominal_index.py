@@ -20,6 +20,7 @@ from semantic_anomaly.index.build import BuildReport, NominalFrame, Selection, s
 from semantic_anomaly.index.content import Edit, IndexContent, RecordedSource, Support
 from semantic_anomaly.index.device import DeviceEntries
 from semantic_anomaly.index.format import (
+    check_graph,
     read_content,
     read_graph,
     refuse_existing,
@@ -266,8 +267,9 @@ class NominalIndex:
                 write_content(temporary / stage_folder(number), stage.content, stage._ready_graph())
             try:
                 written = NominalIndex.load(temporary)
-                for stage in written.stages:
-                    stage._ready_graph()
+                for number, stage in enumerate(written.stages):
+                    path = temporary / stage_folder(number) if number else temporary
+                    check_graph(path, stage.content, stage.manifest)
             except IndexFormatError as error:
                 raise ArtefactError(f"cannot write index '{folder}': {error}") from error
             if beside is not None:

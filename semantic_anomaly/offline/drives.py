@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from tqdm import tqdm
 
+from semantic_anomaly.detection.blindness import BlindnessCheck
 from semantic_anomaly.embedding.identity import Embedder
 from semantic_anomaly.errors import SourceError
 from semantic_anomaly.index.content import RecordedSource
@@ -33,6 +35,7 @@ _KEPT_BYTES = 2**30
 _SELECTED = re.compile(r"(\[[-\d:]*\])?( \(\d+\))?$")
 # A file of a split bag.
 _BAG_PART = re.compile(r"(?P<recording>.+)_\d+\.(?:mcap|db3)")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -356,6 +359,7 @@ def embedded_frames(
     with tqdm(total=total, desc=description, unit="frame", disable=disable) as bar:
         for name, source in sources.items():
             bar.set_postfix_str(name, refresh=False)
+            blind_frames = BlindFrames(name)
             frames = itertools.islice(source, 0, None, strides.get(name, stride))
             while skipped and next(frames, None) is not None:
                 skipped -= 1
@@ -363,9 +367,38 @@ def embedded_frames(
             while batch := list(itertools.islice(frames, BATCH_FRAMES)):
                 grids = embedder.embed([frame.image for frame in batch])
                 for frame, grid in zip(batch, grids, strict=True):
+                    blind_frames.add(frame)
                     drive = drive_name(name, source, source.drive_of(frame))
                     yield drive, source, replace(frame, recording=recordings.get(drive, "")), grid
                 bar.update(len(batch))
+            blind_frames.warn()
+
+
+class BlindFrames:
+    """Frames of a source that the detector calls unknown, as the camera is covered or frozen."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._settings, self._check = name, Settings(), BlindnessCheck()
+        self._seen = self._blind = 0
+        self._first = ""
+
+    def add(self, frame: Frame) -> None:
+        """Add the next frame."""
+        settings = self._settings
+        reason = self._check.reason(frame, settings.least_contrast, settings.frozen_after_s)
+        self._seen += 1
+        if reason:
+            self._blind += 1
+            self._first = self._first or f"'{frame.name}': {reason}"
+
+    def warn(self) -> None:
+        """Say how many there were: what they show becomes nominal."""
+        if self._blind:
+            _log.warning(
+                "source '%s': %d of %d frames are taken as nominal although they show nothing, the "
+                "first %s; select the others with '%s[START:STOP]'",
+                *(self._name, self._blind, self._seen, self._first, self._name),
+            )
 
 
 def _is_several(sources: Sources) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from worlds.bags import RAW, data_file, raw, write_bag
 from worlds.drives import gray_image, gray_levels, make_folder
@@ -78,6 +79,18 @@ def test_frames_are_embedded_in_batches_of_four(
 def test_refuses_sources(folder: Path, sources: Callable[[Path], list[Any]], message: str) -> None:
     with pytest.raises(SourceError, match=message):
         open_drives(sources(folder))
+
+
+def test_frames_that_show_nothing_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (6, 20, 30, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
+    assert len(list(embedded_frames({"day": Arrays(images, "day")}, CountingEmbedder()))) == 6
+    assert not caplog.records
+    images[:2] = 3
+    assert len(list(embedded_frames({"day": Arrays(images, "day")}, CountingEmbedder()))) == 6
+    [record] = caplog.records
+    assert "source 'day': 2 of 6 frames are taken as nominal although they show" in record.message
+    assert "image without contrast" in record.message and "'day[START:STOP]'" in record.message
 
 
 def test_selections_of_one_folder_are_one_recording(folder: Path, tmp_path: Path) -> None:
