@@ -6,8 +6,21 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 
+# Characters of a message that are kept at its ends; values of damaged files can have any length.
+_BEGIN, _END = 900, 400
+
+
 class SemanticAnomalyError(Exception):
-    """Base class of all errors of this package; commands print it as one line."""
+    """Base class of all errors of this package; commands print it as one line.
+
+    The middle of a message of more than 1300 characters is left out.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if len(text) > _BEGIN + _END:
+            text = f"{text[:_BEGIN]} ... {text[-_END:]}"
+        return text
 
 
 class InputError(SemanticAnomalyError):

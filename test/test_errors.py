@@ -31,3 +31,10 @@ def test_first_line_is_short_and_never_empty() -> None:
     assert first_line(ValueError("\n one \ntwo")) == "one"
     assert first_line(KeyError()) == "KeyError"
     assert len(first_line(OSError("x" * 1000))) == 200
+
+
+def test_messages_are_short_whatever_values_they_quote() -> None:
+    text = str(MismatchError("manifest", "64 digits", [10**100] * 100, "build it again"))
+    assert len(text) < 1400
+    assert text.startswith("manifest: expected 64 digits, found [1000")
+    assert " ... " in text and text.endswith("; build it again")

@@ -474,7 +474,9 @@ def _tried(name: str, parser: Fuzz, cases: int, seed: int) -> Count:
     try:
         attempt()
     except Exception as error:
-        failure = f"{type(error).__name__}: {error}"[:600]
+        # Hypothesis raises a group of several failures.
+        failures = getattr(error, "exceptions", (error,))
+        failure = "; ".join(f"{type(each).__name__}: {each}"[:300] for each in failures)
     seconds = round(time.monotonic() - begin_s, 1)
     return Count(name, counts["cases"], counts["accepted"], counts["refused"], seconds, failure)
 
