@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-
 # Characters of a message that are kept at its ends; values of damaged files can have any length.
 _BEGIN, _END = 900, 400
 

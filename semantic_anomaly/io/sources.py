@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import re
 import sys
@@ -40,6 +39,8 @@ _log = logging.getLogger(__name__)
 
 # Share of bad frames up to which the commands go on, at least one frame.
 MAX_BAD_SHARE = 0.1
+# Nanoseconds of stamps take 64 bits.
+_MAX_STAMP_S = 9e9
 
 
 @dataclass(frozen=True)
@@ -491,7 +492,7 @@ def _read_labels(folder: Path, files: list[Path]) -> tuple[dict[str, int], dict[
     if any("stamp_s" in row for row in rows.values()):
         for file in files:
             stamp: Any = rows.get(file.name, {}).get("stamp_s")
-            if type(stamp) not in (int, float) or not math.isfinite(stamp):
+            if type(stamp) not in (int, float) or not abs(stamp) <= _MAX_STAMP_S:
                 raise SourceError(
                     f"labels '{labels}': expected a stamp_s in seconds for '{file.name}', "
                     f"found {stamp!r}"

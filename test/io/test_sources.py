@@ -105,6 +105,8 @@ def test_labels_without_stamps_change_nothing(tmp_path: Path, rows: object) -> N
         ('{"0.png": {"stamp_s": 1}, "1.png": {"stamp_s": "2"}}', "found '2'"),
         ('{"0.png": {"stamp_s": 1}, "1.png": {"stamp_s": NaN}}', "found nan"),
         ('{"0.png": {"stamp_s": 1}, "1.png": {"stamp_s": true}}', "found True"),
+        ('{"0.png": {"stamp_s": 1}, "1.png": {"stamp_s": 1e300}}', r"found 1e\+300"),
+        ('{"0.png": {"stamp_s": 1}, "1.png": {"stamp_s": -1' + "0" * 400 + "}}", "found -10000"),
     ],
 )
 def test_labels_with_some_stamps_are_refused(tmp_path: Path, content: str, message: str) -> None:
