@@ -90,7 +90,8 @@ def _event(path: Path | str, number: int, entry: Any) -> Event:
             f"{entry!r:.80}"
         )
     times = [entry["start_s"], entry["end_s"]]
-    if any(isinstance(t, bool) or not isinstance(t, int | float) for t in times):
+    # An integer may be larger than any float.
+    if any(type(t) not in (int, float) or (type(t) is int and abs(t) > 1e10) for t in times):
         raise InputError(f"events '{path}': number {number}: expected seconds, found {times!r:.60}")
     if not isinstance(entry.get("kind", ""), str):
         raise InputError(f"events '{path}': number {number}: kind: expected a text")

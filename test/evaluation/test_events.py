@@ -118,6 +118,7 @@ def test_events_are_read_from_yaml(tmp_path: Path) -> None:
         ("events: [{start_s: 1, end_s: 2, color: red}]\n", "expected start_s, end_s"),
         ("events: [{start_s: one, end_s: 2}]\n", "expected seconds"),
         ("events: [{start_s: true, end_s: 2}]\n", "expected seconds"),
+        (f"events: [{{start_s: 1, end_s: {10**400}}}]\n", "expected seconds"),
         ("events: [{start_s: 2, end_s: 1}]\n", "0 <= start_s < end_s"),
         ("events: [{start_s: .nan, end_s: 1}]\n", "0 <= start_s < end_s"),
         ("events: [{start_s: 1, end_s: 2, kind: 3}]\n", "kind: expected a text"),
