@@ -276,8 +276,8 @@ def _check_memory(folder: Path, files: Mapping[str, Any]) -> None:
     """Refuse an index that does not fit into memory, before anything of it is read."""
     # The graph is read where it is asked, and takes as much memory as on disk.
     needed = sum(entry["bytes"] for name, entry in files.items() if name != GRAPH)
-    # Projections of the embeddings, for the search.
-    needed += files[EMBEDDINGS]["bytes"] // 2
+    # Projections of the embeddings for the search, as numbers of 32 bits and of 8 bits.
+    needed += files[EMBEDDINGS]["bytes"] * 5 // 8
     available = available_memory_bytes()
     if available is not None and needed > available:
         raise _wrong(

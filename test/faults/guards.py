@@ -184,7 +184,7 @@ GUARDS = (
     Guard(
         "vectors of a graph",
         "index/hnsw.py",
-        'if not np.array_equal(piece["vector"], embeddings[start : start + _PIECE]):',
+        'if not np.array_equal(piece["vector"], embeddings[start : start + rows]):',
         "if False:",
         "files",
         "forged: graph body/.*vectors swapped",

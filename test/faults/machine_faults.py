@@ -106,8 +106,8 @@ def _in_node(
     return run
 
 
-def _reaction(b: Any, seed: int = 200, **stamp: Any) -> Outcome:
-    """Send an anomalous frame; return what is said about it."""
+def _reaction(b: Any, seed: int = 200, *, of_frame: bool = True, **stamp: Any) -> Outcome:
+    """Send an anomalous frame; return what is said about it, or what is said next."""
     from worlds.ros import frame, odd_image, offline_detector, values_of
 
     image = odd_image(seed)
@@ -117,7 +117,7 @@ def _reaction(b: Any, seed: int = 200, **stamp: Any) -> Outcome:
     while time.monotonic() < end:
         b.executor.spin_once(timeout_sec=0.05)
         for status in statuses:
-            if status.header != message.header:
+            if of_frame and status.header != message.header:
                 continue
             values = values_of(status.status[0])
             if values["decision"] == "unknown":
@@ -262,7 +262,8 @@ def _hanging_worker(b: Any, lab: Any) -> Outcome:
     # What is said while it hangs.
     global _ANSWER_S
     kept, _ANSWER_S = _ANSWER_S, 5.0
-    outcome = _reaction(b)
+    # The watchdog speaks of the camera, not of this frame.
+    outcome = _reaction(b, of_frame=False)
     _ANSWER_S = kept
     embedder.embed = embed
     opened.set()
