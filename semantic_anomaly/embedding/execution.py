@@ -164,6 +164,9 @@ class OpenVinoRun:
                     check_trace=False,
                 )
                 model = _openvino().convert_model(traced, input=[*shape])
+                del traced
+                # Torch would keep what was traced, with all weights, for as long as the process.
+                torch._C._jit_clear_class_registry()
             return _core().compile_model(model, "CPU", self._options).create_infer_request()
         # The converter raises errors of its own, of torch and of Python.
         except Exception as error:

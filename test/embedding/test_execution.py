@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -122,6 +123,28 @@ def test_few_compiled_networks_are_kept(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(compiled) == 5
     run(pixels, [0, 1])
     assert len(compiled) == 6
+
+
+@needs_openvino
+def test_networks_that_are_gone_take_no_memory() -> None:
+    def resident_mb() -> float:
+        return (
+            int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+        )
+
+    def load_and_run() -> None:
+        weights = torch.rand(2000, 5000)  # 40 MB
+        run = OpenVinoRun(
+            lambda pixels, _: [(pixels.float().mean() * weights).sum(dim=1)], torch.float32, "large"
+        )
+        run(torch.ones(1, 3, 8, 8, dtype=torch.uint8), [0])
+
+    load_and_run()
+    before_mb = resident_mb()
+    for _ in range(8):
+        load_and_run()
+    gc.collect()
+    assert resident_mb() - before_mb < 160
 
 
 @needs_openvino
