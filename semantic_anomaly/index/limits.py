@@ -5,15 +5,16 @@ the inequality of Cauchy and Schwarz gives
 
     q.x <= Pq.Px + |Rq||Rx|,
 
-one product of a few dimensions. Processors with products of 8-bit integers (VNNI) compute them
-first: of Px less the mean m, in steps, y, and of Pq in steps, p. What the steps leave over is
-limited in the same way:
+one product of a few dimensions. On processors with products of 8-bit integers (VNNI), a looser
+limit comes first. There y is Px less the mean m of the entries, and p is Pq, both rounded to steps.
+The same inequality limits what rounding leaves over:
 
     Pq.Px <= Pq.m + p.y + |Pq - p||y| + |Pq||Px - m - y|.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -34,7 +35,12 @@ _SEED = 100
 # More than the rounding errors of float32 products and roots of unit vectors: limits stay limits.
 ROUNDING = 2e-6
 
+# (pairs,) rows of queries, and (pairs,) positions of entries.
 Pairs = tuple[torch.Tensor, torch.Tensor]
+# (m,) groups, (m,) rows of queries, and (m, entries of a group) bool: whose limits reach.
+Reaching = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+# First entry of a block, and (n,) bool of the queries that take part -> of that block.
+Compare = Callable[[int, torch.Tensor], Reaching]
 
 
 class EntryLimits:
@@ -64,7 +70,9 @@ class EntryLimits:
         for rows in pieces:
             self._factors[rows] = self.factors(entries[self.order[rows]])
         self._factors[self._count :] = self._factors[self._count - 1]
-        self._integers = _Integers.of(self._factors) if has_integer_products() else None
+        self._coarse: _Integers | _Floats = (
+            _Integers.of(self._factors) if has_integer_products() else _Floats(self._factors)
+        )
 
     def factors(self, vectors: torch.Tensor) -> torch.Tensor:
         """Return (n, dims + 1): projections, and norms of what they leave over, rounded up."""
@@ -95,21 +103,12 @@ class EntryLimits:
             (pairs,) queries and (pairs,) positions; and (n,) bool, queries that have none because
             they had too many.
         """
-        columns = factors.T.contiguous()
-        integers = self._integers
-        query = None if integers is None else _IntegerQueries.of(factors, integers.mean)
+        reaching = self._coarse.compared(factors, least)
         counts = torch.zeros(len(factors), dtype=torch.int64)
         is_open = torch.ones(len(factors), dtype=torch.bool)
         reached: list[Pairs] = []
         for start in range(0, len(self._factors), _BLOCK):
-            if integers is None or query is None:
-                limits = torch.mm(self._factors[start : start + _BLOCK], columns)
-                limits = limits.view(-1, _GROUP, len(factors))
-                is_reaching = (limits.amax(dim=1) >= least) & is_open
-                groups, rows = torch.nonzero(is_reaching, as_tuple=True)
-                reaches = limits[groups, :, rows] >= least[rows, None]
-            else:
-                groups, rows, reaches = integers.reaching(start, query, least, is_open)
+            groups, rows, reaches = reaching(start, is_open)
             pairs, members = torch.nonzero(reaches, as_tuple=True)
             rows = rows[pairs]
             counts += torch.bincount(rows, minlength=len(factors))
@@ -124,6 +123,30 @@ class EntryLimits:
         rows, positions = (torch.cat(parts) for parts in zip(*reached, strict=True))
         kept = is_open[rows] & (positions < self._count)
         return (rows[kept], positions[kept]), ~is_open
+
+
+@dataclass(frozen=True, eq=False)
+class _Floats:
+    """Limits in float32.
+
+    Attributes:
+        factors: (entries, dims + 1) float32, whole groups.
+    """
+
+    factors: torch.Tensor
+
+    def compared(self, queries: torch.Tensor, least: torch.Tensor) -> Compare:
+        """Return what compares the limits of (n, dims + 1) queries with the least that counts."""
+        columns = queries.T.contiguous()
+
+        def reaching(start: int, is_open: torch.Tensor) -> Reaching:
+            limits = torch.mm(self.factors[start : start + _BLOCK], columns)
+            limits = limits.view(-1, _GROUP, len(least))
+            is_reaching = (limits.amax(dim=1) >= least) & is_open
+            groups, rows = torch.nonzero(is_reaching, as_tuple=True)
+            return groups, rows, limits[groups, :, rows] >= least[rows, None]
+
+        return reaching
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,19 +213,22 @@ class _Integers:
             slack[groups] = torch.stack(norms, dim=2).amax(dim=1) + ROUNDING
         return cls(values, mean, steps, slack)
 
-    def reaching(
-        self, start: int, queries: _IntegerQueries, least: torch.Tensor, is_open: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return groups and queries, and (pairs, entries of a group) bool: limits that reach."""
-        products = torch._int_mm(self.values[start : start + _BLOCK], queries.values)
-        products = products.view(-1, _GROUP, len(least))
-        own = slice(start // _GROUP, start // _GROUP + len(products))
-        needed = (least - queries.base - self.slack[own] @ queries.slack) / (
-            self.steps[own, None] * queries.steps
-        )
-        is_reaching = (products.amax(dim=1) >= needed) & is_open
-        groups, rows = torch.nonzero(is_reaching, as_tuple=True)
-        return groups, rows, products[groups, :, rows] >= needed[groups, rows, None]
+    def compared(self, queries: torch.Tensor, least: torch.Tensor) -> Compare:
+        """Return what compares the limits of (n, dims + 1) queries with the least that counts."""
+        own = _IntegerQueries.of(queries, self.mean)
+
+        def reaching(start: int, is_open: torch.Tensor) -> Reaching:
+            products = torch._int_mm(self.values[start : start + _BLOCK], own.values)
+            products = products.view(-1, _GROUP, len(least))
+            of_block = slice(start // _GROUP, start // _GROUP + len(products))
+            needed = (least - own.base - self.slack[of_block] @ own.slack) / (
+                self.steps[of_block, None] * own.steps
+            )
+            is_reaching = (products.amax(dim=1) >= needed) & is_open
+            groups, rows = torch.nonzero(is_reaching, as_tuple=True)
+            return groups, rows, products[groups, :, rows] >= needed[groups, rows, None]
+
+        return reaching
 
 
 def pair_products(

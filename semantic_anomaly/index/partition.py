@@ -239,18 +239,21 @@ class PartitionedEntries:
             pairs: of query and position.
             best: (n, k), known so far.
         """
-        rows, positions = pairs
-        limits = self._limits.of_pairs(factors, pairs)
-        least = best.amin(dim=1)
+        rows, limits = pairs[0], self._limits.of_pairs(factors, pairs)
         # The k likeliest entries of each query first: few others then remain.
         likeliest = largest_of_pairs(rows, limits, *best.shape)[:, -1]
-        for at_least in (likeliest, None):
-            kept = limits >= (least - ROUNDING if at_least is None else at_least)[rows]
-            entries = self._order[positions[kept]]
-            similarities = pair_products(queries, self._entries, rows[kept], entries)
-            largest = largest_of_pairs(rows[kept], similarities, *best.shape)
-            least = torch.maximum(least, largest[:, -1])
+        first = self._largest(queries, pairs, limits >= likeliest[rows], best.shape[1])
+        least = torch.maximum(best.amin(dim=1), first[:, -1]) - ROUNDING
+        largest = self._largest(queries, pairs, limits >= least[rows], best.shape[1])
         return torch.where(largest[:, -1:] > -torch.inf, largest, best)
+
+    def _largest(
+        self, queries: torch.Tensor, pairs: Pairs, kept: torch.Tensor, k: int
+    ) -> torch.Tensor:
+        """Return (n, k): largest similarities of the kept pairs, -inf where there are fewer."""
+        rows, positions = pairs[0][kept], pairs[1][kept]
+        similarities = pair_products(queries, self._entries, rows, self._order[positions])
+        return largest_of_pairs(rows, similarities, len(queries), k)
 
 
 def list_count(count: int) -> int:
