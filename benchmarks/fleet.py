@@ -6,6 +6,8 @@ workers: `build-index --ray` of drives of the synthetic street by one worker and
 merge: ten shards of --entries become one index on disk: time, processor time, peak memory. Shards
     are drawn in memory, which is not counted; reading them from a disk is not either.
 growth: entries of the merged index by number of drives, from the shards of the workers.
+equality: five drives, built at once and merged, each in three orders: entries, frame AUROC and
+    thresholds of the calibration that leaves one drive out.
 
 Load of the machine is in every row: processor time is comparable, seconds only where it was idle.
 """
@@ -30,7 +32,7 @@ from typing import Any
 from speed import DIM, World, cpu_name, make_index
 from tqdm import tqdm
 
-from semantic_anomaly import NominalIndex, Settings
+from semantic_anomaly import NominalIndex, Settings, build_index, calibrate, evaluate
 from semantic_anomaly.fleet.build_index import build_index_on_cluster
 from semantic_anomaly.index.content import RecordedSource
 from semantic_anomaly.index.merge import merge
@@ -39,6 +41,11 @@ from semantic_anomaly.synthetic import StreetDrive
 from semantic_anomaly.synthetic.export import write_folder
 
 STAGE, IMAGE_HW, STRIDE = "efficientnet_lite2 layer=20 size=640", (360, 640), 3
+SMALL, ORDERS = "mobilenet_v1 layer=21 size=480", ("01234", "43210", "20413")
+TEST_SEEDS, TEST_FRAMES, TEST_STRIDE = range(50, 56), 300, 15
+TEST_KINDS = ("cow", "sofa", "ladder")
+PARTS = ("workers", "merge", "equality")
+TARGETS = (0.05, 0.1, 0.2)
 SHARDS, ENTRIES = 10, 100_000
 DEDUP_DISTANCE = 0.02
 _STORE_BYTES = 80 * 2**20
@@ -203,6 +210,49 @@ def growth_rows(shards: Sequence[Path], out: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def equality_rows(root: Path, frames: int) -> list[dict[str, Any]]:
+    """Compare indexes built at once and merged ones, of the same drives in several orders."""
+    test = root / "test"
+    drives = [
+        StreetDrive(seed, TEST_FRAMES, anomalies=TEST_KINDS, image_hw=IMAGE_HW)
+        for seed in TEST_SEEDS
+    ]
+    write_folder(drives, test, stride=TEST_STRIDE, progress=False)
+    folders = write_drives(root, len(ORDERS[0]), frames)
+    settings = Settings(
+        stages=(SMALL,),
+        device="cpu",
+        dtype="float32",
+        execution="torch",
+        target_false_alarm_rate=TARGETS[0],
+    )
+    first = build_index(folders, settings=settings)
+    settings = settings.replace(dedup_distance=float(first.content.limits["dedup_distance"]))
+    shards = [root / f"shard_{number}" for number in range(len(folders))]
+    for folder, shard in zip(folders, shards, strict=True):
+        build_index([folder], settings=settings, out=shard)
+    rows = []
+    for how in ("built at once", "merged"):
+        for order in ORDERS:
+            numbers, out = [int(number) for number in order], root / f"{how} {order}"
+            if how == "merged":
+                index = merge_indexes([shards[n] for n in numbers], out, names_agree=True)
+            else:
+                index = build_index([folders[n] for n in numbers], settings=settings, out=out)
+            calibration = calibrate(index, settings=settings, out=out)
+            evaluation = evaluate(out, test, settings=settings)
+            row = {
+                "index": how,
+                "order": order,
+                "entries": index.count,
+                "frame_auroc": round(evaluation["frame_auroc"], 4),
+                "thresholds": [round(calibration.threshold_for(rate), 2) for rate in TARGETS],
+            }
+            rows.append(row)
+            print(row, flush=True)
+    return rows
+
+
 def _bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
@@ -213,7 +263,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--quick", action="store_true", help="small: whether it runs at all")
     parser.add_argument("--entries", type=int, default=ENTRIES, help="of each shard")
-    parser.add_argument("--only", choices=("workers", "merge"), help="default: both")
+    parser.add_argument("--only", choices=PARTS, help="default: all")
     parser.add_argument("--rounds", type=int, default=2, help="of one and two workers")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -230,7 +280,7 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
-        if args.only != "merge":
+        if args.only in (None, "workers"):
             folders = write_drives(root, drives, frames)
             rows = figures["workers"] = worker_rows(root, folders, frames, args.rounds)
             rates = [
@@ -240,8 +290,11 @@ def main() -> None:
             figures["gain_of_two_workers"] = round(rates[1] / rates[0], 2)
             shards = sorted(p for p in root.glob("shards_2_0/shard-*") if p.is_dir())
             figures["growth"] = growth_rows(shards, root / "growth")
-        if args.only != "workers":
+        if args.only in (None, "merge"):
             figures["merge"] = merge_row(root, args.entries)
+        if args.only in (None, "equality"):
+            (root / "equality").mkdir()
+            figures["equality"] = equality_rows(root / "equality", 4 if args.quick else 24)
     text = json.dumps(figures, indent=1)
     path.write_text(text + "\n", encoding="utf-8")
     print(text)

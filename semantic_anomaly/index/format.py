@@ -423,7 +423,13 @@ def _read_array(folder: Path, name: str, shape: tuple[int, ...], dtype: Any) -> 
     if mapped.shape != shape or mapped.dtype != dtype or not mapped.flags.c_contiguous:
         expected = f"{name} {shape} {np.dtype(dtype).name}"
         raise _wrong(folder, expected, f"{mapped.shape} {mapped.dtype}")
-    return np.array(mapped)
+    # Read rather than copied: pages that are mapped count as memory of the process.
+    array = np.empty(shape, dtype)
+    with (folder / name).open("rb") as file:
+        file.seek(mapped.offset)
+        if file.readinto(array.reshape(-1).view(np.uint8).data) != array.nbytes:
+            raise _wrong(folder, f"{name} of {array.nbytes} bytes", "fewer")
+    return array
 
 
 def _check_arrays(folder: Path, content: IndexContent) -> None:

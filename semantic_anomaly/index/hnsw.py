@@ -24,7 +24,7 @@ _HEADER = struct.Struct("<QQQQQQiIQQQdQ")
 _LEVEL_BYTES = 4 + 4 * M
 # Levels fall off by a factor of M >= 2; drawing them never gives more than this.
 _MAX_LEVELS = 64
-_PIECE = 65536
+_PIECE = 8192
 
 
 class HnswGraph:

@@ -448,6 +448,7 @@ class SourceDrives(Drives):
         frames = (frame for stage in index.stages for frame in stage.content.frames)
         self._stored = {(frame.recording, frame.name) for frame in frames}
         self.kept = KeptFrames()
+        self._is_first_pass = True
 
     @classmethod
     def of(
@@ -504,9 +505,11 @@ class SourceDrives(Drives):
             recordings=self.of_drive,
             strides=dict.fromkeys(self.own, self.stride),
             skipped=len(self.kept.frames),
+            warns=self._is_first_pass,
             description=description,
             progress=self.progress,
         )
+        self._is_first_pass = False
         for number, (drive, source, frame, grid) in enumerate(items, start=total):
             if source in self.own.values():
                 self._check_unchanged(source, frame)

@@ -335,6 +335,7 @@ def embedded_frames(
     stride: int = 1,
     strides: Mapping[str, int] | None = None,
     skipped: int = 0,
+    warns: bool = True,
     description: str = "frames",
     progress: bool = False,
 ) -> Iterator[tuple[str, FrameSource, Frame, PatchGrid]]:
@@ -347,6 +348,7 @@ def embedded_frames(
         stride: use every stride-th frame of each source.
         strides: by source, where they differ.
         skipped: number of the first of these frames that are not embedded again.
+        warns: warn about frames that show nothing.
         description: of the progress bar.
         progress: show a progress bar on a terminal.
     """
@@ -371,7 +373,8 @@ def embedded_frames(
                     drive = drive_name(name, source, source.drive_of(frame))
                     yield drive, source, replace(frame, recording=recordings.get(drive, "")), grid
                 bar.update(len(batch))
-            blind_frames.warn()
+            if warns:
+                blind_frames.warn()
 
 
 class BlindFrames:

@@ -124,6 +124,15 @@ def test_calibrated_detector_detects_an_anomaly(index: NominalIndex, drives: Pat
     assert detector.detect(street(1, odd=True)).decision is Decision.ANOMALY
 
 
+def test_frames_that_show_nothing_are_named_once(
+    index: NominalIndex, caplog: pytest.LogCaptureFixture
+) -> None:
+    drives = [np.stack([street(10 * drive + n).image for n in range(6)]) for drive in (5, 6)]
+    drives[0][:2] = 3
+    calibrate(index, drives, settings=SETTINGS, embedder=ColourEmbedder())
+    assert caplog.text.count("2 of 6 frames are taken as nominal although") == 1
+
+
 def test_typical_value_ignores_patches_outside_the_roi(drives: Path) -> None:
     roi = {"camera.region_of_interest": [0.0, 0.0, 0.2, 0.0, 0.2, 1.0, 0.0, 1.0]}
     settings = Settings.from_parameters({**SETTINGS.to_parameters(), **roi})
