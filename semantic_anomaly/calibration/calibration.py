@@ -334,7 +334,7 @@ class Calibration:
             f"{'estimated by leaving one drive out: ' * estimated}on a new drive like "
             f"these {count}, at most {100 * rate:g} % of the frames are "
             f"above the threshold, with probability {rank}/{count + 1}"
-            + f"; {short} of these drives have fewer than {needed} frames, too few to show that rate"
+            + f"; {short} of these drives have fewer than {needed} frames, too few to show it"
             * (short > 0)
         )
 

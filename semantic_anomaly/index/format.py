@@ -413,7 +413,7 @@ def _read_retracted(folder: Path, described: Mapping[str, Any], dim: int) -> Ret
 def _read_array(folder: Path, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     try:
         # Mapped first: a header that claims more than the file holds allocates nothing.
-        mapped: np.ndarray = np.load(folder / name, mmap_mode="r", allow_pickle=False)
+        mapped: np.memmap[Any, Any] = np.load(folder / name, mmap_mode="r", allow_pickle=False)
     except OSError:
         raise
     # numpy parses the header as Python text, which raises nearly anything if it is another one.

@@ -248,6 +248,6 @@ def test_the_larger_threshold_of_frames_and_episodes_is_used(
 def test_the_promise_names_drives_that_are_too_short() -> None:
     short = fitted(np.linspace(0.1, 0.2, 45), 0.05, drives=3)
     assert short.promise.endswith(
-        "3 of these drives have fewer than 20 frames, too few to show that rate"
+        "; 3 of these drives have fewer than 20 frames, too few to show it"
     )
     assert "fewer" not in fitted(np.linspace(0.1, 0.2, 60), 0.05, drives=3).promise
