@@ -31,6 +31,8 @@ _BLOCK = 8192
 # Values of pairs that are compared at once: they stay in the cache.
 _PAIR_VALUES = 262_144
 _LARGEST = 127
+# With fewer entries, a product of 8-bit integers saves less than its slack costs.
+_LEAST_INTEGERS = 32_768
 _SEED = 100
 # More than the rounding errors of float32 products and roots of unit vectors: limits stay limits.
 ROUNDING = 2e-6
@@ -47,7 +49,7 @@ class EntryLimits:
     """Limits of the inner products with entries.
 
     Holds projections of the entries, 14 to 50 % of the size of the embeddings, and a quarter more
-    where the processor multiplies integers.
+    with limits by integers: of many entries, where the processor multiplies integers.
 
     Args:
         entries: (count, dim) float32, unit norm.
@@ -70,8 +72,9 @@ class EntryLimits:
         for rows in pieces:
             self._factors[rows] = self.factors(entries[self.order[rows]])
         self._factors[self._count :] = self._factors[self._count - 1]
+        integers = self._count >= _LEAST_INTEGERS and has_integer_products()
         self._coarse: _Integers | _Floats = (
-            _Integers.of(self._factors) if has_integer_products() else _Floats(self._factors)
+            _Integers.of(self._factors) if integers else _Floats(self._factors)
         )
 
     def factors(self, vectors: torch.Tensor) -> torch.Tensor:

@@ -19,9 +19,9 @@ from semantic_anomaly.index.limits import ROUNDING, EntryLimits, Pairs, pair_pro
 from semantic_anomaly.index.search import largest_of_pairs, nearest_similarities
 from semantic_anomaly.linalg import inner_products
 
-# Lists of an index: the root of its entries, at most _MAX_LISTS. Each list is one step of a loop,
-# so many short lists take longer than few long ones.
-_MAX_LISTS = 256
+# Lists of an index: one for so many entries, at most _MAX_LISTS. Each list is one step of a loop:
+# many short lists take longer than few long ones.
+_ENTRIES_PER_LIST, _MAX_LISTS = 300, 256
 _SAMPLES_PER_LIST = 64
 _ITERATIONS = 6
 _SEED = 100
@@ -258,7 +258,7 @@ class PartitionedEntries:
 
 def list_count(count: int) -> int:
     """Return the number of lists that a number of entries, at least 1, is divided into."""
-    return min(_MAX_LISTS, round(count**0.5))
+    return min(_MAX_LISTS, -(-count // _ENTRIES_PER_LIST))
 
 
 def _nearest_centroids(vectors: np.ndarray, centroids: np.ndarray, dtype: type) -> np.ndarray:

@@ -185,7 +185,7 @@ def test_forged_manifests_are_refused(copy: Path, change: str) -> None:
         ("entries", lambda e: e[:, :2]),
         ("centroids", lambda c: c * np.float32(1.1)),
         ("centroids", lambda c: c[:-1]),
-        ("centroids", lambda c: np.where(np.arange(len(c))[:, None] == 1, np.nan, c)),
+        ("centroids", lambda c: np.where(np.arange(len(c))[:, None] == 0, np.nan, c)),
         ("lists", lambda n: n - 1),
         ("lists", lambda n: n + np.int32(9999)),
         ("lists", lambda n: n[:-1]),

@@ -48,7 +48,9 @@ def entries(request: pytest.FixtureRequest, rng: Rng) -> np.ndarray:
 
 @pytest.fixture(params=["integers", "floats"], autouse=True)
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run every test with both kinds of products that limits are computed with."""
+    """Run every test with both kinds of products that limits are computed with, and many lists."""
+    monkeypatch.setattr(partition_module, "_ENTRIES_PER_LIST", 20)
+    monkeypatch.setattr(limits_module, "_LEAST_INTEGERS", 0)
     if request.param == "floats":
         monkeypatch.setattr(limits_module, "has_integer_products", lambda: False)
     elif not limits_module.has_integer_products():

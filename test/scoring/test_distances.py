@@ -414,8 +414,8 @@ def test_bounds_decide_as_an_exact_search_on_hard_entries(
     odd_share: float,
     neighbours: int,
 ) -> None:
-    if search == "lists of one entry":
-        monkeypatch.setattr(partition, "list_count", lambda count: count)
+    monkeypatch.setattr(partition, "_ENTRIES_PER_LIST", 1 if search == "lists of one entry" else 20)
+    monkeypatch.setattr(partition, "_MAX_LISTS", 10_000)
     settings = Settings(dedup_distance=0.0, smoothing=0.8, tail_percent=1.0, neighbours=neighbours)
     index = hard_index(kind, rng, settings)
     known = index.content.embeddings[rng.integers(0, index.count, (12, 16))]
