@@ -44,7 +44,7 @@ STAGE, IMAGE_HW, STRIDE = "efficientnet_lite2 layer=20 size=640", (360, 640), 3
 SMALL, ORDERS = "mobilenet_v1 layer=21 size=480", ("01234", "43210", "20413")
 TEST_SEEDS, TEST_FRAMES, TEST_STRIDE = range(50, 56), 300, 15
 TEST_KINDS = ("cow", "sofa", "ladder")
-PARTS = ("workers", "merge", "equality")
+SECTIONS = ("workers", "merge", "equality")
 TARGETS = (0.05, 0.1, 0.2)
 SHARDS, ENTRIES = 10, 100_000
 DEDUP_DISTANCE = 0.02
@@ -263,7 +263,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--quick", action="store_true", help="small: whether it runs at all")
     parser.add_argument("--entries", type=int, default=ENTRIES, help="of each shard")
-    parser.add_argument("--only", choices=PARTS, help="default: all")
+    parser.add_argument("--only", choices=SECTIONS, help="default: all")
     parser.add_argument("--rounds", type=int, default=2, help="of one and two workers")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

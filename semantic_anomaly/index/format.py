@@ -424,12 +424,10 @@ def _read_array(folder: Path, name: str, shape: tuple[int, ...], dtype: Any) -> 
         expected = f"{name} {shape} {np.dtype(dtype).name}"
         raise _wrong(folder, expected, f"{mapped.shape} {mapped.dtype}")
     # Read rather than copied: pages that are mapped count as memory of the process.
-    array = np.empty(shape, dtype)
-    with (folder / name).open("rb") as file:
-        file.seek(mapped.offset)
-        if file.readinto(array.reshape(-1).view(np.uint8).data) != array.nbytes:
-            raise _wrong(folder, f"{name} of {array.nbytes} bytes", "fewer")
-    return array
+    array = np.fromfile(folder / name, dtype, mapped.size, offset=mapped.offset)
+    if array.size != mapped.size:
+        raise _wrong(folder, f"{name} of {mapped.size} values", array.size)
+    return array.reshape(shape)
 
 
 def _check_arrays(folder: Path, content: IndexContent) -> None:

@@ -31,7 +31,7 @@ _BLOCK = 8192
 # Values of pairs that are compared at once: they stay in the cache.
 _PAIR_VALUES = 262_144
 _LARGEST = 127
-# With fewer entries, a product of 8-bit integers saves less than its slack costs.
+# With fewer entries, limits in float32 take less time than those by integers.
 _LEAST_INTEGERS = 32_768
 _SEED = 100
 # More than the rounding errors of float32 products and roots of unit vectors: limits stay limits.
@@ -49,7 +49,7 @@ class EntryLimits:
     """Limits of the inner products with entries.
 
     Holds projections of the entries, 14 to 50 % of the size of the embeddings, and a quarter more
-    with limits by integers: of many entries, where the processor multiplies integers.
+    if there are many entries and the processor multiplies integers.
 
     Args:
         entries: (count, dim) float32, unit norm.
